@@ -1,0 +1,1 @@
+"""What joins the workers. Read `messages.py` first, then `supervisor.py`, then `generate.py`."""

@@ -1,0 +1,153 @@
+"""The configuration: a frozen tree; defaults < file < command line.
+
+The TOML files of `configs/` mirror it. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of the sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    """Where the model comes from."""
+
+    store: str = ""  # directory of a store; empty: converted from the checkpoint into the cache
+    checkpoint: str = ""  # Hugging Face id, directory, or "builtin"
+    predictor: str = "default"  # which file of the store's predictors/ to use
+
+
+class Predictor(Section):
+    """How the active neurons are foreseen."""
+
+    kind: Literal["auto", "lowrank", "oracle", "all"] = "auto"  # auto: lowrank for ReLU, else all
+    lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
+    refine: bool = True  # predict again from the layer's own input; the early guess only prefetches
+    pinned_layers: tuple[int, ...] = ()  # resident and computed whole; negative counts from the end
+    threshold: float = 0.0  # added to what a score must exceed; lower: more neurons
+
+
+class Cache(Section):
+    """What stays in DRAM."""
+
+    window: Annotated[int, Field(ge=0)] = 0  # tokens a neuron stays after its last use; 0: no limit
+    share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
+    slots_per_layer: Annotated[int, Field(ge=0)] = 0  # overrides share; 0: by share or budget
+
+
+class Prefetcher(Section):
+    """How bundles are read."""
+
+    readers: Annotated[int, Field(ge=1, le=64)] = 2  # queues
+    queue_depth: Annotated[int, Field(ge=1, le=4096)] = 64  # reads in flight per queue
+    backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
+    direct: bool = True  # O_DIRECT; false: through the page cache
+    max_gap: Annotated[int, Field(ge=0)] = 0  # bytes read and dropped to join two reads
+    max_read: Annotated[int, Field(ge=4096)] = 1 << 20  # bytes of one read
+    staging: Annotated[int, Field(ge=1)] = 16 << 20  # bytes of one staging half
+
+
+class Compute(Section):
+    """How layers are computed."""
+
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
+    context: Annotated[int, Field(ge=0)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
+    device: Literal["cpu"] = "cpu"
+
+
+class Memory(Section):
+    """The budget for everything: weights, caches and the processes themselves."""
+
+    budget: str = ""  # "7GiB", "50%" of the checkpoint, or empty: cache.share decides
+
+
+class Config(Section):
+    """The whole tree."""
+
+    model: Model = Model()
+    predictor: Predictor = Predictor()
+    cache: Cache = Cache()
+    prefetcher: Prefetcher = Prefetcher()
+    compute: Compute = Compute()
+    memory: Memory = Memory()
+
+    @classmethod
+    def load(cls, file: Path | None, settings: Iterable[str] = ()) -> Config:
+        """Read `file` (TOML) and apply `section.key=value` settings over it.
+
+        Raises ConfigError with one sentence for an unreadable file, an unknown key or a bad value.
+        """
+        data: dict[str, Any] = {}
+        if file is not None:
+            try:
+                data = tomllib.loads(file.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ConfigError(f"the configuration {file} is not valid TOML: {error}") from error
+        for setting in settings:
+            section, key, value = _parse_setting(setting)
+            data.setdefault(section, {})[key] = value
+        return cls.parse(data)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Config:
+        """Validate a plain tree. Raises ConfigError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from error
+
+    def replace(self, **sections: Mapping[str, Any]) -> Config:
+        """A copy with some keys of some sections changed, validated again."""
+        data = self.model_dump()
+        for section, changes in sections.items():
+            data[section] = {**data[section], **changes}
+        return Config.parse(data)
+
+
+def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    """`section.key=value`; the value is TOML, and failing that a plain string."""
+    path, equals, text = setting.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set takes section.key=value, not {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return section, key, value
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for name, field in Config.model_fields.items():
+        keys.append(name)
+        section = field.annotation
+        assert section is not None
+        keys.extend(f"{name}.{key}" for key in section.model_fields)
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, _known_keys(), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown configuration key {where}{hint}"
+    return f"configuration key {where}: {problem['msg']} (got {problem['input']!r})"

@@ -1,0 +1,5 @@
+"""Model families: one file each, read by `convert` and by compute.
+
+A family turns a Hugging Face `config.json` into an `Architecture` and names the checkpoint's
+tensors. Start with `architecture.py`, then `opt.py`.
+"""

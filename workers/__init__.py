@@ -1,0 +1,4 @@
+"""The four worker processes, one package each; `python -m workers.NAME` runs one.
+
+Reading order is data order: `compute`, `predictor`, `cache`, `prefetcher`.
+"""
