@@ -75,10 +75,10 @@ class Channel:
 
         def drain() -> None:
             # The descriptor is edge-triggered: read until nothing is left.
-            while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            while socket.events & zmq.POLLIN:
                 handle(decode(socket.recv(zmq.DONTWAIT)))
 
-        loop.add_reader(socket.getsockopt(zmq.FD), drain)
+        loop.add_reader(socket.fileno(), drain)
         loop.call_soon(drain)
 
     def close(self) -> None:

@@ -287,8 +287,5 @@ def decode(frame: bytes) -> Message:
     if len(data) - 1 != len(types_of):
         raise ProtocolError(f"{kind.__name__} has {len(types_of)} fields, got {len(data) - 1}")
     return kind(
-        **{
-            name: _check(value, wanted)
-            for value, (name, wanted) in zip(data[1:], types_of, strict=True)
-        }
+        **{name: _check(value, wanted) for value, (name, wanted) in zip(data[1:], types_of, strict=True)}
     )

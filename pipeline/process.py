@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -75,11 +76,15 @@ class Worker:
         self.channel.send("supervisor", WorkerReady(self.name, os.getpid(), PROTOCOL_VERSION, notes))
 
 
-def _leave_with_parent(stream: BinaryIO) -> None:
-    """End this process when `stream` ends; the ring cannot go on without its supervisor."""
+def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
+    """End this process when `stream` ends; the ring cannot go on without its supervisor.
+
+    Nobody is left to remove the sockets' directory then, so the workers do.
+    """
 
     def watch() -> None:
         stream.read(1)
+        shutil.rmtree(directory, ignore_errors=True)
         os._exit(ORPHANED)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
@@ -93,7 +98,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the supervisor's business
     source = sys.stdin.buffer
     spec = WorkerSpec.read(source)
-    _leave_with_parent(source)
+    _leave_with_parent(source, Path(spec.directory))
     plan = Plan.from_json(spec.plan)
     with Channel(Path(spec.directory), inboxes) as channel:
         try:

@@ -26,7 +26,9 @@ class Segments:
     """Views on the shared memory of one ring."""
 
     bundles: npt.NDArray[np.uint8]  # [slots of all layers + 2 · staging, stride]; prefetcher → compute
-    hidden: npt.NDArray[np.float32]  # [1 + layers, hidden_rows, d_model], row 0: the embedding; compute → predictor
+    hidden: npt.NDArray[
+        np.float32
+    ]  # [1 + layers, hidden_rows, d_model], row 0: the embedding; compute → predictor
     predicted: npt.NDArray[np.int32]  # [layers, 2, d_ff] ids, row 1: guesses; predictor → cache
     active: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT of every part in turn; cache → compute
     reads: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT to read; cache → prefetcher
@@ -45,9 +47,7 @@ def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
 
 def sizes(plan: Plan) -> dict[str, int]:
     """Bytes of each segment."""
-    return {
-        name: prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in _shapes(plan).items()
-    }
+    return {name: prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in _shapes(plan).items()}
 
 
 def create(plan: Plan) -> dict[str, int]:

@@ -159,7 +159,7 @@ class Store:
         if not manifest_path.is_file():
             if path.with_name(path.name + ".partial").is_dir():
                 raise StoreIncomplete(
-                    f"the conversion to {path} was interrupted; run the same convert command again to resume it"
+                    f"the conversion to {path} was interrupted; run the same command again to resume it"
                 )
             raise StoreError(f"{path} is not a store: it has no {MANIFEST}")
         try:
@@ -173,9 +173,7 @@ class Store:
             except FileNotFoundError:
                 raise StoreError(f"the store {path} lacks its file {name}") from None
             if size != entry.bytes:
-                raise StoreError(
-                    f"{path / name} has {size:,} bytes where its manifest says {entry.bytes:,}"
-                )
+                raise StoreError(f"{path / name} has {size:,} bytes where its manifest says {entry.bytes:,}")
         if manifest.files[BUNDLES].bytes != manifest.layout.total_bytes:
             raise StoreError(f"{path / BUNDLES} does not have the size that its layout needs")
         return cls(path, manifest)

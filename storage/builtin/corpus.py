@@ -62,8 +62,8 @@ def validation_stories(directory: Path) -> list[str]:
     new one. Paragraphs are joined by one newline, as in the training text.
     """
     stories: list[list[str]] = []
-    for paragraph in _open(directory, VALIDATION).split("\n"):
-        paragraph = paragraph.strip()
+    for line in _open(directory, VALIDATION).split("\n"):
+        paragraph = line.strip()
         if not paragraph:
             continue
         if not stories or paragraph.startswith("Once upon a time"):

@@ -1,0 +1,242 @@
+"""A session: one warm ring, one generation at a time.
+
+`Session.generate` yields text as tokens arrive; `Session.summary` tells afterwards what it cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pipeline.config import Config
+from pipeline.messages import Cancel, Finished, Generate, Message, TokenReady
+from pipeline.plan import Plan
+from pipeline.supervisor import Supervisor
+from pipeline.text import Detokenizer
+from storage.errors import RingError, StoreError, UsageError
+from storage.format import TOKENIZER, Store
+
+TOKEN_SECONDS = 600.0  # the longest wait for one token or the prefill before the ring counts as hung
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How to decode."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0  # 1: no limit
+    seed: int = 0
+    ignore_eos: bool = False
+    forced: tuple[int, ...] = ()  # these tokens instead of sampled ones, for measurements
+
+    def check(self) -> None:
+        """Raises UsageError naming the first value out of range."""
+        rules = (
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (0.0 <= self.temperature < float("inf"), "temperature must be zero or a positive number"),
+            (self.top_k >= 0, "top_k must not be negative"),
+            (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
+            (0 <= self.seed < 2**63, "seed must be between 0 and 2**63 - 1"),
+        )
+        for holds, sentence in rules:
+            if not holds:
+                raise UsageError(sentence)
+
+
+@dataclass(slots=True)
+class Generation:
+    """What is known of the running, or of the last, generation."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)  # arrival of each token, time.monotonic seconds
+    text: str = ""
+    finished: Finished | None = None
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def delta(self, worker: str, name: str) -> float:
+        """A counter's growth over this generation."""
+        return self.after[worker].get(name, 0.0) - self.before[worker].get(name, 0.0)
+
+
+class Session:
+    """A ring and its tokenizer. Use as a context manager."""
+
+    def __init__(self, store: Store, config: Config, plan: Plan) -> None:
+        started = time.monotonic()
+        self.store = store
+        self.config = config
+        self.plan = plan
+        self.tokenizer = load_tokenizer(store)
+        self.last: Generation | None = None
+        self._run = 0
+        self.ring = Supervisor(store, config, plan)
+        self.load_seconds = time.monotonic() - started
+
+    @classmethod
+    def open(cls, store: Store, config: Config, plan: Plan) -> Session:
+        """Start the ring; raises RingError if it does not come up."""
+        return cls(store, config, plan)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of `prompt`, with the tokenizer's own special tokens."""
+        return list(self.tokenizer.encode(prompt).ids)
+
+    def generate(self, prompt: str | Sequence[int], params: GenerationParams) -> Iterator[str]:
+        """Yield pieces of text, never splitting a character.
+
+        Leaving the iterator early cancels the generation and drains the ring. Raises UsageError for
+        a prompt that is empty or does not fit the context.
+        """
+        params.check()
+        ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        self._check_prompt(prompt, ids, params)
+        return self._stream(ids, params)
+
+    def _check_prompt(
+        self, prompt: str | Sequence[int], ids: tuple[int, ...], params: GenerationParams
+    ) -> None:
+        if not ids or not prompt:
+            raise UsageError("the prompt is empty")
+        if not all(0 <= one < self.store.architecture.vocabulary for one in ids):
+            raise UsageError("the prompt holds token ids outside the model's vocabulary")
+        if len(ids) >= self.plan.context:
+            raise UsageError(
+                f"the prompt has {len(ids):,} tokens, and the context of {self.plan.context:,} "
+                "must also hold at least one new token; see --context"
+            )
+
+    def _stream(self, ids: tuple[int, ...], params: GenerationParams) -> Iterator[str]:
+        self._run += 1
+        run = self._run
+        generation = Generation(prompt=ids, before=self.ring.stats())
+        self.last = generation
+        room = self.plan.context - len(ids)
+        self.ring.send(
+            "compute",
+            Generate(
+                run=run,
+                prompt=ids,
+                max_new_tokens=min(params.max_new_tokens, room),
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                seed=params.seed,
+                stop_tokens=() if params.ignore_eos else self.store.architecture.eos_tokens,
+                forced=params.forced,
+            ),
+        )
+        text = Detokenizer(self.tokenizer)
+        try:
+            while generation.finished is None:
+                message = self._next()
+                if isinstance(message, TokenReady) and message.run == run:
+                    generation.tokens.append(message.token)
+                    generation.moments.append(time.monotonic())
+                    piece = text.push(message.token)
+                    generation.text += piece
+                    if piece:
+                        yield piece
+                elif isinstance(message, Finished) and message.run == run:
+                    generation.finished = message
+        finally:
+            if generation.finished is None:
+                self._cancel(generation, run)
+        rest = text.finish()
+        generation.text += rest
+        generation.after = self.ring.stats()
+        self.ring.memory.sample(now=True)
+        if rest:
+            yield rest
+
+    def _next(self) -> Message:
+        message = self.ring.receive(TOKEN_SECONDS)
+        if message is None:
+            raise RingError(f"the ring was silent for {TOKEN_SECONDS:.0f} s")
+        return message
+
+    def _cancel(self, generation: Generation, run: int) -> None:
+        """End the run early; on return the ring is drained and can generate again."""
+        try:
+            self.ring.send("compute", Cancel(run))
+            while generation.finished is None:
+                message = self._next()
+                if isinstance(message, Finished) and message.run == run:
+                    generation.finished = message
+        except RingError:
+            return  # the ring itself is gone, and the caller already has the reason
+
+    def summary(self) -> dict[str, Any]:
+        """The cost of the last completed generation, as `--json` prints it."""
+        done = self.last
+        assert done is not None
+        assert done.finished is not None
+        tokens = len(done.tokens)
+        decode = done.finished.decode_seconds
+        decoded = max(1, tokens - 1)  # the first token comes out of the prefill
+        bytes_decoded = done.delta("prefetcher", "decode_bytes")
+        bytes_streamed = done.delta("prefetcher", "stream_bytes")
+        hits, misses = done.delta("cache", "decode_hits"), done.delta("cache", "decode_misses")
+        return {
+            "text": done.text,
+            "prompt_tokens": len(done.prompt),
+            "generated_tokens": tokens,
+            "finish_reason": done.finished.reason,
+            "seconds": {
+                "load": self.load_seconds,
+                "prefill": done.finished.prefill_seconds,
+                "decode": decode,
+            },
+            "tokens_per_second": (tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
+            "flash": {
+                "bytes_read": int(bytes_decoded + bytes_streamed),
+                "reads": int(
+                    done.delta("prefetcher", "decode_reads") + done.delta("prefetcher", "stream_reads")
+                ),
+                "bytes_per_token": bytes_decoded / decoded,
+                "prefill_bytes": int(bytes_streamed),
+                "gap_bytes": int(done.delta("prefetcher", "decode_gap_bytes")),
+            },
+            "cache": {
+                "slots": self.plan.total_slots,
+                "hits": int(hits),
+                "misses": int(misses),
+                "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
+            },
+            "memory": {"budget_bytes": None, "peak_bytes": self.ring.memory.bytes},
+            "workers": [{"name": name, "pid": pid} for name, pid in self.ring.pids.items()],
+            "notes": self.ring.notes,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def close(self) -> None:
+        self.ring.stop()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load_tokenizer(store: Store) -> Tokenizer:
+    """The store's tokenizer. Raises StoreError when it has none."""
+    path = store.path / TOKENIZER
+    if not path.is_file():
+        raise StoreError(
+            f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
+        )
+    return Tokenizer.from_file(str(path))
