@@ -75,7 +75,7 @@ class Channel:
 
         def drain() -> None:
             # The descriptor is edge-triggered: read until nothing is left.
-            while socket.events & zmq.POLLIN:
+            while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 handle(decode(socket.recv(zmq.DONTWAIT)))
 
         loop.add_reader(socket.fileno(), drain)
