@@ -8,7 +8,7 @@ so a full queue is a bug and raises.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -24,8 +24,11 @@ INBOXES = ("supervisor", "compute", "control", "predictor", "cache", "prefetcher
 class Channel:
     """One process's ends: its inboxes and lazily connected outgoing sockets."""
 
-    def __init__(self, directory: Path, inboxes: tuple[str, ...]) -> None:
-        self._directory = directory
+    def __init__(
+        self, directory: Path, inboxes: tuple[str, ...], routes: Mapping[str, str] | None = None
+    ) -> None:
+        self.directory = directory
+        self.routes = dict(routes or {})
         self._context = zmq.Context(io_threads=1)
         self._inboxes: dict[str, zmq.Socket[bytes]] = {}
         self._outgoing: dict[str, zmq.Socket[bytes]] = {}
@@ -35,7 +38,7 @@ class Channel:
             self._inboxes[name] = socket
 
     def _address(self, name: str) -> str:
-        return f"ipc://{self._directory / name}"
+        return f"ipc://{self.directory / name}"
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -53,7 +56,7 @@ class Channel:
         if socket is None:
             socket = self._socket(zmq.PUSH)
             socket.immediate = False
-            socket.connect(self._address(to))
+            socket.connect(self._address(self.routes.get(to, to)))
             self._outgoing[to] = socket
         socket.send(encode(message), zmq.DONTWAIT)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -56,6 +56,7 @@ class Generation:
 
     prompt: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)  # arrival of each token, time.monotonic seconds
     text: str = ""
     finished: Finished | None = None
@@ -70,7 +71,9 @@ class Generation:
 class Session:
     """A ring and its tokenizer. Use as a context manager."""
 
-    def __init__(self, store: Store, config: Config, plan: Plan) -> None:
+    def __init__(
+        self, store: Store, config: Config, plan: Plan, routes: Mapping[str, str] | None = None
+    ) -> None:
         started = time.monotonic()
         self.store = store
         self.config = config
@@ -78,7 +81,7 @@ class Session:
         self.tokenizer = load_tokenizer(store)
         self.last: Generation | None = None
         self._run = 0
-        self.ring = Supervisor(store, config, plan)
+        self.ring = Supervisor(store, config, plan, routes)
         self.load_seconds = time.monotonic() - started
 
     @classmethod
@@ -140,6 +143,7 @@ class Session:
                 message = self._next()
                 if isinstance(message, TokenReady) and message.run == run:
                     generation.tokens.append(message.token)
+                    generation.logprobs.append(message.logprob)
                     generation.moments.append(time.monotonic())
                     piece = text.push(message.token)
                     generation.text += piece

@@ -191,6 +191,7 @@ class TokenReady(Message):
     run: int
     index: int  # 0 for the first generated token
     token: int
+    logprob: float  # natural log of the token's probability at temperature 1, before top-k and top-p
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class WorkerSpec:
     config: dict[str, Any]
     plan: dict[str, Any]
     descriptors: dict[str, int]  # segment name → inherited file descriptor
+    routes: dict[str, str]  # inbox → the inbox that gets its messages instead: taps that listen in
 
     def write(self, stream: BinaryIO) -> None:
         packed = msgpack.packb(asdict(self))
@@ -100,7 +101,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[
     spec = WorkerSpec.read(source)
     _leave_with_parent(source, Path(spec.directory))
     plan = Plan.from_json(spec.plan)
-    with Channel(Path(spec.directory), inboxes) as channel:
+    with Channel(Path(spec.directory), inboxes, spec.routes) as channel:
         try:
             worker = Worker(
                 name=name,

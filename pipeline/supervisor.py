@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO, cast
@@ -96,9 +97,12 @@ class WorkerProcess:
 class Supervisor:
     """A running ring. Use as a context manager."""
 
-    def __init__(self, store: Store, config: Config, plan: Plan) -> None:
+    def __init__(
+        self, store: Store, config: Config, plan: Plan, routes: Mapping[str, str] | None = None
+    ) -> None:
         """Start the ring and wait until it is ready.
 
+        `routes` makes the workers send to other inboxes than usual, so that somebody can listen in.
         Raises RingError when a worker dies, fails or stays silent, OSError when shared memory
         cannot be had.
         """
@@ -107,10 +111,11 @@ class Supervisor:
         self._serial = 0
         self._workers: list[WorkerProcess] = []
         sweep_stale_directories()
-        self._directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-"))
+        self._routes = dict(routes or {})
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-"))
         self._channel: Channel | None = None
         try:
-            self._channel = Channel(self._directory, ("supervisor",))
+            self._channel = Channel(self.directory, ("supervisor",))
             self._start(store, config, plan)
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
             self._handshake()
@@ -130,11 +135,12 @@ class Supervisor:
                 self._workers.append(worker)
                 spec = WorkerSpec(
                     name=name,
-                    directory=str(self._directory),
+                    directory=str(self.directory),
                     store=str(store.path.resolve()),
                     config=config.model_dump(mode="json"),
                     plan=plan.to_json(),
                     descriptors=descriptors,
+                    routes=self._routes,
                 )
                 with contextlib.suppress(BrokenPipeError):  # a death that the handshake will name
                     spec.write(worker.stdin)
@@ -223,7 +229,7 @@ class Supervisor:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
