@@ -80,6 +80,7 @@ class Session:
         self.plan = plan
         self.tokenizer = load_tokenizer(store)
         self.last: Generation | None = None
+        self.token_seconds = TOKEN_SECONDS
         self._run = 0
         self.ring = Supervisor(store, config, plan, routes)
         self.load_seconds = time.monotonic() - started
@@ -162,9 +163,9 @@ class Session:
             yield rest
 
     def _next(self) -> Message:
-        message = self.ring.receive(TOKEN_SECONDS)
+        message = self.ring.receive(self.token_seconds)
         if message is None:
-            raise RingError(f"the ring was silent for {TOKEN_SECONDS:.0f} s")
+            raise RingError(f"the ring was silent for {self.token_seconds:.0f} s")
         return message
 
     def _cancel(self, generation: Generation, run: int) -> None:

@@ -1,0 +1,89 @@
+"""Rings for tests: a small store, a plan with a given number of slots, and what a generation gave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.channel import Channel
+from pipeline.config import Config
+from pipeline.generate import GenerationParams, Session
+from pipeline.messages import Message
+from pipeline.plan import Plan
+from pipeline.planner import plan as make_plan
+from storage.format import Store
+
+PROMPT = [2, 17, 40, 9, 77, 31]
+
+
+def config(**sections: Mapping[str, Any]) -> Config:
+    """The default configuration with few threads and small staging, and these changes."""
+    base: dict[str, dict[str, Any]] = {
+        "predictor": {"kind": "oracle", "lookahead": 1, "refine": True},
+        "compute": {"threads": 1, "context": 128},
+        "prefetcher": {"readers": 1, "queue_depth": 16},
+    }
+    for name, changes in sections.items():
+        base.setdefault(name, {}).update(changes)
+    return Config.parse(base)
+
+
+def plan_for(store: Store, chosen: Config, slots: int | None = None, staging: int | None = None) -> Plan:
+    """The planner's plan, with other slots per layer or staging slots where given."""
+    plan = make_plan(store, chosen).plan
+    if slots is not None:
+        plan = replace(plan, slots=(slots,) * plan.layers)
+    if staging is not None:
+        plan = replace(plan, staging=staging)
+    return plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What must not depend on anything but the model, the prompt and the predicted set."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def generate(session: Session, count: int = 24, prompt: list[int] | None = None, **params: Any) -> Outcome:
+    """Decode `count` tokens, never stopping early."""
+    wanted = GenerationParams(max_new_tokens=count, ignore_eos=True, **params)
+    for _ in session.generate(prompt or PROMPT, wanted):
+        pass
+    assert session.last is not None
+    return Outcome(session.last.tokens, session.last.logprobs)
+
+
+def outcome(store: Store, chosen: Config, slots: int | None = None, staging: int | None = None) -> Outcome:
+    """One generation in a ring of its own."""
+    with Session(store, chosen, plan_for(store, chosen, slots, staging)) as session:
+        return generate(session)
+
+
+@contextmanager
+def tap(
+    session_directory: Any, inboxes: tuple[str, ...], handle: Callable[[str, Message, Channel], None]
+) -> Iterator[None]:
+    """Listen in: receive for `tap-NAME` of every inbox and hand (NAME, message, channel) on."""
+    channel = Channel(session_directory, tuple(f"tap-{name}" for name in inboxes))
+    ended = threading.Event()
+
+    def relay() -> None:
+        while not ended.is_set():
+            for name in inboxes:
+                message = channel.receive(f"tap-{name}", 0.001)
+                if message is not None:
+                    handle(name, message, channel)
+        channel.close()
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

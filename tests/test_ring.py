@@ -1,0 +1,197 @@
+"""The whole ring, four real processes, on small random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ring import PROMPT, config, generate, outcome, plan_for, tap
+
+from pipeline.channel import Channel
+from pipeline.generate import GenerationParams, Session
+from pipeline.messages import LayerPart, Message, ReadBundles
+from storage.convert import convert
+from storage.format import Store
+from checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A small ReLU model, every parameter random."""
+    base = tmp_path_factory.mktemp("ring")
+    return convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.mktemp("falcon")
+    checkpoint = write_checkpoint(base / "checkpoint", "falcon-relu", "bfloat16")
+    return convert(checkpoint, base / "store", name="falcon")
+
+
+@pytest.fixture(scope="module")
+def reference(store: Store):
+    """What the model writes with all neurons."""
+    return outcome(store, config(predictor={"kind": "all", "refine": False}))
+
+
+def test_oracle_equals_all_bit_for_bit(store, reference):
+    assert outcome(store, config()) == reference
+
+
+def test_oracle_equals_all_bit_for_bit_on_falcon(falcon):
+    everything = outcome(falcon, config(predictor={"kind": "all", "refine": False}))
+    assert outcome(falcon, config()) == everything
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefetcher": {"readers": 4}},
+        {"prefetcher": {"backend": "threads"}},
+        {"prefetcher": {"backend": "aiofiles"}},
+        {"prefetcher": {"direct": False}},
+        {"prefetcher": {"max_gap": 1 << 14}},
+        {"compute": {"threads": 2, "context": 128}},
+        {"predictor": {"lookahead": 0}},
+        {"predictor": {"lookahead": 2}},
+        {"predictor": {"pinned_layers": (0,)}},
+        {"cache": {"window": 2}},
+    ],
+    ids=str,
+)
+def test_text_does_not_depend_on_how_it_is_made(store, reference, changes):
+    assert outcome(store, config(**changes)) == reference
+
+
+@pytest.mark.parametrize(("slots", "staging"), [(8, 8), (1, 3), (30, 256)])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_cache_smaller_than_one_layers_set(store, reference, slots, staging, lookahead):
+    chosen = config(predictor={"lookahead": lookahead})
+    assert outcome(store, chosen, slots, staging) == reference
+
+
+def test_everything_through_staging(store, reference):
+    chosen = config(predictor={"kind": "all", "refine": False})
+    assert outcome(store, chosen, slots=0, staging=5) == reference
+
+
+def test_history_does_not_change_the_text(store, reference):
+    chosen = config()
+    with Session(store, chosen, plan_for(store, chosen, slots=40)) as session:
+        generate(session, prompt=[2, 5, 5, 5])
+        for _ in session.generate([2, 90, 3], GenerationParams(max_new_tokens=50, ignore_eos=True)):
+            break  # abandoned: cancelled and drained
+        assert generate(session) == reference
+
+
+def test_cancel_during_prefill_drains_the_ring(store, reference):
+    chosen = config()
+    with Session(store, chosen, plan_for(store, chosen, slots=10, staging=7)) as session:
+        pieces = session.generate(PROMPT * 15, GenerationParams(max_new_tokens=4))
+        session._cancel_at_once = True
+        pieces.close()
+        assert generate(session) == reference
+
+
+def test_sampling_is_decided_by_the_seed(store):
+    chosen = config()
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        first = generate(session, temperature=1.0, top_k=50, top_p=0.9, seed=7)
+        again = generate(session, temperature=1.0, top_k=50, top_p=0.9, seed=7)
+        other = generate(session, temperature=1.0, top_k=50, top_p=0.9, seed=8)
+    assert first == again
+    assert first.tokens != other.tokens
+
+
+class Withholder:
+    """Keeps the last part of a layer back until reads for the next layer have been asked for."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.plans: dict[tuple[int, int], int] = {}
+        self.held: list[LayerPart] = []
+        self.asked: set[tuple[int, int]] = set()
+        self.released = 0
+
+    def __call__(self, inbox: str, message: Message, channel: Channel) -> None:
+        if inbox == "prefetcher":
+            if isinstance(message, ReadBundles):
+                self.asked.add((message.step, message.layer))
+            channel.send("prefetcher", message)
+        elif isinstance(message, LayerPart):
+            if message.part == 0:
+                self.plans[message.step, message.layer] = len(message.counts) - 1
+            self.held.append(message)
+        else:
+            channel.send("compute", message)
+        self.release(channel)
+
+    def may_pass(self, part: LayerPart) -> bool:
+        last = self.plans.get((part.step, part.layer))
+        if last is None or part.part < last or part.layer == self.layers - 1 or part.step == 0:
+            return True
+        return (part.step, part.layer + 1) in self.asked
+
+    def release(self, channel: Channel) -> None:
+        for part in [part for part in self.held if self.may_pass(part)]:
+            self.held.remove(part)
+            self.released += part.part > 0
+            channel.send("compute", part)
+
+
+def overlapped_tokens(store: Store, lookahead: int, seconds: float) -> tuple[int, Withholder]:
+    """Tokens that came out of a ring whose last parts wait for the next layer's reads."""
+    chosen = config(predictor={"lookahead": lookahead, "refine": lookahead > 0})
+    plan = plan_for(store, chosen, slots=200)
+    withholder = Withholder(plan.layers)
+    routes = {"compute": "tap-compute", "prefetcher": "tap-prefetcher"}
+    with Session(store, chosen, plan, routes) as session:
+        session.token_seconds = seconds
+        with tap(session.ring.directory, ("compute", "prefetcher"), withholder):
+            try:
+                return len(generate(session, count=6).tokens), withholder
+            except Exception:
+                assert session.last is not None
+                return len(session.last.tokens), withholder
+
+
+def test_the_next_layers_reads_overlap_this_layers_compute(store):
+    tokens, withholder = overlapped_tokens(store, lookahead=1, seconds=60)
+    assert tokens == 6
+    assert withholder.released > 0
+
+
+def test_without_lookahead_nothing_overlaps(store):
+    tokens, withholder = overlapped_tokens(store, lookahead=0, seconds=2)
+    assert tokens < 6
+    assert withholder.held
+
+
+def test_only_what_was_asked_for_is_read(store):
+    chosen = config(prefetcher={"max_gap": 4096})
+    with Session(store, chosen, plan_for(store, chosen, slots=60)) as session:
+        pid = session.ring.pids["prefetcher"]
+        generate(session, count=2)
+        before = kernel_bytes(pid)
+        counted_before = session.ring.stats()
+        generate(session, count=12)
+        counted = {name: values for name, values in session.ring.stats().items()}
+        kernel = kernel_bytes(pid) - before
+    stride = store.layout.stride
+
+    def grown(worker: str, name: str) -> float:
+        return counted[worker][name] - counted_before[worker][name]
+
+    assert grown("cache", "decode_misses") > 0
+    ours = grown("prefetcher", "decode_bytes")
+    assert ours == grown("cache", "decode_misses") * stride + grown("prefetcher", "decode_gap_bytes")
+    assert kernel == ours + grown("prefetcher", "stream_bytes")
+
+
+def kernel_bytes(pid: int) -> int:
+    """Bytes that the kernel fetched from storage for this process."""
+    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise AssertionError("no read_bytes in /proc/PID/io")
