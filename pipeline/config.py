@@ -85,19 +85,16 @@ class Config(Section):
     memory: Memory = Memory()
 
     @classmethod
-    def load(cls, file: Path | None, settings: Iterable[str] = ()) -> Config:
-        """Read `file` (TOML) and apply `section.key=value` settings over it.
+    def load(cls, file: Path | None, settings: Iterable[str] = (), preset: Path | None = None) -> Config:
+        """Read `preset` and `file` (TOML) and apply `section.key=value` settings over them.
 
         Raises ConfigError with one sentence for an unreadable file, an unknown key or a bad value.
         """
         data: dict[str, Any] = {}
-        if file is not None:
-            try:
-                data = tomllib.loads(file.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(f"the configuration {file} is not valid TOML: {error}") from error
+        for source in (preset, file):
+            if source is not None:
+                for section, keys in _read_tree(source).items():
+                    data[section] = {**data.get(section, {}), **keys}
         for setting in settings:
             section, key, value = _parse_setting(setting)
             data.setdefault(section, {})[key] = value
@@ -117,6 +114,20 @@ class Config(Section):
         for section, changes in sections.items():
             data[section] = {**data[section], **changes}
         return Config.parse(data)
+
+
+def _read_tree(file: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a TOML file. Raises ConfigError."""
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {file} is not valid TOML: {error}") from error
+    for key, value in tree.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"the configuration {file} sets {key} outside a section")
+    return tree
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:

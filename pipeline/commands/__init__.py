@@ -1,0 +1,1 @@
+"""One file per command of the command line. Start with `generate.py`, the main job."""

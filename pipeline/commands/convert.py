@@ -1,0 +1,24 @@
+"""`convert`: a Hugging Face checkpoint becomes a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import models
+from pipeline.console import say
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A preset, a checkpoint's directory or a Hugging Face id.", metavar="MODEL")
+    ],
+    out: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
+    alignment: Annotated[int, typer.Option(help="Bundles start at multiples of this many bytes.")] = 512,
+) -> None:
+    """Convert a Hugging Face checkpoint into a store; an interrupted conversion resumes."""
+    source = models.find_source(model)
+    models.convert(source.checkpoint(), out, name=source.name, alignment=alignment)
+    say(f"{out} is ready: run.py --model {out}")

@@ -1,0 +1,198 @@
+"""Language models larger than memory: FFN weights on flash, fetched by a ring of processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline import models, planner
+from pipeline.config import Config
+from pipeline.console import say, size
+from storage.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.generate import GenerationParams
+    from storage.format import Store
+
+Text = Annotated[
+    str | None,
+    typer.Option("--prompt", help="Text to continue.", metavar="TEXT", show_default=False),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A preset of configs/, a Hugging Face id, or the directory of a checkpoint or store. "
+        "Without it: the built-in model.",
+        metavar="NAME|DIR",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
+]
+Context = Annotated[int, typer.Option(help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override one configuration key; may be repeated.", metavar="SECTION.KEY=VALUE"
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A TOML file as in configs/.", metavar="FILE")
+]
+
+
+def command(
+    context: typer.Context,
+    prompt: Text = None,
+    model: Model = "",
+    memory: Memory = "",
+    context_tokens: Annotated[
+        int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
+    ] = False,
+    force_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="Decode the token ids of this file (separated by spaces) instead of sampled ones, for benches.",
+            metavar="FILE",
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
+    ] = False,
+) -> None:
+    """Continue a text with a model larger than memory."""
+    if context.invoked_subcommand is not None:
+        if prompt is not None:
+            raise UsageError(f"--prompt does not go together with the command {context.invoked_subcommand}")
+        return
+    if prompt is None:
+        raise UsageError('nothing to do: give --prompt "Once upon a time", or see --help')
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    params = _params(max_new_tokens, temperature, top_k, top_p, seed, ignore_eos, force_tokens)
+    overrides = list(settings or ())
+    if memory:
+        overrides.append(f"memory.budget={json.dumps(memory)}")
+    if context_tokens:
+        overrides.append(f"compute.context={context_tokens}")
+    source, config = models.configure(model, config_file, overrides)
+    store = source.open_store()
+    config = planner.resolve(store, config)
+    report = planner.plan(store, config)
+    if verbose or config.memory.budget:
+        for line in report.lines:
+            say(line)
+    warn_if_dense(store, config, report)
+    summary = _generate(store, config, report, prompt, params, quiet=as_json)
+    summary["memory"]["budget_bytes"] = report.budget
+    if verbose:
+        for note in summary["notes"]:
+            say(note)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False, indent=2))
+    else:
+        say(describe(summary))
+
+
+def _generate(
+    store: Store,
+    config: Config,
+    report: planner.PlanReport,
+    prompt: str,
+    params: GenerationParams,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
+    from pipeline.generate import Session
+
+    with Session.open(store, config, report.plan) as session:
+        for piece in session.generate(prompt, params):
+            if not quiet:
+                print(piece, end="", flush=True)
+        if not quiet:
+            print(flush=True)
+        return session.summary()
+
+
+def _params(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    ignore_eos: bool,
+    force_tokens: Path | None,
+) -> GenerationParams:
+    from pipeline.generate import GenerationParams
+
+    forced = _read_tokens(force_tokens) if force_tokens else ()
+    params = GenerationParams(
+        max_new_tokens=len(forced) or max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        ignore_eos=ignore_eos or bool(forced),
+        forced=forced,
+    )
+    params.check()
+    return params
+
+
+def _read_tokens(file: Path) -> tuple[int, ...]:
+    try:
+        tokens = tuple(int(word) for word in file.read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise UsageError(f"the token file {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"the token file {file} must hold token ids separated by spaces") from error
+    if not tokens:
+        raise UsageError(f"the token file {file} is empty")
+    return tokens
+
+
+def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> None:
+    """Say before the first token what a token costs when every neuron is needed."""
+    if config.predictor.kind != "all":
+        return
+    streamed = report.streamed_bytes
+    if not streamed:
+        return
+    rate = planner.probe_rate(store)
+    say(
+        f"{store.manifest.name} {planner.why_dense(store)}: every token reads "
+        f"{streamed / 1e9:.2f} GB from flash, about {streamed / rate:.2g} s a token at "
+        f"{rate / 1e9:.2g} GB/s"
+    )
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The one-line summary of a generation."""
+    flash, cache, memory = summary["flash"], summary["cache"], summary["memory"]
+    asked = cache["hits"] + cache["misses"]
+    hit_rate = f"{100 * cache['hits'] / asked:.1f} %" if asked else "no lookups"
+    return (
+        f"[{summary['generated_tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, "
+        f"{flash['bytes_per_token'] / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
+        f"peak memory {size(memory['peak_bytes'])}]"
+    )

@@ -1,0 +1,21 @@
+"""`verify`: reads a whole store again and compares it with its checksums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.console import Progress, say
+
+
+def command(
+    store: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
+) -> None:
+    """Read a whole store again and compare every byte with its checksums."""
+    from storage.verify import verify
+
+    with Progress(f"verifying {store.name}") as progress:
+        verify(store, progress)
+    say(f"{store} is intact")

@@ -1,0 +1,70 @@
+"""What is said to the person at the terminal: everything but the text goes to standard error."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def say(sentence: str) -> None:
+    """One line on standard error."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.50 GiB`."""
+    for unit, scale in reversed(UNITS.items()):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{int(count)} B"
+
+
+class Progress:
+    """A progress bar over bytes, on a terminal; silent where standard error is none.
+
+    It is called with the bytes done so far and in total.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._task: TaskID | None = None
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._bars.add_task(self._what, total=total)
+        self._bars.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()

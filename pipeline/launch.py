@@ -1,0 +1,51 @@
+"""Starting our own modules as processes, and refusing when other packages stand in their place."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from storage.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent  # where `pipeline`, `storage` and `workers` stand
+
+
+def check_packages() -> None:
+    """Raise UsageError when `storage` or `workers` would come from another project."""
+    for name in ("pipeline", "storage", "workers"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if found != ROOT / name / "__init__.py":
+            raise UsageError(
+                f"the package {name!r} is taken from {found.parent if found else 'nowhere'} instead of "
+                f"{ROOT / name}: remove the other one, or run in an environment of its own"
+            )
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """`python -m module arguments`, with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def module_environment() -> dict[str, str]:
+    """The environment for `module_command`: only our packages, not ones in the caller's directory."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+
+
+def run_module(module: str, arguments: Sequence[str]) -> int:
+    """Run a module to its end on this terminal; returns its exit status.
+
+    Ctrl-C reaches the child as well, which ends by itself; it is only waited for.
+    """
+    with subprocess.Popen(module_command(module, *arguments), env=module_environment()) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,267 @@
+"""Divides the memory: what one ring holds, how large each part is, and whether a budget allows it.
+
+Slots take what is left. Everything else is decided by the model and the configuration, so the
+least budget is known exactly: all of that, and one slot per layer.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from pipeline import segments
+from pipeline.config import Config
+from pipeline.console import size
+from pipeline.plan import Plan
+from storage.errors import BudgetError, ConfigError
+from storage.format import PREDICTORS, RESIDENT, Store
+
+DEFAULT_CONTEXT = 2048  # tokens
+DEFAULT_WINDOW = 5  # tokens; the paper's k
+KERNEL_BLOCK = 256  # neurons; staging halves are a multiple of it, so that kernels see whole blocks
+F32 = 4  # bytes
+
+# Proportional set size of each process with its libraries and nothing loaded, in bytes. Measured
+# on Linux 6.18, Python 3.11: torch + numba, numba, numpy + pyzmq, and the command line's own.
+BASES: Final = {
+    "compute": 330 << 20,
+    "predictor": 120 << 20,
+    "cache": 40 << 20,
+    "prefetcher": 40 << 20,
+    "supervisor": 80 << 20,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """A plan and how it came about. All sizes in bytes."""
+
+    plan: Plan
+    parts: dict[str, int]  # what holds how much
+    budget: int | None  # None: no budget was given
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a token reads when every neuron is needed: all bundles without a slot."""
+        plan = self.plan
+        return sum((plan.d_ff - slots) * plan.stride for slots in plan.slots)
+
+    @property
+    def lines(self) -> list[str]:
+        """The division of the memory, for people."""
+        plan = self.plan
+        resident = plan.total_slots / (plan.layers * plan.d_ff)
+        within = f" of {size(self.budget)}" if self.budget is not None else ""
+        head = f"memory: {size(self.total)}{within}; {resident:.1%} of the FFN in {plan.total_slots:,} slots"
+        return [head, *(f"  {name:<18}{size(value):>12}" for name, value in self.parts.items())]
+
+
+def resolve(store: Store, config: Config) -> Config:
+    """The configuration with everything that `auto` and 0 stand for decided.
+
+    Raises ConfigError for what this model cannot do.
+    """
+    limit = store.architecture.max_positions
+    context = config.compute.context or min(DEFAULT_CONTEXT, limit)
+    if context > limit:
+        raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
+    kind = config.predictor.kind
+    if kind == "auto":
+        kind = "lowrank" if store.architecture.relu and _predictor_bytes(store, config) else "all"
+    if kind == "lowrank" and not _predictor_bytes(store, config):
+        raise ConfigError(
+            f"{store.manifest.name} has no predictors named {config.model.predictor!r}: make them with "
+            f"`run.py train-predictor`, or choose another predictor.kind"
+        )
+    if kind == "oracle" and not store.architecture.relu:
+        raise ConfigError(
+            f"predictor.kind oracle needs a ReLU model, and {store.manifest.name} has {store.architecture.activation}"
+        )
+    if kind == "oracle" and config.predictor.lookahead and not config.predictor.refine:
+        raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
+    _pinned(store, config)
+    return config.replace(predictor={"kind": kind}, compute={"context": context})
+
+
+def plan(store: Store, config: Config) -> PlanReport:
+    """Divide the memory for a resolved configuration.
+
+    Raises BudgetError, naming the least that would do, when the budget is too small, and
+    ConfigError for a budget or a layer that cannot be.
+    """
+    config = resolve(store, config)
+    budget = parse_budget(config.memory.budget, store)
+    pinned = _pinned(store, config)
+    least = _report(store, config, pinned, _least_slots(store, config), budget)
+    if budget is None:
+        wanted = config.cache.slots_per_layer or round(config.cache.share * store.layout.d_ff)
+        return _report(store, config, pinned, wanted, None)
+    if budget < least.total:
+        raise BudgetError(
+            f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
+            f"the least that would do is {math.ceil(least.total / (1 << 20))}MiB"
+        )
+    if config.cache.slots_per_layer or not (open_layers := store.layout.layers - len(pinned)):
+        return least
+    spare = (budget - least.total) // (open_layers * store.layout.stride)
+    return _report(store, config, pinned, _least_slots(store, config) + spare, budget)
+
+
+def _least_slots(store: Store, config: Config) -> int:
+    return config.cache.slots_per_layer or 1
+
+
+def _report(
+    store: Store, config: Config, pinned: frozenset[int], slots: int, budget: int | None
+) -> PlanReport:
+    """The plan with `slots` in every layer that is not pinned."""
+    layout = store.layout
+    slots = max(1, min(layout.d_ff, slots))
+    divided = Plan(
+        layers=layout.layers,
+        d_model=layout.d_model,
+        d_ff=layout.d_ff,
+        stride=layout.stride,
+        slots=tuple(layout.d_ff if layer in pinned else slots for layer in range(layout.layers)),
+        staging=staging_slots(config.prefetcher.staging, layout.stride, layout.d_ff),
+        context=config.compute.context,
+        hidden_rows=config.cache.window or DEFAULT_WINDOW,
+        lookahead=config.predictor.lookahead,
+        pinned=pinned,
+    )
+    return PlanReport(divided, _parts(store, config, divided), budget)
+
+
+def staging_slots(size_bytes: int, stride: int, d_ff: int) -> int:
+    """Bundles of one staging half: whole blocks where there is room for one, at most a layer."""
+    count = max(1, size_bytes // stride)
+    if count > KERNEL_BLOCK:
+        count -= count % KERNEL_BLOCK
+    return min(count, d_ff)
+
+
+def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
+    architecture = store.architecture
+    shared = segments.sizes(divided)
+    staging = 2 * divided.staging * divided.stride
+    cached = 2 * divided.layers * divided.context * architecture.kv_heads * architecture.head_dim * F32
+    return {
+        "resident weights": store.manifest.files[RESIDENT].bytes,
+        "KV cache": cached,
+        "predictors": _held_by_predictor(store, config),
+        "slots": shared.pop("bundles") - staging,
+        "staging": staging,
+        "tables": sum(shared.values()),
+        "activations": _activation_bytes(store, divided),
+        "processes": sum(BASES.values()),
+    }
+
+
+def _activation_bytes(store: Store, divided: Plan) -> int:
+    """Compute's scratch: the prefill of a full context, and one row of logits.
+
+    Per token the residual, its norm, queries, keys and values, and the attention's and the FFN's
+    output, all float32; one staging half of FFN activations; one head's attention scores.
+    """
+    architecture = store.architecture
+    heads = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
+    per_token = 4 * architecture.d_model + heads + divided.staging + divided.context
+    return (divided.context * per_token + architecture.vocabulary) * F32
+
+
+def _predictor_bytes(store: Store, config: Config) -> int:
+    """Size of the chosen predictors' file; 0 when there is none."""
+    try:
+        return (store.path / PREDICTORS / f"{config.model.predictor}.safetensors").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _held_by_predictor(store: Store, config: Config) -> int:
+    if config.predictor.kind == "lowrank":
+        return _predictor_bytes(store, config)
+    if config.predictor.kind == "oracle":
+        return store.layout.layers * store.layout.d_ff * store.layout.row_bytes  # all up-projections
+    return 0
+
+
+def _pinned(store: Store, config: Config) -> frozenset[int]:
+    """Pinned layers by their number from the front. Raises ConfigError."""
+    layers = store.layout.layers
+    for layer in config.predictor.pinned_layers:
+        if not -layers <= layer < layers:
+            raise ConfigError(f"predictor.pinned_layers names layer {layer}, and the model has {layers}")
+    return frozenset(layer % layers for layer in config.predictor.pinned_layers)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B|B|)", re.IGNORECASE)
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+
+def parse_budget(text: str, store: Store) -> int | None:
+    """Bytes of `7GiB`, `50%` (of the checkpoint) or a sum such as `50%+1GiB`; None for ''."""
+    if not text.strip():
+        return None
+    total = 0.0
+    for term in text.split("+"):
+        match = _SIZE.fullmatch(term.strip())
+        if match is None:
+            raise ConfigError(f"memory.budget takes a size such as 7GiB or 50%, not {text!r}")
+        number, unit = float(match[1]), match[2].upper()
+        total += number / 100 * checkpoint_bytes(store) if unit == "%" else number * _UNITS[unit]
+    return int(total)
+
+
+def checkpoint_bytes(store: Store) -> int:
+    """The model's weights without padding: resident tensors and FFN matrices."""
+    layout = store.layout
+    ffn = layout.layers * layout.d_ff * layout.rows * layout.row_bytes
+    return store.manifest.files[RESIDENT].bytes + ffn
+
+
+def why_dense(store: Store) -> str:
+    """The reason for kind `all`, to stand after the model's name."""
+    if not store.architecture.relu:
+        return f"is not sparse ({store.architecture.activation})"
+    return "runs without predictors (train-predictor makes them)"
+
+
+PROBE_SECONDS = 0.15
+PROBE_READ = 1 << 20  # bytes
+
+
+def probe_rate(store: Store) -> float:
+    """Bytes a second that the store's disk delivers in large reads, from a short try."""
+    path = store.path / "bundles.bin"
+    length = min(PROBE_READ, store.layout.total_bytes // 4096 * 4096)
+    blocks = max(1, store.layout.total_bytes // max(1, length))
+    descriptor = _open_direct(path)
+    done, started = 0, time.perf_counter()
+    try:
+        with mmap.mmap(-1, max(4096, length)) as buffer:  # page-aligned, as direct I/O asks
+            for block in range(blocks):
+                done += os.preadv(descriptor, [buffer], block * length)
+                if time.perf_counter() - started > PROBE_SECONDS:
+                    break
+    finally:
+        os.close(descriptor)
+    return max(1.0, done / (time.perf_counter() - started))
+
+
+def _open_direct(path: os.PathLike[str]) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:  # a file system without direct I/O
+        return os.open(path, os.O_RDONLY)
