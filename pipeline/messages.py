@@ -226,6 +226,8 @@ class Stats(Message):
 def _all_messages() -> dict[int, type[Message]]:
     table: dict[int, type[Message]] = {}
     for kind in Message.__subclasses__():
+        if globals().get(kind.__name__) is not kind:
+            continue  # the class that `slots=True` replaced, until it is collected
         if kind.TAG in table:
             raise TypeError(f"two messages have tag {kind.TAG}")
         table[kind.TAG] = kind
