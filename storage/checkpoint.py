@@ -1,0 +1,261 @@
+"""Reading a Hugging Face checkpoint directory, one tensor at a time.
+
+Safetensors are read with plain positioned reads rather than a mapping, so that memory is what was
+asked for and no more. `pytorch_model*.bin` goes through `torch.load(weights_only=True, mmap=True)`:
+never plain pickle. Every array is of the carrier type (`storage.format.CARRIER`).
+
+All tensors that are read must have one dtype, float32, float16 or bfloat16; the tensors decide it,
+not `config.json`. A mixture is refused: converting silently would change results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import xxhash
+
+from storage.errors import CheckpointError, UnsupportedModel
+from storage.families.family import Carrier
+from storage.format import CARRIER, ITEMSIZE
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+LFS_POINTER = b"version https://git-lfs"
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10  # of each shard, for the source's identity
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a shard. `offset` is the byte offset of its data (safetensors only)."""
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str  # float32 | float16 | bfloat16, or the checkpoint's own word for anything else
+    offset: int
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """An opened checkpoint: its `config.json` and the directory of its tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+    entries: dict[str, Entry]
+    _torch_shard: tuple[Path, dict[str, Any]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read `config.json` and every shard's directory, no weights.
+
+        Raises CheckpointError naming the file for whatever is missing, truncated or unreadable.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"the checkpoint directory {path} does not exist")
+        config = read_json(path / CONFIG)
+        shards, named = _shards(path)
+        entries: dict[str, Entry] = {}
+        for shard in shards:
+            entries.update(_directory(shard))
+        for name, shard in named.items():
+            if name not in entries or entries[name].shard != shard:
+                raise CheckpointError(
+                    f"{shard} lacks the tensor {name} that the checkpoint's index places there"
+                )
+        return cls(path, config, shards, entries)
+
+    def entry(self, name: str, shape: tuple[int, ...] | None = None) -> Entry:
+        """Raises CheckpointError for a missing tensor or another shape, UnsupportedModel for its dtype."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"the checkpoint {self.path} lacks the tensor {name}")
+        if shape is not None and entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.shard}: {name} has the shape {list(entry.shape)} where config.json asks for {list(shape)}"
+            )
+        if entry.dtype not in ITEMSIZE:
+            raise UnsupportedModel(
+                f"{entry.shard}: {name} has the dtype {entry.dtype}; supported are {', '.join(ITEMSIZE)}"
+            )
+        return entry
+
+    def read(self, name: str) -> Carrier:
+        """The whole tensor."""
+        entry = self.entry(name)
+        return self._elements(name, entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+    def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
+        """The tensor's elements, flat, in chunks of at most `size` bytes."""
+        entry = self.entry(name)
+        total, step = math.prod(entry.shape), size // ITEMSIZE[entry.dtype]
+        for start in range(0, total, step):
+            yield self._elements(name, entry, start, min(step, total - start))
+
+    def release(self) -> None:
+        """Drop the mapping of a `.bin` shard; its pages otherwise stay in this process's memory."""
+        self._torch_shard = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: JSON, independent of paths and times.
+
+        The config's hash and, of each shard, name, size and the hash of 64 samples of 64 KiB spread
+        over it. Reading everything would take minutes; two trainings of one shape differ everywhere.
+        """
+        return {
+            "config": xxhash.xxh3_128_hexdigest(json.dumps(self.config, sort_keys=True).encode()),
+            "shards": {
+                shard.name: {"bytes": shard.stat().st_size, "samples": _sample(shard)}
+                for shard in self.shards
+            },
+        }
+
+    def _elements(self, name: str, entry: Entry, start: int, count: int) -> Carrier:
+        carrier = CARRIER[entry.dtype]
+        if entry.shard.suffix == ".bin":
+            flat: Carrier = _as_carrier(self._torch(entry.shard)[name]).reshape(-1)
+            return flat[start : start + count]
+        offset = entry.offset + start * ITEMSIZE[entry.dtype]
+        try:
+            data = np.fromfile(entry.shard, carrier, count=count, offset=offset)
+        except OSError as error:
+            _unreadable(entry.shard, error)
+        if data.size != count:
+            raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
+        return data
+
+    def _torch(self, shard: Path) -> dict[str, Any]:
+        if self._torch_shard is None or self._torch_shard[0] != shard:
+            self._torch_shard = (shard, _load_bin(shard))
+        return self._torch_shard[1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        _unreadable(path, error)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} cannot be read: it is not a JSON object")
+    return data
+
+
+def _unreadable(path: Path, error: Exception) -> NoReturn:
+    reason = str(error).strip().split("\n")[0]
+    raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
+def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
+    """The weight files, and the shard of each tensor where an index says so."""
+    for name in WEIGHTS:
+        if not (path / name).is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return (path / name,), {}
+        weight_map = read_json(path / name).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        ):
+            raise CheckpointError(f"{path / name} cannot be read: it has no valid weight_map")
+        named = {tensor: path / file for tensor, file in weight_map.items()}
+        shards = tuple(sorted(set(named.values())))
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"the checkpoint's shard {shard} is missing")
+        return shards, named
+    raise CheckpointError(f"{path} is not a checkpoint: it has none of {', '.join(WEIGHTS)}")
+
+
+def _directory(shard: Path) -> dict[str, Entry]:
+    """Name, shape, dtype and place of the tensors of one shard."""
+    with shard.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{shard} is a Git LFS pointer, not the weights: run git lfs pull")
+    if shard.suffix == ".bin":
+        return {
+            name: Entry(shard, tuple(value.shape), str(value.dtype).removeprefix("torch."), 0)
+            for name, value in _load_bin(shard).items()
+        }
+    return _safetensors_directory(shard)
+
+
+def _safetensors_directory(shard: Path) -> dict[str, Entry]:
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(f"{shard} is truncated or not a safetensors file: its header does not fit")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return {
+                name: _safetensors_entry(shard, 8 + length, size, name, item) for name, item in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{shard} has a damaged safetensors header") from error
+
+
+def _safetensors_entry(shard: Path, base: int, size: int, name: str, item: dict[str, Any]) -> Entry:
+    start, end = item["data_offsets"]
+    shape = tuple(int(extent) for extent in item["shape"])
+    dtype = SAFETENSORS_DTYPES.get(item["dtype"], str(item["dtype"]))
+    if base + end > size:
+        raise CheckpointError(f"{shard} is truncated: {name} ends beyond the end of the file")
+    if start < 0 or min(shape, default=0) < 0:
+        raise ValueError
+    if dtype in ITEMSIZE and end - start != math.prod(shape) * ITEMSIZE[dtype]:
+        raise ValueError
+    return Entry(shard, shape, dtype, base + start)
+
+
+def _load_bin(shard: Path) -> dict[str, Any]:
+    """The tensors of a `.bin` shard, mapped. Raises CheckpointError for anything torch refuses."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        _unreadable(shard, error)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{shard} cannot be read: it is not a dictionary of tensors")
+    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _as_carrier(tensor: Any) -> Carrier:
+    """A torch tensor as a numpy array of the carrier type, without a copy where it is contiguous."""
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    array: Carrier = tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
+    return array
+
+
+def _sample(shard: Path) -> str:
+    digest, size = xxhash.xxh3_128(), shard.stat().st_size
+    last = max(size - SAMPLE_BYTES, 0)
+    with shard.open("rb") as file:
+        for index in range(SAMPLES):
+            file.seek(last * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

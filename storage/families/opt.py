@@ -1,0 +1,119 @@
+"""OPT (Zhang et al., arXiv 2205.01068): facebook/opt-*, facebook/galactica-*.
+
+Sequential blocks, learned positions that start at row 2, layer norms before their sub-layers, or
+after them in opt-350m, whose embeddings are narrower than the model. Follows transformers'
+`modeling_opt.py`; its layer norms have an epsilon of 1e-5 that no config changes.
+"""
+
+from __future__ import annotations
+
+from storage.families import architecture as canonical
+from storage.families.architecture import Architecture
+from storage.families.family import (
+    HEAD_SOURCE,
+    Family,
+    Resident,
+    Settings,
+    Source,
+    activation,
+    concatenated,
+    copied,
+    flag,
+    heads,
+    norm,
+    number,
+    token,
+    tokens,
+)
+
+POSITION_OFFSET = 2
+NORM_EPSILON = 1e-5
+
+
+def architecture(config: Settings) -> Architecture:
+    """Raises UnsupportedModel for an activation or a value that is not supported."""
+    d_model = number(config, "hidden_size", 768)
+    before = flag(config, "do_layer_norm_before", True)
+    head_count = heads(config, d_model, 12)
+    return Architecture(
+        family="opt",
+        d_model=d_model,
+        d_ff=number(config, "ffn_dim", 3072),
+        layers=number(config, "num_hidden_layers", 12),
+        heads=head_count,
+        kv_heads=head_count,
+        head_dim=d_model // head_count,
+        vocabulary=number(config, "vocab_size", 50272),
+        max_positions=number(config, "max_position_embeddings", 2048),
+        block="pre_norm" if before else "post_norm",
+        positions="learned",
+        activation=activation(config, "activation_function", "relu"),
+        shared_norm=False,
+        final_norm=before and not flag(config, "_remove_final_layer_norm", False),
+        tied_head=flag(config, "tie_word_embeddings", True),
+        norm_epsilon=NORM_EPSILON,
+        embed_dim=number(config, "word_embed_proj_dim", d_model),
+        position_offset=POSITION_OFFSET,
+        rotary_base=0.0,
+        bos_token=token(config, "bos_token_id", 2),
+        eos_tokens=tokens(config, "eos_token_id", 2),
+    )
+
+
+def resident(config: Settings, model: Architecture) -> tuple[Resident, ...]:
+    affine = flag(config, "layer_norm_elementwise_affine", True)
+    bias = flag(config, "enable_bias", True)
+    width, narrow = model.d_model, model.embed_dim
+    parts = [
+        copied(canonical.EMBED, "embed_tokens.weight", model.vocabulary, narrow),
+        copied(canonical.POSITIONS, "embed_positions.weight", model.max_positions + POSITION_OFFSET, width),
+    ]
+    if narrow != width:
+        parts.append(copied(canonical.PROJECT_IN, "project_in.weight", width, narrow))
+        parts.append(copied(canonical.PROJECT_OUT, "project_out.weight", narrow, width))
+    for layer in range(model.layers):
+        parts += _layer(model, layer, affine=affine, bias=bias)
+    if model.final_norm:
+        parts += norm(canonical.FINAL_NORM, "final_layer_norm", width, affine=affine)
+    if not model.tied_head:
+        parts.append(copied(canonical.HEAD, HEAD_SOURCE, model.vocabulary, narrow))
+    return tuple(parts)
+
+
+def _layer(model: Architecture, layer: int, *, affine: bool, bias: bool) -> list[Resident]:
+    def here(part: str) -> str:
+        return canonical.layer(layer, part)
+
+    source, width = f"layers.{layer}", model.d_model
+    attention = [f"{source}.self_attn.{part}_proj" for part in "qkv"]
+    parts = [
+        *norm(here("norm"), f"{source}.self_attn_layer_norm", width, affine=affine),
+        concatenated(here("qkv.weight"), [Source(f"{name}.weight", (width, width)) for name in attention]),
+        copied(here("out.weight"), f"{source}.self_attn.out_proj.weight", width, width),
+        *norm(here("ffn_norm"), f"{source}.final_layer_norm", width, affine=affine),
+    ]
+    if bias:
+        parts += [
+            concatenated(here("qkv.bias"), [Source(f"{name}.bias", (width,)) for name in attention]),
+            copied(here("out.bias"), f"{source}.self_attn.out_proj.bias", width),
+            copied(here("up.bias"), f"{source}.fc1.bias", model.d_ff),
+            copied(here("down.bias"), f"{source}.fc2.bias", width),
+        ]
+    return parts
+
+
+def ffn(model: Architecture, layer: int) -> tuple[Source, Source]:
+    return (
+        Source(f"layers.{layer}.fc1.weight", (model.d_ff, model.d_model)),
+        Source(f"layers.{layer}.fc2.weight", (model.d_model, model.d_ff)),
+    )
+
+
+OPT = Family(
+    name="opt",
+    prefixes=("model.decoder.", "decoder.", ""),
+    embedding="embed_tokens.weight",
+    architecture=architecture,
+    resident=resident,
+    ffn=ffn,
+)

@@ -1,0 +1,30 @@
+"""Which family a checkpoint belongs to. Adding a family: one file, one entry here."""
+
+from __future__ import annotations
+
+from storage.errors import UnsupportedModel
+from storage.families.falcon import FALCON
+from storage.families.family import Family, Settings
+from storage.families.opt import OPT
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (OPT, FALCON)}
+
+
+def family_of(config: Settings) -> Family:
+    """The family of a `config.json`.
+
+    Raises UnsupportedModel naming the architecture, or the quantisation, and what is supported.
+    """
+    kind = config.get("model_type")
+    supported = ", ".join(FAMILIES)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        names = config.get("architectures") or [kind]
+        raise UnsupportedModel(
+            f"model architecture {names[0] if isinstance(names, list) else names} (model_type {kind!r}) is not "
+            f"supported; supported model types are {supported}"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedModel(
+            "quantised checkpoints are not supported; supported are float32, float16 and bfloat16 weights"
+        )
+    return FAMILIES[kind]

@@ -1,0 +1,98 @@
+"""Writing `resident.safetensors` as a stream: the header first, then one tensor at a time.
+
+The safetensors library wants all tensors in memory at once, a third of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from storage.checkpoint import Checkpoint
+from storage.errors import CheckpointError
+from storage.families.family import Carrier, Resident
+from storage.format import CARRIER, ITEMSIZE, FileEntry
+
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+HEADER_ALIGNMENT = 8  # bytes
+
+
+def header(residents: tuple[Resident, ...], dtype: str) -> bytes:
+    """Length and JSON of a safetensors file that holds `residents` in their order."""
+    offset, items = 0, {}
+    for resident in residents:
+        end = offset + resident.elements * ITEMSIZE[dtype]
+        items[resident.name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(resident.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(items, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def size(residents: tuple[Resident, ...], dtype: str) -> int:
+    """Bytes of the whole file."""
+    elements = sum(resident.elements for resident in residents)
+    return len(header(residents, dtype)) + elements * ITEMSIZE[dtype]
+
+
+def write(
+    file: BinaryIO,
+    residents: tuple[Resident, ...],
+    dtype: str,
+    checkpoint: Checkpoint,
+    prefix: Callable[[str], str],
+    wrote: Callable[[int], None],
+) -> FileEntry:
+    """Write the whole file; `wrote` hears the bytes so far. `prefix` completes a source's name.
+
+    Raises CheckpointError for what cannot be read, OSError for what cannot be written.
+    """
+    digest, done = xxhash.xxh3_128(), 0
+    for data in _stream(residents, dtype, checkpoint, prefix):
+        file.write(data)
+        digest.update(data)
+        done += len(data)
+        wrote(done)
+    return FileEntry(done, digest.hexdigest())
+
+
+def _stream(
+    residents: tuple[Resident, ...], dtype: str, checkpoint: Checkpoint, prefix: Callable[[str], str]
+) -> Iterator[bytes | memoryview]:
+    yield header(residents, dtype)
+    for resident in residents:
+        for chunk in _chunks(resident, dtype, checkpoint, prefix):
+            yield memoryview(np.ascontiguousarray(chunk).reshape(-1)).cast("B")
+        checkpoint.release()
+
+
+def _chunks(
+    resident: Resident, dtype: str, checkpoint: Checkpoint, prefix: Callable[[str], str]
+) -> Iterator[Carrier]:
+    if not resident.sources:
+        yield _filled(resident, dtype)
+    elif resident.build is None:
+        yield from checkpoint.chunks(prefix(resident.sources[0].name))
+    else:
+        built = resident.build([checkpoint.read(prefix(source.name)) for source in resident.sources])
+        if built.shape != resident.shape:
+            raise CheckpointError(f"{resident.name} was built as {built.shape}, not {resident.shape}")
+        yield built
+
+
+def _filled(resident: Resident, dtype: str) -> Carrier:
+    value = np.array(resident.fill, np.float32)
+    if dtype == "float16":
+        value = value.astype(np.float16).view(np.uint16)
+    elif dtype == "bfloat16":
+        value = (value.view(np.uint32) >> 16).astype(np.uint16)
+    return np.full(resident.shape, value, CARRIER[dtype])

@@ -1,0 +1,181 @@
+"""Tiny Hugging Face checkpoints with every parameter random and non-trivial, for comparisons.
+
+`write_checkpoint(directory, variant, dtype, ...)` writes what transformers' `save_pretrained`
+writes, plus a small byte-level `tokenizer.json`. Norm weights lie around 1 ± 0.3, biases around
+± 0.3, and matrices are scaled so that the logits have a standard deviation of at least 1.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+VOCABULARY = 320  # ids: 4 special, 256 bytes, the rest never produced by the tokenizer
+BOS = EOS = 2  # </s>
+POSITIONS = 128
+
+_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "num_hidden_layers": 3,
+    "ffn_dim": 192,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "dropout": 0.0,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+_FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "activation": "gelu",
+}
+
+# name -> (model_type, settings of its transformers configuration)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {**_OPT}),
+    "opt-gelu": ("opt", {**_OPT, "activation_function": "gelu"}),
+    "opt-no-bias": ("opt", {**_OPT, "enable_bias": False}),
+    "opt-no-affine": ("opt", {**_OPT, "layer_norm_elementwise_affine": False}),
+    "opt-untied": ("opt", {**_OPT, "tie_word_embeddings": False}),
+    "opt-post-norm": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-projected": ("opt", {**_OPT, "word_embed_proj_dim": 32, "tie_word_embeddings": False}),
+    "falcon-7b": ("falcon", {**_FALCON}),
+    "falcon-rw": (
+        "falcon",
+        {
+            **_FALCON,
+            "alibi": True,
+            "bias": True,
+            "parallel_attn": False,
+            "multi_query": False,
+        },
+    ),
+    "falcon-40b": (
+        "falcon",
+        {
+            **_FALCON,
+            "new_decoder_architecture": True,
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 256,
+        },
+    ),
+    "falcon-11b": (
+        "falcon",
+        {
+            **_FALCON,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500042.0},
+        },
+    ),
+    "falcon-relu": ("falcon", {**_FALCON, "activation": "relu", "tie_word_embeddings": False}),
+    "falcon-sequential": ("falcon", {**_FALCON, "parallel_attn": False, "bias": True}),
+    "falcon-alibi-7b": ("falcon", {**_FALCON, "alibi": True}),
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
+    """The transformers model of a variant, in `dtype`, in evaluation mode, eager attention."""
+    from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
+
+    kind, settings = VARIANTS[variant]
+    settings = {**settings, "attn_implementation": "eager"}
+    model = (
+        OPTForCausalLM(OPTConfig(**settings))
+        if kind == "opt"
+        else FalconForCausalLM(FalconConfig(**settings))
+    )
+    _randomise(model, torch.Generator().manual_seed(seed))
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def _randomise(model: Any, generator: torch.Generator) -> None:
+    """Every parameter random: 1-D weights are norms' (1 ± 0.3), 1-D biases ± 0.3."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.ndim == 2 and "embed" in name:
+                parameter.copy_(noise * 0.5)
+            elif parameter.ndim == 2:
+                parameter.copy_(noise * (1.6 / math.sqrt(parameter.shape[1])))
+            elif name.endswith("bias"):
+                parameter.copy_(noise * 0.3)
+            else:
+                parameter.copy_(1 + noise * 0.3)
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level, no merges: `<s> <pad> </s> <unk>`, then 256 bytes; `</s>` is prepended."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {
+        token: index for index, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", EOS)]
+    )
+    return tokenizer
+
+
+def write_checkpoint(
+    directory: Path,
+    variant: str = "opt",
+    dtype: str = "float32",
+    *,
+    seed: int = 0,
+    sharded: bool = False,
+    bin: bool = False,
+) -> Path:
+    """Write a checkpoint of `VARIANTS[variant]` and return its directory.
+
+    `sharded` splits it into several files with an index; `bin` writes `pytorch_model*.bin`.
+    """
+    model = make_model(variant, dtype, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, max_shard_size="100KB" if sharded else "1GB")
+    if bin:
+        _to_bin(directory)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def _to_bin(directory: Path) -> None:
+    """Rewrite the safetensors files as `pytorch_model*.bin`: transformers no longer writes them."""
+    import json
+
+    from safetensors.torch import load_file
+
+    def renamed(name: str) -> str:
+        return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+    for path in sorted(directory.glob("*.safetensors")):
+        torch.save(load_file(path), directory / renamed(path.name))
+        path.unlink()
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        data = json.loads(index.read_text())
+        data["weight_map"] = {name: renamed(file) for name, file in data["weight_map"].items()}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(data))
+        index.unlink()
