@@ -9,7 +9,7 @@ from ring import PROMPT, config, generate, outcome, plan_for, tap
 
 from pipeline.channel import Channel
 from pipeline.generate import GenerationParams, Session
-from pipeline.messages import LayerPart, Message, ReadBundles
+from pipeline.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
 from storage.convert import convert
 from storage.format import Store
 from checkpoints import write_checkpoint
@@ -88,10 +88,27 @@ def test_history_does_not_change_the_text(store, reference):
 def test_cancel_during_prefill_drains_the_ring(store, reference):
     chosen = config()
     with Session(store, chosen, plan_for(store, chosen, slots=10, staging=7)) as session:
-        pieces = session.generate(PROMPT * 15, GenerationParams(max_new_tokens=4))
-        session._cancel_at_once = True
-        pieces.close()
+        session.ring.send("compute", long_generation(run=1000))
+        session.ring.send("compute", Cancel(1000))
+        message = session.ring.receive(60)
+        while not isinstance(message, Finished):
+            message = session.ring.receive(60)
+        assert message.reason == "cancelled"
         assert generate(session) == reference
+
+
+def long_generation(run: int) -> Generate:
+    return Generate(
+        run=run,
+        prompt=tuple(PROMPT * 15),
+        max_new_tokens=30,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
+        stop_tokens=(),
+        forced=(),
+    )
 
 
 def test_sampling_is_decided_by_the_seed(store):
