@@ -10,19 +10,14 @@ residency's clock). A step with `tokens > 1`, or the first of a run, is a prefil
 
 from __future__ import annotations
 
-import types
-import typing
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import msgpack
+from pipeline.codec import Codec
+from pipeline.codec import ProtocolError as ProtocolError  # noqa: PLC0414 - part of this protocol
 
 PROTOCOL_VERSION = 1
 EMBEDDING = -1  # as a layer: the new token's embedding, before any layer
-
-
-class ProtocolError(Exception):
-    """A frame that is not a message of this protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,72 +218,7 @@ class Stats(Message):
     values: dict[str, float]
 
 
-def _all_messages() -> dict[int, type[Message]]:
-    table: dict[int, type[Message]] = {}
-    for kind in Message.__subclasses__():
-        if globals().get(kind.__name__) is not kind:
-            continue  # the class that `slots=True` replaced, until it is collected
-        if kind.TAG in table:
-            raise TypeError(f"two messages have tag {kind.TAG}")
-        table[kind.TAG] = kind
-    return table
-
-
-BY_TAG = _all_messages()
-
-
-def _check(value: Any, wanted: Any) -> Any:
-    """`value` as the field type `wanted`, or ProtocolError. Sequences become tuples."""
-    origin = typing.get_origin(wanted)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ProtocolError(f"expected a list, got {type(value).__name__}")
-        inner = typing.get_args(wanted)[0]
-        return tuple(_check(item, inner) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ProtocolError(f"expected a map, got {type(value).__name__}")
-        key_type, value_type = typing.get_args(wanted)
-        return {_check(k, key_type): _check(v, value_type) for k, v in value.items()}
-    if origin is types.UnionType:
-        for option in typing.get_args(wanted):
-            if option is type(None) and value is None:
-                return None
-            if option is not type(None) and type(value) is option:
-                return value
-        raise ProtocolError(f"expected {wanted}, got {type(value).__name__}")
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise ProtocolError(f"expected {wanted.__name__}, got {type(value).__name__}")
-    return value
-
-
-_FIELD_TYPES: dict[type[Message], list[tuple[str, Any]]] = {}
-for _kind in BY_TAG.values():
-    _hints = typing.get_type_hints(_kind)
-    _FIELD_TYPES[_kind] = [(field.name, _hints[field.name]) for field in fields(_kind)]
-
-
-def encode(message: Message) -> bytes:
-    """`[tag, *fields]` as msgpack."""
-    values = [getattr(message, name) for name, _ in _FIELD_TYPES[type(message)]]
-    packed: bytes = msgpack.packb([message.TAG, *values])
-    return packed
-
-
-def decode(frame: bytes) -> Message:
-    """Inverse of `encode`. Raises ProtocolError for anything else."""
-    try:
-        data = msgpack.unpackb(frame, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError(f"not msgpack: {error}") from error
-    if not isinstance(data, list) or not data or type(data[0]) is not int or data[0] not in BY_TAG:
-        raise ProtocolError("not a message of this protocol")
-    kind = BY_TAG[data[0]]
-    types_of = _FIELD_TYPES[kind]
-    if len(data) - 1 != len(types_of):
-        raise ProtocolError(f"{kind.__name__} has {len(types_of)} fields, got {len(data) - 1}")
-    return kind(
-        **{name: _check(value, wanted) for value, (name, wanted) in zip(data[1:], types_of, strict=True)}
-    )
+_CODEC = Codec(Message)
+BY_TAG = _CODEC.by_tag
+encode = _CODEC.encode  # Message → `[tag, *fields]` as msgpack
+decode = _CODEC.decode  # the inverse; raises ProtocolError for anything else
