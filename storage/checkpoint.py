@@ -87,7 +87,8 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint {self.path} lacks the tensor {name}")
         if shape is not None and entry.shape != shape:
             raise CheckpointError(
-                f"{entry.shard}: {name} has the shape {list(entry.shape)} where config.json asks for {list(shape)}"
+                f"{entry.shard}: {name} has the shape {list(entry.shape)} where config.json asks for "
+                f"{list(shape)}"
             )
         if entry.dtype not in ITEMSIZE:
             raise UnsupportedModel(

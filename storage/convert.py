@@ -23,6 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from storage import resident, tokenizer
+from storage.bundles import assemble, checksums, spans
 from storage.checkpoint import GENERATION_CONFIG, Checkpoint, read_json
 from storage.errors import (
     CheckpointError,
@@ -37,7 +38,6 @@ from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
 from storage.format import (
     BUNDLES,
-    CARRIER,
     CHECKSUMS,
     DEFAULT_ALIGNMENT,
     FORMAT_VERSION,
@@ -52,7 +52,7 @@ from storage.format import (
 )
 
 PROGRESS = "progress.json"
-BLOCK_BYTES = 16 << 20  # bundles are assembled, written and hashed in blocks of this size
+TEMPORARY = ".tmp"
 SLACK_BYTES = 64 << 20  # free space asked for beyond the store's own: tokenizer, file system
 
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
@@ -82,10 +82,6 @@ class Plan:
     def full_name(self, source: str) -> str:
         return source if source == HEAD_SOURCE else self.prefix + source
 
-    def neurons(self, layer: int, start: int, stop: int) -> slice | npt.NDArray[np.int32]:
-        """The neurons at positions start … stop."""
-        return slice(start, stop) if self.order is None else self.order.neurons[layer, start:stop]
-
     @property
     def total_bytes(self) -> int:
         checksums = self.layout.layers * self.layout.d_ff * 8
@@ -110,12 +106,13 @@ def convert(
     parameter that cannot be, StoreIncomplete for an interrupted conversion with other parameters,
     DiskFull when the disk is or will be full; what is written then resumes.
     """
+    out = Path(os.path.abspath(out))  # so that it has a name and a parent
     plan = make_plan(Checkpoint.open(checkpoint), alignment, order)
     existing = _existing(out, plan)
     if existing is not None:
         return existing
     partial = out.with_name(out.name + ".partial")
-    with _disk_full(partial):
+    with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial):
             _write(plan, partial, name, progress or (lambda stage, done, total: None))
@@ -227,7 +224,8 @@ def _existing(out: Path, plan: Plan) -> Store | None:
         raise UsageError(f"{out} exists and is damaged ({error}): remove it to convert again") from error
     if store.manifest.parameters != plan.parameters:
         raise UsageError(
-            f"{out} is a store of another checkpoint or of other conversion parameters: choose another directory"
+            f"{out} is a store of another checkpoint or of other conversion parameters: "
+            "choose another directory"
         )
     return store
 
@@ -247,15 +245,16 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_full(partial: Path) -> Iterator[None]:
+def _writing(partial: Path) -> Iterator[None]:
+    """Turn the system's refusals into DiskFull or StoreError; what is written stays, and resumes."""
     try:
         yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise
+            raise StoreError(f"{partial} cannot be written: {error.strerror}") from error
         raise DiskFull(
-            f"no space left for {partial} ({error.strerror}); make room and run the same convert command again "
-            "to resume"
+            f"no space left for {partial} ({error.strerror}); make room and run the same convert command "
+            "again to resume"
         ) from error
 
 
@@ -285,7 +284,7 @@ def _recorded(partial: Path, plan: Plan) -> dict[str, Any]:
     """`progress.json`: parameters, complete layers, the resident file once it is whole."""
     path = partial / PROGRESS
     if not path.is_file():
-        if any(partial.iterdir()):
+        if any(file.name != PROGRESS + TEMPORARY for file in partial.iterdir()):
             raise UsageError(f"{partial} exists and is not an interrupted conversion: remove it")
         return {"parameters": plan.parameters, "layers": 0, "resident": None}
     try:
@@ -307,7 +306,7 @@ def _record(partial: Path, recorded: dict[str, Any]) -> None:
 
 def _replace(path: Path, data: dict[str, Any]) -> None:
     """Write JSON durably and atomically."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=2)
         file.flush()
@@ -322,8 +321,8 @@ def _check_space(plan: Plan, partial: Path) -> None:
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise DiskFull(
-            f"converting to {partial.parent} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB "
-            "free; make room and run the same convert command again"
+            f"converting to {partial.parent} needs {needed / 1e9:.1f} GB more and the disk has "
+            f"{free / 1e9:.1f} GB free; make room and run the same convert command again"
         )
 
 
@@ -341,10 +340,10 @@ def _bundles(plan: Plan, partial: Path, recorded: dict[str, Any], progress: Prog
         sums.seek(0, os.SEEK_END)
         for layer in range(done, layout.layers):
             progress("bundles", layout.offset(layer, 0), layout.total_bytes)
-            for block in _blocks(plan, layer):
-                file.write(block)
-                digest.update(block)
-                sums.write(checksums(block))
+            for block in _layer(plan, layer):
+                file.write(block.data)
+                digest.update(block.data)
+                sums.write(checksums(block).data)
             for written in (file, sums):
                 written.flush()
                 os.fsync(written.fileno())
@@ -364,42 +363,22 @@ def _rehash(
     for layer in range(layers):
         progress("resume", layout.offset(layer, 0), layout.offset(layers, 0))
         whole = digest.copy()
-        for start, stop in _spans(layout):
+        for start, stop in spans(layout):
             block = np.frombuffer(file.read((stop - start) * layout.stride), np.uint8)
             expected = np.frombuffer(sums.read((stop - start) * 8), "<u8")
             if block.size != (stop - start) * layout.stride:
                 return layer, whole
             if not np.array_equal(checksums(block.reshape(stop - start, -1)), expected):
                 return layer, whole
-            digest.update(block)
+            digest.update(block.data)
     return layers, digest
 
 
-def _blocks(plan: Plan, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The layer's bundles in file order, `[n, stride]` bytes at a time."""
-    layout = plan.layout
-    up, down = (
-        plan.checkpoint.read(plan.full_name(s.name)) for s in plan.family.ffn(plan.architecture, layer)
-    )
+def _layer(plan: Plan, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
+    sources = plan.family.ffn(plan.architecture, layer)
+    up, down = (plan.checkpoint.read(plan.full_name(source.name)) for source in sources)
     plan.checkpoint.release()
-    for start, stop in _spans(layout):
-        block = np.zeros((stop - start, layout.stride), np.uint8)
-        rows = block[:, : layout.rows * layout.row_bytes].view(CARRIER[layout.dtype])
-        ids = plan.neurons(layer, start, stop)
-        rows[:, : layout.d_model] = up[ids]
-        rows[:, layout.d_model :] = down[:, ids].T
-        yield block
-
-
-def _spans(layout: Layout) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_BYTES // layout.stride)
-    for start in range(0, layout.d_ff, step):
-        yield start, min(start + step, layout.d_ff)
-
-
-def checksums(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """XXH3-64 of each row of `[n, stride]` bytes."""
-    return np.array([xxhash.xxh3_64_intdigest(row) for row in block], "<u8")
+    return assemble(plan.layout, up, down, None if plan.order is None else plan.order.neurons[layer])
 
 
 def _resident(plan: Plan, partial: Path, recorded: dict[str, Any], progress: Progress) -> FileEntry:

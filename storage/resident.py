@@ -71,7 +71,7 @@ def _stream(
     yield header(residents, dtype)
     for resident in residents:
         for chunk in _chunks(resident, dtype, checkpoint, prefix):
-            yield memoryview(np.ascontiguousarray(chunk).reshape(-1)).cast("B")
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         checkpoint.release()
 
 

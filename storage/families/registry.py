@@ -18,10 +18,11 @@ def family_of(config: Settings) -> Family:
     kind = config.get("model_type")
     supported = ", ".join(FAMILIES)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        names = config.get("architectures") or [kind]
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else kind
         raise UnsupportedModel(
-            f"model architecture {names[0] if isinstance(names, list) else names} (model_type {kind!r}) is not "
-            f"supported; supported model types are {supported}"
+            f"model architecture {name} (model_type {kind!r}) is not supported; "
+            f"supported model types are {supported}"
         )
     if config.get("quantization_config"):
         raise UnsupportedModel(

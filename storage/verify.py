@@ -1,0 +1,92 @@
+"""Re-read a whole store against its checksums and hashes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from storage.bundles import BLOCK_BYTES, checksums, spans
+from storage.errors import StoreCorrupt
+from storage.format import BUNDLES, CHECKSUMS, ORDER, Store
+
+Progress = Callable[[str, int, int], None]  # (file name, bytes done, bytes in all)
+
+
+def verify(path: Path, progress: Progress | None = None) -> None:
+    """Read every byte that the manifest vouches for.
+
+    Raises StoreCorrupt naming the first bad bundle (layer, neuron, byte offset) or the bad file,
+    StoreError for a directory that cannot be opened as a store.
+    """
+    store = Store.open(path)
+    report = progress or (lambda name, done, total: None)
+    for name in store.manifest.files:
+        if name != BUNDLES:
+            _verify_file(store, name, report)
+    _verify_order(store)
+    _verify_bundles(store, report)
+
+
+def _verify_file(store: Store, name: str, report: Progress) -> None:
+    entry, digest, done = store.manifest.files[name], xxhash.xxh3_128(), 0
+    with _from_disk(store.path / name) as file:
+        for block in _blocks(file):
+            digest.update(block)
+            done += len(block)
+            report(name, done, entry.bytes)
+    if digest.hexdigest() != entry.xxh3_128:
+        raise StoreCorrupt(f"{store.path / name} does not match its hash in the manifest")
+
+
+def _verify_order(store: Store) -> None:
+    positions = store.positions()
+    if positions is None:
+        return
+    order = np.argsort(positions, axis=1)
+    stored = np.fromfile(store.path / ORDER, "<i4").reshape(order.shape)
+    if not np.array_equal(order, stored):
+        raise StoreCorrupt(f"{store.path / ORDER} is not a permutation of the neurons in every layer")
+
+
+def _verify_bundles(store: Store, report: Progress) -> None:
+    layout, digest = store.layout, xxhash.xxh3_128()
+    expected = np.fromfile(store.path / CHECKSUMS, "<u8").reshape(layout.layers, layout.d_ff)
+    with _from_disk(store.path / BUNDLES) as file:
+        for layer in range(layout.layers):
+            for start, stop in spans(layout):
+                data = file.read((stop - start) * layout.stride)
+                digest.update(data)
+                found = checksums(np.frombuffer(data, np.uint8).reshape(stop - start, layout.stride))
+                wrong = np.flatnonzero(found != expected[layer, start:stop])
+                if wrong.size:
+                    raise StoreCorrupt(_bad_bundle(store, layer, start + int(wrong[0])))
+                report(BUNDLES, layout.offset(layer, stop), layout.total_bytes)
+    if digest.hexdigest() != store.identity:
+        raise StoreCorrupt(f"{store.path / BUNDLES} does not match its hash in the manifest")
+
+
+def _bad_bundle(store: Store, layer: int, position: int) -> str:
+    positions = store.positions()
+    neuron = position if positions is None else int(np.flatnonzero(positions[layer] == position)[0])
+    return (
+        f"{store.path / BUNDLES}: the bundle of layer {layer}, neuron {neuron}, at byte "
+        f"{store.layout.offset(layer, position):,}, does not match its checksum"
+    )
+
+
+def _from_disk(path: Path) -> BinaryIO:
+    """Open for reading; drop what the page cache holds, which may differ from the disk."""
+    file = path.open("rb")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return file
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block
