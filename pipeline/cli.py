@@ -21,6 +21,11 @@ WRONG_USE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
+# The base of what the parser raises; typer exports only some of its subclasses.
+COMMAND_LINE_ERROR: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
@@ -46,7 +51,7 @@ def main() -> int:
         return result if isinstance(result, int) else 0
     except FlashringError as error:
         return _refuse(str(error), error.exit_code)
-    except typer.BadParameter.__mro__[1] as error:  # UsageError, which typer does not export
+    except COMMAND_LINE_ERROR as error:
         return _refuse(_usage(error), WRONG_USE)
     except (KeyboardInterrupt, typer.Abort):
         return _refuse("interrupted", INTERRUPTED)

@@ -35,12 +35,13 @@ def size(count: float) -> str:
 class Progress:
     """A progress bar over bytes, on a terminal; silent where standard error is none.
 
-    It is called with the bytes done so far and in total.
+    It is called with a stage's name, the bytes done so far and the bytes in total; each stage has a
+    bar of its own.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,10 +53,10 @@ class Progress:
             disable=not sys.stderr.isatty(),
         )
 
-    def __call__(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._task = self._bars.add_task(self._what, total=total)
-        self._bars.update(self._task, completed=done, total=total)
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(f"{self._what}: {stage}", total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
 
     def __enter__(self) -> Progress:
         self._bars.start()

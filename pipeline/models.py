@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import fnmatch
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ BUILTIN_PREDICTORS = "predictors.safetensors"  # beside the checkpoint; copied i
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
-SMALL_FILES = ("*.json", "vocab.json", "merges.txt")
+SMALL_FILES = ("*.json", "merges.txt")
 SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
 
 
@@ -75,10 +75,7 @@ class Source:
         if self.store is not None:
             return Store.open(self.store)
         path = self.cached_store()
-        if (path / MANIFEST).is_file():
-            store = Store.open(path)
-        else:
-            store = self._convert(path)
+        store = Store.open(path) if (path / MANIFEST).is_file() else self._convert(path)
         if self.directory == BUILTIN_CHECKPOINT:
             _install_predictors(store)
         return store
@@ -230,45 +227,53 @@ def download(hub_id: str) -> Path:
     """The checkpoint's directory in the Hugging Face cache, fetched and resumed as needed.
 
     HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own and honoured by it. Raises CheckpointError
-    with the commands that fetch the checkpoint where there is no network.
+    with the commands that fetch the checkpoint where there is no network, and UsageError for an id
+    that the hub does not know.
     """
-    import httpx
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import HfApi, errors, snapshot_download
 
-    patterns = [*SMALL_FILES, SAFETENSORS, TORCH]
     try:
-        files = HfApi().list_repo_files(hub_id)
-        weights = SAFETENSORS if any(file.endswith(".safetensors") for file in files) else TORCH
-        patterns = [*SMALL_FILES, weights]
+        # One request without retries, so that a missing network is noticed at once.
+        siblings = HfApi().model_info(hub_id, timeout=10).siblings or ()
+        patterns = _patterns([sibling.rfilename for sibling in siblings])
         say(f"fetching {hub_id} from the Hugging Face hub (once)")
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UsageError(
-            f"the Hugging Face hub has no model {hub_id} that you may read; check the name, or log in: hf auth login"
+            f"the Hugging Face hub has no model {hub_id} that you may read: check the name, "
+            "or log in with `hf auth login`"
         ) from error
-    except (
-        hub.HfHubHTTPError,
-        hub.OfflineModeIsEnabled,
-        hub.LocalEntryNotFoundError,
-        httpx.HTTPError,
-        OSError,
-    ):
-        return _offline(hub_id, patterns)
+    except Exception as error:
+        if not _is_unreachable(error):
+            raise
+        return _downloaded_before(hub_id, error)
 
 
-def _offline(hub_id: str, patterns: list[str]) -> Path:
+def _patterns(files: list[str]) -> list[str]:
+    """What to fetch of a repository: the weights in one form, safetensors if it has them."""
+    safetensors = any(fnmatch.fnmatch(file, SAFETENSORS) for file in files)
+    return [*SMALL_FILES, SAFETENSORS if safetensors else TORCH]
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the hub could not be asked, or not to the end.
+
+    Connection errors belong to the HTTP client, whose package differs between versions of the hub's.
+    """
+    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+
+
+def _downloaded_before(hub_id: str, reason: Exception) -> Path:
     """A checkpoint that an earlier download left whole. Raises CheckpointError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import errors, snapshot_download
 
-    with contextlib.suppress(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
-        path = Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+    with contextlib.suppress(OSError, errors.LocalEntryNotFoundError):
+        path = Path(snapshot_download(hub_id, local_files_only=True))
         if (path / CONFIG).is_file() and (any(path.glob(SAFETENSORS)) or any(path.glob(TORCH))):
             return path
     local = hub_id.rpartition("/")[2]
     raise CheckpointError(
         f"the checkpoint {hub_id} is not on this machine and the Hugging Face hub cannot be reached; where "
         f"there is a network, fetch it with `hf download {hub_id} --local-dir {local}`, then run again with "
-        f"--model {local}"
-    )
+        f"`--model ./{local}`"
+    ) from reason

@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.console import size
 from pipeline.plan import Plan
 from storage.errors import BudgetError, ConfigError
-from storage.format import PREDICTORS, RESIDENT, Store
+from storage.format import BUNDLES, PREDICTORS, RESIDENT, Store
 
 DEFAULT_CONTEXT = 2048  # tokens
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -84,7 +84,8 @@ def resolve(store: Store, config: Config) -> Config:
         )
     if kind == "oracle" and not store.architecture.relu:
         raise ConfigError(
-            f"predictor.kind oracle needs a ReLU model, and {store.manifest.name} has {store.architecture.activation}"
+            "predictor.kind oracle needs a ReLU model, "
+            f"and {store.manifest.name} has {store.architecture.activation}"
         )
     if kind == "oracle" and config.predictor.lookahead and not config.predictor.refine:
         raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
@@ -239,25 +240,25 @@ def why_dense(store: Store) -> str:
 
 
 PROBE_SECONDS = 0.15
-PROBE_READ = 1 << 20  # bytes
+PROBE_READ = 4 << 20  # bytes; the kernel keeps several requests of one such read in flight
 
 
 def probe_rate(store: Store) -> float:
-    """Bytes a second that the store's disk delivers in large reads, from a short try."""
-    path = store.path / "bundles.bin"
-    length = min(PROBE_READ, store.layout.total_bytes // 4096 * 4096)
-    blocks = max(1, store.layout.total_bytes // max(1, length))
-    descriptor = _open_direct(path)
-    done, started = 0, time.perf_counter()
+    """Bytes a second that the store's disk delivers in large sequential reads, from a short try."""
+    total = store.layout.total_bytes
+    descriptor = _open_direct(store.path / BUNDLES)
+    done = position = 0
+    started = time.perf_counter()
     try:
-        with mmap.mmap(-1, max(4096, length)) as buffer:  # page-aligned, as direct I/O asks
-            for block in range(blocks):
-                done += os.preadv(descriptor, [buffer], block * length)
-                if time.perf_counter() - started > PROBE_SECONDS:
-                    break
+        with mmap.mmap(-1, PROBE_READ) as buffer:  # page-aligned, as direct I/O asks
+            while (elapsed := time.perf_counter() - started) < PROBE_SECONDS:
+                done += os.preadv(descriptor, [buffer], position)
+                position += PROBE_READ
+                if position >= total:
+                    position = 0
     finally:
         os.close(descriptor)
-    return max(1.0, done / (time.perf_counter() - started))
+    return max(1.0, done / elapsed)
 
 
 def _open_direct(path: os.PathLike[str]) -> int:

@@ -2,3 +2,5 @@
 
 Reading order is data order: `compute`, `predictor`, `cache`, `prefetcher`.
 """
+
+PROJECT = "flashring"  # tells our package from another of the same name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +34,6 @@ Memory = Annotated[
     str,
     typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
 ]
-Context = Annotated[int, typer.Option(help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -68,7 +66,7 @@ def command(
     force_tokens: Annotated[
         Path | None,
         typer.Option(
-            help="Decode the token ids of this file (separated by spaces) instead of sampled ones, for benches.",
+            help="Decode this file's token ids, separated by spaces, instead of sampled ones.",
             metavar="FILE",
         ),
     ] = None,
@@ -181,7 +179,7 @@ def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> N
     rate = planner.probe_rate(store)
     say(
         f"{store.manifest.name} {planner.why_dense(store)}: every token reads "
-        f"{streamed / 1e9:.2f} GB from flash, about {streamed / rate:.2g} s a token at "
+        f"{streamed / 1e9:.3g} GB from flash, about {streamed / rate:.2g} s a token at "
         f"{rate / 1e9:.2g} GB/s"
     )
 
