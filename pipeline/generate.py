@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from pipeline.config import Config
-from pipeline.messages import Cancel, Finished, Generate, Message, TokenReady
+from pipeline.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.plan import Plan
 from pipeline.supervisor import Supervisor
 from pipeline.text import Detokenizer
 from storage.errors import RingError, StoreError, UsageError
 from storage.format import TOKENIZER, Store
 
+CANCEL_SECONDS = 0.1  # how often a silent ring's `cancelled` is asked
 TOKEN_SECONDS = 600.0  # the longest wait for one token or the prefill before the ring counts as hung
 
 
@@ -48,6 +50,15 @@ class GenerationParams:
         for holds, sentence in rules:
             if not holds:
                 raise UsageError(sentence)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One more token, and the text that it completes."""
+
+    token: int | None  # None: the end of the text, which was held back until no token follows
+    text: str  # empty while a character is incomplete
+    logprob: float
 
 
 @dataclass(slots=True)
@@ -81,6 +92,9 @@ class Session:
         self.tokenizer = load_tokenizer(store)
         self.last: Generation | None = None
         self.token_seconds = TOKEN_SECONDS
+        self.live: dict[str, dict[str, float]] = {}  # every worker's latest counters
+        self.live_seconds = 0.0  # renew `live` this often in mid-generation; 0: only at its end
+        self._live_due = 0.0
         self._run = 0
         self.ring = Supervisor(store, config, plan, routes)
         self.load_seconds = time.monotonic() - started
@@ -100,10 +114,23 @@ class Session:
         Leaving the iterator early cancels the generation and drains the ring. Raises UsageError for
         a prompt that is empty or does not fit the context.
         """
+        return _texts(self.pieces(prompt, params))
+
+    def pieces(
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationParams,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Piece]:
+        """Yield every token as it arrives; `generate` is its text.
+
+        `cancelled` is asked at every token, and a few times a second in between: once it is true the
+        ring ends the run at its next token or prefill chunk, and the iteration ends.
+        """
         params.check()
         ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
         self._check_prompt(prompt, ids, params)
-        return self._stream(ids, params)
+        return self._stream(ids, params, cancelled)
 
     def _check_prompt(
         self, prompt: str | Sequence[int], ids: tuple[int, ...], params: GenerationParams
@@ -118,7 +145,9 @@ class Session:
                 "must also hold at least one new token; see --context"
             )
 
-    def _stream(self, ids: tuple[int, ...], params: GenerationParams) -> Iterator[str]:
+    def _stream(
+        self, ids: tuple[int, ...], params: GenerationParams, cancelled: Callable[[], bool]
+    ) -> Iterator[Piece]:
         self._run += 1
         run = self._run
         generation = Generation(prompt=ids, before=self.ring.stats())
@@ -141,32 +170,51 @@ class Session:
         text = Detokenizer(self.tokenizer)
         try:
             while generation.finished is None:
-                message = self._next()
+                message = self._next(cancelled)
+                if message is None:
+                    return
                 if isinstance(message, TokenReady) and message.run == run:
                     generation.tokens.append(message.token)
                     generation.logprobs.append(message.logprob)
                     generation.moments.append(time.monotonic())
-                    piece = text.push(message.token)
-                    generation.text += piece
-                    if piece:
-                        yield piece
+                    completed = text.push(message.token)
+                    generation.text += completed
+                    yield Piece(message.token, completed, message.logprob)
                 elif isinstance(message, Finished) and message.run == run:
                     generation.finished = message
+                elif isinstance(message, Stats):
+                    self.live[message.name] = message.values
         finally:
             if generation.finished is None:
                 self._cancel(generation, run)
         rest = text.finish()
         generation.text += rest
-        generation.after = self.ring.stats()
+        generation.after = self.live = self.ring.stats()
         self.ring.memory.sample(now=True)
         if rest:
-            yield rest
+            yield Piece(None, rest, 0.0)
 
-    def _next(self) -> Message:
-        message = self.ring.receive(self.token_seconds)
-        if message is None:
-            raise RingError(f"the ring was silent for {self.token_seconds:.0f} s")
-        return message
+    def _next(self, cancelled: Callable[[], bool] = lambda: False) -> Message | None:
+        """The ring's next message, or None once `cancelled`. Raises RingError after a long silence."""
+        deadline = time.monotonic() + self.token_seconds
+        while not cancelled():
+            message = self.ring.receive(CANCEL_SECONDS)
+            self._ask_for_live_stats()
+            if message is not None:
+                return message
+            if time.monotonic() >= deadline:
+                raise RingError(f"the ring was silent for {self.token_seconds:.0f} s")
+        return None
+
+    def _ask_for_live_stats(self) -> None:
+        now = time.monotonic()
+        if self.live_seconds and now >= self._live_due:
+            self._live_due = now + self.live_seconds
+            self.ring.ask_stats()
+
+    def check(self) -> None:
+        """Raises RingError if a worker has died. Only between generations."""
+        self.ring.receive(0.0)
 
     def _cancel(self, generation: Generation, run: int) -> None:
         """End the run early; on return the ring is drained and can generate again."""
@@ -200,6 +248,7 @@ class Session:
                 "prefill": done.finished.prefill_seconds,
                 "decode": decode,
             },
+            "token_seconds": [round(b - a, 6) for a, b in pairwise(done.moments)],
             "tokens_per_second": (tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
             "flash": {
                 "bytes_read": int(bytes_decoded + bytes_streamed),
@@ -218,6 +267,10 @@ class Session:
             },
             "memory": {"budget_bytes": None, "peak_bytes": self.ring.memory.bytes},
             "workers": [{"name": name, "pid": pid} for name, pid in self.ring.pids.items()],
+            "counters": {
+                worker: {name: done.delta(worker, name) for name in values if not name.startswith("layer.")}
+                for worker, values in done.after.items()
+            },
             "notes": self.ring.notes,
             "config": self.config.model_dump(mode="json"),
         }
@@ -235,6 +288,12 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _texts(pieces: Iterator[Piece]) -> Iterator[str]:
+    for piece in pieces:
+        if piece.text:
+            yield piece.text
 
 
 def load_tokenizer(store: Store) -> Tokenizer:

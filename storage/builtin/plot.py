@@ -45,7 +45,8 @@ def main(
     losses.set_ylim(top=6)
     losses.legend()
     for layer in range(len(records[0]["shares"])):
-        shares.plot(steps, [100 * record["shares"][layer] for record in records], lw=0.7, label=f"layer {layer}")
+        percent = [100 * record["shares"][layer] for record in records]
+        shares.plot(steps, percent, lw=0.7, label=f"layer {layer}")
     shares.set_yscale("log")
     shares.set_ylabel("active FFN neurons, %")
     shares.set_xlabel("step (10,240 tokens)")
