@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -121,7 +122,7 @@ class Session:
         prompt: str | Sequence[int],
         params: GenerationParams,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Yield every token as it arrives; `generate` is its text.
 
         `cancelled` is asked at every token, and a few times a second in between: once it is true the
@@ -147,7 +148,7 @@ class Session:
 
     def _stream(
         self, ids: tuple[int, ...], params: GenerationParams, cancelled: Callable[[], bool]
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         self._run += 1
         run = self._run
         generation = Generation(prompt=ids, before=self.ring.stats())
@@ -290,10 +291,11 @@ class Session:
         self.close()
 
 
-def _texts(pieces: Iterator[Piece]) -> Iterator[str]:
-    for piece in pieces:
-        if piece.text:
-            yield piece.text
+def _texts(pieces: Generator[Piece, None, None]) -> Iterator[str]:
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if piece.text:
+                yield piece.text
 
 
 def load_tokenizer(store: Store) -> Tokenizer:

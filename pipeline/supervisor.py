@@ -199,10 +199,14 @@ class Supervisor:
             if worker.process.poll() is not None:
                 raise RingError(worker.epitaph())
 
-    def stats(self, timeout: float = 10.0) -> dict[str, dict[str, float]]:
-        """Every worker's counters. Only between generations: other messages are not expected."""
+    def ask_stats(self) -> None:
+        """Ask every worker for its counters; they come as `Stats` among the other messages."""
         self._serial += 1
         self.broadcast(ReportStats(self._serial))
+
+    def stats(self, timeout: float = 10.0) -> dict[str, dict[str, float]]:
+        """Every worker's counters. Only between generations: other messages are not expected."""
+        self.ask_stats()
         found: dict[str, dict[str, float]] = {}
         while len(found) < len(WORKERS):
             message = self.receive(timeout)
