@@ -1,54 +1,49 @@
 """Text out of tokens, one token at a time, never splitting a character.
 
-A byte-level token may hold a part of a UTF-8 character. Decoding a growing list of tokens shows
-U+FFFD in place of what is not complete yet; such an ending is held back until it is.
+A byte-level token may hold a part of a UTF-8 character. Decoding shows what is incomplete at the end
+of the bytes as one U+FFFD; that one is held back until the next tokens have decided what it is.
 """
 
 from __future__ import annotations
 
 from tokenizers import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoding shows for bytes that are no character (yet)
-HELD_TOKENS = 8  # a character has at most four bytes; longer than this, the bytes really are wrong
+UNDECIDED = "\ufffd"  # at the end of a decoded text: bytes that are no character, or not yet one
 
 
 class Detokenizer:
-    """Turns tokens into pieces of text whose sum is the decoded text.
+    """Turns tokens into pieces of text; the pieces' sum is the text of all tokens.
 
-    Only a short tail of tokens is decoded for each new one, so the cost of a token does not grow
-    with the text. The tail's first part, already shown, stays in it: decoders may treat the first
-    token of a text differently (a leading space), and so the difference of two decodings that
-    begin at the same token is what the new token adds.
+    Only a tail of the tokens is decoded for each new one, so that a token's cost does not grow with
+    the text. The tail begins with tokens already shown, because decoders may treat the first token of
+    a text differently (its leading space).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._start = 0  # the tail begins here
-        self._shown = 0  # tokens before this one are in pieces already returned
+        self._tail: list[int] = []  # begins and, but for what is held back, ends between characters
+        self._context = 0  # tokens of the tail that were whole characters before the last piece
+        self._shown = 0  # characters of the tail's text that are in pieces already
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
-        self._tokens.append(token)
-        before, after = self._decodings()
-        held = len(self._tokens) - self._shown
-        if after.endswith(UNFINISHED) and held < HELD_TOKENS:
-            return ""
-        return self._advance(before, after)
+        self._tail.append(token)
+        text = self._decode()
+        decided = text.removesuffix(UNDECIDED)
+        piece = decided[self._shown :]
+        self._shown = len(decided)
+        if decided == text:
+            del self._tail[: self._context]
+            self._context = len(self._tail)
+            self._shown = len(self._decode())
+        return piece
 
     def finish(self) -> str:
-        """What is still held back, with U+FFFD for bytes that never became a character."""
-        return self._advance(*self._decodings())
+        """What is still held back: U+FFFD for bytes that never became a character."""
+        piece = self._decode()[self._shown :]
+        self._tail.clear()
+        self._context = self._shown = 0
+        return piece
 
-    def _decodings(self) -> tuple[str, str]:
-        tail = self._tokens[self._start :]
-        before = self._tokenizer.decode(tail[: self._shown - self._start], skip_special_tokens=True)
-        return before, self._tokenizer.decode(tail, skip_special_tokens=True)
-
-    def _advance(self, before: str, after: str) -> str:
-        self._start = self._shown
-        self._shown = len(self._tokens)
-        del self._tokens[: self._start]
-        self._shown -= self._start
-        self._start = 0
-        return after[len(before) :]
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._tail, skip_special_tokens=True)

@@ -21,7 +21,7 @@ def shadowed() -> str | None:
         except Exception as error:  # another project's package may fail in any way
             return f"the package {name!r} cannot be imported ({error!r}): install flashring again"
         if getattr(package, "PROJECT", None) != "flashring":
-            where = getattr(package, "__file__", None) or list(package.__path__)[0]
+            where = getattr(package, "__file__", None) or next(iter(package.__path__))
             return (
                 f"another project's package {name!r} at {where} stands in the place of flashring's: "
                 "take it off PYTHONPATH, or install flashring into an environment of its own"

@@ -1,0 +1,75 @@
+"""Streamed text: pieces are whole characters, and their sum is the decoded text."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipeline.text import UNDECIDED, Detokenizer
+
+TEXT = "Once upon a time 🐉 a naïve dragon — 龍 — met 👩‍👩‍👧 in Zürich. 🏳️‍🌈 Ende."
+
+
+def byte_level() -> Tokenizer:
+    """A byte-level BPE that knows a few English merges and no whole emoji."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["once upon a time there was a dragon"] * 5, trainer)
+    return tokenizer
+
+
+TOKENIZER = byte_level()
+
+
+def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
+
+
+def test_an_emoji_split_over_tokens_comes_whole() -> None:
+    tokens = TOKENIZER.encode("🐉").ids
+    assert len(tokens) == 4
+    assert pieces(TOKENIZER, tokens) == ["", "", "", "🐉", ""]
+
+
+def test_a_character_that_is_never_completed_is_shown_at_the_end() -> None:
+    tokens = TOKENIZER.encode("a🐉").ids[:-1]
+    assert pieces(TOKENIZER, tokens) == ["a", "", "", "", UNDECIDED]
+
+
+def test_special_tokens_are_not_text() -> None:
+    tokens = [TOKENIZER.token_to_id("</s>"), *TOKENIZER.encode("time").ids, TOKENIZER.token_to_id("</s>")]
+    assert "".join(pieces(TOKENIZER, tokens)) == "time"
+
+
+def test_a_decoder_that_drops_the_first_space_drops_no_other() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert pieces(tokenizer, [0, 1, 0, 1]) == ["a", " b", " a", " b", ""]
+
+
+@given(st.text())
+def test_pieces_of_a_text_are_whole_characters(text: str) -> None:
+    found = pieces(TOKENIZER, TOKENIZER.encode(text).ids)
+    assert "".join(found) == text
+    assert UNDECIDED in text or not any(UNDECIDED in piece for piece in found)
+
+
+@given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=40))
+def test_pieces_of_any_tokens_add_up(tokens: list[int]) -> None:
+    assert "".join(pieces(TOKENIZER, tokens)) == TOKENIZER.decode(tokens)
+
+
+def test_the_tail_stays_short() -> None:
+    detokenizer = Detokenizer(TOKENIZER)
+    for token in TOKENIZER.encode(TEXT * 20).ids:
+        detokenizer.push(token)
+    assert len(detokenizer._tail) < 16
