@@ -1,0 +1,113 @@
+"""The compute process: control on the event loop, the layer loop in a thread."""
+
+from __future__ import annotations
+
+from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
+
+import asyncio
+import os
+import queue
+import threading
+
+from pipeline.channel import Channel
+from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
+from pipeline.process import Worker, run
+from workers.compute.engine import Engine, Stopped
+from workers.compute.weights import Weights
+
+NAME = "compute"
+
+
+class LayerLoop:
+    """The engine's thread: takes requests from a queue until it is told to end."""
+
+    def __init__(self, worker: Worker, weights: Weights, threads: int) -> None:
+        self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
+        self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
+        self.engine = Engine(weights, worker.plan, worker.segments, self._channel, threads)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="layers")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Generate) -> None:
+        self._requests.put(request)
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            while (request := self._requests.get()) is not None:
+                self.engine.generate(request)
+        except Stopped:
+            pass
+        except Exception as problem:
+            error = problem
+        finally:
+            self._channel.close()
+        self._loop.call_soon_threadsafe(self._settle, error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+    def close(self) -> None:
+        """End the thread; idempotent."""
+        self.engine.stop()
+        self._requests.put(None)
+        self._thread.join()
+        self.engine.close()
+
+
+async def main(worker: Worker) -> None:
+    """Serve control messages until `Stop`, or until the layer loop fails."""
+    threads = worker.config.compute.threads or _cores()
+    kernels.warm(worker.store.layout.dtype)
+    loop = LayerLoop(worker, Weights(worker.store), threads)
+    stopped = asyncio.Event()
+
+    def handle(message: Message) -> None:
+        match message:
+            case Generate():
+                loop.submit(message)
+            case Cancel():
+                loop.engine.cancel(message)
+            case ReportStats():
+                worker.channel.send("supervisor", Stats(message.serial, NAME, _values(loop.engine)))
+            case Stop():
+                stopped.set()
+            case _:
+                pass
+
+    loop.start()
+    worker.channel.on_message("control", handle)
+    worker.ready(kernels.notes(), f"compute: {threads} threads")
+    waiting = asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait({waiting, loop.ended}, return_when=asyncio.FIRST_COMPLETED)
+        if loop.ended.done():
+            loop.ended.result()
+    finally:
+        waiting.cancel()
+        loop.close()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _values(engine: Engine) -> dict[str, float]:
+    """Totals since the start: seconds by phase, tokens."""
+    # list(): the layer loop may add a key meanwhile.
+    seconds = {f"{phase}_seconds": value for phase, value in list(engine.seconds.items())}
+    return {**seconds, **dict(list(engine.counts.items()))}
+
+
+if __name__ == "__main__":
+    run(NAME, ("control",), main)

@@ -1,0 +1,88 @@
+"""The whole model without a ring: for predictor training, evaluation and tests.
+
+Layers are read from the store one at a time, so memory stays at the resident weights, one layer and
+the activations. The mathematics is the ring's own (`blocks.py`, `batch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage.format import Store
+from workers.compute.batch import BatchFfn, BatchOperations, Workers
+from workers.compute.blocks import after_ffn, before_ffn
+from workers.compute.weights import Weights
+
+Mask = Callable[[int, torch.Tensor], torch.Tensor | None]
+
+
+class DenseModel:
+    """Runs blocks of token sequences of one length, from position 0. Use as a context manager.
+
+    Tensors are float32: x and FFN inputs [sequences, tokens, d_model].
+    """
+
+    def __init__(self, store: Store, threads: int) -> None:
+        self.store = store
+        self.architecture = store.architecture
+        self._workers = Workers(threads)
+        self._operations = BatchOperations(Weights(store), self._workers)
+
+    def embed(self, tokens: npt.ArrayLike) -> torch.Tensor:
+        """The residual stream before layer 0 of token ids [sequences, tokens]."""
+        return self._operations.embed(torch.as_tensor(np.asarray(tokens), dtype=torch.int64))
+
+    def layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        mask: Mask | None = None,
+        bundles: npt.NDArray[np.generic] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's FFN input and its output.
+
+        `mask(index, ffn_input)` may return [sequences · tokens, d_ff] bool: only those neurons are
+        summed, as if a predictor had chosen them. `bundles` saves reading the layer again
+        (`Store.read_layer`).
+        """
+        kept: list[torch.Tensor] = []
+        residual, ffn_input = before_ffn(self.architecture, self._operations, index, x, kept.append)
+        flat = ffn_input.flatten(0, 1)
+        chosen = mask(index, flat) if mask is not None else None
+        ffn = BatchFfn(self._operations, index, flat, chosen)
+        layer = self.store.read_layer(index) if bundles is None else bundles
+        ids = np.arange(self.architecture.d_ff, dtype=np.int32)
+        ffn.add(ids, ids, layer.reshape(layer.shape[0], -1))
+        y = ffn.finish().reshape(ffn_input.shape)
+        return ffn_input, after_ffn(self.architecture, self._operations, index, residual, y)
+
+    def layers(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every layer's index and FFN input [sequences, tokens, d_model], in order."""
+        x = self.embed(tokens)
+        for index in range(self.architecture.layers):
+            ffn_input, x = self.layer(index, x, mask)
+            yield index, ffn_input
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[sequences, tokens, vocabulary] from the last layer's output."""
+        return self._operations.logits(x)
+
+    def forward(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> torch.Tensor:
+        """Logits of all tokens, [sequences, tokens, vocabulary]."""
+        x = self.embed(tokens)
+        for index in range(self.architecture.layers):
+            _, x = self.layer(index, x, mask)
+        return self.logits(x)
+
+    def close(self) -> None:
+        self._workers.close()
+
+    def __enter__(self) -> DenseModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

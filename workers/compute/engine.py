@@ -1,0 +1,267 @@
+"""The layer loop: one token's way through the layers, on blocking sockets in a thread of its own.
+
+A step embeds its tokens, and for every layer computes attention, announces the FFN's input, waits
+for the bundles and sums them. The first step of a run is its prefill, whatever its length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.channel import Channel
+from pipeline.messages import (
+    EMBEDDING,
+    Cancel,
+    Finished,
+    Generate,
+    HiddenReady,
+    Message,
+    PartDone,
+    TokenReady,
+)
+from pipeline.plan import Plan
+from pipeline.segments import ID, SLOT, Segments
+from storage.format import CARRIER
+from workers.compute.batch import BatchFfn, BatchOperations, Workers
+from workers.compute.blocks import after_ffn, before_ffn
+from workers.compute.parts import Part, Parts
+from workers.compute.sampling import Sampling, choose, log_probability
+from workers.compute.token import TokenFfn, TokenOperations
+from workers.compute.weights import Weights
+
+F32 = npt.NDArray[np.float32]
+
+_PATIENCE = 0.2  # seconds between looks at `stop` while waiting for parts
+
+
+class Stopped(Exception):
+    """The ring ends while a layer is awaited."""
+
+
+class _Cancelled(Exception):
+    """The run was cancelled during its prefill; the ring is drained."""
+
+
+class Engine:
+    """Runs generations. `generate` belongs to one thread; `cancel`, `stop` and `seconds` to any."""
+
+    def __init__(
+        self, weights: Weights, plan: Plan, segments: Segments, channel: Channel, threads: int
+    ) -> None:
+        self._plan = plan
+        self._segments = segments
+        self._channel = channel
+        self._bundles = segments.bundles.view(CARRIER[weights.dtype])  # [slots, stride in elements]
+        self._architecture = weights.architecture
+        self._token = TokenOperations(weights, plan.context, threads)
+        self._workers = Workers(threads)
+        self._batch = BatchOperations(weights, self._workers, self._keep)
+        self._parts = Parts(self._receive)
+        self._run = 0
+        self._step = -1  # of the ring's life
+        self._done = -1  # tick of the last finished FFN
+        self._cancelled = -1  # the run that was last asked to end
+        self._stopped = False
+        self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
+        self.counts: dict[str, float] = defaultdict(float)
+
+    # -- from other threads ---------------------------------------------------------------------
+
+    def cancel(self, message: Cancel) -> None:
+        """End that run at the next token, or between layers of its prefill."""
+        self._cancelled = message.run
+
+    def stop(self) -> None:
+        """Leave `generate` with Stopped at the next wait."""
+        self._stopped = True
+
+    # -- one generation -------------------------------------------------------------------------
+
+    def generate(self, request: Generate) -> None:
+        """Answer `request` with its tokens and `Finished`. Raises Stopped when the ring ends.
+
+        A stop token ends the run and is not reported; forced tokens are reported whatever they are.
+        """
+        self._run = request.run
+        started = time.monotonic()
+        decoding: float | None = None
+        reason = "length"
+        try:
+            if request.max_new_tokens > 0 and len(request.prompt) <= self._plan.context:
+                if self._cancelled == request.run:
+                    raise _Cancelled
+                logits = self._prefill(request.prompt)
+                decoding = time.monotonic()
+                reason = self._decode(request, logits)
+        except _Cancelled:
+            reason = "cancelled"
+        ended = time.monotonic()
+        between = ended if decoding is None else decoding
+        self._channel.send("supervisor", Finished(request.run, reason, between - started, ended - between))
+
+    def _decode(self, request: Generate, logits: F32) -> str:
+        """Report tokens until one of the run's ends; returns which."""
+        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
+        position = len(request.prompt)
+        for index in range(request.max_new_tokens):
+            forced = index < len(request.forced)
+            token = request.forced[index] if forced else choose(logits, sampling, index)
+            if self._cancelled == request.run:
+                return "cancelled"
+            if token in request.stop_tokens and not forced:
+                return "stop"
+            self._channel.send(
+                "supervisor", TokenReady(request.run, index, token, log_probability(logits, token))
+            )
+            self.counts["tokens"] += 1
+            if index + 1 == request.max_new_tokens or position + index >= self._plan.context:
+                return "length"
+            logits = self._forward(token, position + index)
+        return "length"
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _forward(self, token: int, position: int) -> F32:
+        """Decode one token; returns logits [vocabulary]."""
+        self._step += 1
+        operations = self._token
+        operations.position = position
+        x = operations.embed(token)
+        self._announce(EMBEDDING, _unit(x[None]), stream=False)
+        for index in range(self._plan.layers):
+            with self._clock("attention"):
+                residual, ffn_input = before_ffn(
+                    self._architecture,
+                    operations,
+                    index,
+                    x,
+                    lambda hidden, index=index: self._announce(index, hidden[None], stream=False),  # type: ignore[misc]
+                )
+            ffn = TokenFfn(operations, index, ffn_input, self._bundles)
+            for part in self._arriving(index):
+                with self._clock("ffn"):
+                    ffn.add(*self._neurons(index, part))
+                    if part.closes:
+                        ffn.close()
+                self._answer(index, part)
+            self._finish(index)
+            x = after_ffn(self._architecture, operations, index, residual, ffn.output)
+        with self._clock("head"):
+            return operations.logits(x)
+
+    def _prefill(self, prompt: Sequence[int]) -> F32:
+        """Run the whole prompt in one pass; returns the last token's logits."""
+        self._step += 1
+        operations = self._batch
+        started = time.monotonic()
+        x = operations.embed(torch.tensor([prompt]))
+        self._announce(EMBEDDING, _unit(x[0].numpy()), stream=True)
+        for index in range(self._plan.layers):
+            residual, ffn_input = before_ffn(
+                self._architecture,
+                operations,
+                index,
+                x,
+                lambda hidden, index=index: self._announce(index, hidden[0].numpy(), stream=True),  # type: ignore[misc]
+            )
+            ffn = BatchFfn(operations, index, ffn_input[0])
+            # A segment's parts come in any order of ids, and segments ascend.
+            segment: list[Part] = []
+            for part in self._arriving(index):
+                segment.append(part)
+                if part.closes:
+                    ffn.add(*self._merged(index, segment), self._bundles)
+                    segment = []
+                self._answer(index, part)
+            self._finish(index)
+            x = after_ffn(self._architecture, operations, index, residual, ffn.finish()[None])
+            if self._cancelled == self._run:
+                self._drain(index)
+                raise _Cancelled
+        logits = self._token.logits(x[0, -1].numpy())
+        self.seconds["prefill"] += time.monotonic() - started
+        self.counts["prefill_tokens"] += len(prompt)
+        return logits
+
+    def _keep(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put a prompt's keys and values, [1, kv_heads, tokens, head_dim], into the cache."""
+        tokens = keys.shape[2]
+        self._token.cache.keys[index, :, :tokens] = keys[0].numpy()
+        self._token.cache.values[index, :, :tokens] = values[0].numpy()
+
+    # -- the ring -------------------------------------------------------------------------------
+
+    def _announce(self, layer: int, hidden: F32, stream: bool) -> None:
+        """Write the last rows of `hidden` [tokens, d_model] and tell the predictor."""
+        rows = min(hidden.shape[0], self._plan.hidden_rows)
+        self._segments.hidden[layer + 1, :rows] = hidden[-rows:]
+        self._channel.send("predictor", HiddenReady(self._run, self._step, layer, rows, stream, self._done))
+
+    def _arriving(self, layer: int) -> Iterator[Part]:
+        """The layer's parts, counting the time spent waiting."""
+        parts = self._parts.of(self._step, layer)
+        while True:
+            with self._clock("waiting"):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def _neurons(self, layer: int, part: Part) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Ids, ascending, and slots of a part."""
+        table = self._segments.active[layer, :, part.start : part.start + part.count]
+        return table[ID], table[SLOT]
+
+    def _merged(self, layer: int, segment: list[Part]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Ids, ascending, and slots of all parts of a segment."""
+        tables = [self._neurons(layer, part) for part in segment]
+        ids = np.concatenate([table[0] for table in tables])
+        slots = np.concatenate([table[1] for table in tables])
+        order = np.argsort(ids, kind="stable")
+        return ids[order], slots[order]
+
+    def _answer(self, layer: int, part: Part) -> None:
+        """Give the staging half back, where the part used one."""
+        if part.staged and part.closes:
+            self._channel.send("cache", PartDone(self._run, self._step, layer, part.number))
+
+    def _finish(self, layer: int) -> None:
+        self._done = self._step * self._plan.layers + layer
+
+    def _drain(self, layer: int) -> None:
+        """Receive, computing nothing, what the announcements up to `layer` of a prefill will bring."""
+        last = min(self._plan.layers - 1, layer + max(1, self._plan.lookahead))
+        for index in range(layer + 1, last + 1):
+            for part in self._arriving(index):
+                self._answer(index, part)
+            self._finish(index)
+
+    def _receive(self) -> Message:
+        while not self._stopped:
+            message = self._channel.receive("compute", _PATIENCE)
+            if message is not None:
+                return message
+        raise Stopped
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
+    def close(self) -> None:
+        """End the pool's threads."""
+        self._workers.close()
+
+
+def _unit(x: F32) -> F32:
+    """Rows of x [tokens, d_model] over their root mean square: what predictors get of an embedding."""
+    scale = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+    return x / np.maximum(scale, np.float32(1e-12))

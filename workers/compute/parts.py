@@ -1,0 +1,66 @@
+"""Collects the parts in which a layer arrives, from two senders, in the order of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.messages import LayerPart, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part: `count` neurons at `start` of the layer's active table."""
+
+    number: int
+    start: int
+    count: int
+    closes: bool  # ends a segment, which can now be summed
+    staged: bool  # closing parts are to be answered by PartDone
+
+
+@dataclass(slots=True)
+class _Arrived:
+    """What is known of one layer of one step."""
+
+    plan: LayerPart | None = None
+    numbers: set[int] = field(default_factory=set)
+
+
+class Parts:
+    """Parts of every layer under way; early ones are kept until the plan and all before are there."""
+
+    def __init__(self, receive: Callable[[], Message]) -> None:
+        self._receive = receive
+        self._layers: dict[tuple[int, int], _Arrived] = {}
+
+    def of(self, step: int, layer: int) -> Iterator[Part]:
+        """Every part of (step, layer), each as soon as it and all earlier ones have arrived."""
+        key = (step, layer)
+        arrived = self._layers.setdefault(key, _Arrived())
+        start = number = 0
+        while arrived.plan is None or number < len(arrived.plan.counts):
+            if arrived.plan is None or number not in arrived.numbers:
+                self._wait()
+                continue
+            plan = arrived.plan
+            yield Part(number, start, plan.counts[number], plan.closes[number], plan.staged)
+            start += plan.counts[number]
+            number += 1
+        del self._layers[key]
+
+    @property
+    def pending(self) -> int:
+        """Layers of which something has arrived that nobody has asked for yet."""
+        return len(self._layers)
+
+    def _wait(self) -> None:
+        message = self._receive()
+        if not isinstance(message, LayerPart):
+            raise TypeError(f"compute's inbox takes layer parts, not {type(message).__name__}")
+        arrived = self._layers.setdefault((message.step, message.layer), _Arrived())
+        if message.part in arrived.numbers:
+            raise RuntimeError(f"part {message.part} of layer {message.layer} arrived twice")
+        arrived.numbers.add(message.part)
+        if message.part == 0:
+            arrived.plan = message

@@ -1,0 +1,143 @@
+"""One token's operations on the CPU: numba kernels over weights in their own dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.families.architecture import (
+    EMBED,
+    FINAL_NORM,
+    HEAD,
+    POSITIONS,
+    PROJECT_IN,
+    PROJECT_OUT,
+    layer,
+)
+from workers import kernels
+from workers.compute import positions
+from workers.compute.weights import Weights, aligned, widen
+
+F32 = npt.NDArray[np.float32]
+
+
+class KeyValueCache:
+    """Keys and values of every layer: [layers, kv_heads, context, head_dim] float32 each."""
+
+    def __init__(self, layers: int, kv_heads: int, context: int, head_dim: int) -> None:
+        shape = (layers, kv_heads, context, head_dim)
+        size = 4 * layers * kv_heads * context * head_dim
+        # Untouched pages take no memory: the cache grows with the text.
+        self.keys = aligned(size).view(np.float32).reshape(shape)
+        self.values = aligned(size).view(np.float32).reshape(shape)
+
+
+class TokenOperations:
+    """`blocks.Operations` for the token at `position`; its keys and values go into the cache."""
+
+    def __init__(self, weights: Weights, context: int, threads: int) -> None:
+        architecture = weights.architecture
+        self.architecture = architecture
+        self.weights = weights
+        self.threads = threads
+        self.position = 0
+        self.cache = KeyValueCache(architecture.layers, architecture.kv_heads, context, architecture.head_dim)
+        self._scores = np.empty((architecture.heads, context), np.float32)
+        self._bias = np.zeros((0, 0), np.float32)
+        if architecture.positions == "alibi":
+            self._bias = positions.alibi(architecture.heads, architecture.head_dim, context)
+        elif architecture.positions == "rotary":
+            self._cos, self._sin = positions.rotary(architecture.rotary_base, architecture.head_dim, context)
+
+    def embed(self, token: int) -> F32:
+        """The residual stream of `token` before layer 0, [d_model]."""
+        x = widen(self.weights.matrix(EMBED)[token], self.weights.dtype)
+        if self.weights.has(PROJECT_IN):
+            x = self._linear("project_in", x)
+        if self.architecture.positions == "learned":
+            row = self.position + self.architecture.position_offset
+            x = x + widen(self.weights.matrix(POSITIONS)[row], self.weights.dtype)
+        return x
+
+    def norm(self, name: str, x: F32) -> F32:
+        weight, bias = self.weights.vector(f"{name}.weight"), self.weights.vector(f"{name}.bias")
+        return kernels.layer_norm(x, weight, bias, self.architecture.norm_epsilon)
+
+    def attention(self, index: int, x: F32) -> F32:
+        a = self.architecture
+        heads = self._linear(layer(index, "qkv"), x).reshape(-1, a.head_dim)
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        if a.positions == "rotary":
+            kernels.rotate(heads[: a.heads + a.kv_heads], self._cos[self.position], self._sin[self.position])
+        keys[:, self.position] = heads[a.heads : a.heads + a.kv_heads]
+        values[:, self.position] = heads[a.heads + a.kv_heads :]
+        mixed = kernels.attend(
+            heads[: a.heads], keys, values, self.position + 1, self._bias, self._scores, self.threads
+        )
+        return self._linear(layer(index, "out"), mixed)
+
+    def logits(self, x: F32) -> F32:
+        """[vocabulary] from the last layer's output [d_model]."""
+        if self.architecture.final_norm:
+            x = self.norm(FINAL_NORM, x)
+        if self.weights.has(PROJECT_OUT):
+            x = self._linear("project_out", x)
+        head = EMBED if self.architecture.tied_head else HEAD
+        return kernels.matvec(self.weights.matrix(head), x, self.weights.dtype, self.threads)
+
+    def _linear(self, name: str, x: F32) -> F32:
+        return kernels.matvec(
+            self.weights.matrix(f"{name}.weight"),
+            x,
+            self.weights.dtype,
+            self.threads,
+            self.weights.vector(f"{name}.bias"),
+        )
+
+
+class TokenFfn:
+    """One layer's FFN of one token, over segments of parts that may arrive one by one.
+
+    The sum runs over ascending neuron ids, whatever the parts were.
+    """
+
+    def __init__(
+        self, operations: TokenOperations, index: int, ffn_input: F32, bundles: npt.NDArray[np.generic]
+    ) -> None:
+        self._input = ffn_input
+        self._bundles = bundles  # [slots, stride in elements]
+        self._function = operations.architecture.activation
+        self._dtype = operations.weights.dtype
+        self._threads = operations.threads
+        self._up_bias = operations.weights.vector(layer(index, "up.bias"))
+        down_bias = operations.weights.vector(layer(index, "down.bias"))
+        self.output = down_bias.copy() if down_bias.size else np.zeros_like(ffn_input)
+        self._open: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], F32]] = []
+
+    def add(self, ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
+        """Compute the activations of a part (ids ascending)."""
+        if ids.size:
+            a = kernels.activate(
+                self._bundles,
+                ids,
+                slots,
+                self._input,
+                self._up_bias,
+                self._dtype,
+                self._function,
+                self._threads,
+            )
+            self._open.append((ids, slots, a))
+
+    def close(self) -> None:
+        """Sum the segment: the parts since the last `close`."""
+        parts, self._open = self._open, []
+        if not parts:
+            return
+        _, slots, a = parts[0]
+        if len(parts) > 1:
+            # Stable: numpy's merges the ascending runs that the parts are.
+            order = np.argsort(np.concatenate([part[0] for part in parts]), kind="stable")
+            slots = np.concatenate([part[1] for part in parts])[order]
+            a = np.concatenate([part[2] for part in parts])[order]
+        kernels.accumulate(self._bundles, slots, a, self.output, self._dtype, self._threads)

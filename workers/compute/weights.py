@@ -1,0 +1,120 @@
+"""The resident tensors of a store, read once into aligned memory of their own dtype."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage.errors import StoreError
+from storage.families.architecture import Architecture
+from storage.format import CARRIER, ITEMSIZE, RESIDENT, Store
+
+_ALIGNMENT = 64  # bytes of a cache line; a vector load that crosses one counts twice
+_CHUNK = 64 << 20  # bytes read, and then dropped from the page cache, at once
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def aligned(size: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes of uninitialised memory that start at a cache line."""
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    shift = -raw.ctypes.data % _ALIGNMENT
+    return raw[shift : shift + size]
+
+
+class Weights:
+    """Matrices stay in the store's dtype; vectors (norms, biases) are widened to float32.
+
+    A tied head is the embedding: one tensor, not two.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.architecture: Architecture = store.architecture
+        self.dtype = store.layout.dtype
+        self._matrices: dict[str, npt.NDArray[Any]] = {}
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        for name, (dtype, shape, raw) in _read(store.path / RESIDENT).items():
+            if len(shape) == 1:
+                self._vectors[name] = widen(raw.view(CARRIER[dtype]), dtype)
+            elif dtype != self.dtype:
+                raise StoreError(f"{store.path / RESIDENT} holds {name} as {dtype}, not {self.dtype}")
+            else:
+                self._matrices[name] = raw.view(CARRIER[dtype]).reshape(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(array.nbytes for array in (*self._matrices.values(), *self._vectors.values()))
+
+    def matrix(self, name: str) -> npt.NDArray[Any]:
+        """[out, in] of the carrier type."""
+        return self._matrices[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The same memory as a torch tensor of the store's dtype."""
+        return as_tensor(self._matrices[name], self.dtype)
+
+    def has(self, name: str) -> bool:
+        return name in self._matrices or name in self._vectors
+
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        """[n] float32, or empty where the checkpoint has none."""
+        return self._vectors.get(name, _NOTHING)
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+def as_tensor(array: npt.NDArray[Any], dtype: str) -> torch.Tensor:
+    """A torch view of an array of `dtype`'s carrier."""
+    if dtype == "float32":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(_TORCH[dtype])
+
+
+def widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """A float32 copy of an array of `dtype`'s carrier."""
+    if dtype == "float32":
+        return array.astype(np.float32)
+    if dtype == "float16":
+        return array.view(np.float16).astype(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def _read(path: Path) -> dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]:
+    """name → dtype, shape, bytes. Read rather than mapped, so that the page cache keeps no second copy."""
+    tensors = {}
+    with open(path, "rb", buffering=0) as file:
+        (length,) = np.frombuffer(file.read(8), "<u8")
+        header = json.loads(file.read(int(length)))
+        start = 8 + int(length)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype = _NAMES.get(entry["dtype"])
+            if dtype is None:
+                raise StoreError(f"{path} holds {name} as {entry['dtype']}, which is not supported")
+            first, last = entry["data_offsets"]
+            if last - first != ITEMSIZE[dtype] * int(np.prod(entry["shape"])):
+                raise StoreError(f"{path} is damaged: {name} has a wrong size")
+            tensors[name] = (dtype, entry["shape"], _read_bytes(file.fileno(), start + first, last - first))
+    return tensors
+
+
+def _read_bytes(descriptor: int, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    memory = aligned(size)
+    done = 0
+    while done < size:
+        count = os.preadv(descriptor, [memory[done : done + _CHUNK]], offset + done)
+        if count == 0:
+            raise StoreError(f"{RESIDENT} ends before its last tensor")
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
+        done += count
+    return memory

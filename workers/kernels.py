@@ -1,0 +1,324 @@
+"""CPU kernels: products of 16- and 32-bit weights with float32 vectors, compiled by numba.
+
+Weights stay in the checkpoint's dtype; float16 and bfloat16 have no numba type and are held as
+uint16 and widened in registers. All sums are float32.
+
+The result of every kernel is the same bits whatever the number of threads: one thread owns a whole
+output (a row of a product, a head, a column of an FFN sum), and there is one compiled version of
+each loop, which a single thread runs as well. Compiled code is cached in a user directory.
+
+Import this module before torch, so that its settings reach OpenMP.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def _cache_directory() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(base) / "flashring" / "numba")
+
+
+# Numba and OpenMP read these when they are first loaded. Waiting threads must sleep: four workers
+# share the cores, and a thread that spins takes its core from the reader that it waits for
+# (a launch on two busy cores took 680 µs spinning and 16 µs sleeping).
+os.environ.setdefault("NUMBA_CACHE_DIR", _cache_directory())
+os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numba  # noqa: E402
+from numba import njit, prange, types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+Carrier = npt.NDArray[Any]  # float32, or uint16 for the 16-bit dtypes
+
+# Integers, because a kernel specialises on types and not on values; each is one branch outside of
+# the inner loop.
+KINDS: dict[str, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
+ACTIVATIONS: dict[str, int] = {"relu": 0, "gelu": 1, "gelu_tanh": 2}
+NO_BIAS: F32 = np.zeros(0, np.float32)
+
+# Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
+_FAST = {"reassoc", "contract"}
+_SMALL = 1 << 18  # bytes of weights below which a second thread costs more than it saves
+_BLOCK = 64  # columns; threads divide a sum at multiples of it
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
+    """The float32 whose bits are the uint32 `bits`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _half(bits: Any) -> Any:
+    """float16 → float32, exact for every finite value: exponents are re-biased by the product."""
+    wide = np.uint32(bits)
+    moved = ((wide & np.uint32(0x7FFF)) << np.uint32(13)) | ((wide & np.uint32(0x8000)) << np.uint32(16))
+    return _as_float(np.uint32(moved)) * np.float32(2.0**112)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _brain(bits: Any) -> Any:
+    """bfloat16 → float32."""
+    return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
+
+
+@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _dot(row: Any, x: Any, kind: Any) -> Any:
+    """Sum of row[j] · x[j]."""
+    total = np.float32(0)
+    if kind == 2:
+        for j in range(x.shape[0]):
+            total += _brain(row[j]) * x[j]
+    elif kind == 1:
+        for j in range(x.shape[0]):
+            total += _half(row[j]) * x[j]
+    else:
+        for j in range(x.shape[0]):
+            total += np.float32(row[j]) * x[j]
+    return total
+
+
+@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _add_scaled(y: Any, a: Any, row: Any, kind: Any) -> None:
+    """y[j] += a · row[j]: no sum over j, so the columns do not influence each other."""
+    if kind == 2:
+        for j in range(y.shape[0]):
+            y[j] += a * _brain(row[j])
+    elif kind == 1:
+        for j in range(y.shape[0]):
+            y[j] += a * _half(row[j])
+    else:
+        for j in range(y.shape[0]):
+            y[j] += a * np.float32(row[j])
+
+
+@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _activation(x: Any, function: Any) -> Any:
+    if function == 0:
+        return x if x > np.float32(0) else np.float32(0)
+    if function == 1:
+        return np.float32(0.5) * x * (np.float32(1) + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _matvec(weights: Any, x: Any, bias: Any, out: Any, kind: Any) -> None:
+    biased = bias.shape[0] > 0
+    for i in prange(weights.shape[0]):
+        total = _dot(weights[i], x, kind)
+        out[i] = total + bias[i] if biased else total
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _activate(
+    bundles: Any, ids: Any, slots: Any, h: Any, bias: Any, out: Any, kind: Any, function: Any
+) -> None:
+    biased = bias.shape[0] > 0
+    width = h.shape[0]
+    for i in prange(slots.shape[0]):
+        total = _dot(bundles[slots[i], :width], h, kind)
+        if biased:
+            total += bias[ids[i]]
+        out[i] = _activation(total, function)
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _accumulate(bundles: Any, slots: Any, a: Any, y: Any, kind: Any, pieces: Any) -> None:
+    width = y.shape[0]
+    blocks = (width + _BLOCK - 1) // _BLOCK
+    for piece in prange(pieces):
+        start = min(width, blocks * piece // pieces * _BLOCK)
+        stop = min(width, blocks * (piece + 1) // pieces * _BLOCK)
+        if start < stop:
+            for i in range(slots.shape[0]):
+                if a[i] != np.float32(0):
+                    _add_scaled(y[start:stop], a[i], bundles[slots[i], width + start : width + stop], kind)
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _attend(
+    queries: Any, keys: Any, values: Any, length: Any, scale: Any, bias: Any, scores: Any, out: Any
+) -> None:
+    heads, width = queries.shape
+    group = heads // keys.shape[0]
+    biased = bias.shape[0] > 0
+    for head in prange(heads):
+        shared = head // group
+        score = scores[head]
+        highest = np.float32(-np.inf)
+        for t in range(length):
+            value = _dot(keys[shared, t], queries[head], 0) * scale
+            if biased:
+                value += bias[head, t]
+            score[t] = value
+            highest = max(highest, value)
+        total = np.float32(0)
+        for t in range(length):
+            score[t] = np.float32(math.exp(score[t] - highest))
+            total += score[t]
+        result = out[head * width : (head + 1) * width]
+        for j in range(width):
+            result[j] = np.float32(0)
+        for t in range(length):
+            _add_scaled(result, score[t] / total, values[shared, t], 0)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
+    width = x.shape[0]
+    mean = np.float32(0)
+    for j in range(width):
+        mean += x[j]
+    mean /= np.float32(width)
+    variance = np.float32(0)
+    for j in range(width):
+        variance += (x[j] - mean) * (x[j] - mean)
+    scale = np.float32(1) / np.float32(math.sqrt(variance / np.float32(width) + epsilon))
+    weighted = weight.shape[0] > 0
+    biased = bias.shape[0] > 0
+    for j in range(width):
+        value = (x[j] - mean) * scale
+        if weighted:
+            value *= weight[j]
+        if biased:
+            value += bias[j]
+        out[j] = value
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _rotate(vectors: Any, cos: Any, sin: Any) -> None:
+    half = cos.shape[0]
+    for i in range(vectors.shape[0]):
+        for j in range(half):
+            low, high = vectors[i, j], vectors[i, half + j]
+            vectors[i, j] = low * cos[j] - high * sin[j]
+            vectors[i, half + j] = high * cos[j] + low * sin[j]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _gather(bundles: Any, slots: Any, start: Any, out: Any, kind: Any) -> None:
+    for i in range(slots.shape[0]):
+        row = bundles[slots[i], start : start + out.shape[1]]
+        target = out[i]
+        if kind == 2:
+            for j in range(target.shape[0]):
+                target[j] = _brain(row[j])
+        elif kind == 1:
+            for j in range(target.shape[0]):
+                target[j] = _half(row[j])
+        else:
+            for j in range(target.shape[0]):
+                target[j] = row[j]
+
+
+def _launch(threads: int, weight_bytes: int) -> int:
+    """Choose the number of threads for the next launch; returns it."""
+    wanted = 1 if weight_bytes < _SMALL else max(1, min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(wanted)
+    return wanted
+
+
+def matvec(
+    weights: Carrier, x: F32, dtype: str, threads: int, bias: F32 = NO_BIAS, out: F32 | None = None
+) -> F32:
+    """`weights @ x + bias`: weights [out, in] of `dtype`'s carrier, x [in]; returns [out]."""
+    result = np.empty(weights.shape[0], np.float32) if out is None else out
+    _launch(threads, weights.nbytes)
+    _matvec(weights, x, bias, result, KINDS[dtype])
+    return result
+
+
+def activate(
+    bundles: Carrier, ids: I32, slots: I32, h: F32, bias: F32, dtype: str, function: str, threads: int
+) -> F32:
+    """Activations [n] of the neurons `ids` [n], whose bundles lie in `slots` [n].
+
+    `bundles` is [slots, stride in elements]: the up-projection row, the down-projection column,
+    padding. `bias` [d_ff] is indexed by id, or empty.
+    """
+    result = np.empty(slots.shape[0], np.float32)
+    _launch(threads, slots.shape[0] * h.shape[0] * bundles.itemsize)
+    _activate(bundles, ids, slots, h, bias, result, KINDS[dtype], ACTIVATIONS[function])
+    return result
+
+
+def accumulate(bundles: Carrier, slots: I32, a: F32, y: F32, dtype: str, threads: int) -> None:
+    """y [d_model] += Σ a[i] · down-projection column of slots[i], in the given order.
+
+    Each column is summed strictly in that order, so that a sum may be continued by another call.
+    Zero activations are skipped: for ReLU they change nothing.
+    """
+    pieces = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
+    _accumulate(bundles, slots, a, y, KINDS[dtype], pieces)
+
+
+def attend(queries: F32, keys: F32, values: F32, length: int, bias: F32, scores: F32, threads: int) -> F32:
+    """Attention of one token over `length` cached ones; returns [heads · head_dim].
+
+    queries [heads, head_dim]; keys, values [kv_heads, context, head_dim]; bias [heads, context] is
+    added to the scaled scores, or has no rows; scores [heads, context] is scratch.
+    """
+    heads, width = queries.shape
+    out = np.empty(heads * width, np.float32)
+    _launch(threads, heads * length * width * 8)
+    _attend(queries, keys, values, length, np.float32(1 / math.sqrt(width)), bias, scores, out)
+    return out
+
+
+def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float) -> F32:
+    """Normalised x [d]; weight and bias [d] may be empty."""
+    out = np.empty_like(x)
+    _layer_norm(x, weight, bias, np.float32(epsilon), out)
+    return out
+
+
+def rotate(vectors: F32, cos: F32, sin: F32) -> None:
+    """Rotary embedding, in place: vectors [n, head_dim], cos and sin [head_dim / 2], halves rotated."""
+    _rotate(vectors, cos, sin)
+
+
+def gather(bundles: Carrier, slots: I32, start: int, width: int, dtype: str, out: F32) -> None:
+    """Widen elements [start, start + width) of the given slots' bundles into out [n, width].
+
+    Single-threaded and without the interpreter's lock: callers divide the work among threads.
+    """
+    assert out.shape == (slots.shape[0], width)
+    _gather(bundles, slots, start, out, KINDS[dtype])
+
+
+def warm(dtype: str) -> None:
+    """Compile, or load from the cache, every kernel for stores of `dtype`."""
+    carrier = np.float32 if dtype == "float32" else np.uint16
+    weights = np.zeros((2, 128), carrier)
+    ids = np.zeros(2, np.int32)
+    x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    matvec(weights, np.zeros(128, np.float32), dtype, 1)
+    a = activate(weights, ids, ids, x, NO_BIAS, dtype, "relu", 1)
+    accumulate(weights, ids, a, y, dtype, 1)
+    cache, table = np.zeros((1, 2, 64), np.float32), np.zeros((1, 2), np.float32)
+    attend(cache[0], cache, cache, 1, np.zeros((0, 0), np.float32), np.zeros((2, 2), np.float32), 1)
+    layer_norm(x, x, x, 1e-5)
+    rotate(cache[0], x[:32], x[:32])
+    gather(weights, ids, 0, 64, dtype, np.zeros((2, 64), np.float32))
+    del table
+
+
+def notes() -> str:
+    """What the kernels run on, for people."""
+    return f"kernels: numba {numba.__version__}, {numba.threading_layer()} threads"
