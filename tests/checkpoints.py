@@ -94,18 +94,30 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
-    """The transformers model of a variant, in `dtype`, in evaluation mode, eager attention."""
+    """The transformers model of a variant, in `dtype`, in evaluation mode.
+
+    Its attention is `sdpa`, the default: transformers' eager Falcon adds the ALiBi bias twice.
+    """
     from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
     kind, settings = VARIANTS[variant]
-    settings = {**settings, "attn_implementation": "eager"}
+    settings = {**settings, "attn_implementation": "sdpa"}
     model = (
         OPTForCausalLM(OPTConfig(**settings))
         if kind == "opt"
         else FalconForCausalLM(FalconConfig(**settings))
     )
     _randomise(model, torch.Generator().manual_seed(seed))
-    return model.to(getattr(torch, dtype)).eval()
+    for parameter in model.parameters():  # not the rotary frequencies, which are computed in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model.eval()
+
+
+def reference_model(directory: Path) -> Any:
+    """The checkpoint as transformers loads it, its weights upcast to float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def _randomise(model: Any, generator: torch.Generator) -> None:

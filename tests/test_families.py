@@ -1,0 +1,166 @@
+"""Families: what configs mean, and that stores hold the model that transformers runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dense
+import pytest
+import torch
+from checkpoints import DTYPES, VARIANTS, reference_model, write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from storage.convert import convert
+from storage.errors import UnsupportedModel
+from storage.families.registry import family_of
+
+PROMPT = [2, *(5 + (17 * i) % 250 for i in range(40))]
+FALCON_7B: dict[str, Any] = {  # as tiiuae/falcon-7b's config.json has it
+    "model_type": "falcon",
+    "alibi": False,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_size": 4544,
+    "layer_norm_epsilon": 1e-05,
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "num_attention_heads": 71,
+    "num_hidden_layers": 32,
+    "num_kv_heads": 71,
+    "parallel_attn": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 65024,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_store_holds_the_model_that_transformers_runs(tmp_path: Path, variant: str) -> None:
+    store = convert(write_checkpoint(tmp_path / "model", variant), tmp_path / "store", name=variant)
+    with torch.no_grad():
+        expected = reference_model(tmp_path / "model")(torch.tensor([PROMPT])).logits[0].double()
+    assert expected.std() >= 1
+    assert (dense.logits(store, PROMPT) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["opt-post-norm", "falcon-40b"])
+def test_every_dtype_is_kept(tmp_path: Path, variant: str, dtype: str) -> None:
+    store = convert(write_checkpoint(tmp_path / "model", variant, dtype), tmp_path / "store", name=variant)
+    assert store.layout.dtype == dtype
+    with torch.no_grad():
+        expected = reference_model(tmp_path / "model")(torch.tensor([PROMPT])).logits[0].double()
+    assert (dense.logits(store, PROMPT) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", ""])
+def test_opt_under_its_older_names(tmp_path: Path, prefix: str) -> None:
+    model = write_checkpoint(tmp_path / "model", "opt")
+    usual = convert(model, tmp_path / "usual", name="opt")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name.replace("model.decoder.", prefix): value for name, value in tensors.items()},
+        model / "model.safetensors",
+    )
+    assert convert(model, tmp_path / "older", name="opt").manifest.files == usual.manifest.files
+
+
+def test_falcon_without_its_prefix(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "falcon-7b")
+    usual = convert(model, tmp_path / "usual", name="falcon")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name.removeprefix("transformer."): value for name, value in tensors.items()},
+        model / "model.safetensors",
+    )
+    assert convert(model, tmp_path / "bare", name="falcon").manifest.files == usual.manifest.files
+
+
+def test_tensors_decide_whether_the_head_is_tied(tmp_path: Path) -> None:
+    """A tied config with an equal head, and an untied config with an equal head, store it once."""
+    model = write_checkpoint(tmp_path / "model", "opt")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].copy()
+    save_file(tensors, model / "model.safetensors")
+    assert convert(model, tmp_path / "equal", name="opt").architecture.tied_head
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, model / "model.safetensors")
+    untied = convert(model, tmp_path / "unequal", name="opt")
+    assert not untied.architecture.tied_head
+    assert (load_file(untied.path / "resident.safetensors")["head.weight"] == tensors["lm_head.weight"]).all()
+
+
+def test_stop_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", "opt")
+    assert convert(model, tmp_path / "one", name="opt").architecture.eos_tokens == (2,)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert convert(model, tmp_path / "two", name="opt").architecture.eos_tokens == (2, 7)
+
+
+def test_falcon_7b() -> None:
+    model = family_of(FALCON_7B).architecture(FALCON_7B)
+    assert (model.block, model.positions, model.shared_norm) == ("parallel", "rotary", True)
+    assert (model.heads, model.kv_heads, model.head_dim, model.d_ff) == (71, 1, 64, 18176)
+    assert (model.activation, model.tied_head, model.rotary_base) == ("gelu", True, 10000.0)
+    assert (model.max_positions, model.eos_tokens) == (2048, (11,))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}],
+)
+def test_rotary_base_in_both_places(place: dict[str, Any]) -> None:
+    config = {**FALCON_7B, **place, "rope_scaling": None}
+    assert family_of(config).architecture(config).rotary_base == 5e5
+
+
+def test_opt_350m() -> None:
+    config = {
+        "model_type": "opt",
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "do_layer_norm_before": False,
+    }
+    family = family_of(config)
+    model = family.architecture(config)
+    assert (model.block, model.final_norm, model.embed_dim) == ("post_norm", False, 512)
+    names = [item.name for item in family.resident(config, model)]
+    assert "project_in.weight" in names
+    assert not any(name.startswith(("final_norm", "head")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "opt, falcon"]),
+        ({"model_type": None}, ["None", "opt, falcon"]),
+        ({"activation": "silu"}, ["silu", "relu", "gelu"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "bfloat16"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear", "default"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["yarn", "default"]),
+        ({"new_decoder_architecture": True, "parallel_attn": False}, ["parallel_attn false"]),
+        ({"num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn 2"]),
+        ({"multi_query": False, "num_kv_heads": 1}, ["num_kv_heads 1"]),
+        ({"new_decoder_architecture": True, "num_kv_heads": 8}, ["num_kv_heads 8"]),
+        ({"hidden_size": 4545}, ["hidden_size 4545", "71"]),
+        ({"num_hidden_layers": "32"}, ["num_hidden_layers", "'32'"]),
+        ({"bias": "yes"}, ["bias", "'yes'"]),
+        ({"eos_token_id": [-1]}, ["eos_token_id"]),
+        ({"layer_norm_epsilon": 0}, ["layer_norm_epsilon"]),
+    ],
+)
+def test_what_is_not_supported_is_named(settings: dict[str, Any], words: list[str]) -> None:
+    config = {**FALCON_7B, **settings}
+
+    def read() -> None:
+        family = family_of(config)
+        family.resident(config, family.architecture(config))
+
+    with pytest.raises(UnsupportedModel) as raised:
+        read()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
