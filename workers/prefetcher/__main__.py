@@ -1,0 +1,159 @@
+"""The prefetcher's process: ReadBundles in, bundles in their slots, LayerPart out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import process
+from pipeline.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
+from pipeline.process import Worker
+from pipeline.segments import ID, SLOT
+from storage.format import BUNDLES, Layout
+from workers.prefetcher.backend import open_backend
+from workers.prefetcher.bundle_file import BundleFile
+from workers.prefetcher.pool import ReaderPool
+from workers.prefetcher.requests import Planner, Requests
+
+
+class Prefetcher:
+    """Plans every part's reads, submits them and announces the part."""
+
+    def __init__(self, worker: Worker, pool: ReaderPool, planner: Planner) -> None:
+        self._worker = worker
+        self._pool = pool
+        self._planner = planner
+        self._positions = worker.store.positions()
+        self._values: Counter[str] = Counter()
+        self._seconds = 0.0  # from a part's request to its last byte, over all parts
+        self.stopped = asyncio.Event()
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case ReadBundles():
+                self._read(message)
+            case ReportStats():
+                self._worker.channel.send(
+                    "supervisor", Stats(message.serial, self._worker.name, self.stats())
+                )
+            case Stop():
+                self.stopped.set()
+
+    def _read(self, message: ReadBundles) -> None:
+        assert message.part >= 1, "part 0 is the cache's"
+        rows = slice(message.start, message.start + message.count)
+        table = self._worker.segments.reads[message.layer]
+        ids = table[ID, rows].copy()
+        assert ids.size == message.count, "a part beyond the read table"
+        positions = ids if self._positions is None else self._positions[message.layer][ids]
+        requests = self._planner.plan(message.layer, positions, table[SLOT, rows].copy())
+        asked = time.monotonic()
+        self._pool.submit(requests, lambda: self._announce(message, requests, asked))
+
+    def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
+        part = LayerPart(message.run, message.step, message.layer, message.part, (), (), False)
+        self._worker.channel.send("compute", part)
+        kind = "stream" if message.stream else "decode"
+        self._values[f"{kind}_bytes"] += requests.total_bytes
+        self._values[f"{kind}_reads"] += len(requests)
+        self._values[f"{kind}_bundles"] += requests.bundles
+        self._values[f"{kind}_gap_bytes"] += requests.gap_bytes
+        self._values["parts"] += 1
+        self._seconds += time.monotonic() - asked
+
+    def stats(self) -> dict[str, float]:
+        """Counters since start; bytes, numbers and seconds."""
+        names = [f"{kind}_{what}" for kind in ("decode", "stream") for what in COUNTED]
+        counters = self._pool.counters
+        values = {name: float(self._values[name]) for name in [*names, "parts"]}
+        return values | {
+            "busy_seconds": counters.busy_seconds,
+            "part_seconds": self._seconds,
+            "cpu_seconds": time.process_time(),
+            "batches": float(counters.batches),
+            "wakes": float(counters.wakes),
+            "retries": float(counters.retries),
+            "peak_in_flight": float(counters.peak_in_flight),
+            "in_flight": float(counters.in_flight),
+            "backlog": float(self._pool.backlog),
+        }
+
+
+COUNTED = ("bytes", "reads", "bundles", "gap_bytes")
+
+
+class Describer:
+    """Names the bundle at a file offset."""
+
+    def __init__(self, path: Path, layout: Layout, positions: npt.NDArray[np.int32] | None) -> None:
+        self._path, self._layout, self._positions = path, layout, positions
+
+    def __call__(self, offset: int) -> str:
+        layer, position = divmod(offset // self._layout.stride, self._layout.d_ff)
+        neuron = position
+        if self._positions is not None:
+            neuron = int(np.flatnonzero(self._positions[layer] == position)[0])
+        return f"layer {layer}, neuron {neuron} from {self._path}"
+
+
+async def main(worker: Worker) -> None:
+    settings = worker.config.prefetcher
+    stride = worker.plan.stride
+    sink = np.empty(Planner.sink_bytes(stride, settings.max_gap) + stride, np.uint8)
+    path = worker.store.path / BUNDLES
+    with BundleFile.open(path, stride, settings.direct) as file:
+        opened = [open_backend(settings.backend, file, settings.queue_depth) for _ in range(settings.readers)]
+        describe = Describer(path, worker.store.layout, worker.store.positions())
+        pool = ReaderPool([queue for queue, _ in opened], settings.queue_depth, file.size, describe)
+        bundles = worker.segments.bundles
+        planner = Planner(
+            base=bundles.ctypes.data,
+            slots=bundles.shape[0],
+            stride=stride,
+            d_ff=worker.plan.d_ff,
+            max_read=settings.max_read,
+            max_gap=settings.max_gap,
+            sink=sink.ctypes.data,
+        )
+        try:
+            note = f"{opened[0][1]}, {settings.readers} × {settings.queue_depth} deep, {file.note}"
+            await serve(worker, Prefetcher(worker, pool, planner), pool, note)
+        finally:
+            await pool.close()
+
+
+async def serve(worker: Worker, prefetcher: Prefetcher, pool: ReaderPool, *notes: str) -> None:
+    """Answer messages until Stop, then drain. Raises what a read or a message raised."""
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def handle(message: Message) -> None:
+        try:
+            prefetcher.handle(message)
+        except Exception as error:
+            if not failed.done():
+                failed.set_exception(error)
+
+    async def until_stopped() -> None:
+        await prefetcher.stopped.wait()
+        await pool.drained()
+
+    worker.channel.on_message("prefetcher", handle)
+    worker.ready(*notes)
+    tasks = {asyncio.ensure_future(pool.run()), asyncio.ensure_future(until_stopped()), failed}
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    process.run("prefetcher", ("prefetcher",), main)

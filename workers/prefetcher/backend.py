@@ -1,0 +1,63 @@
+"""What a reader's queue must be able to do, and which implementation is used."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import ConfigError
+from workers.prefetcher.bundle_file import BundleFile
+from workers.prefetcher.requests import Requests
+
+Tags = npt.NDArray[np.int64]
+Results = npt.NDArray[np.int64]
+
+
+class Backend(Protocol):
+    """One queue of reads from one file, driven by the event loop of the thread that made it.
+
+    A tag, 0 .. depth - 1, names a read in flight; the caller never has more in flight. A read's
+    result is the number of bytes that arrived, or a negative errno: short reads and errors are the
+    caller's to judge.
+    """
+
+    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        """Begin reads start .. stop - 1. `requests` must live until they are completed."""
+
+    async def completed(self) -> tuple[Tags, Results]:
+        """Wait until reads are complete, at least one."""
+
+    async def close(self) -> None:
+        """Give everything back. Reads in flight may still arrive in memory during this call."""
+
+
+class BackendUnavailable(Exception):
+    """This system does not have what a backend needs; the text says what."""
+
+
+def open_backend(name: str, file: BundleFile, depth: int) -> tuple[Backend, str]:
+    """A queue of `depth` by the backend called `name` or, for "auto", by the best there is.
+
+    Returns it with a sentence that says which one and why. Raises ConfigError when a backend that
+    was asked for by name cannot be had.
+    """
+    from workers.prefetcher.io_uring import IoUring
+    from workers.prefetcher.threads import Threads
+
+    if name == "threads":
+        return Threads(file, depth), "reads by threads, as configured"
+    if name == "aiofiles":
+        from workers.prefetcher.aiofiles_backend import AioFiles
+
+        return AioFiles(file, depth), "reads by aiofiles, as configured"
+    assert name in ("auto", "io_uring"), f"no read backend {name}"
+    try:
+        backend = IoUring(file, depth)
+    except BackendUnavailable as error:
+        if name != "auto":
+            raise ConfigError(f"prefetcher.backend is io_uring, but {error}") from error
+        return Threads(file, depth), f"reads by threads, because {error}"
+    chosen = "as configured" if name == "io_uring" else "the kernel allows it"
+    return backend, f"reads by io_uring, {chosen}"

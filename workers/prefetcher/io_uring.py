@@ -1,0 +1,308 @@
+"""A queue of reads by Linux's io_uring, without a thread or a copy.
+
+The rings are mapped memory; a batch of submissions is a few numpy assignments over the mapped
+entries and one system call, so a read costs a few microseconds of CPU although this is Python.
+
+Completions wake the event loop through an eventfd. While many reads are in flight that would mean a
+wake-up for almost every one; then the eventfd is silenced and a timer looks at the ring instead,
+several completions at a time (as network drivers do under load). The last few always come by
+eventfd, so that nobody waits for a tick.
+
+Layouts and numbers: io_uring_setup(2), io_uring_enter(2), io_uring_register(2), linux/io_uring.h.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import struct
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.prefetcher.backend import BackendUnavailable, Results, Tags
+from workers.prefetcher.bundle_file import BundleFile
+from workers.prefetcher.requests import Requests
+
+# System call numbers, the same on every architecture (io_uring is younger than their unification).
+SETUP, ENTER, REGISTER = 425, 426, 427
+
+OFF_SQ_RING, OFF_CQ_RING, OFF_SQES = 0, 0x8000000, 0x10000000
+SETUP_CLAMP = 1 << 4
+SETUP_COOP_TASKRUN = 1 << 8  # Linux 5.19: no interrupt to deliver a completion
+SETUP_SINGLE_ISSUER = 1 << 12  # 6.0
+SETUP_DEFER_TASKRUN = 1 << 13  # 6.1: completions are delivered in io_uring_enter alone, in batches
+FEAT_SINGLE_MMAP, FEAT_SUBMIT_STABLE = 1 << 0, 1 << 2  # 5.4, 5.5: iovecs are copied at submission
+ENTER_GETEVENTS = 1
+REGISTER_FILES, REGISTER_EVENTFD, REGISTER_PROBE = 2, 4, 8
+PROBE_SUPPORTED = 1
+OP_READV, OP_READ = 1, 22  # 5.1, 5.6
+FIXED_FILE = 1  # in an entry's flags: `file` is an index of the registered files
+CQ_EVENTFD_DISABLED = 1
+
+# From the best there is to what the first kernels had.
+SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, SETUP_COOP_TASKRUN, 0)
+
+SUBMISSION = np.dtype(
+    [
+        ("opcode", np.uint8),
+        ("flags", np.uint8),
+        ("priority", np.uint16),
+        ("file", np.int32),
+        ("offset", np.uint64),
+        ("address", np.uint64),
+        ("length", np.uint32),
+        ("rw_flags", np.uint32),
+        ("tag", np.uint64),
+        ("rest", np.uint64, 3),
+    ]
+)
+COMPLETION = np.dtype([("tag", np.uint64), ("result", np.int32), ("flags", np.uint32)])
+
+QUIET_ABOVE = 16  # reads in flight: with more, the timer looks at the ring instead of the eventfd
+TICK_NANOSECONDS = 150_000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _call(number: int, *arguments: int) -> int:
+    """A system call's result, or a negative errno."""
+    result: int = _syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+class _Offsets(ctypes.Structure):
+    """struct io_sqring_offsets and, from the fifth on under other names, io_cqring_offsets."""
+
+    _fields_ = [
+        ("head", ctypes.c_uint32),
+        ("tail", ctypes.c_uint32),
+        ("mask", ctypes.c_uint32),
+        ("entries", ctypes.c_uint32),
+        ("fifth", ctypes.c_uint32),
+        ("sixth", ctypes.c_uint32),
+        ("seventh", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+    ]
+
+
+class _Parameters(ctypes.Structure):
+    """struct io_uring_params."""
+
+    _fields_ = [
+        ("sq_entries", ctypes.c_uint32),
+        ("cq_entries", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("sq_thread_cpu", ctypes.c_uint32),
+        ("sq_thread_idle", ctypes.c_uint32),
+        ("features", ctypes.c_uint32),
+        ("wq_fd", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32 * 3),
+        ("sq_offsets", _Offsets),  # fifth: flags, sixth: dropped, seventh: array
+        ("cq_offsets", _Offsets),  # fifth: overflow, sixth: entries' place, seventh: flags
+    ]
+
+
+def _set_up(depth: int) -> tuple[int, _Parameters]:
+    """A ring's descriptor and what the kernel made of it. Raises BackendUnavailable."""
+    if sys.platform != "linux":
+        raise BackendUnavailable("io_uring is Linux's")
+    result = -errno.ENOSYS
+    for flags in SETUP_FLAGS:
+        parameters = _Parameters(flags=flags | SETUP_CLAMP)
+        result = _call(SETUP, depth, ctypes.addressof(parameters))
+        if result >= 0:
+            break
+        if result != -errno.EINVAL:
+            raise BackendUnavailable(f"the kernel refuses io_uring ({os.strerror(-result)})")
+    if result < 0:
+        raise BackendUnavailable("the kernel's io_uring is too old")
+    needed = FEAT_SINGLE_MMAP | FEAT_SUBMIT_STABLE
+    if parameters.features & needed != needed:
+        os.close(result)
+        raise BackendUnavailable("the kernel's io_uring is too old")
+    return result, parameters
+
+
+def _has_read(ring: int) -> bool:
+    """Whether the kernel knows plain reads besides vectored ones."""
+    probe = ctypes.create_string_buffer(16 + 256 * 8)  # struct io_uring_probe
+    if _call(REGISTER, ring, REGISTER_PROBE, ctypes.addressof(probe), 256) < 0:
+        return False
+    last = probe.raw[0]
+    (flags,) = struct.unpack_from("<H", probe, 16 + 8 * OP_READ + 2)
+    return last >= OP_READ and bool(flags & PROBE_SUPPORTED)
+
+
+@dataclass(slots=True)
+class _Memory:
+    """The mapped rings as arrays."""
+
+    sq_tail: npt.NDArray[np.uint32]
+    cq_head: npt.NDArray[np.uint32]
+    cq_tail: npt.NDArray[np.uint32]
+    cq_flags: npt.NDArray[np.uint32]
+    submissions: npt.NDArray[np.void]  # [power of two] of SUBMISSION
+    completions: npt.NDArray[np.void]  # [power of two] of COMPLETION
+
+    @classmethod
+    def map(cls, ring: int, parameters: _Parameters) -> _Memory:
+        sq, cq = parameters.sq_offsets, parameters.cq_offsets
+        entries, room = parameters.sq_entries, parameters.cq_entries
+        size = max(sq.seventh + entries * 4, cq.sixth + room * COMPLETION.itemsize)
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        rings = mmap.mmap(ring, size, flags=flags, offset=OFF_SQ_RING)
+        table = mmap.mmap(ring, entries * SUBMISSION.itemsize, flags=flags, offset=OFF_SQES)
+
+        def word(offset: int) -> npt.NDArray[np.uint32]:
+            return np.frombuffer(rings, np.uint32, 1, offset)
+
+        # The kernel reads entries through an index; entry i always stands at place i.
+        np.frombuffer(rings, np.uint32, entries, sq.seventh)[:] = np.arange(entries)
+        return cls(
+            sq_tail=word(sq.tail),
+            cq_head=word(cq.head),
+            cq_tail=word(cq.tail),
+            cq_flags=word(cq.seventh),
+            submissions=np.frombuffer(table, SUBMISSION),
+            completions=np.frombuffer(rings, COMPLETION, room, cq.sixth),
+        )
+
+
+class _Timer:
+    """A periodic timerfd; the event loop's own timers tick in milliseconds."""
+
+    def __init__(self) -> None:
+        self.descriptor = _libc.timerfd_create(1, os.O_NONBLOCK | os.O_CLOEXEC)  # CLOCK_MONOTONIC
+        self.running = False
+
+    def set(self, running: bool) -> None:
+        self.running = running
+        tick = TICK_NANOSECONDS if running else 0
+        period = struct.pack("<qqqq", 0, tick, 0, tick)  # struct itimerspec: interval, first
+        _libc.timerfd_settime(self.descriptor, 0, period, None)
+
+
+class IoUring:
+    """See `Backend`."""
+
+    def __init__(self, file: BundleFile, depth: int) -> None:
+        """Raises BackendUnavailable where the kernel has no io_uring, or forbids it."""
+        self._ring, parameters = _set_up(depth)
+        assert parameters.sq_entries >= depth, "the configuration allows no more than the kernel does"
+        self._deferred = bool(parameters.flags & SETUP_DEFER_TASKRUN)
+        self._read = OP_READ if _has_read(self._ring) else OP_READV
+        self._memory = _Memory.map(self._ring, parameters)
+        self._mask = parameters.sq_entries - 1
+        self._cq_mask = parameters.cq_entries - 1
+        self._tail = int(self._memory.sq_tail[0])
+        self._head = int(self._memory.cq_head[0])
+        self._in_flight = 0
+        self._register(REGISTER_FILES, file.descriptor)
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._register(REGISTER_EVENTFD, self._event)
+        self._timer = _Timer()
+        self._memory.submissions["flags"] = FIXED_FILE
+        self._memory.submissions["file"] = 0
+        self._loop = asyncio.get_running_loop()
+        self._woken: asyncio.Future[None] | None = None
+        self._loop.add_reader(self._event, self._wake, self._event)
+        self._loop.add_reader(self._timer.descriptor, self._wake, self._timer.descriptor)
+
+    def _register(self, what: int, descriptor: int) -> None:
+        value = ctypes.c_int32(descriptor)
+        result = _call(REGISTER, self._ring, what, ctypes.addressof(value), 1)
+        if result < 0:
+            os.close(self._ring)
+            raise BackendUnavailable(f"io_uring refuses a registration ({os.strerror(-result)})")
+
+    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        place = self._tail & self._mask
+        room = self._mask + 1 - place
+        if stop - start > room:  # around the ring's end
+            self._fill(place, requests, start, start + room, tags[:room])
+            self._fill(0, requests, start + room, stop, tags[room:])
+        else:
+            self._fill(place, requests, start, stop, tags)
+        self._tail += stop - start
+        self._memory.sq_tail[0] = self._tail & 0xFFFFFFFF
+        self._in_flight += stop - start
+        self._enter(stop - start)
+
+    def _fill(self, place: int, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        entries = self._memory.submissions[place : place + stop - start]
+        rows = slice(start, stop)
+        if self._read == OP_READ:
+            entries["opcode"] = np.where(requests.counts[rows] == 1, OP_READ, OP_READV)
+            entries["address"] = requests.targets[rows]
+            entries["length"] = requests.widths[rows]
+        else:
+            entries["opcode"] = OP_READV
+            entries["address"] = requests.iovecs.ctypes.data + requests.firsts[rows] * 16
+            entries["length"] = requests.counts[rows]
+        entries["offset"] = requests.offsets[rows]
+        entries["tag"] = tags
+
+    def _enter(self, count: int) -> None:
+        """Submit `count` entries and let the kernel deliver what is complete."""
+        while True:
+            result = _call(ENTER, self._ring, count, 0, ENTER_GETEVENTS, 0, 0)
+            if result >= 0:
+                count -= result
+                if count <= 0:
+                    return
+            elif -result not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                raise OSError(-result, os.strerror(-result))
+
+    def _wake(self, descriptor: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(descriptor, 8)
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def completed(self) -> tuple[Tags, Results]:
+        while True:
+            tags, results = self._reap()
+            if tags.size:
+                return tags, results
+            if self._choose_signal():
+                continue  # what arrived before the eventfd was on again did not signal it
+            self._woken = self._loop.create_future()
+            await self._woken
+
+    def _reap(self) -> tuple[Tags, Results]:
+        if self._deferred and self._in_flight:
+            self._enter(0)
+        count = (int(self._memory.cq_tail[0]) - self._head) & 0xFFFFFFFF
+        rows = (self._head + np.arange(count)) & self._cq_mask
+        batch = self._memory.completions[rows]  # a copy
+        self._head += count
+        self._memory.cq_head[0] = self._head & 0xFFFFFFFF
+        self._in_flight -= count
+        return batch["tag"].astype(np.int64), batch["result"].astype(np.int64)
+
+    def _choose_signal(self) -> bool:
+        """Timer or eventfd, by load; True when the eventfd has just been switched on."""
+        busy = self._in_flight > QUIET_ABOVE
+        if busy == self._timer.running:
+            return False
+        self._timer.set(busy)
+        self._memory.cq_flags[0] = CQ_EVENTFD_DISABLED if busy else 0
+        return not busy
+
+    async def close(self) -> None:
+        while self._in_flight:
+            await self.completed()
+        for descriptor in (self._event, self._timer.descriptor):
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+        os.close(self._ring)
