@@ -1,0 +1,105 @@
+"""Log-probabilities of given tokens, dense or with every token's predicted neurons only.
+
+Sequences are scored in batches, layer by layer: each token's FFN is restricted to the neurons that
+the predictors choose for that token, exactly as the ring restricts it in decode. A dense prefill
+would hide the predictors' errors. Numerically it equals the ring up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.compute.dense import DenseModel
+
+TOKENS_PER_BATCH = 8192  # a batch's activations: this × d_model × 4 bytes, a few times over
+LOGIT_ROWS = 512  # tokens whose logits exist at once
+PAD = 0  # any token: padding comes after the scored tokens, and attention is causal
+
+
+class Chooser(Protocol):
+    """Chooses the neurons of a layer for many tokens."""
+
+    def sources(self, layer: int) -> int:
+        """The layer whose FFN input decides, or EMBEDDING (−1)."""
+
+    def choose(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
+        """`[n, d_ff]` bool for source states `[n, d_model]`; None: all neurons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One sequence: for every token but the first, its log-probability and the likeliest token."""
+
+    logprobs: npt.NDArray[np.float64]  # [tokens - 1]
+    likeliest: npt.NDArray[np.int64]  # [tokens - 1]
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to a root mean square of one, as compute announces embeddings."""
+    return x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
+    """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
+    x = model.embed(tokens)
+    states: dict[int, torch.Tensor] = {-1: unit(x).flatten(0, 1)}
+    for index in range(model.architecture.layers):
+
+        def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
+            states[layer] = ffn_input
+            return None if chooser is None else chooser.choose(layer, states[chooser.sources(layer)])
+
+        _, x = model.layer(index, x, mask)
+        oldest = -1 if chooser is None else min(chooser.sources(i) for i in range(index, len_of(model)))
+        for layer in [layer for layer in states if layer < oldest]:
+            del states[layer]
+    return x
+
+
+def len_of(model: DenseModel) -> int:
+    return model.architecture.layers
+
+
+def score(model: DenseModel, sequences: Sequence[Sequence[int]], chooser: Chooser | None) -> list[Scored]:
+    """Score every sequence, each at least two tokens long; results in the same order."""
+    found: dict[int, Scored] = {}
+    for batch in batches([len(one) for one in sequences]):
+        width = max(len(sequences[i]) for i in batch)
+        tokens = np.full((len(batch), width), PAD, np.int64)
+        for row, i in enumerate(batch):
+            tokens[row, : len(sequences[i])] = sequences[i]
+        x = forward(model, tokens, chooser)
+        for row, i in enumerate(batch):
+            found[i] = _scored(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
+    return [found[i] for i in range(len(sequences))]
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices grouped by similar length, each group within TOKENS_PER_BATCH padded tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) + 1) * lengths[group[0]] > TOKENS_PER_BATCH:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _scored(model: DenseModel, x: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
+    logprobs, likeliest = [], []
+    for start in range(0, len(targets), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        logits = model.logits(x[None, rows])[0]
+        normed = torch.log_softmax(logits.double(), dim=-1)
+        wanted = torch.from_numpy(targets[rows])[:, None]
+        logprobs.append(normed.gather(1, wanted)[:, 0].numpy())
+        likeliest.append(logits.argmax(dim=-1).numpy())
+    return Scored(np.concatenate(logprobs), np.concatenate(likeliest))
