@@ -1,0 +1,1 @@
+"""The model that ships with flashring: its files, and the program that trained it (`train.py`)."""

@@ -1,0 +1,173 @@
+"""The command line: mistakes are one sentence with an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = [sys.executable, str(ROOT / "run.py")]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def refused(*arguments: str | Path, **environment: str) -> tuple[int, str]:
+    """Exit status and sentence of a command that must print one line, on standard error only."""
+    done = run(*arguments, **environment)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("flashring: ")
+    return done.returncode, sentence.removeprefix("flashring: ")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "opt", "float16")
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path) -> Path:
+    out = checkpoint.with_name("store")
+    done = run("convert", checkpoint, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to do: give --prompt"),
+        (["--prompt"], "option '--prompt' requires an argument"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--modle", "y"], "no such option: --modle"),
+        (["--prompt", "x", "--context", "many"], "invalid value for '--context'"),
+        (["--prompt", "x", "--model", "opt-6.8b"], "unknown model 'opt-6.8b'; did you mean opt-6.7b"),
+        (["--prompt", "x", "--set", "cache.windw=3"], "did you mean cache.window?"),
+        (["--prompt", "x", "--set", "cache"], "--set takes section.key=value"),
+        (["--prompt", "x", "--config", "none.toml"], "none.toml cannot be read: No such file"),
+        (["--prompt", "x", "--top-p", "3"], "top_p must be above 0 and at most 1"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--prompt", "x", "--force-tokens", "none.txt"], "none.txt cannot be read"),
+        (["frobnicate"], "no such command 'frobnicate'"),
+        (["convert"], "missing argument 'MODEL'"),
+        (["--prompt", "x", "verify", "somewhere"], "--prompt does not go together with the command verify"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_status_2(arguments: list[str], words: str) -> None:
+    status, sentence = refused(*arguments)
+    assert status == 2
+    assert words in sentence
+
+
+def test_what_is_missing_is_one_sentence_and_status_1() -> None:
+    status, sentence = refused("--prompt", "x", "--model", "falcon-7b")
+    assert status == 1
+    assert "hf download tiiuae/falcon-7b" in sentence
+
+
+def test_a_budget_that_is_too_small_names_the_least(store: Path) -> None:
+    status, sentence = refused("--prompt", "x", "--model", store, "--memory", "1MiB")
+    assert status == 2
+    assert "the least that would do is" in sentence
+
+
+@pytest.mark.parametrize("memory", ["lots", "7 parsecs"])
+def test_a_budget_that_is_none_is_refused(store: Path, memory: str) -> None:
+    status, sentence = refused("--prompt", "x", "--model", store, "--memory", memory)
+    assert (status, sentence) == (2, f"memory.budget takes a size such as 7GiB or 50%, not {memory!r}")
+
+
+def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "store"
+    damaged.mkdir()
+    for file in store.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[: -1 if file.name == "bundles.bin" else None])
+    status, sentence = refused("--prompt", "x", "--model", damaged)
+    assert status == 1
+    assert "where its manifest says" in sentence
+
+
+def test_help_is_no_mistake() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for option in ("--prompt", "--model", "--memory", "--context", "--seed", "--config", "--set", "--json"):
+        assert option in done.stdout
+    for command in ("convert", "verify", "train-predictor"):
+        assert command in done.stdout
+
+
+def test_packages_in_the_callers_directory_do_not_matter(tmp_path: Path) -> None:
+    for name in ("pipeline", "storage", "workers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')")
+    status, sentence = refused("--prompt", "", PYTHONPATH=str(tmp_path))
+    assert (status, sentence) == (2, "the prompt is empty")
+
+
+def test_the_console_script_refuses_another_projects_packages(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("")
+    search = os.pathsep.join(map(str, (tmp_path, ROOT / "pipeline" / "launcher", ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import sys, flashring; sys.exit(flashring.main())"],
+        env=os.environ | {"PYTHONPATH": search},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"another project's package 'pipeline' at {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
+    arguments = ("--prompt", "hello there", "--model", store, "--max-new-tokens", "8", "--ignore-eos")
+    streamed = run(*arguments)
+    assert streamed.returncode == 0, streamed.stderr
+    assert "runs without predictors" in streamed.stderr.splitlines()[0]
+    assert "8 tokens, " in streamed.stderr.splitlines()[-1]
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert streamed.stdout == told["text"] + "\n"
+    assert told["generated_tokens"] == 8
+    assert told["prompt_tokens"] == 12  # one a byte, and the one that begins every text
+    assert set(told["seconds"]) >= {"load", "prefill", "decode"}
+    assert set(told["flash"]) >= {"bytes_read", "reads", "bytes_per_token"}
+    assert set(told["cache"]) >= {"slots", "hits", "misses"}
+    assert told["memory"]["budget_bytes"] is None
+    assert told["memory"]["peak_bytes"] > 0
+    assert [set(worker) >= {"name", "pid"} for worker in told["workers"]] == [True] * 4
+    assert told["config"]["predictor"]["kind"] == "all"
+
+
+def test_an_over_long_prompt_is_refused(store: Path) -> None:
+    done = run("--prompt", "x" * 500, "--model", store)
+    assert done.returncode == 2
+    assert "see --context" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_forced_tokens_are_what_is_decoded(store: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("104 105 106\n")
+    done = run("--prompt", "x", "--model", store, "--force-tokens", tokens, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["generated_tokens"] == 3

@@ -1,0 +1,98 @@
+"""The configuration: every shipped file loads, and mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline import models
+from pipeline.config import Config
+from storage.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_configuration_loads(file: Path) -> None:
+    config = Config.load(file)
+    assert config.model.checkpoint
+    assert file.read_text().startswith("# "), "says why it is as it is"
+
+
+def test_every_promised_preset_is_shipped() -> None:
+    opt = {f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")}
+    falcon = {f"falcon-{size}" for size in ("rw-1b", "7b", "7b-instruct", "40b")}
+    assert set(models.presets()) == {"builtin", *opt, *falcon}
+
+
+def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    preset, file = tmp_path / "preset.toml", tmp_path / "file.toml"
+    preset.write_text("[cache]\nwindow = 3\nshare = 0.5\n[prefetcher]\nreaders = 7\n")
+    file.write_text("[cache]\nwindow = 4\nslots_per_layer = 9\n")
+    config = Config.load(file, ["cache.slots_per_layer=10"], preset=preset)
+    assert (config.cache.window, config.cache.share, config.cache.slots_per_layer) == (4, 0.5, 10)
+    assert config.prefetcher.readers == 7
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("cache.windw=3", "unknown configuration key cache.windw; did you mean cache.window?"),
+        ("cashe.window=3", "unknown configuration key cashe; did you mean cache?"),
+        ("cache=3", "--set takes section.key=value, not 'cache=3'"),
+        ("cache.window", "--set takes section.key=value, not 'cache.window'"),
+    ],
+)
+def test_a_bad_setting_is_named(setting: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Config.load(None, [setting])
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("cache.share=2", "cache.share"),
+        ("predictor.kind=best", "predictor.kind"),
+        ("prefetcher.readers=0", "prefetcher.readers"),
+        ("compute.context=many", "compute.context"),
+    ],
+)
+def test_a_value_out_of_range_names_its_key(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^configuration key {words}: .*got"):
+        Config.load(None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[cache\n", "is not valid TOML"),
+        ("window = 3\n", "sets window outside a section"),
+        ("[cache]\nwindw = 3\n", "did you mean cache.window"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        Config.load(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file"):
+        Config.load(tmp_path / "none.toml")
+
+
+def test_the_tree_is_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.cache.window = 3  # type: ignore[misc]
+    assert config.replace(cache={"window": 3}).cache.window == 3
+    assert config.cache.window == 0
+
+
+def test_values_that_are_not_toml_are_strings() -> None:
+    assert Config.load(None, ["memory.budget=50%"]).memory.budget == "50%"
+    assert Config.load(None, ["predictor.pinned_layers=[0, -1]"]).predictor.pinned_layers == (0, -1)

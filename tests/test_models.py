@@ -1,0 +1,165 @@
+"""Model names: presets, directories, hub ids, and the cache of converted stores."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+
+from pipeline import models
+from storage.errors import CheckpointError, StoreIncomplete, UsageError
+from storage.format import PREDICTORS
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "opt", "float16")
+
+
+@pytest.fixture
+def checkpoint(shipped: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may change."""
+    return Path(shutil.copytree(shipped, tmp_path / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASHRING_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A Hugging Face cache that holds org/tiny, as a finished download leaves it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(checkpoint, repository / "snapshots" / "abc")
+    return repository
+
+
+def test_presets_name_their_hub_ids() -> None:
+    assert models.find_source("opt-6.7b") == models.Source("opt-6.7b", hub_id="facebook/opt-6.7b")
+    assert models.find_source("falcon-rw-1b").hub_id == "tiiuae/falcon-rw-1b"
+
+
+def test_any_hub_id_is_a_source() -> None:
+    assert models.find_source("org/some-model.v2") == models.Source(
+        "some-model.v2", hub_id="org/some-model.v2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("opt-6.8b", r"unknown model 'opt-6.8b'; did you mean opt-6.7b"),
+        ("Falcon7b", r"did you mean falcon-7b"),
+        ("zzz", r"known are builtin, .*opt-125m"),
+        ("./nowhere", r"there is no directory \./nowhere"),
+        ("/no/such/place", r"there is no directory"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        models.find_source(name)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a store"):
+        models.find_source(str(tmp_path))
+
+
+def test_an_interrupted_conversion_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "store.partial").mkdir()
+    with pytest.raises(StoreIncomplete, match="interrupted"):
+        models.find_source(str(tmp_path / "store")).open_store()
+
+
+def test_a_checkpoint_is_converted_once(
+    checkpoint: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = models.find_source(str(checkpoint)).open_store()
+    assert "converting tiny" in capsys.readouterr().err
+    assert first.path.parent == home / "stores"
+    again = models.find_source(str(checkpoint)).open_store()
+    assert again.path == first.path
+    assert capsys.readouterr().err == ""
+    assert models.find_source(str(first.path)).open_store().path == first.path
+
+
+def test_a_changed_checkpoint_is_converted_again(checkpoint: Path) -> None:
+    first = models.find_source(str(checkpoint)).open_store()
+    write_checkpoint(checkpoint, "opt", "float16", seed=1)
+    second = models.find_source(str(checkpoint)).open_store()
+    assert second.path != first.path
+    assert second.identity != first.identity
+
+
+def test_a_downloaded_checkpoint_needs_no_network_and_its_store_not_even_the_checkpoint(
+    hub: Path, home: Path
+) -> None:
+    first = models.find_source("org/tiny").open_store()
+    assert first.path == home / "stores" / "org--tiny"
+    shutil.rmtree(hub)
+    assert models.find_source("org/tiny").open_store().identity == first.identity
+
+
+def test_a_checkpoint_that_cannot_be_fetched_is_said_how_to_fetch() -> None:
+    with pytest.raises(CheckpointError) as error:
+        models.find_source("opt-6.7b").open_store()
+    sentence = str(error.value)
+    assert "`hf download facebook/opt-6.7b --local-dir opt-6.7b`" in sentence
+    assert "`--model ./opt-6.7b`" in sentence
+
+
+def test_a_download_without_weights_counts_as_none(hub: Path) -> None:
+    next(hub.glob("snapshots/*/model.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="hf download org/tiny"):
+        models.find_source("org/tiny").open_store()
+
+
+def test_only_one_form_of_the_weights_is_fetched() -> None:
+    assert models.SAFETENSORS in models._patterns(["config.json", "a-1.safetensors", "pytorch_model.bin"])
+    assert models.TORCH in models._patterns(["config.json", "pytorch_model-1-of-2.bin", "flax_model.msgpack"])
+
+
+@pytest.fixture
+def builtin(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(models, "BUILTIN_CHECKPOINT", checkpoint)
+    return checkpoint
+
+
+def test_without_a_name_it_is_the_builtin_model(builtin: Path) -> None:
+    source, config = models.configure("", None, ["cache.window=3"])
+    assert source == models.Source("builtin", directory=builtin)
+    assert config.cache.window == 3
+    assert config.model.checkpoint == "builtin"
+
+
+def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
+    source, _ = models.configure("builtin", None, ())
+    for data in (b"first", b"second, without another conversion"):
+        (builtin / models.BUILTIN_PREDICTORS).write_bytes(data)
+        store = source.open_store()
+        assert (store.path / PREDICTORS / "default.safetensors").read_bytes() == data
+        assert [file.name for file in (store.path / PREDICTORS).iterdir()] == ["default.safetensors"]
+    assert len(list(store.path.parent.glob("builtin-*/"))) == 1
+
+
+def test_a_missing_builtin_model_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "BUILTIN_CHECKPOINT", tmp_path)
+    with pytest.raises(CheckpointError, match="the built-in model is missing"):
+        models.configure("", None, ())
+
+
+def test_a_configuration_may_name_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(f'[model]\ncheckpoint = "{checkpoint}"\n[cache]\nwindow = 2\n')
+    source, config = models.configure("", file, ())
+    assert source.directory == checkpoint.resolve()
+    assert config.cache.window == 2

@@ -1,0 +1,224 @@
+"""The planner: what it divides never exceeds the budget, and the least it names is the least."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import planner, segments
+from pipeline.config import Config
+from storage.errors import BudgetError, ConfigError
+from storage.families.architecture import Activation, Architecture
+from storage.format import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Layout, Manifest, Store
+
+MIB = 1 << 20
+NOWHERE = Path("/nonexistent")
+
+
+def store(
+    layers: int = 4,
+    d_model: int = 256,
+    d_ff: int = 2048,
+    activation: Activation = "relu",
+    resident: int = 50 * MIB,
+    path: Path = NOWHERE,
+) -> Store:
+    """A store that has only a manifest."""
+    architecture = Architecture(
+        family="opt",
+        d_model=d_model,
+        d_ff=d_ff,
+        layers=layers,
+        heads=4,
+        kv_heads=4,
+        head_dim=d_model // 4,
+        vocabulary=5000,
+        max_positions=1280,
+        block="pre_norm",
+        positions="learned",
+        activation=activation,
+        shared_norm=False,
+        final_norm=True,
+        tied_head=True,
+        norm_epsilon=1e-5,
+        embed_dim=d_model,
+        position_offset=2,
+        rotary_base=10000.0,
+        bos_token=None,
+        eos_tokens=(2,),
+    )
+    layout = Layout(layers=layers, d_ff=d_ff, d_model=d_model, dtype="float16")
+    files = {RESIDENT: FileEntry(resident, ""), BUNDLES: FileEntry(layout.total_bytes, "")}
+    return Store(path, Manifest(architecture, layout, "id", "model", files, {}))
+
+
+def configured(**sections: dict[str, object]) -> Config:
+    return Config.parse({"predictor": {"kind": "all"}, **sections})
+
+
+stores = st.builds(
+    store,
+    layers=st.integers(1, 6),
+    d_model=st.sampled_from([64, 256, 4544]),
+    d_ff=st.sampled_from([64, 192, 2048, 18176]),
+    resident=st.integers(0, 100 * MIB),
+)
+configurations = st.builds(
+    lambda pinned, window, staging, context: configured(
+        predictor={"kind": "all", "pinned_layers": pinned},
+        cache={"window": window},
+        prefetcher={"staging": staging},
+        compute={"context": context},
+    ),
+    st.lists(st.sampled_from([0, -1]), max_size=2),
+    st.integers(0, 8),
+    st.integers(1, 64 * MIB),
+    st.integers(0, 1280),
+)
+
+
+def with_budget(config: Config, budget: int) -> Config:
+    return config.replace(memory={"budget": str(budget)})
+
+
+def least(model: Store, config: Config) -> int:
+    """The bytes that the refusal of a one-byte budget names."""
+    with pytest.raises(BudgetError) as refusal:
+        planner.plan(model, with_budget(config, 1))
+    found = re.search(r"least that would do is (\d+)MiB$", str(refusal.value))
+    assert found is not None
+    return int(found[1]) * MIB
+
+
+@given(stores, configurations)
+def test_the_least_that_would_do_does_and_less_does_not(model: Store, config: Config) -> None:
+    enough = least(model, config)
+    assert planner.plan(model, with_budget(config, enough)).total <= enough
+    with pytest.raises(BudgetError):
+        planner.plan(model, with_budget(config, enough - MIB))
+
+
+@given(stores, configurations, st.integers(0, 8 << 30), st.integers(0, 1 << 30))
+def test_a_budget_is_kept_and_more_of_it_never_gives_fewer_slots(
+    model: Store, config: Config, extra: int, more: int
+) -> None:
+    budget = least(model, config) + extra
+    some = planner.plan(model, with_budget(config, budget))
+    larger = planner.plan(model, with_budget(config, budget + more))
+    assert some.total == sum(some.parts.values()) <= budget
+    assert all(a <= b for a, b in zip(some.plan.slots, larger.plan.slots, strict=True))
+
+
+@given(stores, configurations, st.integers(0, 8 << 30))
+def test_no_room_for_another_slot_in_every_layer_is_left(model: Store, config: Config, extra: int) -> None:
+    budget = least(model, config) + extra
+    report = planner.plan(model, with_budget(config, budget))
+    plan = report.plan
+    open_layers = [plan.slots[layer] for layer in range(plan.layers) if layer not in plan.pinned]
+    full = all(slots == plan.d_ff for slots in open_layers)
+    assert full or report.total + len(open_layers) * plan.stride > budget
+
+
+@given(stores, configurations)
+def test_parts_hold_what_the_segments_take(model: Store, config: Config) -> None:
+    report = planner.plan(model, config)
+    parts = report.parts
+    assert parts["slots"] + parts["staging"] + parts["tables"] == sum(segments.sizes(report.plan).values())
+    assert all(1 <= slots <= report.plan.d_ff for slots in report.plan.slots)
+
+
+def test_pinned_layers_have_a_slot_for_every_neuron() -> None:
+    config = configured(predictor={"kind": "all", "pinned_layers": [0, -1]}, cache={"share": 0.25})
+    plan = planner.plan(store(), config).plan
+    assert plan.slots == (2048, 512, 512, 2048)
+    assert plan.pinned == {0, 3}
+
+
+def test_slots_per_layer_override_share_and_budget() -> None:
+    config = configured(cache={"slots_per_layer": 77, "share": 1.0}, memory={"budget": "4GiB"})
+    assert planner.plan(store(), config).plan.slots == (77,) * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ("7GiB", 7 << 30),
+        ("1.5 GB", 1_500_000_000),
+        ("512MiB", 512 * MIB),
+        ("50%", (50 * MIB + 4 * 2048 * 2 * 512) // 2),
+        ("50%+1GiB", (50 * MIB + 4 * 2048 * 2 * 512) // 2 + (1 << 30)),
+    ],
+)
+def test_budgets_are_read(text: str, expected: int | None) -> None:
+    assert planner.parse_budget(text, store()) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "7 GiBs", "-1GiB", "50%+", "%"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.budget takes a size"):
+        planner.parse_budget(text, store())
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "d_ff", "expected"),
+    [(16 * MIB, 16384, 16384, 1024), (5 * MIB, 18432, 18176, 256), (1 * MIB, 16384, 16384, 64),
+     (1, 16384, 16384, 1), (16 * MIB, 512, 192, 192)],
+)  # fmt: skip
+def test_staging_is_whole_blocks_of_bundles(size: int, stride: int, d_ff: int, expected: int) -> None:
+    assert planner.staging_slots(size, stride, d_ff) == expected
+
+
+def test_a_context_of_zero_is_the_models_limit_or_2048() -> None:
+    assert planner.resolve(store(), configured()).compute.context == 1280
+
+
+def test_a_context_beyond_the_models_limit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"1,281 tokens is beyond the model's limit of 1,280"):
+        planner.resolve(store(), configured(compute={"context": 1281}))
+
+
+def test_auto_takes_predictors_where_they_are(tmp_path: Path) -> None:
+    model = store(path=tmp_path)
+    assert planner.resolve(model, Config()).predictor.kind == "all"
+    (tmp_path / PREDICTORS).mkdir()
+    (tmp_path / PREDICTORS / "default.safetensors").write_bytes(bytes(1234))
+    assert planner.resolve(model, Config()).predictor.kind == "lowrank"
+    assert planner.plan(model, Config()).parts["predictors"] == 1234
+
+
+def test_a_dense_model_is_never_given_a_predictor() -> None:
+    assert planner.resolve(store(activation="gelu"), Config()).predictor.kind == "all"
+
+
+@pytest.mark.parametrize(
+    ("activation", "predictor", "sentence"),
+    [
+        ("relu", {"kind": "lowrank"}, "has no predictors named 'default'"),
+        ("gelu", {"kind": "oracle"}, "oracle needs a ReLU model"),
+        ("relu", {"kind": "oracle", "refine": False}, r"needs predictor\.lookahead 0 or"),
+        ("relu", {"kind": "all", "pinned_layers": [4]}, "names layer 4, and the model has 4"),
+        ("relu", {"kind": "all", "pinned_layers": [-5]}, "names layer -5"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    activation: Activation, predictor: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        planner.plan(store(activation=activation), Config.parse({"predictor": predictor}))
+
+
+def test_the_division_is_told() -> None:
+    report = planner.plan(store(), configured(memory={"budget": "2GiB"}))
+    assert "of 2.00 GiB" in report.lines[0]
+    assert len(report.lines) == 1 + len(report.parts)
+
+
+def test_the_disk_is_probed_with_what_is_there(tmp_path: Path) -> None:
+    model = store(path=tmp_path)
+    (tmp_path / BUNDLES).write_bytes(bytes(model.layout.total_bytes))
+    assert planner.probe_rate(model) > 1e6
