@@ -1,0 +1,239 @@
+"""Reading checkpoints: every container gives the same bits, every damage one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import DTYPES, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from storage.checkpoint import Checkpoint
+from storage.convert import make_plan
+from storage.errors import CheckpointError, UnsupportedModel
+
+
+def plan(directory: Path) -> Any:
+    return make_plan(Checkpoint.open(directory), 512)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_container_gives_the_same_bits(tmp_path: Path, dtype: str) -> None:
+    kinds = [(sharded, bin) for sharded in (False, True) for bin in (False, True)]
+    opened = [
+        Checkpoint.open(
+            write_checkpoint(tmp_path / f"{sharded}{bin}", "opt", dtype, sharded=sharded, bin=bin)
+        )
+        for sharded, bin in kinds
+    ]
+    expected = load_file(tmp_path / "FalseFalse" / "model.safetensors")
+    for (sharded, _), checkpoint in zip(kinds, opened, strict=True):
+        assert (len(checkpoint.shards) > 1) == sharded
+        assert checkpoint.entries.keys() == expected.keys()
+        for name, tensor in expected.items():
+            array = checkpoint.read(name)
+            assert checkpoint.entry(name).dtype == dtype
+            assert array.tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+            assert np.concatenate(list(checkpoint.chunks(name, 1000))).tobytes() == array.tobytes()
+
+
+def test_a_tensor_that_is_not_contiguous(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", "opt", "bfloat16", bin=True)
+    state = torch.load(directory / "pytorch_model.bin", weights_only=True)
+    name = "model.decoder.layers.0.fc2.weight"
+    expected = state[name].clone()
+    state[name] = expected.T.contiguous().T
+    torch.save(state, directory / "pytorch_model.bin")
+    read = Checkpoint.open(directory).read(name)
+    assert (read == expected.view(torch.uint16).numpy()).all()
+
+
+def test_identity_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    first = Checkpoint.open(write_checkpoint(tmp_path / "a")).identity()
+    assert Checkpoint.open(write_checkpoint(tmp_path / "b")).identity() == first
+    assert Checkpoint.open(write_checkpoint(tmp_path / "c", seed=1)).identity() != first
+
+
+def damage_directory(directory: Path, weights: Path) -> Path:
+    return directory / "absent"
+
+
+def damage_config(directory: Path, weights: Path) -> Path:
+    (directory / "config.json").unlink()
+    return directory
+
+
+def damage_config_text(directory: Path, weights: Path) -> Path:
+    (directory / "config.json").write_text("{")
+    return directory
+
+
+def damage_weights(directory: Path, weights: Path) -> Path:
+    weights.unlink()
+    return directory
+
+
+def damage_end(directory: Path, weights: Path) -> Path:
+    os.truncate(weights, weights.stat().st_size - 1)
+    return directory
+
+
+def damage_header(directory: Path, weights: Path) -> Path:
+    os.truncate(weights, 100)
+    return directory
+
+
+def damage_header_text(directory: Path, weights: Path) -> Path:
+    weights.write_bytes(struct.pack("<Q", 16) + b"\xff" * 16)
+    return directory
+
+
+def damage_offsets(directory: Path, weights: Path) -> Path:
+    header = json.dumps({"x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 6]}}).encode()
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 6)
+    return directory
+
+
+def damage_pointer(directory: Path, weights: Path) -> Path:
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_directory, ["absent does not exist"]),
+        (damage_config, ["has no config.json"]),
+        (damage_config_text, ["config.json cannot be read"]),
+        (damage_weights, ["none of model.safetensors", "pytorch_model.bin"]),
+        (damage_end, ["model.safetensors is truncated"]),
+        (damage_header, ["model.safetensors is truncated"]),
+        (damage_header_text, ["model.safetensors has a damaged safetensors header"]),
+        (damage_offsets, ["model.safetensors has a damaged safetensors header"]),
+        (damage_pointer, ["model.safetensors is a Git LFS pointer"]),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any, words: list[str]) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    directory = damage(directory, directory / "model.safetensors")
+    with pytest.raises(CheckpointError) as raised:
+        plan(directory)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("bin", [False, True])
+def test_a_missing_shard_is_named(tmp_path: Path, bin: bool) -> None:
+    directory = write_checkpoint(tmp_path / "model", sharded=True, bin=bin)
+    shard = sorted(directory.glob("*-00002-of-*"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        plan(directory)
+
+
+def test_a_shard_without_its_tensor_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", sharded=True)
+    shards = sorted(directory.glob("*.safetensors"))
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(CheckpointError, match=f"{shards[0].name} lacks the tensor|{shards[1].name} lacks"):
+        plan(directory)
+
+
+@pytest.mark.parametrize("weight_map", [None, {"x": "../model.safetensors"}, {"x": 1}])
+def test_an_index_that_is_not_one(tmp_path: Path, weight_map: Any) -> None:
+    directory = write_checkpoint(tmp_path / "model", sharded=True)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read: it has no valid weight_map"):
+        plan(directory)
+
+
+class Attack:
+    """Runs code when unpickled plainly."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.witness),))
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
+    directory, witness = write_checkpoint(tmp_path / "model", bin=True), tmp_path / "witness"
+    torch.save({"x": Attack(witness)}, directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        plan(directory)
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Attack(witness)}))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        plan(directory)
+    assert not witness.exists()
+
+
+def test_a_truncated_bin_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", bin=True)
+    weights = directory / "pytorch_model.bin"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        plan(directory)
+
+
+def rewrite(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors")
+
+
+FC1 = "model.decoder.layers.1.fc1.weight"
+NORM = "model.decoder.layers.1.final_layer_norm.weight"
+
+
+@pytest.mark.parametrize("name", [FC1, NORM, "model.decoder.embed_tokens.weight"])
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    rewrite(directory, name, None)
+    with pytest.raises(CheckpointError, match=f"lacks the tensor {name}"):
+        plan(directory)
+
+
+def test_an_untied_model_needs_its_head(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", "opt-untied")
+    rewrite(directory, "lm_head.weight", None)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+        plan(directory)
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    rewrite(directory, FC1, torch.zeros(64, 192))
+    with pytest.raises(CheckpointError, match=rf"{FC1} has the shape \[64, 192\] .* \[192, 64\]"):
+        plan(directory)
+
+
+@pytest.mark.parametrize("bin", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_an_unsupported_dtype_is_named(tmp_path: Path, dtype: torch.dtype, bin: bool) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    tensors = {name: t.to(dtype) for name, t in load_file(directory / "model.safetensors").items()}
+    if bin:
+        (directory / "model.safetensors").unlink()
+        torch.save(tensors, directory / "pytorch_model.bin")
+    else:
+        save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"has the dtype .*; supported are float32, float16, bfloat16"):
+        plan(directory)
+
+
+def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype="float16")
+    rewrite(directory, NORM, torch.ones(64))
+    with pytest.raises(UnsupportedModel, match=rf"{NORM} is float32 where the FFN is float16"):
+        plan(directory)

@@ -1,0 +1,87 @@
+"""verify: silent on a good store, precise about a bad one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+
+from storage.convert import NeuronOrder, convert
+from storage.errors import StoreCorrupt, StoreError
+from storage.format import Store
+from storage.verify import verify
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return convert(write_checkpoint(tmp_path / "model", "falcon-7b", "float16"), tmp_path / "store", name="x")
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_a_good_store(store: Store) -> None:
+    heard: dict[str, tuple[int, int]] = {}
+    verify(store.path, lambda name, done, total: heard.update({name: (done, total)}))
+    assert heard.keys() == store.manifest.files.keys()
+    assert all(done == total for done, total in heard.values())
+
+
+@pytest.mark.parametrize("byte", [0, 200, 511])  # up-projection row, down-projection column, padding
+def test_the_first_bad_bundle_is_named(store: Store, byte: int) -> None:
+    layout = store.layout
+    assert layout.rows * layout.row_bytes < 511 < layout.stride
+    bad = layout.offset(1, 70)
+    flip(store.path / "bundles.bin", bad + byte)
+    flip(store.path / "bundles.bin", layout.offset(2, 3))
+    with pytest.raises(StoreCorrupt, match=f"layer 1, neuron 70, at byte {bad:,}, does not match"):
+        verify(store.path)
+
+
+def test_a_bad_bundle_of_a_reordered_store(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    order = NeuronOrder("reversed", np.tile(np.arange(191, -1, -1, dtype=np.int32), (3, 1)))
+    store = convert(model, tmp_path / "store", name="x", order=order)
+    verify(store.path)
+    flip(store.path / "bundles.bin", store.layout.offset(2, 1))
+    with pytest.raises(StoreCorrupt, match=f"layer 2, neuron 190, at byte {store.layout.offset(2, 1):,}"):
+        verify(store.path)
+
+
+@pytest.mark.parametrize("name", ["resident.safetensors", "checksums.bin", "tokenizer.json"])
+def test_a_bad_file_is_named(store: Store, name: str) -> None:
+    flip(store.path / name, store.manifest.files[name].bytes - 5)
+    with pytest.raises(StoreCorrupt, match=f"{name} does not match its hash"):
+        verify(store.path)
+
+
+def test_a_bundle_and_its_checksum_forged_together(store: Store) -> None:
+    """The files' hashes still tell."""
+    import xxhash
+
+    flip(store.path / "bundles.bin", 7)
+    sums = np.fromfile(store.path / "checksums.bin", "<u8")
+    first = (store.path / "bundles.bin").read_bytes()[: store.layout.stride]
+    sums[0] = xxhash.xxh3_64_intdigest(first)
+    sums.tofile(store.path / "checksums.bin")
+    with pytest.raises(StoreCorrupt, match=r"checksums\.bin does not match its hash"):
+        verify(store.path)
+
+
+def test_a_truncated_file_is_named(store: Store) -> None:
+    os.truncate(store.path / "bundles.bin", store.layout.total_bytes - 512)
+    with pytest.raises(StoreError, match=r"bundles\.bin has .* bytes where its manifest says"):
+        verify(store.path)
+
+
+def test_what_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a store"):
+        verify(tmp_path)
