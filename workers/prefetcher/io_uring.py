@@ -4,9 +4,9 @@ The rings are mapped memory; a batch of submissions is a few numpy assignments o
 entries and one system call, so a read costs a few microseconds of CPU although this is Python.
 
 Completions wake the event loop through an eventfd. While many reads are in flight that would mean a
-wake-up for almost every one; then the eventfd is silenced and a timer looks at the ring instead,
-several completions at a time (as network drivers do under load). The last few always come by
-eventfd, so that nobody waits for a tick.
+wake-up for almost every one; then the eventfd is silenced and a timer looks at the ring when about
+a quarter of them should be there (as network drivers do under load). The last few always come by
+eventfd, so that nobody waits for a timer.
 
 Layouts and numbers: io_uring_setup(2), io_uring_enter(2), io_uring_register(2), linux/io_uring.h.
 """
@@ -21,6 +21,7 @@ import mmap
 import os
 import struct
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ import numpy.typing as npt
 
 from workers.prefetcher.backend import BackendUnavailable, Results, Tags
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import Requests
+from workers.prefetcher.requests import IOVEC, Requests
 
 # System call numbers, the same on every architecture (io_uring is younger than their unification).
 SETUP, ENTER, REGISTER = 425, 426, 427
@@ -45,6 +46,7 @@ PROBE_SUPPORTED = 1
 OP_READV, OP_READ = 1, 22  # 5.1, 5.6
 FIXED_FILE = 1  # in an entry's flags: `file` is an index of the registered files
 CQ_EVENTFD_DISABLED = 1
+WORD = 0xFFFFFFFF  # ring positions count modulo 2^32
 
 # From the best there is to what the first kernels had.
 SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, SETUP_COOP_TASKRUN, 0)
@@ -65,17 +67,20 @@ SUBMISSION = np.dtype(
 )
 COMPLETION = np.dtype([("tag", np.uint64), ("result", np.int32), ("flags", np.uint32)])
 
-QUIET_ABOVE = 16  # reads in flight: with more, the timer looks at the ring instead of the eventfd
-TICK_NANOSECONDS = 150_000
+QUIET_ABOVE = 16  # reads in flight: with more, a timer looks at the ring instead of the eventfd
+SHARE = 0.25  # of the reads in flight that should be complete by then
+SHORTEST, LONGEST = 50e-6, 500e-6  # seconds of the timer
+SMOOTHING = 0.2  # weight of the last batch in the estimate of a read's time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+_syscall.argtypes = (ctypes.c_long,) * 7
 
 
-def _call(number: int, *arguments: int) -> int:
+def _call(number: int, a: int, b: int, c: int = 0, d: int = 0) -> int:
     """A system call's result, or a negative errno."""
-    result: int = _syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    result: int = _syscall(number, a, b, c, d, 0, 0)
     return result if result >= 0 else -ctypes.get_errno()
 
 
@@ -179,17 +184,33 @@ class _Memory:
 
 
 class _Timer:
-    """A periodic timerfd; the event loop's own timers tick in milliseconds."""
+    """A one-shot timerfd; the event loop's own timers tick in milliseconds."""
 
     def __init__(self) -> None:
         self.descriptor = _libc.timerfd_create(1, os.O_NONBLOCK | os.O_CLOEXEC)  # CLOCK_MONOTONIC
-        self.running = False
 
-    def set(self, running: bool) -> None:
-        self.running = running
-        tick = TICK_NANOSECONDS if running else 0
-        period = struct.pack("<qqqq", 0, tick, 0, tick)  # struct itimerspec: interval, first
-        _libc.timerfd_settime(self.descriptor, 0, period, None)
+    def set(self, seconds: float) -> None:
+        once = struct.pack("<qqqq", 0, 0, 0, int(seconds * 1e9))  # struct itimerspec: interval, first
+        _libc.timerfd_settime(self.descriptor, 0, once, None)
+
+
+class _Pace:
+    """How long a read takes here when many are in flight."""
+
+    def __init__(self) -> None:
+        self._each = SHORTEST / 16  # seconds
+        self._last = 0.0
+
+    def count(self, reads: int, restarted: bool) -> None:
+        """`reads` are complete since the last call, unless the queue had been empty meanwhile."""
+        now = time.monotonic()
+        if not restarted:
+            self._each += SMOOTHING * ((now - self._last) / reads - self._each)
+        self._last = now
+
+    def until(self, reads: float) -> float:
+        """Seconds."""
+        return min(max(self._each * reads, SHORTEST), LONGEST)
 
 
 class IoUring:
@@ -211,8 +232,14 @@ class IoUring:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._register(REGISTER_EVENTFD, self._event)
         self._timer = _Timer()
-        self._memory.submissions["flags"] = FIXED_FILE
-        self._memory.submissions["file"] = 0
+        self._pace = _Pace()
+        self._silent = False  # the eventfd
+        self._idle = True  # the queue was empty since the last completion
+        entries = self._memory.submissions
+        entries["flags"] = FIXED_FILE
+        entries["file"] = 0
+        names = ("opcode", "address", "length", "offset", "tag")
+        self._opcode, self._address, self._length, self._offset, self._tag = (entries[n] for n in names)
         self._loop = asyncio.get_running_loop()
         self._woken: asyncio.Future[None] | None = None
         self._loop.add_reader(self._event, self._wake, self._event)
@@ -233,29 +260,30 @@ class IoUring:
             self._fill(0, requests, start + room, stop, tags[room:])
         else:
             self._fill(place, requests, start, stop, tags)
-        self._tail += stop - start
-        self._memory.sq_tail[0] = self._tail & 0xFFFFFFFF
+        self._tail = (self._tail + stop - start) & WORD
+        self._memory.sq_tail[0] = self._tail
         self._in_flight += stop - start
         self._enter(stop - start)
 
     def _fill(self, place: int, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        entries = self._memory.submissions[place : place + stop - start]
+        entries = slice(place, place + stop - start)
         rows = slice(start, stop)
-        if self._read == OP_READ:
-            entries["opcode"] = np.where(requests.counts[rows] == 1, OP_READ, OP_READV)
-            entries["address"] = requests.targets[rows]
-            entries["length"] = requests.widths[rows]
-        else:
-            entries["opcode"] = OP_READV
-            entries["address"] = requests.iovecs.ctypes.data + requests.firsts[rows] * 16
-            entries["length"] = requests.counts[rows]
-        entries["offset"] = requests.offsets[rows]
-        entries["tag"] = tags
+        self._offset[entries] = requests.offsets[rows]
+        self._tag[entries] = tags
+        if self._read == OP_READV:  # for everything
+            self._opcode[entries] = OP_READV
+            self._address[entries] = requests.iovecs.ctypes.data + requests.firsts[rows] * IOVEC.itemsize
+            self._length[entries] = requests.counts[rows]
+            return
+        self._opcode[entries] = OP_READ
+        self._opcode[entries][requests.scattered[rows]] = OP_READV
+        self._address[entries] = requests.targets[rows]
+        self._length[entries] = requests.widths[rows]
 
     def _enter(self, count: int) -> None:
         """Submit `count` entries and let the kernel deliver what is complete."""
         while True:
-            result = _call(ENTER, self._ring, count, 0, ENTER_GETEVENTS, 0, 0)
+            result = _call(ENTER, self._ring, count, 0, ENTER_GETEVENTS)
             if result >= 0:
                 count -= result
                 if count <= 0:
@@ -263,41 +291,53 @@ class IoUring:
             elif -result not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                 raise OSError(-result, os.strerror(-result))
 
+    async def completed(self) -> tuple[Tags, Results]:
+        while True:
+            if self._in_flight > QUIET_ABOVE:
+                self._silence(True)
+                self._timer.set(self._pace.until(self._in_flight * SHARE))
+                await self._wakeup()
+            elif self._silent:
+                # What arrives before this has not signalled, so look before waiting.
+                self._silence(False)
+            elif int(self._memory.cq_tail[0]) == self._head:
+                await self._wakeup()
+            tags, results = self._reap()
+            if tags.size:
+                return tags, results
+
+    def _silence(self, silent: bool) -> None:
+        if silent != self._silent:
+            self._silent = silent
+            self._memory.cq_flags[0] = CQ_EVENTFD_DISABLED if silent else 0
+
+    async def _wakeup(self) -> None:
+        self._woken = self._loop.create_future()
+        await self._woken
+
     def _wake(self, descriptor: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(descriptor, 8)
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
-    async def completed(self) -> tuple[Tags, Results]:
-        while True:
-            tags, results = self._reap()
-            if tags.size:
-                return tags, results
-            if self._choose_signal():
-                continue  # what arrived before the eventfd was on again did not signal it
-            self._woken = self._loop.create_future()
-            await self._woken
-
     def _reap(self) -> tuple[Tags, Results]:
+        """Take all completions; maybe none."""
         if self._deferred and self._in_flight:
             self._enter(0)
-        count = (int(self._memory.cq_tail[0]) - self._head) & 0xFFFFFFFF
-        rows = (self._head + np.arange(count)) & self._cq_mask
-        batch = self._memory.completions[rows]  # a copy
-        self._head += count
-        self._memory.cq_head[0] = self._head & 0xFFFFFFFF
-        self._in_flight -= count
-        return batch["tag"].astype(np.int64), batch["result"].astype(np.int64)
-
-    def _choose_signal(self) -> bool:
-        """Timer or eventfd, by load; True when the eventfd has just been switched on."""
-        busy = self._in_flight > QUIET_ABOVE
-        if busy == self._timer.running:
-            return False
-        self._timer.set(busy)
-        self._memory.cq_flags[0] = CQ_EVENTFD_DISABLED if busy else 0
-        return not busy
+        count = (int(self._memory.cq_tail[0]) - self._head) & WORD
+        place = self._head & self._cq_mask
+        batch = self._memory.completions[place : place + count]
+        if batch.size < count:  # around the ring's end
+            batch = np.concatenate((batch, self._memory.completions[: count - batch.size]))
+        tags, results = batch["tag"].astype(np.int64), batch["result"].astype(np.int64)
+        self._head = (self._head + count) & WORD
+        self._memory.cq_head[0] = self._head
+        if count:
+            self._pace.count(count, self._idle)
+            self._in_flight -= count
+            self._idle = self._in_flight == 0
+        return tags, results
 
     async def close(self) -> None:
         while self._in_flight:

@@ -11,7 +11,7 @@ import asyncio
 import errno
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -197,11 +197,11 @@ class ReaderPool:
 
     def _count_off(self, serials: Tags) -> list[Transfer]:
         finished = []
-        for serial, count in zip(*np.unique(serials, return_counts=True), strict=True):
-            transfer = self._transfers[int(serial)]
-            transfer.open -= int(count)
+        for serial, count in Counter(serials.tolist()).items():
+            transfer = self._transfers[serial]
+            transfer.open -= count
             if transfer.open == 0:
-                del self._transfers[int(serial)]
+                del self._transfers[serial]
                 finished.append(transfer)
         if not self._transfers:
             self._drained.set()

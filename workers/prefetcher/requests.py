@@ -26,6 +26,7 @@ class Requests:
     lengths: Integers  # [n]
     firsts: Integers  # [n] first iovec of the read
     counts: Integers  # [n] iovecs of the read
+    scattered: npt.NDArray[np.bool_]  # [n] whether it has several iovecs
     targets: npt.NDArray[np.uint64]  # [n] where a single iovec points, else the first iovec's address
     widths: Integers  # [n] bytes of a single iovec, else `counts`
     iovecs: npt.NDArray[np.void]  # [m] of IOVEC
@@ -45,15 +46,16 @@ class Requests:
         counts = np.diff(firsts, append=iovecs.size)
         sizes = iovecs["length"].astype(np.int64)
         lengths = np.add.reduceat(sizes, firsts) if firsts.size else sizes
-        single = counts == 1
+        scattered = counts > 1
         vectors = np.uint64(iovecs.ctypes.data) + firsts.astype(np.uint64) * np.uint64(IOVEC.itemsize)
         return cls(
             offsets=offsets,
             lengths=lengths,
             firsts=firsts,
             counts=counts,
-            targets=np.where(single, iovecs["base"][firsts], vectors),
-            widths=np.where(single, lengths, counts),
+            scattered=scattered,
+            targets=np.where(scattered, vectors, iovecs["base"][firsts]),
+            widths=np.where(scattered, counts, lengths),
             iovecs=iovecs,
             bundles=bundles,
             gap_bytes=gap_bytes,
