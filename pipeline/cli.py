@@ -43,7 +43,14 @@ app.command("train-predictor", context_settings=PASS_THROUGH, add_help_option=Fa
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run() -> int:
     try:
         launch.check_packages()
         result = app(standalone_mode=False, prog_name=_program())

@@ -22,7 +22,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.config import Config
-from pipeline.console import Progress, say
+from pipeline.console import say
 from pipeline.launch import ROOT
 from storage.errors import CheckpointError, UsageError
 from storage.format import MANIFEST, PREDICTORS, Store
@@ -190,6 +190,7 @@ def _fingerprint(directory: Path) -> str:
 
 def convert(checkpoint: Path, store: Path, *, name: str, alignment: int = 512) -> None:
     """Convert with a progress bar."""
+    from pipeline.progress import Progress
     from storage.convert import convert as convert_checkpoint
 
     with Progress(f"converting {name}") as progress:

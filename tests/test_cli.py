@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 
+from pipeline import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [sys.executable, str(ROOT / "run.py")]
 
@@ -69,10 +71,26 @@ def store(checkpoint: Path) -> Path:
         (["--prompt", "x", "verify", "somewhere"], "--prompt does not go together with the command verify"),
     ],
 )
-def test_wrong_use_is_one_sentence_and_status_2(arguments: list[str], words: str) -> None:
-    status, sentence = refused(*arguments)
-    assert status == 2
+def test_wrong_use_is_one_sentence_and_status_2(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, because there are many; the tests below start processes of their own."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    status = cli.main()
+    told = capsys.readouterr()
+    assert (status, told.out) == (2, "")
+    (sentence,) = told.err.splitlines()
+    assert sentence.startswith("flashring: ")
     assert words in sentence
+
+
+def test_wrong_use_ends_the_process_with_status_2() -> None:
+    status, sentence = refused("--prompt", "x", "--model", "opt-6.8b")
+    assert status == 2
+    assert sentence.startswith("unknown model 'opt-6.8b'; did you mean opt-6.7b")
 
 
 def test_what_is_missing_is_one_sentence_and_status_1() -> None:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import Progress, say
+from pipeline.console import say
 
 
 def command(
     store: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
 ) -> None:
     """Read a whole store again and compare every byte with its checksums."""
+    from pipeline.progress import Progress
     from storage.verify import verify
 
     with Progress(f"verifying {store.name}") as progress:
