@@ -35,7 +35,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numba  # noqa: E402
 from numba import njit, prange, types  # noqa: E402
+from numba.core import config  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
+from numba.np.ufunc import threading_layer  # noqa: E402
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -53,8 +55,8 @@ _SMALL = 1 << 18  # bytes of weights below which a second thread costs more than
 _BLOCK = 64  # columns; threads divide a sum at multiples of it
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_float(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _bits(typing_context: Any, bits: Any) -> Any:
     """The float32 whose bits are the uint32 `bits`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -63,7 +65,10 @@ def _as_float(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
     return types.float32(types.uint32), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+_as_float: Any = _bits  # called by compiled code with the bits alone
+
+
+@njit(inline="always")
 def _half(bits: Any) -> Any:
     """float16 → float32, exact for every finite value: exponents are re-biased by the product."""
     wide = np.uint32(bits)
@@ -71,13 +76,13 @@ def _half(bits: Any) -> Any:
     return _as_float(np.uint32(moved)) * np.float32(2.0**112)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _brain(bits: Any) -> Any:
     """bfloat16 → float32."""
     return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@njit(fastmath=_FAST)
 def _dot(row: Any, x: Any, kind: Any) -> Any:
     """Sum of row[j] · x[j]."""
     total = np.float32(0)
@@ -93,7 +98,7 @@ def _dot(row: Any, x: Any, kind: Any) -> Any:
     return total
 
 
-@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@njit(fastmath=_FAST)
 def _add_scaled(y: Any, a: Any, row: Any, kind: Any) -> None:
     """y[j] += a · row[j]: no sum over j, so the columns do not influence each other."""
     if kind == 2:
@@ -107,7 +112,7 @@ def _add_scaled(y: Any, a: Any, row: Any, kind: Any) -> None:
             y[j] += a * np.float32(row[j])
 
 
-@njit(fastmath=_FAST)  # type: ignore[untyped-decorator]
+@njit(fastmath=_FAST)
 def _activation(x: Any, function: Any) -> Any:
     if function == 0:
         return x if x > np.float32(0) else np.float32(0)
@@ -117,7 +122,7 @@ def _activation(x: Any, function: Any) -> Any:
     return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _matvec(weights: Any, x: Any, bias: Any, out: Any, kind: Any) -> None:
     biased = bias.shape[0] > 0
     for i in prange(weights.shape[0]):
@@ -125,7 +130,7 @@ def _matvec(weights: Any, x: Any, bias: Any, out: Any, kind: Any) -> None:
         out[i] = total + bias[i] if biased else total
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _activate(
     bundles: Any, ids: Any, slots: Any, h: Any, bias: Any, out: Any, kind: Any, function: Any
 ) -> None:
@@ -138,7 +143,7 @@ def _activate(
         out[i] = _activation(total, function)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _accumulate(bundles: Any, slots: Any, a: Any, y: Any, kind: Any, pieces: Any) -> None:
     width = y.shape[0]
     blocks = (width + _BLOCK - 1) // _BLOCK
@@ -151,7 +156,7 @@ def _accumulate(bundles: Any, slots: Any, a: Any, y: Any, kind: Any, pieces: Any
                     _add_scaled(y[start:stop], a[i], bundles[slots[i], width + start : width + stop], kind)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _attend(
     queries: Any, keys: Any, values: Any, length: Any, scale: Any, bias: Any, scores: Any, out: Any
 ) -> None:
@@ -179,7 +184,7 @@ def _attend(
             _add_scaled(result, score[t] / total, values[shared, t], 0)
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=_FAST, cache=True, nogil=True)
 def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
     width = x.shape[0]
     mean = np.float32(0)
@@ -201,7 +206,7 @@ def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
         out[j] = value
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=_FAST, cache=True, nogil=True)
 def _rotate(vectors: Any, cos: Any, sin: Any) -> None:
     half = cos.shape[0]
     for i in range(vectors.shape[0]):
@@ -211,7 +216,7 @@ def _rotate(vectors: Any, cos: Any, sin: Any) -> None:
             vectors[i, half + j] = high * cos[j] + low * sin[j]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _gather(bundles: Any, slots: Any, start: Any, out: Any, kind: Any) -> None:
     for i in range(slots.shape[0]):
         row = bundles[slots[i], start : start + out.shape[1]]
@@ -229,7 +234,8 @@ def _gather(bundles: Any, slots: Any, start: Any, out: Any, kind: Any) -> None:
 
 def _launch(threads: int, weight_bytes: int) -> int:
     """Choose the number of threads for the next launch; returns it."""
-    wanted = 1 if weight_bytes < _SMALL else max(1, min(threads, numba.config.NUMBA_NUM_THREADS))
+    most: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    wanted = 1 if weight_bytes < _SMALL else max(1, min(threads, most))
     numba.set_num_threads(wanted)
     return wanted
 
@@ -321,4 +327,4 @@ def warm(dtype: str) -> None:
 
 def notes() -> str:
     """What the kernels run on, for people."""
-    return f"kernels: numba {numba.__version__}, {numba.threading_layer()} threads"
+    return f"kernels: numba {numba.__version__}, {threading_layer()} threads"

@@ -25,7 +25,7 @@ class LayerLoop:
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
         self.engine = Engine(weights, worker.plan, worker.segments, self._channel, threads)
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="layers")
 
@@ -87,7 +87,7 @@ async def main(worker: Worker) -> None:
     loop.start()
     worker.channel.on_message("control", handle)
     worker.ready(kernels.notes(), f"compute: {threads} threads")
-    waiting = asyncio.ensure_future(stopped.wait())
+    waiting: asyncio.Future[object] = asyncio.ensure_future(stopped.wait())
     try:
         await asyncio.wait({waiting, loop.ended}, return_when=asyncio.FIRST_COMPLETED)
         if loop.ended.done():

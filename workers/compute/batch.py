@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from storage.families.architecture import (
     EMBED,
@@ -81,13 +81,16 @@ class BatchOperations:
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._vector(f"{name}.weight"), self._vector(f"{name}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.architecture.norm_epsilon)
+        return functional.layer_norm(x, (x.shape[-1],), weight, bias, self.architecture.norm_epsilon)
 
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
         a = self.architecture
         fused = self._linear(layer(index, "qkv"), x)
-        fused = fused.unflatten(-1, (-1, a.head_dim)).transpose(1, 2)  # [sequences, heads, tokens, head_dim]
-        queries, keys, values = fused.split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        fused = fused.reshape(*x.shape[:2], -1, a.head_dim).transpose(
+            1, 2
+        )  # [sequences, heads, tokens, head_dim]
+        queries, keys = fused[:, : a.heads], fused[:, a.heads : a.heads + a.kv_heads]
+        values = fused[:, a.heads + a.kv_heads :]
         if a.positions == "rotary":
             cos, sin = positions.rotary(a.rotary_base, a.head_dim, x.shape[1])
             queries = _rotated(queries, torch.from_numpy(cos), torch.from_numpy(sin))
@@ -111,7 +114,7 @@ class BatchOperations:
             mine = slice(head * group, (head + 1) * group)
             shared = slice(head, head + 1)
             mask = None if bias is None else bias[mine, None].masked_fill(future, -torch.inf)
-            out[:, mine] = F.scaled_dot_product_attention(
+            out[:, mine] = functional.scaled_dot_product_attention(
                 queries[:, mine],
                 keys[:, shared].expand(-1, group, -1, -1),
                 values[:, shared].expand(-1, group, -1, -1),
@@ -268,4 +271,4 @@ class BatchFfn:
 def _activated(x: torch.Tensor, function: str) -> torch.Tensor:
     if function == "relu":
         return torch.relu_(x)
-    return F.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")
+    return functional.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")

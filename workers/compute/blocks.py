@@ -53,5 +53,5 @@ def after_ffn(
     architecture: Architecture, operations: Operations[Hidden], index: int, residual: Hidden, ffn: Hidden
 ) -> Hidden:
     """The layer's output from the residual stream and the FFN's output."""
-    x = residual + ffn
+    x: Hidden = residual + ffn
     return operations.norm(layer(index, "ffn_norm"), x) if architecture.block == "post_norm" else x

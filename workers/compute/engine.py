@@ -264,4 +264,5 @@ class Engine:
 def _unit(x: F32) -> F32:
     """Rows of x [tokens, d_model] over their root mean square: what predictors get of an embedding."""
     scale = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
-    return x / np.maximum(scale, np.float32(1e-12))
+    unit: F32 = x / np.maximum(scale, np.float32(1e-12))
+    return unit

@@ -111,7 +111,7 @@ def _read_bytes(descriptor: int, offset: int, size: int) -> npt.NDArray[np.uint8
     memory = aligned(size)
     done = 0
     while done < size:
-        count = os.preadv(descriptor, [memory[done : done + _CHUNK]], offset + done)
+        count = os.preadv(descriptor, [memory[done : done + _CHUNK].data], offset + done)
         if count == 0:
             raise StoreError(f"{RESIDENT} ends before its last tensor")
         if hasattr(os, "posix_fadvise"):

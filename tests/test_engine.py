@@ -1,0 +1,365 @@
+"""The layer loop over real sockets, with one thread that plays predictor, cache and prefetcher."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from decoding import LocalDecoder
+
+from pipeline import segments
+from pipeline.channel import Channel
+from pipeline.messages import (
+    EMBEDDING,
+    Cancel,
+    Finished,
+    Generate,
+    HiddenReady,
+    LayerPart,
+    Message,
+    PartDone,
+    TokenReady,
+)
+from pipeline.plan import Plan
+from pipeline.segments import ID, SLOT
+from storage.convert import convert
+from storage.format import Store
+from workers.compute.engine import Engine
+from workers.compute.weights import Weights
+
+PROMPT = (2, 17, 40, 9, 77, 31)
+
+
+@dataclass
+class FakeRing:
+    """Answers every announcement with the whole layer, cut into parts as told.
+
+    `cuts` are the ids at which a layer's neurons are divided into parts; `interleaved` gives the
+    parts neurons in turn instead; `staged` makes every part close a segment.
+    """
+
+    store: Store
+    plan: Plan
+    memory: segments.Segments
+    channel: Channel
+    cuts: tuple[int, ...] = ()
+    interleaved: int = 0
+    staged: bool = False
+    shuffle: int = 0
+    late_plan: bool = False
+    announced: list[HiddenReady] = field(default_factory=list)
+    sources: list[np.ndarray] = field(default_factory=list)
+    credits: list[PartDone] = field(default_factory=list)
+    results: list[Message] = field(default_factory=list)
+    cancel_at: tuple[int, int] | None = None  # (step, layer) whose announcement triggers a cancel
+    engine: Engine | None = None
+
+    def fill(self) -> None:
+        """Put every bundle into a slot, permuted by `shuffle`."""
+        row = self.store.layout.row_bytes * 2
+        for layer in range(self.plan.layers):
+            raw = self.store.read_layer(layer).reshape(self.plan.d_ff, -1).view(np.uint8)
+            self.memory.bundles[self.slots(layer), :row] = raw
+
+    def slots(self, layer: int) -> np.ndarray:
+        """The slot of every neuron."""
+        order = np.random.default_rng(self.shuffle).permutation(self.plan.d_ff)
+        return (self.plan.first_slot(layer) + order).astype(np.int32)
+
+    def parts(self) -> list[np.ndarray]:
+        """Ids of every part."""
+        ids = np.arange(self.plan.d_ff, dtype=np.int32)
+        if self.interleaved:
+            return [ids[start :: self.interleaved] for start in range(self.interleaved)]
+        return np.split(ids, self.cuts)
+
+    def serve(self, ended: threading.Event) -> None:
+        while not ended.is_set():
+            for inbox in ("predictor", "cache", "supervisor"):
+                message = self.channel.receive(inbox, 0.001)
+                if isinstance(message, HiddenReady):
+                    self.answer(message)
+                elif isinstance(message, PartDone):
+                    self.credits.append(message)
+                elif message is not None:
+                    self.results.append(message)
+
+    def answer(self, message: HiddenReady) -> None:
+        self.announced.append(message)
+        self.sources.append(self.memory.hidden[message.layer + 1, : message.rows].copy())
+        if self.cancel_at == (message.step, message.layer):
+            assert self.engine is not None
+            self.engine.cancel(Cancel(message.run))
+        ahead = max(1, self.plan.lookahead) if message.stream else self.plan.lookahead
+        targets = range(ahead) if message.layer == EMBEDDING else [message.layer + ahead]
+        for layer in targets:
+            if layer < self.plan.layers:
+                self.send(message, layer)
+
+    def send(self, message: HiddenReady, layer: int) -> None:
+        parts = self.parts()
+        table = self.memory.active[layer]
+        ids = np.concatenate(parts)
+        table[ID, : ids.size], table[SLOT, : ids.size] = ids, self.slots(layer)[ids]
+        counts = tuple(part.size for part in parts)
+        last = len(parts) - 1
+        closes = tuple(self.staged or number == last for number in range(len(parts)))
+        run, step = message.run, message.step
+        plan = LayerPart(run, step, layer, 0, counts, closes, self.staged)
+        rest = [LayerPart(run, step, layer, number, (), (), False) for number in range(1, len(parts))]
+        for one in [*rest, plan] if self.late_plan else [plan, *rest]:
+            self.channel.send("compute", one)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [message.token for message in self.results if isinstance(message, TokenReady)]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [message.logprob for message in self.results if isinstance(message, TokenReady)]
+
+
+@contextmanager
+def ring(
+    store: Store, directory: Path, lookahead: int = 1, threads: int = 1, **how: object
+) -> Iterator[FakeRing]:
+    layout = store.layout
+    plan = Plan(
+        layers=layout.layers,
+        d_model=layout.d_model,
+        d_ff=layout.d_ff,
+        stride=layout.stride,
+        slots=(layout.d_ff,) * layout.layers,
+        staging=8,
+        context=64,
+        hidden_rows=4,
+        lookahead=lookahead,
+        pinned=frozenset(),
+    )
+    views = {name: np.zeros(shape, kind) for name, (shape, kind) in segments._shapes(plan).items()}
+    memory = segments.Segments(**views)
+    ended = threading.Event()
+    directory.mkdir(exist_ok=True)
+    with (
+        Channel(directory, ("compute",)) as mine,
+        Channel(directory, ("predictor", "cache", "supervisor")) as theirs,
+    ):
+        fake = FakeRing(store, plan, memory, theirs, **how)  # type: ignore[arg-type]
+        fake.fill()
+        fake.engine = Engine(Weights(store), plan, memory, mine, threads)
+        server = threading.Thread(target=fake.serve, args=(ended,))
+        server.start()
+        try:
+            yield fake
+        finally:
+            ended.set()
+            server.join()
+            fake.engine.close()
+
+
+def generate(
+    fake: FakeRing, run: int = 1, count: int = 8, prompt: Sequence[int] = PROMPT, **changes: object
+) -> Finished:
+    """Run one generation to its `Finished`."""
+    values: dict[str, object] = {
+        "max_new_tokens": count,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": 0,
+        "stop_tokens": (),
+        "forced": (),
+        **changes,
+    }
+    fake.results.clear()
+    assert fake.engine is not None
+    fake.engine.generate(Generate(run=run, prompt=tuple(prompt), **values))  # type: ignore[arg-type]
+    while not (fake.results and isinstance(fake.results[-1], Finished)):
+        threading.Event().wait(0.001)
+    return fake.results[-1]
+
+
+@pytest.fixture(scope="module", params=["opt", "falcon-relu", "falcon-rw"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_checkpoint(base / "checkpoint", request.param, "float16")
+    return convert(checkpoint, base / "store", name="small")
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.mktemp("engine")
+    return convert(write_checkpoint(base / "checkpoint", "opt", "bfloat16"), base / "store", name="small")
+
+
+def _locally(store: Store, count: int) -> list[int]:
+    with LocalDecoder(store) as decoder:
+        logits = decoder.prefill(PROMPT)[-1]
+        tokens = []
+        for _ in range(count):
+            tokens.append(int(np.argmax(logits)))
+            logits = decoder.step(tokens[-1])
+    return tokens
+
+
+def test_the_loop_writes_what_the_decoder_does(store, tmp_path):
+    with ring(store, tmp_path) as fake:
+        assert generate(fake).reason == "length"
+        assert fake.tokens == _locally(store, 8)
+        assert [message.index for message in fake.results[:-1]] == list(range(8))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cuts": (0, 1, 100)},
+        {"interleaved": 3},
+        {"interleaved": 3, "late_plan": True},
+        {"cuts": (50, 150), "staged": True},
+        {"cuts": tuple(range(0, 190, 7)), "staged": True, "late_plan": True},
+        {"shuffle": 5},
+        {"lookahead": 0},
+        {"lookahead": 2},
+        {"threads": 2},
+    ],
+    ids=str,
+)
+def test_neither_parts_nor_slots_change_a_bit(opt, tmp_path, how):
+    with ring(opt, tmp_path / "a") as fake:
+        generate(fake)
+        expected = fake.tokens, fake.logprobs
+    with ring(opt, tmp_path / "b", **how) as fake:
+        generate(fake)
+        assert (fake.tokens, fake.logprobs) == expected
+
+
+def test_announcements_follow_the_protocol(store, tmp_path):
+    with ring(store, tmp_path) as fake:
+        generate(fake, count=3)
+    layers = fake.plan.layers
+    assert [(one.step, one.layer) for one in fake.announced] == [
+        (step, layer) for step in range(3) for layer in range(-1, layers)
+    ]
+    assert [one.stream for one in fake.announced] == [True] * (layers + 1) + [False] * 2 * (layers + 1)
+    assert {one.rows for one in fake.announced if one.stream} == {4}
+    assert {one.rows for one in fake.announced if not one.stream} == {1}
+    for one, hidden in zip(fake.announced, fake.sources, strict=True):
+        tick = one.step * layers + one.layer
+        # Everything before this layer is finished; the embedding comes after the last step's end.
+        assert one.done == (one.step * layers - 1 if one.layer == EMBEDDING else tick - 1)
+        if one.layer == EMBEDDING:
+            assert np.allclose(np.mean(hidden**2, axis=1), 1, atol=1e-5)
+
+
+def test_the_ffn_input_is_announced_before_the_layers_own_parts(opt, tmp_path):
+    # At look-ahead 0 a layer's parts are sent only in answer to its own announcement.
+    with ring(opt, tmp_path, lookahead=0) as fake:
+        assert generate(fake, count=2).reason == "length"
+
+
+def _await_credits(fake: FakeRing, count: int) -> None:
+    """They travel on another socket than `Finished`; the test's time limit bounds the wait."""
+    while len(fake.credits) < count:
+        threading.Event().wait(0.001)
+
+
+def test_staged_parts_are_answered_once_each(opt, tmp_path):
+    with ring(opt, tmp_path, cuts=(64, 128), staged=True) as fake:
+        generate(fake, count=2)
+        layers = fake.plan.layers
+        _await_credits(fake, 2 * layers * 3)
+    assert [(one.step, one.layer, one.part) for one in fake.credits] == [
+        (step, layer, part) for step in range(2) for layer in range(layers) for part in range(3)
+    ]
+
+
+def test_steps_and_done_go_on_over_runs(opt, tmp_path):
+    with ring(opt, tmp_path) as fake:
+        generate(fake, run=1, count=2)
+        first = fake.tokens
+        seen = len(fake.announced)
+        generate(fake, run=2, count=2)
+        assert fake.tokens == first
+    opening = fake.announced[seen]
+    assert (opening.run, opening.step, opening.done) == (2, 2, 2 * fake.plan.layers - 1)
+    assert opening.stream
+
+
+def test_a_prompt_of_one_token_is_a_prefill(opt, tmp_path):
+    with ring(opt, tmp_path) as fake:
+        generate(fake, prompt=(5,), count=1)
+    assert all(one.stream for one in fake.announced)
+    assert len(fake.tokens) == 1
+
+
+def test_a_stop_token_ends_the_run_and_is_not_reported(opt, tmp_path):
+    with ring(opt, tmp_path) as fake:
+        generate(fake)
+        whole = fake.tokens
+        stop = whole[3]
+        assert generate(fake, run=2, stop_tokens=(stop,)).reason == "stop"
+        assert fake.tokens == whole[: whole.index(stop)]
+
+
+def test_forced_tokens_are_emitted_and_fed(opt, tmp_path):
+    forced = (9, 2, 30, 31)
+    with ring(opt, tmp_path) as fake:
+        generate(fake, count=6, forced=forced, stop_tokens=(2,))
+        assert tuple(fake.tokens[:4]) == forced
+        after, scores = fake.tokens[4], fake.logprobs[:4]
+    with LocalDecoder(opt) as decoder:
+        logits = decoder.prefill(PROMPT)[-1].astype(np.float64)
+        for token, score in zip(forced, scores, strict=True):
+            assert score == pytest.approx(logits[token] - np.log(np.exp(logits).sum()), abs=1e-5)
+            logits = decoder.step(token).astype(np.float64)
+        assert after == int(np.argmax(logits))
+
+
+def test_the_context_is_never_exceeded(opt, tmp_path):
+    with ring(opt, tmp_path) as fake:
+        prompt = [5 + index for index in range(60)]
+        assert generate(fake, prompt=prompt, count=50).reason == "length"
+        # The last token is reported but never fed: 60 + 4 positions hold 5 new tokens.
+        assert len(fake.tokens) == 5
+        assert generate(fake, run=2, prompt=prompt + prompt, count=5).reason == "length"
+        assert fake.tokens == []
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_cancel_in_prefill_drains_what_was_announced(opt, tmp_path, lookahead):
+    how = {"cuts": (64, 128), "staged": True}
+    with ring(opt, tmp_path, lookahead=lookahead, cancel_at=(0, 0), **how) as fake:
+        assert generate(fake).reason == "cancelled"
+        assert fake.tokens == []
+        fake.cancel_at = None
+        assert fake.engine is not None
+        drained = min(fake.plan.layers, 1 + max(1, lookahead))
+        _await_credits(fake, 3 * drained)
+        assert {one.layer for one in fake.credits} == set(range(drained))
+        assert generate(fake, run=2).reason == "length"
+        assert fake.tokens == _locally(opt, 8)
+
+
+def test_cancel_in_decode_ends_at_a_token(opt, tmp_path):
+    with ring(opt, tmp_path, cancel_at=(2, 1)) as fake:
+        assert generate(fake).reason == "cancelled"
+        assert fake.tokens == _locally(opt, 8)[: len(fake.tokens)]
+        assert 1 <= len(fake.tokens) < 8
+        fake.cancel_at = None
+        generate(fake, run=2)
+        assert fake.tokens == _locally(opt, 8)
+
+
+def test_a_cancel_for_another_run_is_ignored(opt, tmp_path):
+    with ring(opt, tmp_path) as fake:
+        assert fake.engine is not None
+        fake.engine.cancel(Cancel(7))
+        assert generate(fake).reason == "length"
+        assert len(fake.tokens) == 8
+        assert generate(fake, run=7).reason == "cancelled"
