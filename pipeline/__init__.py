@@ -1,3 +1,23 @@
 """What joins the workers. Read `messages.py` first, then `supervisor.py`, then `generate.py`."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.client import AsyncClient as AsyncClient  # noqa: PLC0414
+    from pipeline.client import Client as Client  # noqa: PLC0414
+    from pipeline.embed import Pipeline as Pipeline  # noqa: PLC0414
+
 PROJECT = "flashring"  # tells our package from another of the same name
+
+
+def __getattr__(name: str) -> object:
+    """`Pipeline`, `Client` and `AsyncClient`, imported when they are asked for: workers need none."""
+    if name == "Pipeline":
+        from pipeline.embed import Pipeline
+
+        return Pipeline
+    if name in ("Client", "AsyncClient"):
+        from pipeline import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

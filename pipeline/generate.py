@@ -105,9 +105,9 @@ class Session:
         """Start the ring; raises RingError if it does not come up."""
         return cls(store, config, plan)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of `prompt`, with the tokenizer's own special tokens."""
-        return list(self.tokenizer.encode(prompt).ids)
+    def encode(self, prompt: str, *, special: bool = True) -> list[int]:
+        """Token ids of `prompt`, by default with the special tokens that the tokenizer adds."""
+        return list(self.tokenizer.encode(prompt, add_special_tokens=special).ids)
 
     def generate(self, prompt: str | Sequence[int], params: GenerationParams) -> Iterator[str]:
         """Yield pieces of text, never splitting a character.
@@ -215,7 +215,7 @@ class Session:
 
     def check(self) -> None:
         """Raises RingError if a worker has died. Only between generations."""
-        self.ring.receive(0.0)
+        self.ring.check()
 
     def _cancel(self, generation: Generation, run: int) -> None:
         """End the run early; on return the ring is drained and can generate again."""
@@ -225,6 +225,7 @@ class Session:
                 message = self._next()
                 if isinstance(message, Finished) and message.run == run:
                     generation.finished = message
+            self.live = self.ring.stats()
         except RingError:
             return  # the ring itself is gone, and the caller already has the reason
 

@@ -189,12 +189,13 @@ class Supervisor:
                 raise RingError(f"the {message.name} worker failed: {message.error}")
             if message is not None:
                 return message
-            self._check_alive()
+            self.check()
             self.memory.sample()
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
-    def _check_alive(self) -> None:
+    def check(self) -> None:
+        """Raises RingError if a worker has died."""
         for worker in self._workers:
             if worker.process.poll() is not None:
                 raise RingError(worker.epitaph())

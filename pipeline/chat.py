@@ -1,0 +1,130 @@
+"""Chat messages to a prompt, through the checkpoint's own template.
+
+The template is a Jinja program out of the checkpoint (`tokenizer_config.json` or
+`chat_template.jinja`), so it is not trusted: it runs in Jinja's sandbox, with the same filters and
+functions that Hugging Face's `apply_chat_template` gives it, and its output is bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from storage.errors import UsageError
+
+TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+LARGEST_PROMPT = 4 << 20  # characters
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+class ChatTemplate:
+    """One model's template, compiled."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises UsageError for a template that does not compile, or where Jinja is missing."""
+        try:
+            import jinja2
+            import jinja2.ext
+            import jinja2.sandbox
+        except ImportError as error:
+            raise UsageError("chat needs the package jinja2: pip install 'flashring[serve]'") from error
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _strftime_now
+        self._special_tokens = dict(special_tokens)
+        self._errors: type[Exception] = jinja2.TemplateError
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the model's chat template does not compile: {error}") from error
+
+    @classmethod
+    def of_store(cls, store: Path, override: Path | None = None) -> ChatTemplate | None:
+        """The store's template, or that of the file `override`; None when there is none.
+
+        Raises UsageError for a file that cannot be read or a template that cannot be used.
+        """
+        config = _read_config(store / TOKENIZER_CONFIG)
+        source = _source(store, config, override)
+        return None if source is None else cls(source, _special_tokens(config))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt, ending where the assistant's answer begins. Raises UsageError."""
+        for message in messages:
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise UsageError(f"a chat message needs a role ({', '.join(ROLES)}) and a content")
+        pieces: list[str] = []
+        length = 0
+        try:
+            for piece in self._template.generate(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            ):
+                length += len(piece)
+                if length > LARGEST_PROMPT:
+                    raise UsageError(f"the chat template's output exceeds {LARGEST_PROMPT:,} characters")
+                pieces.append(piece)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a foreign template does wrong
+            raise UsageError(f"the chat template refuses these messages: {error}") from error
+        return "".join(pieces)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _source(store: Path, config: Mapping[str, Any], override: Path | None) -> str | None:
+    """The file given, else the store's own file, else the configuration's (default) template."""
+    path = override or store / TEMPLATE_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if override is not None or not isinstance(error, FileNotFoundError):
+            raise UsageError(f"the chat template {path} cannot be read: {error}") from error
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like, each a string or a map with its `content`."""
+    tokens: dict[str, str] = {}
+    for name, value in config.items():
+        if not name.endswith("_token"):
+            continue
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _raise(message: str) -> NoReturn:
+    raise UsageError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """JSON without HTML escapes, unlike Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=bool(options.get("ensure_ascii", False)), indent=indent)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)

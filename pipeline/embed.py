@@ -1,0 +1,97 @@
+"""A ring inside the caller's own program, with the interface of `client.Client`.
+
+    from pipeline import Pipeline
+
+    with Pipeline.open() as pipeline:
+        for piece in pipeline.generate("Once upon a time", max_new_tokens=50):
+            print(piece, end="", flush=True)
+
+The workers are programs of their own, so no `__main__` guard is needed; they leave when this
+process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Unpack
+
+from pipeline.answer import Answer, ChatMessage, Sampling, submission
+from pipeline.client_messages import Done, Health, Submit, Token
+from pipeline.opening import open_ring
+from pipeline.warm_ring import WarmRing
+from storage.errors import UsageError
+
+
+class Pipeline:
+    """A warm ring for one thread; it answers one request at a time."""
+
+    def __init__(self, ring: WarmRing) -> None:
+        self._ring = ring
+        self._numbers = itertools.count(1)
+        self._open: Generator[Token | Done, None, None] | None = None
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        model: str = "",
+        *,
+        memory: str = "",
+        context: int = 0,
+        config: Path | None = None,
+        settings: Sequence[str] = (),
+        chat_template: Path | None = None,
+    ) -> Pipeline:
+        """Start a ring. The arguments are the command line's options; without `model`, the built-in one.
+
+        Raises the FlashringError that the command line would show.
+        """
+        return cls(open_ring(model, memory, context, config, settings, chat_template).ring)
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Answer:
+        """Continue a text (or token ids). Closes the answer before, if it is still open."""
+        return self._submit(submission(next(self._numbers), prompt, (), sampling))
+
+    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> Answer:
+        """Answer chat messages, through the model's own template."""
+        return self._submit(submission(next(self._numbers), None, messages, sampling))
+
+    def _submit(self, submit: Submit) -> Answer:
+        if self._closed:
+            raise UsageError("the pipeline is closed")
+        if self._open is not None:
+            self._open.close()
+        self._open = self._ring.answer(submit)
+        return Answer(self._open)
+
+    def stats(self) -> dict[str, float]:
+        """The workers' counters as `WORKER.NAME`."""
+        return {
+            f"{worker}.{name}": value
+            for worker, counters in self._ring.stats().items()
+            for name, value in counters.items()
+        }
+
+    def health(self) -> Health:
+        return Health(0, "ready" if self._ring.is_up else "restarting", 0)
+
+    def close(self) -> None:
+        """Cancel what runs and stop the ring."""
+        self._closed = True
+        if self._open is not None:
+            self._open.close()
+        self._ring.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

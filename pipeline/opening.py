@@ -1,0 +1,46 @@
+"""From the command line's options to a warm ring, for serving and embedding alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import models, planner
+from pipeline.chat import ChatTemplate
+from pipeline.generate import Session
+from pipeline.plan import Plan
+from pipeline.warm_ring import WarmRing
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRing:
+    """A warm ring, and what is worth telling about it."""
+
+    ring: WarmRing
+    name: str
+    plan: Plan
+
+
+def open_ring(
+    model: str,
+    memory: str = "",
+    context: int = 0,
+    config_file: Path | None = None,
+    settings: Sequence[str] = (),
+    chat_template: Path | None = None,
+) -> OpenRing:
+    """Find the model, divide the memory and start the ring; raises FlashringError."""
+    overrides = list(settings)
+    if memory:
+        overrides.append(f"memory.budget={json.dumps(memory)}")
+    if context:
+        overrides.append(f"compute.context={context}")
+    source, config = models.configure(model, config_file, overrides)
+    store = source.open_store()
+    config = planner.resolve(store, config)
+    plan = planner.plan(store, config).plan
+    template = ChatTemplate.of_store(store.path, chat_template)
+    ring = WarmRing(lambda: Session.open(store, config, plan), template)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=plan)
