@@ -1,0 +1,77 @@
+"""How a program ends: every expected failure is one sentence on standard error and an exit status.
+
+0 done, 2 wrong use, 1 anything else; what nobody expected keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import typer
+
+from storage.errors import FlashringError
+
+FAILED = 1
+WRONG_USE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# The base of what the command line's parser raises; typer exports only some of its subclasses.
+COMMAND_LINE_ERROR: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Do `work`; returns its own status where it returns one, and what its failure deserves else.
+
+    SIGTERM ends it like Ctrl-C: everything that was opened is closed on the way out.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = work()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except FlashringError as error:
+        return _refuse(str(error), error.exit_code)
+    except COMMAND_LINE_ERROR as error:
+        return _refuse(_usage(error), WRONG_USE)
+    except (KeyboardInterrupt, typer.Abort):
+        return _refuse("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has left: nobody is there to tell, also not at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        return _refuse(_describe(error), FAILED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def program() -> str:
+    """What the user typed to get here."""
+    return "flashring" if os.path.basename(sys.argv[0]) == "flashring" else "run.py"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _refuse(sentence: str, status: int) -> int:
+    print(f"flashring: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+def _usage(error: Exception) -> str:
+    format_message = getattr(error, "format_message", None)
+    sentence = str(format_message() if callable(format_message) else error).rstrip(".")
+    return f"{sentence[:1].lower()}{sentence[1:]}; see {program()} --help"
+
+
+def _describe(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
