@@ -1,0 +1,141 @@
+"""A model's tensors in float32, a layer at a time, from a checkpoint or from a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from storage.checkpoint import Checkpoint
+from storage.convert import Plan, make_plan
+from storage.families import architecture as canonical
+from storage.families.architecture import Architecture
+from storage.format import MANIFEST, RESIDENT, Store
+
+FIRST = (canonical.EMBED, canonical.POSITIONS, canonical.PROJECT_IN)
+
+
+class Weights(Protocol):
+    """Where the dense reference takes its tensors from."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def synthetic(self) -> bool: ...
+
+    def first(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What `block.embedded` needs; of the embedding, the rows of `tokens` in their order."""
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors as `block` names them."""
+
+
+def open_weights(path: Path) -> Weights:
+    """Raises StoreError or CheckpointError for a directory that is neither."""
+    if (path / MANIFEST).is_file():
+        return StoreWeights(Store.open(path))
+    return CheckpointWeights(make_plan(Checkpoint.open(path), 512))
+
+
+def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:
+    """An array of the carrier type as float32."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if dtype == "float32" else tensor.view(getattr(torch, dtype)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWeights:
+    """Tensors of a Hugging Face checkpoint, in the store's row order."""
+
+    plan: Plan
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.plan.architecture
+
+    @property
+    def name(self) -> str:
+        return self.plan.checkpoint.path.resolve().name
+
+    @property
+    def synthetic(self) -> bool:
+        return "synthetic" in self.plan.checkpoint.config
+
+    def first(self, tokens: Tensor) -> dict[str, Tensor]:
+        return self._read(lambda name: name in FIRST, tokens)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        prefix = canonical.layer(index, "")
+        named = self._read(lambda name: name.startswith(prefix), None)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+        for part, source in zip(("up", "down"), self.plan.family.ffn(self.architecture, index), strict=True):
+            array = self.plan.checkpoint.read(self.plan.full_name(source.name))
+            tensors[f"{part}.weight"] = _widened(array, self.plan.layout.dtype)
+        self.plan.checkpoint.release()
+        return tensors
+
+    def _read(self, wanted: Any, tokens: Tensor | None) -> dict[str, Tensor]:
+        tensors = {}
+        for item in self.plan.residents:
+            if not wanted(item.name):
+                continue
+            if not item.sources:
+                tensors[item.name] = torch.full(item.shape, item.fill)
+                continue
+            arrays: Sequence[Any] = [
+                self.plan.checkpoint.read(self.plan.full_name(source.name)) for source in item.sources
+            ]
+            array = arrays[0] if item.build is None else item.build(arrays)
+            if item.name == canonical.EMBED and tokens is not None:
+                array = array[tokens.numpy()]
+            tensors[item.name] = _widened(array, self.plan.layout.dtype)
+        return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StoreWeights:
+    """Tensors of a store."""
+
+    store: Store
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.store.architecture
+
+    @property
+    def name(self) -> str:
+        return self.store.manifest.name
+
+    @property
+    def synthetic(self) -> bool:
+        return "synthetic" in self.store.manifest.name or "synthetic" in self.store.manifest.parameters
+
+    def first(self, tokens: Tensor) -> dict[str, Tensor]:
+        with safe_open(str(self.store.path / RESIDENT), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in FIRST}  # noqa: SIM118
+        tensors[canonical.EMBED] = tensors[canonical.EMBED][tokens]
+        return {name: tensor.float() for name, tensor in tensors.items()}
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        prefix = canonical.layer(index, "")
+        with safe_open(str(self.store.path / RESIDENT), framework="pt") as file:
+            tensors = {
+                name.removeprefix(prefix): file.get_tensor(name).float()
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(prefix)
+            }
+        bundles = _widened(self.store.read_layer(index), self.store.layout.dtype)
+        tensors["up.weight"] = bundles[:, 0]
+        tensors["down.weight"] = bundles[:, 1].T
+        return tensors
