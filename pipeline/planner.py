@@ -26,8 +26,9 @@ DEFAULT_WINDOW = 5  # tokens; the paper's k
 KERNEL_BLOCK = 256  # neurons; staging halves are a multiple of it, so that kernels see whole blocks
 F32 = 4  # bytes
 
-# Proportional set size of each process with its libraries and nothing loaded, in bytes. Measured
-# on Linux 6.18, Python 3.11: torch + numba, numba, numpy + pyzmq, and the command line's own.
+# Proportional set size of each process without what the plan's other parts count, in bytes. Measured on
+# Linux 6.18, Python 3.11, torch 2.13: after their imports compute has 225 MiB, cache and prefetcher
+# 32 MiB and the command line 35 MiB; the rest is for compiled kernels, stacks and the allocators' slack.
 BASES: Final = {
     "compute": 330 << 20,
     "predictor": 120 << 20,
@@ -162,21 +163,25 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),
-        "activations": _activation_bytes(store, divided),
+        "activations": _activation_bytes(store, config, divided),
         "processes": sum(BASES.values()),
     }
 
 
-def _activation_bytes(store: Store, divided: Plan) -> int:
-    """Compute's scratch: the prefill of a full context, and one row of logits.
+def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
+    """Compute's scratch at its largest, the prefill of a full context, all float32.
 
-    Per token the residual, its norm, queries, keys and values, and the attention's and the FFN's
-    output, all float32; one staging half of FFN activations; one head's attention scores.
+    Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
+    and values before and after rotation, and the FFN activations of eight blocks of neurons. Per
+    thread: a widened tile of weights and, with ALiBi, the mask of a key-value head's group.
     """
-    architecture = store.architecture
-    heads = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
-    per_token = 4 * architecture.d_model + heads + divided.staging + divided.context
-    return (divided.context * per_token + architecture.vocabulary) * F32
+    a = store.architecture
+    threads = config.compute.threads or os.cpu_count() or 1
+    heads = (a.heads + 2 * a.kv_heads) * a.head_dim
+    per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK) + a.heads
+    mask = a.heads // a.kv_heads * divided.context**2 if a.positions == "alibi" else 0
+    per_thread = 2 * KERNEL_BLOCK * a.d_model + mask
+    return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
 def _predictor_bytes(store: Store, config: Config) -> int:
