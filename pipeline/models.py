@@ -48,7 +48,7 @@ def home() -> Path:
 def presets() -> dict[str, Path]:
     """The shipped configurations by name."""
     for directory in (ROOT / "configs", Path(sys.prefix) / "share" / "flashring" / "configs"):
-        if directory.is_dir():
+        if (directory / f"{BUILTIN}.toml").is_file():  # another project may have a `configs`, too
             return {file.stem: file for file in sorted(directory.glob("*.toml"))}
     return {}
 
