@@ -84,7 +84,9 @@ def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
     """
 
     def watch() -> None:
-        stream.read(1)
+        # Past the buffered reader: its lock, held by a thread that waits, aborts the interpreter's end.
+        while os.read(stream.fileno(), 1):
+            pass
         shutil.rmtree(directory, ignore_errors=True)
         os._exit(ORPHANED)
 
