@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
 from collections import Counter
 from pathlib import Path
@@ -104,7 +105,7 @@ class Describer:
 async def main(worker: Worker) -> None:
     settings = worker.config.prefetcher
     stride = worker.plan.stride
-    sink = np.empty(Planner.sink_bytes(stride, settings.max_gap) + stride, np.uint8)
+    sink = np.frombuffer(mmap.mmap(-1, Planner.sink_bytes(stride, settings.max_gap) + stride), np.uint8)
     path = worker.store.path / BUNDLES
     with BundleFile.open(path, stride, settings.direct) as file:
         opened = [open_backend(settings.backend, file, settings.queue_depth) for _ in range(settings.readers)]

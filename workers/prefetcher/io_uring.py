@@ -242,6 +242,7 @@ class IoUring:
         self._opcode, self._address, self._length, self._offset, self._tag = (entries[n] for n in names)
         self._loop = asyncio.get_running_loop()
         self._woken: asyncio.Future[None] | None = None
+        self._signalled = False
         self._loop.add_reader(self._event, self._wake, self._event)
         self._loop.add_reader(self._timer.descriptor, self._wake, self._timer.descriptor)
 
@@ -312,12 +313,15 @@ class IoUring:
             self._memory.cq_flags[0] = CQ_EVENTFD_DISABLED if silent else 0
 
     async def _wakeup(self) -> None:
-        self._woken = self._loop.create_future()
-        await self._woken
+        if not self._signalled:
+            self._woken = self._loop.create_future()
+            await self._woken
+        self._signalled = False
 
     def _wake(self, descriptor: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(descriptor, 8)
+        self._signalled = True  # also for a wait that has not begun yet
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 

@@ -98,7 +98,7 @@ class Planner:
     d_ff: int
     max_read: int
     max_gap: int
-    sink: int  # address of at least `sink_bytes` that may be overwritten at any time; 0 without gaps
+    sink: int  # address, aligned like the slots, of `sink_bytes` that may be overwritten at any time
 
     @staticmethod
     def sink_bytes(stride: int, max_gap: int) -> int:

@@ -1,0 +1,440 @@
+"""The prefetcher: every backend brings the right bytes, faults are handled, the process answers."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import uvloop
+from stores import bundle_store, raw_bundles
+
+from pipeline import segments
+from pipeline.channel import Channel
+from pipeline.config import Config
+from pipeline.messages import (
+    Failed,
+    LayerPart,
+    Message,
+    ReadBundles,
+    ReportStats,
+    RingReady,
+    Stats,
+    Stop,
+    WorkerReady,
+)
+from pipeline.plan import Plan
+from pipeline.process import WorkerSpec
+from pipeline.segments import ID, SLOT
+from storage.errors import StoreCorrupt, StoreError
+from storage.format import BUNDLES, Store
+from workers.prefetcher.backend import Backend, Results, Tags, open_backend
+from workers.prefetcher.bundle_file import BundleFile
+from workers.prefetcher.pool import ReaderPool
+from workers.prefetcher.requests import Planner, Requests
+
+BACKENDS = ("io_uring", "threads", "aiofiles")
+WAIT = 30.0  # seconds; far above what anything here takes
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return bundle_store(tmp_path_factory.mktemp("prefetcher") / "store")
+
+
+def plan_of(store: Store) -> Plan:
+    layout = store.layout
+    return Plan(
+        layers=layout.layers,
+        d_model=layout.d_model,
+        d_ff=layout.d_ff,
+        stride=layout.stride,
+        slots=(layout.d_ff,) * layout.layers,
+        staging=8,
+        context=16,
+        hidden_rows=1,
+        lookahead=1,
+        pinned=frozenset(),
+    )
+
+
+# -- pools ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A pool over a store's bundles, and slots for it to fill."""
+
+    pool: ReaderPool
+    planner: Planner
+    slots: npt.NDArray[np.uint8]  # [layers · d_ff, stride]
+
+
+Body = Callable[[Bench], Coroutine[Any, Any, None]]
+Wrap = Callable[[Backend], Backend]
+
+
+def with_pool(
+    store: Store,
+    backend: str,
+    body: Body,
+    readers: int = 2,
+    depth: int = 4,
+    wrap: Wrap = lambda queue: queue,
+    max_gap: int = 0,
+    path: Path | None = None,
+    direct: bool = True,
+) -> None:
+    """Run `body` with a pool; what a reader raises is raised."""
+
+    async def main() -> None:
+        layout = store.layout
+        memory = segments.create(plan_of(store))
+        slots = segments.attach(plan_of(store), memory).bundles
+        for descriptor in memory.values():
+            os.close(descriptor)
+        sink = np.frombuffer(mmap.mmap(-1, max_gap + layout.stride), np.uint8)
+        planner = Planner(
+            slots.ctypes.data, slots.shape[0], layout.stride, layout.d_ff, 4096, max_gap, sink.ctypes.data
+        )
+        with BundleFile.open(path or store.path / BUNDLES, layout.stride, direct) as file:
+            queues = [wrap(open_backend(backend, file, depth)[0]) for _ in range(readers)]
+            pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}")
+            tasks = [
+                asyncio.ensure_future(pool.run()),
+                asyncio.ensure_future(body(Bench(pool, planner, slots))),
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, timeout=WAIT, return_when=asyncio.FIRST_COMPLETED)
+                assert done, "the reads never ended"
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await pool.close()
+
+    uvloop.run(main())
+
+
+def requests_for(bench: Bench, layer: int, ids: list[int], slots: list[int]) -> Requests:
+    return bench.planner.plan(layer, np.array(ids, np.int32), np.array(slots, np.int32))
+
+
+async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
+    """Scattered reads of one layer, a streamed layer, and both at once, all against the file."""
+    raw = raw_bundles(store)
+    generator = np.random.default_rng(seed)
+    d_ff = store.layout.d_ff
+    ids = generator.choice(d_ff, 40, replace=False)
+    slots = generator.choice(d_ff, 40, replace=False)
+    scattered = requests_for(bench, 0, ids.tolist(), slots.tolist())
+    streamed = requests_for(bench, 2, list(range(d_ff)), list(range(d_ff, 2 * d_ff)))
+    await asyncio.gather(bench.pool.read(scattered), bench.pool.read(streamed))
+    assert (bench.slots[slots] == raw[0, ids]).all()
+    assert (bench.slots[d_ff : 2 * d_ff] == raw[2]).all()
+    untouched = np.setdiff1d(np.arange(bench.slots.shape[0]), [*slots, *range(d_ff, 2 * d_ff)])
+    assert not bench.slots[untouched].any()
+    assert bench.pool.counters.in_flight == 0
+    assert bench.pool.backlog == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("readers", "depth"), [(1, 1), (3, 4), (2, 64)])
+def test_every_backend_brings_the_bytes(store: Store, backend: str, readers: int, depth: int) -> None:
+    with_pool(store, backend, lambda bench: read_and_check(bench, store), readers, depth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_page_cache_and_gaps_bring_the_same(store: Store, backend: str) -> None:
+    gap = 3 * store.layout.stride
+    with_pool(store, backend, lambda bench: read_and_check(bench, store), max_gap=gap, direct=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_small_parts_at_once(store: Store, backend: str) -> None:
+    raw = raw_bundles(store)
+
+    async def body(bench: Bench) -> None:
+        d_ff = store.layout.d_ff
+        order: list[int] = []
+        for i in range(d_ff):  # more than the queues hold
+            bench.pool.submit(requests_for(bench, 1, [i], [d_ff - 1 - i]), lambda i=i: order.append(i))  # type: ignore[misc]
+        assert bench.pool.backlog > 0
+        await bench.pool.drained()
+        assert sorted(order) == list(range(d_ff))
+        assert (bench.slots[:d_ff][::-1] == raw[1]).all()
+        assert bench.pool.counters.peak_in_flight == 2 * 4
+
+    with_pool(store, backend, body)
+
+
+def test_a_part_is_spread_over_the_readers(store: Store) -> None:
+    submitted: list[int] = []
+
+    class Counting(Faulty):
+        def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+            submitted.append(stop - start)
+            super().submit(requests, start, stop, tags)
+
+    async def body(bench: Bench) -> None:
+        await bench.pool.read(requests_for(bench, 0, list(range(0, 24, 2)), list(range(12))))
+        assert submitted[:3] == [4, 4, 4]
+
+    with_pool(store, "threads", body, readers=3, depth=64, wrap=Counting)
+
+
+# -- faults -----------------------------------------------------------------------------------
+
+
+class Faulty:
+    """A backend that does what another does; subclasses misbehave."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.faults = 0
+
+    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        self.inner.submit(requests, start, stop, tags)
+
+    async def completed(self) -> tuple[Tags, Results]:
+        tags, results = await self.inner.completed()
+        return tags, np.array([self.result(int(result)) for result in results], np.int64)
+
+    def result(self, result: int) -> int:
+        return result
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+
+class Short(Faulty):
+    """Every other read of several sectors brings one sector only, and the rest as garbage."""
+
+    def result(self, result: int) -> int:
+        self.faults += 1
+        return 512 if result > 512 and self.faults % 2 else result
+
+
+class Busy(Faulty):
+    """Two of three reads are refused for now."""
+
+    def result(self, result: int) -> int:
+        self.faults += 1
+        return (-errno.EAGAIN, -errno.EINTR, result)[self.faults % 3]
+
+
+class Broken(Faulty):
+    """The sixth read meets a bad sector."""
+
+    def result(self, result: int) -> int:
+        self.faults += 1
+        return -errno.EIO if self.faults == 6 else result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", [Short, Busy])
+def test_short_and_refused_reads_are_resumed(store: Store, backend: str, fault: type[Faulty]) -> None:
+    async def body(bench: Bench) -> None:
+        await read_and_check(bench, store)
+        assert bench.pool.counters.retries > 0
+
+    with_pool(store, backend, body, wrap=fault, max_gap=store.layout.stride)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_input_error_names_the_bundle(store: Store, backend: str) -> None:
+    async def body(bench: Bench) -> None:
+        await bench.pool.read(requests_for(bench, 1, list(range(0, 60, 2)), list(range(30))))
+
+    with pytest.raises(StoreError, match=r"reading bundle \d+ failed: Input/output error"):
+        with_pool(store, backend, body, wrap=Broken)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_early_end_of_file_names_the_bundle(store: Store, backend: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.bin"
+    stride, d_ff = store.layout.stride, store.layout.d_ff
+    cut.write_bytes((store.path / BUNDLES).read_bytes()[: (2 * d_ff + 7) * stride + 100])
+
+    async def body(bench: Bench) -> None:
+        await bench.pool.read(requests_for(bench, 2, [3, 6, 7], [0, 1, 2]))
+
+    with pytest.raises(StoreCorrupt, match=f"reading bundle {2 * d_ff + 7} met an unexpected end of file"):
+        with_pool(store, backend, body, path=cut)
+
+
+# -- opening ----------------------------------------------------------------------------------
+
+
+def test_a_stride_that_the_device_does_not_take_goes_through_the_page_cache(store: Store) -> None:
+    with BundleFile.open(store.path / BUNDLES, 100) as file:
+        assert "page cache, because" in file.note
+        assert not file.flags & os.O_DIRECT
+
+
+def test_a_file_system_without_direct_io_goes_through_the_page_cache(store: Store) -> None:
+    memory = os.memfd_create("no-direct")  # on tmpfs
+    try:
+        os.write(memory, (store.path / BUNDLES).read_bytes())
+        path = Path(f"/proc/self/fd/{memory}")
+        with_pool(store, "threads", lambda bench: read_and_check(bench, store), path=path)
+        with_pool(store, "io_uring", lambda bench: read_and_check(bench, store), path=path)
+    finally:
+        os.close(memory)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be opened: No such file"):
+        BundleFile.open(tmp_path / "absent", 512)
+
+
+# -- the process ------------------------------------------------------------------------------
+
+
+@dataclass
+class Ring:
+    """A prefetcher process, and everybody else's ends."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    views: segments.Segments
+    ready: WorkerReady
+
+    def ask(self, layer: int, part: int, ids: list[int], slots: list[int], stream: bool = False) -> None:
+        self.views.reads[layer, ID, : len(ids)] = ids
+        self.views.reads[layer, SLOT, : len(ids)] = slots
+        self.channel.send("prefetcher", ReadBundles(1, 1, layer, part, 0, len(ids), stream))
+
+    def hear(self, inbox: str = "compute") -> Message:
+        message = self.channel.receive(inbox, WAIT)
+        assert message is not None, f"nothing came for {inbox}"
+        return message
+
+
+@contextmanager
+def ring(store: Store, directory: Path, **settings: Any) -> Iterator[Ring]:
+    """Start a prefetcher on `store`; it must be over when the block is."""
+    plan = plan_of(store)
+    descriptors = segments.create(plan)
+    root = str(Path(segments.__file__).resolve().parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.prefetcher"],
+        stdin=subprocess.PIPE,
+        pass_fds=tuple(descriptors.values()),
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    stdin = cast(IO[bytes], process.stdin)
+    try:
+        with Channel(directory, ("supervisor", "compute")) as channel:
+            config = Config().replace(prefetcher={"queue_depth": 8, **settings})
+            spec = WorkerSpec(
+                name="prefetcher",
+                directory=str(directory),
+                store=str(store.path),
+                config=config.model_dump(mode="json"),
+                plan=plan.to_json(),
+                descriptors=descriptors,
+                routes={},
+            )
+            spec.write(cast(Any, stdin))
+            ready = channel.receive("supervisor", WAIT)
+            assert isinstance(ready, WorkerReady), ready
+            channel.send("prefetcher", RingReady())
+            yield Ring(process, channel, segments.attach(plan, descriptors), ready)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+        stdin.close()
+        process.wait(WAIT)
+
+
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ["TMPDIR"]) / tmp_path_factory.mktemp("r").name
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_process_reads_counts_and_stops(tmp_path: Path, directory: Path, shuffled: bool) -> None:
+    directory.mkdir()
+    store = bundle_store(tmp_path / "store", shuffled=shuffled)
+    raw, stride, d_ff = raw_bundles(store), store.layout.stride, store.layout.d_ff
+    with ring(store, directory) as one:
+        assert len(one.ready.notes) == 1
+        one.ask(1, 1, [3, 90, 4, 17], [100, 7, 101, 50])
+        assert one.hear() == LayerPart(1, 1, 1, 1, (), (), False)
+        assert (one.views.bundles[[100, 7, 101, 50]] == raw[1, [3, 90, 4, 17]]).all()
+        one.ask(2, 2, list(range(d_ff)), list(range(2 * d_ff, 3 * d_ff)), stream=True)
+        assert one.hear() == LayerPart(1, 1, 2, 2, (), (), False)
+        assert (one.views.bundles[2 * d_ff : 3 * d_ff] == raw[2]).all()
+        one.ask(0, 1, [], [])
+        assert one.hear() == LayerPart(1, 1, 0, 1, (), (), False)
+
+        one.channel.send("prefetcher", ReportStats(9))
+        stats = one.hear("supervisor")
+        assert isinstance(stats, Stats)
+        assert (stats.serial, stats.name) == (9, "prefetcher")
+        values = stats.values
+        assert (values["decode_bytes"], values["decode_bundles"]) == (4 * stride, 4)
+        assert (values["stream_bytes"], values["stream_bundles"]) == (d_ff * stride, d_ff)
+        assert values["decode_reads"] == (4 if shuffled else 3)
+        assert values["stream_reads"] == -(-d_ff * stride // Config().prefetcher.max_read)
+        assert values["decode_gap_bytes"] == values["stream_gap_bytes"] == 0
+        assert values["in_flight"] == values["backlog"] == 0
+        assert values["busy_seconds"] > 0
+
+        one.channel.send("prefetcher", Stop())
+        assert one.process.wait(WAIT) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forced_backend_is_used_and_named(store: Store, directory: Path, backend: str) -> None:
+    directory.mkdir()
+    with ring(store, directory, backend=backend, readers=3) as one:
+        assert f"reads by {backend}, as configured" in one.ready.notes[0]
+        one.ask(0, 1, list(range(0, 96, 3)), list(range(32)))
+        one.ask(1, 1, list(range(0, 96, 3)), list(range(96, 128)))
+        assert {cast(LayerPart, one.hear()).layer, cast(LayerPart, one.hear()).layer} == {0, 1}
+        one.channel.send("prefetcher", Stop())
+        assert one.process.wait(WAIT) == 0
+
+
+def test_stop_drains_what_is_in_flight(store: Store, directory: Path) -> None:
+    directory.mkdir()
+    with ring(store, directory, readers=1, queue_depth=1) as one:
+        for layer in range(3):
+            one.ask(layer, 1, list(range(0, 96, 2)), list(range(96 * layer, 96 * layer + 48)))
+        one.channel.send("prefetcher", Stop())
+        assert [cast(LayerPart, one.hear()).layer for _ in range(3)] == [0, 1, 2]
+        assert one.process.wait(WAIT) == 0
+
+
+def test_a_truncated_file_and_a_malformed_message_are_reported(tmp_path: Path, directory: Path) -> None:
+    directory.mkdir()
+    store = bundle_store(tmp_path / "store")
+    with ring(store, directory) as one:
+        os.truncate(store.path / BUNDLES, store.layout.offset(1, 5))
+        one.ask(1, 1, [2, 7], [0, 1])
+        failed = one.hear("supervisor")
+        assert isinstance(failed, Failed)
+        assert failed.error.startswith("reading layer 1, neuron 7 from ")
+        assert failed.error.endswith("bundles.bin met an unexpected end of file")
+        assert one.process.wait(WAIT) == 1
+    with ring(bundle_store(tmp_path / "other"), directory) as one:
+        one.ask(1, 1, [2, 2], [0, 1])
+        failed = one.hear("supervisor")
+        assert isinstance(failed, Failed)
+        assert "a neuron is asked for twice" in failed.error
+        assert one.process.wait(WAIT) == 1
