@@ -125,6 +125,7 @@ class NeuronsPredicted(Message):
     count: int  # number of ids, or EVERY
     keep: int  # with EVERY: how many ids of the row should stay in slots afterwards, or EVERY
     guess: bool
+    stream: bool  # prefill, as in HiddenReady
     done: int
 
 

@@ -1,0 +1,281 @@
+"""The cache of all layers: messages in, messages and table rows out. Pure; PROTOCOL.md is its text."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.messages import EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
+from pipeline.plan import Plan
+from pipeline.segments import ID, SLOT
+from workers.cache.policy import Ids, Policy, WindowThenOldest
+from workers.cache.residency import NOWHERE, Residency
+from workers.cache.staging import Staging
+
+Table = npt.NDArray[np.int32]
+Instruction = LayerPart | ReadBundles
+
+COUNTED = ("decode_hits", "decode_misses", "decode_wasted", "stream_hits", "stream_misses", "staged")
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer and the (step, layer) that it is in."""
+
+    residency: Residency
+    first_slot: int
+    tick: int = -1
+    settled: bool = True  # this tick's set has been answered
+    guessed: int = 0  # bundles that this tick's guess asked for: part 1
+    hits: int = 0  # decode, since the start
+    misses: int = 0
+
+
+class LayerCache:
+    """Answers predictions with reads and plans."""
+
+    def __init__(
+        self, plan: Plan, active: Table, reads: Table, policy: Callable[[int], Policy] | None = None
+    ) -> None:
+        """`active` and `reads`: [layers, 2, d_ff]; `policy` makes one layer's, by default without window."""
+        make = policy or (lambda layer: WindowThenOldest(plan.d_ff, 0))
+        self._plan = plan
+        self._active, self._reads = active, reads
+        self._every = np.arange(plan.d_ff, dtype=np.int32)
+        self._staging = Staging()
+        self._first_staging = [plan.first_staging_slot(half) for half in range(2)]
+        self._done = -1
+        self._counts: Counter[str] = Counter()
+        self.layers = [
+            _Layer(Residency(plan.d_ff, plan.slots[layer], make(layer)), plan.first_slot(layer))
+            for layer in range(plan.layers)
+        ]
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def handle(self, message: NeuronsPredicted | PartDone, ids: Ids | None = None) -> list[Instruction]:
+        """What to send, in this order; the tables are written by then.
+
+        `ids`, ascending, are those of the prediction's row: `count` of them or, with EVERY, `keep`.
+        They are not kept beyond the call.
+        """
+        if isinstance(message, PartDone):
+            return list(self._staging.done(message))
+        self._done = max(self._done, message.done)
+        layer = self._turn(message)
+        listed = message.keep if message.count == EVERY else message.count
+        wanted = self._every if listed == EVERY else ids
+        assert wanted is not None, "a prediction without its neurons"
+        assert wanted.size == (self._plan.d_ff if listed == EVERY else listed), "ids are missing"
+        if message.guess:
+            return self._guess(layer, message, wanted)
+        assert not layer.settled, f"layer {message.layer} has two sets in step {message.step}"
+        layer.settled = True
+        if message.count == EVERY and listed != EVERY:
+            return self._everything(layer, message, wanted)
+        return self._set(layer, message, wanted)
+
+    def _turn(self, message: NeuronsPredicted) -> _Layer:
+        """The message's layer, moved on to the message's step."""
+        layer = self.layers[message.layer]
+        tick = message.step * self._plan.layers + message.layer
+        if layer.tick != tick:
+            assert tick > layer.tick, f"step {message.step} of layer {message.layer} is over"
+            assert layer.tick <= self._done, f"layer {message.layer} is still in use"
+            layer.residency.begin(message.step)
+            layer.tick, layer.settled, layer.guessed = tick, False, 0
+        return layer
+
+    # -- guesses ----------------------------------------------------------------------------------
+
+    def _guess(self, layer: _Layer, message: NeuronsPredicted, ids: Ids) -> list[Instruction]:
+        """Start to read what is missing, as far as there are slots."""
+        assert not layer.settled, "a guess after its set"
+        assert not layer.guessed, "two guesses for one layer"
+        residency = layer.residency
+        missing = ids[residency.lease(ids) == NOWHERE]
+        admitted = missing[: residency.make_room(missing.size)]
+        if not admitted.size:
+            return []
+        residency.admit(admitted)
+        residency.use(admitted, message.step)
+        layer.guessed = admitted.size
+        self._count(layer, message, hits=0, misses=admitted.size)
+        return [self._read(layer, message, 1, 0, admitted, residency.slot_of[admitted] + layer.first_slot)]
+
+    # -- sets -------------------------------------------------------------------------------------
+
+    def _set(self, layer: _Layer, message: NeuronsPredicted, ids: Ids) -> list[Instruction]:
+        """Hits, guessed neurons, and slots for the missing ones while there are any."""
+        residency = layer.residency
+        slots = residency.lease(ids)
+        missing = slots == NOWHERE
+        guessed = residency.in_flight[slots]
+        absent = ids[missing]
+        if absent.size:
+            absent = absent[: residency.make_room(absent.size)]
+            residency.admit(absent)
+            slots[missing] = residency.slot_of[ids[missing]]
+        residency.use(ids, message.step)
+        return self._answer(layer, message, ids, slots, missing, guessed)
+
+    def _everything(self, layer: _Layer, message: NeuronsPredicted, keep: Ids) -> list[Instruction]:
+        """Every neuron; those of `keep` may evict others, which are then read again through staging.
+
+        What is left of free slots takes others, so that a cold cache fills at once.
+        """
+        residency = layer.residency
+        kept = keep[residency.lease(keep) == NOWHERE]
+        kept = kept[: residency.make_room(kept.size)]
+        before = self._every
+        slots = residency.lease(before)
+        missing = slots == NOWHERE
+        guessed = residency.in_flight[slots]
+        other = missing.copy()
+        other[keep] = False
+        chosen = np.concatenate((kept, np.flatnonzero(other)[: residency.free - kept.size].astype(np.int32)))
+        chosen.sort()
+        residency.admit(chosen)
+        slots[missing] = residency.slot_of[missing]
+        residency.use(keep, message.step)
+        return self._answer(layer, message, before, slots, missing, guessed)
+
+    def _answer(
+        self,
+        layer: _Layer,
+        message: NeuronsPredicted,
+        ids: Ids,
+        slots: Ids,
+        missing: npt.NDArray[np.bool_],
+        guessed: npt.NDArray[np.bool_],
+    ) -> list[Instruction]:
+        """Write the tables of a set and plan its parts.
+
+        All arrays are [wanted neurons]: `slots` of the layer, NOWHERE for what has to be staged;
+        `missing` has to be read now; `guessed` is being read already.
+        """
+        misses = int(np.count_nonzero(missing))
+        wanted_guesses = int(np.count_nonzero(guessed)) if layer.guessed else 0
+        self._count(layer, message, hits=ids.size - misses - wanted_guesses, misses=misses)
+        if not message.stream:
+            self._counts["decode_wasted"] += layer.guessed - wanted_guesses
+        staged = slots == NOWHERE
+        slots += layer.first_slot
+        if misses and staged.any():
+            return self._segments(layer, message, ids, slots, missing, staged)
+        return self._parts(layer, message, ids, slots, missing, guessed)
+
+    def _parts(
+        self,
+        layer: _Layer,
+        message: NeuronsPredicted,
+        ids: Ids,
+        slots: Ids,
+        missing: npt.NDArray[np.bool_],
+        guessed: npt.NDArray[np.bool_],
+    ) -> list[Instruction]:
+        """Everything fits: hits, then the guess's, then the misses."""
+        masks = [~(missing | guessed)]
+        if layer.guessed:
+            masks.append(guessed)
+        instructions: list[Instruction] = []
+        if missing.any():
+            read = (ids[missing], slots[missing])
+            instructions.append(self._read(layer, message, len(masks), layer.guessed, *read))
+            masks.append(missing)
+        counts, at = [], 0
+        table = self._active[message.layer]
+        for mask in masks:
+            some = ids[mask]
+            table[ID, at : at + some.size] = some
+            table[SLOT, at : at + some.size] = slots[mask]
+            counts.append(int(some.size))
+            at += some.size
+        closes = tuple(number == len(masks) - 1 for number in range(len(masks)))
+        return [*instructions, _plan(message, tuple(counts), closes, staged=False)]
+
+    def _segments(
+        self,
+        layer: _Layer,
+        message: NeuronsPredicted,
+        ids: Ids,
+        slots: Ids,
+        missing: npt.NDArray[np.bool_],
+        staged: npt.NDArray[np.bool_],
+    ) -> list[Instruction]:
+        """More than fits: segments by ascending id, each with at most one half of staged neurons."""
+        half = self._plan.staging
+        places = np.flatnonzero(staged)
+        cuts = [0, *places[half::half].tolist(), ids.size]
+        for number, start in enumerate(range(0, places.size, half)):
+            some = places[start : start + half]
+            first = self._first_staging[self._staging.next_half(number)]
+            slots[some] = np.arange(first, first + some.size, dtype=np.int32)
+        self._counts["staged"] += places.size
+        self._active[message.layer, ID, : ids.size] = ids
+        self._active[message.layer, SLOT, : ids.size] = slots
+        before = (0, 0) if layer.guessed else (0,)
+        at, segments = layer.guessed, []
+        for number, (start, end) in enumerate(itertools.pairwise(cuts)):
+            asked = missing[start:end]
+            read = (ids[start:end][asked], slots[start:end][asked])
+            segments.append(self._read(layer, message, len(before) + number, at, *read))
+            at += read[0].size
+        counts = (*before, *(end - start for start, end in itertools.pairwise(cuts)))
+        closes = (False,) * len(before) + (True,) * len(segments)
+        return [*self._staging.enrol(segments), _plan(message, counts, closes, staged=True)]
+
+    # -- tables and counters ------------------------------------------------------------------------
+
+    def _read(
+        self, layer: _Layer, message: NeuronsPredicted, part: int, start: int, ids: Ids, slots: Ids
+    ) -> ReadBundles:
+        """Write rows of the layer's read table."""
+        table = self._reads[message.layer]
+        assert start + ids.size <= self._plan.d_ff, "a layer reads more than it has"
+        table[ID, start : start + ids.size] = ids
+        table[SLOT, start : start + ids.size] = slots
+        return ReadBundles(
+            message.run, message.step, message.layer, part, start, int(ids.size), message.stream
+        )
+
+    def _count(self, layer: _Layer, message: NeuronsPredicted, hits: int, misses: int) -> None:
+        kind = "stream" if message.stream else "decode"
+        self._counts[f"{kind}_hits"] += hits
+        self._counts[f"{kind}_misses"] += misses
+        if not message.stream:
+            layer.hits += hits
+            layer.misses += misses
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, in neurons; `layer.N.hits` and `.misses` are decode's."""
+        values = {name: float(self._counts[name]) for name in COUNTED}
+        values["evictions"] = float(sum(layer.residency.evictions for layer in self.layers))
+        values["dropped"] = float(sum(layer.residency.dropped for layer in self.layers))
+        values["slots"] = float(self._plan.total_slots)
+        values["resident"] = float(sum(layer.residency.resident for layer in self.layers))
+        for number, layer in enumerate(self.layers):
+            values[f"layer.{number}.hits"] = float(layer.hits)
+            values[f"layer.{number}.misses"] = float(layer.misses)
+        return values
+
+    def validate(self) -> None:
+        """Assert every layer's invariants."""
+        for layer in self.layers:
+            layer.residency.validate()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no staging half is in use or awaited."""
+        return self._staging.idle
+
+
+def _plan(
+    message: NeuronsPredicted, counts: tuple[int, ...], closes: tuple[bool, ...], staged: bool
+) -> LayerPart:
+    return LayerPart(message.run, message.step, message.layer, 0, counts, closes, staged)

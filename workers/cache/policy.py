@@ -1,0 +1,44 @@
+"""Who leaves a layer's slots: the part of residency that is meant to be replaced and compared."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+class Policy(Protocol):
+    """One layer's policy. Neurons keep their history while they are not resident."""
+
+    def used(self, ids: Ids, step: int) -> None:
+        """The neurons `ids` were computed in `step`."""
+
+    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_] | None:
+        """Which of the resident neurons `ids` are to be dropped before `step`; None: none of them."""
+
+    def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
+        """How much each neuron is worth keeping; the least goes first."""
+
+
+class WindowThenOldest:
+    """The paper's window: what was not used in the last `window` tokens goes; then the least recent."""
+
+    def __init__(self, d_ff: int, window: int) -> None:
+        """`window` in tokens; 0: no limit."""
+        self._window = window
+        self._last_used = np.full(d_ff, -1, np.int64)  # in steps; -1: never
+
+    def used(self, ids: Ids, step: int) -> None:
+        self._last_used[ids] = step
+
+    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_] | None:
+        if not self._window:
+            return None
+        old: npt.NDArray[np.bool_] = self._last_used[ids] < step - self._window
+        return old
+
+    def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
+        return self._last_used[ids]

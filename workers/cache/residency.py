@@ -1,0 +1,106 @@
+"""One layer's residency: which neuron sits in which slot. Pure: no sockets, no clock, no bytes.
+
+A neuron that was admitted in the current turn, one (step, layer), is *in flight*: neither a hit nor
+a victim. A slot that was named in the turn is *leased*: no victim. Both end with the turn, for
+compute finishes a layer only when every part of it has arrived.
+
+Slots are numbered from 0 here; the plan says where the layer's slots begin.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.cache.policy import Ids, Policy
+
+NOWHERE = -1  # as a slot or an id; also indexes the sentinel behind the last slot, which stays False
+
+
+class Residency:
+    """Slots of one layer. Every array of ids is int32 and has no duplicates."""
+
+    def __init__(self, d_ff: int, slots: int, policy: Policy) -> None:
+        self.slots = slots
+        self.slot_of = np.full(d_ff, NOWHERE, np.int32)
+        self.id_of = np.full(slots, NOWHERE, np.int32)
+        self.leased = np.zeros(slots + 1, np.bool_)
+        self.in_flight = np.zeros(slots + 1, np.bool_)
+        self.resident = 0
+        self.evictions = 0  # neurons that lost their slot to another, since the start
+        self.dropped = 0  # neurons that fell out of the window, since the start
+        self._policy = policy
+
+    @property
+    def free(self) -> int:
+        """Slots without a neuron."""
+        return self.slots - self.resident
+
+    def begin(self, step: int) -> None:
+        """Start the next turn: leases and reads in flight have ended, old neurons are dropped."""
+        self.leased[:] = False
+        self.in_flight[:] = False
+        occupied = np.flatnonzero(self.id_of != NOWHERE)
+        expired = self._policy.expired(self.id_of[occupied], step)
+        if expired is not None:
+            self.dropped += self._vacate(occupied[expired])
+
+    def lease(self, ids: Ids) -> Ids:
+        """Protect the resident ones among `ids`; returns all their slots, NOWHERE for the others."""
+        slots: Ids = self.slot_of[ids]
+        self.leased[slots] = True
+        self.leased[NOWHERE] = False
+        return slots
+
+    def evict(self, wanted: int) -> int:
+        """Take the slots of up to `wanted` unleased neurons, worth least first; returns how many."""
+        candidates = np.flatnonzero((self.id_of != NOWHERE) & ~self.leased[:-1])
+        if wanted < candidates.size:
+            worth = self._policy.worth(self.id_of[candidates])
+            candidates = candidates[np.argpartition(worth, wanted - 1)[:wanted]] if wanted else candidates[:0]
+        evicted = self._vacate(candidates)
+        self.evictions += evicted
+        return evicted
+
+    def admit(self, ids: Ids) -> None:
+        """Give free slots, ascending, to the absent neurons `ids`: they are now in flight and leased."""
+        slots = np.flatnonzero(self.id_of == NOWHERE)[: ids.size]
+        assert slots.size == ids.size, "more neurons than free slots"
+        assert not self.leased[slots].any(), "a leased slot is given away"
+        assert (self.slot_of[ids] == NOWHERE).all(), "a resident neuron is admitted again"
+        self.id_of[slots] = ids
+        self.slot_of[ids] = slots
+        self.leased[slots] = True
+        self.in_flight[slots] = True
+        self.resident += ids.size
+
+    def make_room(self, wanted: int) -> int:
+        """Evict until `wanted` slots are free, as far as leases allow; returns how many of them are."""
+        if wanted > self.free:
+            self.evict(wanted - self.free)
+        return min(wanted, self.free)
+
+    def use(self, ids: Ids, step: int) -> None:
+        """The turn computes `ids`, and they are worth keeping."""
+        self._policy.used(ids, step)
+
+    def _vacate(self, slots: npt.NDArray[np.intp]) -> int:
+        assert not self.leased[slots].any(), "a leased slot is taken"
+        self.slot_of[self.id_of[slots]] = NOWHERE
+        self.id_of[slots] = NOWHERE
+        self.resident -= slots.size
+        return int(slots.size)
+
+    def validate(self) -> None:
+        """Assert what must hold between any two calls."""
+        occupied = np.flatnonzero(self.id_of != NOWHERE)
+        ids = self.id_of[occupied]
+        assert np.unique(ids).size == ids.size, "a neuron sits in two slots"
+        assert (self.slot_of[ids] == occupied).all(), "slot_of is not the inverse of id_of"
+        assert np.count_nonzero(self.slot_of != NOWHERE) == ids.size, "slot_of names an empty slot"
+        assert self.resident == ids.size, "the number of residents is wrong"
+        assert not (self.in_flight & ~self.leased).any(), "a read in flight has no lease"
+        named = np.flatnonzero(self.leased[:-1])
+        assert (self.id_of[named] != NOWHERE).all(), "an empty slot is leased"
+        assert not self.leased[NOWHERE], "the sentinel is leased"
+        assert not self.in_flight[NOWHERE], "the sentinel is in flight"

@@ -1,0 +1,50 @@
+"""The two staging halves: granted in turn to segments of all layers, in the order of their sets."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pipeline.messages import PartDone, ReadBundles
+
+HALVES = 2
+
+
+class Staging:
+    """Which segments read into a half, and which wait for one."""
+
+    def __init__(self) -> None:
+        self._segments = 0  # enrolled since the start
+        self._granted: deque[ReadBundles] = deque()
+        self._waiting: deque[ReadBundles] = deque()
+
+    def next_half(self, ahead: int) -> int:
+        """The half of the segment that is enrolled after `ahead` others."""
+        return (self._segments + ahead) % HALVES
+
+    def enrol(self, segments: list[ReadBundles]) -> list[ReadBundles]:
+        """Queue a set's segments; returns those that may be read now."""
+        self._segments += len(segments)
+        self._waiting.extend(segments)
+        return self._grant()
+
+    def done(self, message: PartDone) -> list[ReadBundles]:
+        """A half is free again; returns what may be read into it now."""
+        assert self._granted, "a part is done that has no staging half"
+        oldest = self._granted.popleft()
+        ended, expected = (
+            (message.step, message.layer, message.part),
+            (oldest.step, oldest.layer, oldest.part),
+        )
+        assert ended == expected, f"part {ended} is done before part {expected}"
+        return self._grant()
+
+    @property
+    def idle(self) -> bool:
+        return not self._granted and not self._waiting
+
+    def _grant(self) -> list[ReadBundles]:
+        granted = []
+        while self._waiting and len(self._granted) < HALVES:
+            self._granted.append(self._waiting.popleft())
+            granted.append(self._granted[-1])
+        return granted

@@ -1,0 +1,59 @@
+"""The predictor's process: hidden states in, predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.messages import HiddenReady, Message, RingReady
+from pipeline.planner import resolve
+from pipeline.process import Worker, run
+from workers.predictor.prediction import Prediction
+from workers.predictor.scorer import Scorer
+from workers.predictor.targets import Mode
+from workers.serving import serve
+
+NAME = "predictor"
+
+
+def load_scorer(worker: Worker, kind: str, mode: Mode) -> Scorer | None:
+    """The scorer of a resolved kind; None for `all`. Kernels are loaded only where they are used."""
+    if kind == "oracle":
+        from workers.predictor.oracle import Oracle
+
+        return Oracle.load(worker.store)
+    if kind == "lowrank":
+        from workers.predictor import lowrank
+
+        name, threshold = worker.config.model.predictor, worker.config.predictor.threshold
+        return lowrank.load(worker.store, name, mode.lookahead, mode.refines, threshold, mode.pinned)
+    return None
+
+
+def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], None]:
+    """The handler of the ring's messages."""
+
+    def handle(message: Message) -> None:
+        match message:
+            case HiddenReady():
+                for answer in prediction.handle(message):
+                    worker.channel.send("cache", answer)
+            case RingReady():
+                return
+            case _:
+                raise TypeError(f"the predictor takes no {type(message).__name__}")
+
+    return handle
+
+
+async def main(worker: Worker) -> None:
+    """Answer messages until Stop."""
+    kind = resolve(worker.store, worker.config).predictor.kind
+    plan = worker.plan
+    mode = Mode(plan.layers, plan.lookahead, worker.config.predictor.refine, plan.pinned, kind == "all")
+    scorer = load_scorer(worker, kind, mode)
+    prediction = Prediction(mode, scorer, worker.segments.hidden, worker.segments.predicted)
+    await serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
+
+
+if __name__ == "__main__":
+    run(NAME, (NAME,), main)

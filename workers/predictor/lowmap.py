@@ -1,0 +1,105 @@
+"""A low-rank map in torch, as training makes it, and the file of finished maps.
+
+The runtime's side is `lowrank.py`; FORMAT.md describes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.format import fsync_directory
+from workers.predictor.tensors import Tensors
+
+LARGEST_HALF = 65_504.0
+
+
+@dataclass(frozen=True, slots=True)
+class LowMap:
+    """score = up @ (down @ (scale · x)) + bias; active where the score is above zero. All float32."""
+
+    down: Tensor  # [rank, d_model]
+    up: Tensor  # [d_ff, rank]
+    bias: Tensor  # [d_ff]
+    scale: float = 1.0  # of the input; training sees inputs that are scaled already
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """`[n, d_ff]` of scaled inputs `[n, d_model]`."""
+        return torch.addmm(self.bias, inputs @ self.down.T, self.up.T)
+
+    def shifted(self, threshold: float) -> LowMap:
+        """The same map with `threshold` folded into the bias."""
+        return replace(self, bias=self.bias - threshold)
+
+    def rounded(self) -> LowMap:
+        """With the factors' magnitudes balanced, rank by rank, and rounded to float16 as in the file."""
+        largest_up = self.up.abs().amax(0).clamp_min(1e-12)
+        largest_down = self.down.abs().amax(1).clamp_min(1e-12)
+        factor = (largest_up / largest_down).sqrt()
+        down = (self.down * factor[:, None]).clamp(-LARGEST_HALF, LARGEST_HALF)
+        up = (self.up / factor).clamp(-LARGEST_HALF, LARGEST_HALF)
+        return replace(self, down=down.half().float(), up=up.half().float())
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """As FORMAT.md names them."""
+        return {
+            f"{prefix}.down": self.down.half(),
+            f"{prefix}.up": self.up.half(),
+            f"{prefix}.bias": self.bias.float(),
+            f"{prefix}.scale": torch.tensor([self.scale], dtype=torch.float32),
+        }
+
+    @classmethod
+    def read(cls, file: Tensors, prefix: str) -> LowMap:
+        """Inverse of `tensors`. Raises StoreError."""
+        names = ("down", "up", "bias", "scale")
+        down, up, bias, scale = (
+            torch.from_numpy(file.read(f"{prefix}.{name}").view(_KINDS[file.dtype(f"{prefix}.{name}")]))
+            for name in names
+        )
+        return cls(down.float(), up.float(), bias, float(scale[0]))
+
+
+_KINDS = {"float16": np.float16, "float32": np.float32}
+_NAMES = {torch.float16: "F16", torch.float32: "F32"}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; the same contents give the same bytes.
+
+    The safetensors library orders metadata by a hash that differs from process to process.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_directory(path.parent)

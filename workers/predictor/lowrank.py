@@ -1,0 +1,136 @@
+"""Trained predictors: score = up @ (down @ x) + bias, one pair of thin matrices per layer.
+
+FORMAT.md describes the file. The maps stay in float16, as they are in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import StoreError
+from storage.format import PREDICTORS, Store
+from workers import kernels
+from workers.predictor.scorer import F32, Mask
+from workers.predictor.tensors import Tensors
+
+AHEAD, OWN = "layers", "inlayer"  # prefixes: trained for the file's look-ahead, and for 0
+REMEDY = "make predictors with `run.py train-predictor`"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One layer's map."""
+
+    down: npt.NDArray[Any]  # [rank, d_model] float16 as uint16
+    up: npt.NDArray[Any]  # [d_ff, rank] likewise
+    bias: F32  # [d_ff]
+    scale: np.float32  # of the input
+
+    @classmethod
+    def read(cls, file: Tensors, prefix: str, d_ff: int, d_model: int) -> LowRank:
+        """Raises StoreError for tensors that are absent or do not fit the model."""
+        down = _half(file, f"{prefix}.down")
+        if down.ndim != 2 or down.shape[1] != d_model:
+            raise StoreError(f"{file.path} holds {prefix}.down as {down.shape}, not (rank, {d_model})")
+        up = _half(file, f"{prefix}.up", (d_ff, down.shape[0]))
+        bias = file.vector(f"{prefix}.bias", (d_ff,))
+        scaled = f"{prefix}.scale" in file
+        scale = file.vector(f"{prefix}.scale", (1,))[0] if scaled else np.float32(1)
+        return cls(down, up, bias, np.float32(scale))
+
+    def scores(self, x: F32) -> F32:
+        """[d_ff] for one hidden row x [d_model]."""
+        inner = kernels.matvec(self.down, x * self.scale, "float16", 1)
+        return kernels.matvec(self.up, inner, "float16", 1, self.bias)
+
+
+def _half(file: Tensors, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+    tensor = file.read(name, shape)
+    if file.dtype(name) != "float16":
+        raise StoreError(f"{file.path} holds {name} as {file.dtype(name)}, not float16")
+    return tensor
+
+
+class LowRankScorer:
+    """All layers' maps: for guesses and early sets `ahead`, for a layer's own input `own`."""
+
+    def __init__(
+        self,
+        ahead: Mapping[int, LowRank],
+        own: Mapping[int, LowRank],
+        threshold: float = 0.0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.notes = notes
+        self._maps = (ahead, own)
+        self._threshold = np.float32(threshold)
+
+    def active(self, layer: int, hidden: F32, own: bool) -> Mask:
+        mask: Mask = self._maps[own][layer].scores(hidden) > self._threshold
+        return mask
+
+
+def load(
+    store: Store,
+    name: str,
+    lookahead: int,
+    refines: bool,
+    threshold: float,
+    skip: frozenset[int] = frozenset(),
+) -> LowRankScorer:
+    """The store's predictors `name`, for a ring of this look-ahead; `skip`: layers that need none.
+
+    Sets need maps that were trained for their look-ahead; guesses take the layer's own where there
+    are no better. Raises StoreError, naming the command that helps, for predictors that are
+    missing, of another model, or trained for another look-ahead.
+    """
+    file = open_file(store, name)
+    trained = int(file.metadata.get("lookahead", "0"))
+    wanted = [layer for layer in range(store.layout.layers) if layer not in skip]
+    own = _maps(file, OWN, wanted, store)
+    ahead = _maps(file, AHEAD, wanted, store) if trained == lookahead or (refines and trained) else {}
+    if trained == 0 and not own:
+        own = ahead or _maps(file, AHEAD, wanted, store)
+    notes: tuple[str, ...] = ()
+    if (refines or not lookahead) and len(own) < len(wanted):
+        raise StoreError(
+            f"{file.path} has no in-layer predictors, which look-ahead 0 and refine need: {REMEDY}"
+        )
+    if lookahead and not refines and len(ahead) < len(wanted):
+        raise StoreError(f"{file.path} was trained for look-ahead {trained}, not {lookahead}: {REMEDY}")
+    if refines and not (trained == lookahead and len(ahead) == len(wanted)):
+        notes = (f"predictor: guesses by predictors of another look-ahead than {lookahead}",)
+    return LowRankScorer({**own, **ahead}, own if refines or not lookahead else ahead, threshold, notes)
+
+
+def open_file(store: Store, name: str) -> Tensors:
+    """The predictors' file, checked to be this store's."""
+    path = predictor_path(store, name)
+    if not path.is_file():
+        raise StoreError(f"{store.path} has no predictors named {name}: {REMEDY}")
+    file = Tensors(path)
+    if file.metadata.get("kind") != "lowrank":
+        raise StoreError(f"{path} is not a file of low-rank predictors: {REMEDY}")
+    if file.metadata.get("store") != store.identity:
+        raise StoreError(f"{path} was trained for other weights than this store's: {REMEDY}")
+    return file
+
+
+def predictor_path(store: Store, name: str) -> Path:
+    return store.path / PREDICTORS / f"{name}.safetensors"
+
+
+def _maps(file: Tensors, prefix: str, layers: list[int], store: Store) -> dict[int, LowRank]:
+    """The maps that the file has under `prefix`."""
+    sizes = store.layout.d_ff, store.layout.d_model
+    return {
+        layer: LowRank.read(file, f"{prefix}.{layer}", *sizes)
+        for layer in layers
+        if f"{prefix}.{layer}.down" in file
+    }

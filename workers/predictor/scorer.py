@@ -1,0 +1,24 @@
+"""What predicts: a score per neuron of a layer, from one hidden row."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+class Scorer(Protocol):
+    """A kind of predictor, loaded."""
+
+    notes: tuple[str, ...]  # choices worth telling the user
+
+    def active(self, layer: int, hidden: F32, own: bool) -> Mask:
+        """The neurons of `layer` that are likely active, [d_ff].
+
+        `hidden` [d_model] is the layer's own FFN input, or, unless `own`, a source look-ahead
+        layers before it.
+        """
