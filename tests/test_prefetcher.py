@@ -37,9 +37,9 @@ from pipeline.messages import (
 from pipeline.plan import Plan
 from pipeline.process import WorkerSpec
 from pipeline.segments import ID, SLOT
-from storage.errors import StoreCorrupt, StoreError
+from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
-from workers.prefetcher.backend import Backend, Results, Tags, open_backend
+from workers.prefetcher.backend import Backend, BackendUnavailable, Results, Tags, open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.requests import Planner, Requests
@@ -299,6 +299,21 @@ def test_a_file_system_without_direct_io_goes_through_the_page_cache(store: Stor
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be opened: No such file"):
         BundleFile.open(tmp_path / "absent", 512)
+
+
+def test_without_io_uring_threads_read_and_say_why(store: Store) -> None:
+    def refused(file: BundleFile, depth: int) -> Backend:
+        raise BackendUnavailable("the kernel refuses io_uring (Operation not permitted)")
+
+    async def main() -> None:
+        with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
+            queue, note = open_backend("auto", file, 2, refused)
+            await queue.close()
+            assert note == "reads by threads, because the kernel refuses io_uring (Operation not permitted)"
+            with pytest.raises(ConfigError, match="backend is io_uring, but the kernel refuses"):
+                open_backend("io_uring", file, 2, refused)
+
+    uvloop.run(main())
 
 
 # -- the process ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -33,17 +34,19 @@ class Backend(Protocol):
         """Give everything back. Reads in flight may still arrive in memory during this call."""
 
 
+Opener = Callable[[BundleFile, int], Backend]
+
+
 class BackendUnavailable(Exception):
     """This system does not have what a backend needs; the text says what."""
 
 
-def open_backend(name: str, file: BundleFile, depth: int) -> tuple[Backend, str]:
+def open_backend(name: str, file: BundleFile, depth: int, best: Opener | None = None) -> tuple[Backend, str]:
     """A queue of `depth` by the backend called `name` or, for "auto", by the best there is.
 
     Returns it with a sentence that says which one and why. Raises ConfigError when a backend that
-    was asked for by name cannot be had.
+    was asked for by name cannot be had. `best` stands in for io_uring.
     """
-    from workers.prefetcher.io_uring import IoUring
     from workers.prefetcher.threads import Threads
 
     if name == "threads":
@@ -53,8 +56,10 @@ def open_backend(name: str, file: BundleFile, depth: int) -> tuple[Backend, str]
 
         return AioFiles(file, depth), "reads by aiofiles, as configured"
     assert name in ("auto", "io_uring"), f"no read backend {name}"
+    from workers.prefetcher.io_uring import IoUring
+
     try:
-        backend = IoUring(file, depth)
+        backend = (best or IoUring)(file, depth)
     except BackendUnavailable as error:
         if name != "auto":
             raise ConfigError(f"prefetcher.backend is io_uring, but {error}") from error
