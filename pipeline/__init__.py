@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.client import AsyncClient as AsyncClient  # noqa: PLC0414
-    from pipeline.client import Client as Client  # noqa: PLC0414
-    from pipeline.embed import Pipeline as Pipeline  # noqa: PLC0414
+    from pipeline.client import AsyncClient as AsyncClient
+    from pipeline.client import Client as Client
+    from pipeline.embed import Pipeline as Pipeline
 
 PROJECT = "flashring"  # tells our package from another of the same name
 

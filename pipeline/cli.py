@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from pipeline import launch
-from pipeline.commands import convert, generate, train_predictor, verify
+from pipeline.commands import convert, generate, serve, train_predictor, verify
 from pipeline.ending import exit_status, program
 
 # For commands that hand all their arguments to a program in `workers`, `--help` included.
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(generate.command)
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
+app.command("serve")(serve.command)
 app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
 
 

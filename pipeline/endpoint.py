@@ -103,6 +103,14 @@ def check_endpoint(endpoint: str, keys: CurveKeys | None) -> None:
     return None
 
 
+def check_http(address: str, api_key: str) -> tuple[str, int]:
+    """Host and port of an HTTP server that may listen there. Raises UsageError."""
+    host, port = split_host(address)
+    if not is_loopback(host) and not api_key:
+        raise UsageError(f"{address} is reachable from other machines, so it needs --api-key-file FILE")
+    return host, port
+
+
 def _check_path(path: Path) -> None:
     if len(os.fsencode(path)) > LONGEST_IPC:
         raise UsageError(f"the socket's path has more than {LONGEST_IPC} bytes: {path}")

@@ -1,0 +1,124 @@
+"""`serve`: keeps one ring warm for ZeroMQ clients and, with `--http`, for HTTP clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.generate import ConfigFile, Memory, Model, Settings
+from pipeline.console import say
+from pipeline.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
+from storage.errors import UsageError
+
+Endpoint = Annotated[
+    str,
+    typer.Option(
+        help="Where ZeroMQ clients connect: ipc://PATH or tcp://HOST:PORT.",
+        metavar="ADDRESS",
+        show_default="a socket of this user's own",
+    ),
+]
+Http = Annotated[
+    str, typer.Option("--http", help="Also serve HTTP there, such as 127.0.0.1:8080.", metavar="HOST:PORT")
+]
+KeyDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--curve-keys",
+        help="Directory of CURVE keys, as --make-keys writes it; needed beyond this machine.",
+        metavar="DIR",
+    ),
+]
+MakeKeys = Annotated[
+    Path | None,
+    typer.Option("--make-keys", help="Write CURVE keys for a server and a client, and end.", metavar="DIR"),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the key that HTTP clients must send; needed beyond this machine.", metavar="FILE"
+    ),
+]
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(help="A chat template (Jinja) instead of the model's own.", metavar="FILE"),
+]
+
+
+def command(
+    model: Model = "",
+    endpoint: Endpoint = "",
+    http: Http = "",
+    memory: Memory = "",
+    context_tokens: Annotated[
+        int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
+    ] = 0,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
+    deadline: Annotated[
+        float, typer.Option(help="Longest time of one request, seconds.", min=0.001)
+    ] = 3600.0,
+    max_message: Annotated[
+        int, typer.Option(help="Largest request, bytes; a longer one is refused.", min=1024)
+    ] = 1 << 20,
+    chat_template: ChatTemplateFile = None,
+    curve_keys: KeyDirectory = None,
+    make_keys_in: MakeKeys = None,
+    api_key_file: ApiKeyFile = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Keep one ring warm, and answer clients until interrupted; see SECURITY.md for who may connect."""
+    if make_keys_in is not None:
+        for path in make_keys(make_keys_in):
+            say(f"wrote {path}")
+        return
+    keys = _curve_keys(curve_keys)
+    api_key = _read_key(api_key_file)
+    address = endpoint or default_endpoint()
+    check_endpoint(address, keys)  # before anything is loaded
+    if http:
+        check_http(http, api_key)
+
+    import uvloop
+
+    from pipeline.opening import open_ring
+    from pipeline.serving import ServingOptions, serve
+
+    opened = open_ring(model, memory, context_tokens, config_file, settings or (), chat_template)
+    options = ServingOptions(
+        endpoint=address,
+        http=http,
+        keys=keys,
+        api_key=api_key,
+        queue_limit=queue,
+        longest=deadline,
+        max_message=max_message,
+    )
+    try:
+        uvloop.run(serve(opened, options, say))
+    finally:
+        opened.ring.close()
+
+
+def _curve_keys(directory: Path | None) -> CurveKeys | None:
+    if directory is None:
+        return None
+    keys = CurveKeys(secret=directory / "server.key_secret", peers=directory / "clients")
+    keys.own()
+    if not keys.peers.is_dir():
+        raise UsageError(f"{keys.peers}, the directory of the clients' public keys, is missing")
+    return keys
+
+
+def _read_key(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the API key {path} cannot be read: {error}") from error
+    if len(key) < 16:
+        raise UsageError(f"the API key in {path} has fewer than 16 characters")
+    return key
