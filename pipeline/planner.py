@@ -26,15 +26,16 @@ DEFAULT_WINDOW = 5  # tokens; the paper's k
 KERNEL_BLOCK = 256  # neurons; staging halves are a multiple of it, so that kernels see whole blocks
 F32 = 4  # bytes
 
-# Proportional set size of each process without what the plan's other parts count, in bytes. Measured on
-# Linux 6.18, Python 3.11, torch 2.13: after their imports compute has 225 MiB, cache and prefetcher
-# 32 MiB and the command line 35 MiB; the rest is for compiled kernels, stacks and the allocators' slack.
+# Proportional set size of each process without what the plan's other parts count, in bytes. Measured
+# on Linux 6.18, Python 3.11, torch 2.13, in a ring on a tiny model: compute 227 MiB, predictor 83 (30
+# for kind `all`), cache 30, prefetcher 31, supervisor 36; the rest is for compilation at the first run,
+# a large tokenizer, stacks and the allocators' slack.
 BASES: Final = {
-    "compute": 330 << 20,
-    "predictor": 120 << 20,
+    "compute": 300 << 20,
+    "predictor": 100 << 20,
     "cache": 40 << 20,
     "prefetcher": 40 << 20,
-    "supervisor": 80 << 20,
+    "supervisor": 60 << 20,
 }
 
 
