@@ -19,7 +19,7 @@ class LocalDecoder:
     """Close it after use."""
 
     def __init__(self, store: Store, context: int = 128, threads: int = 1) -> None:
-        weights = Weights(store)
+        weights = self.weights = Weights(store)
         self.architecture = store.architecture
         self.token = TokenOperations(weights, context, threads)
         self.workers = Workers(threads)
@@ -45,6 +45,11 @@ class LocalDecoder:
             x = after_ffn(self.architecture, self.batch, index, residual, ffn.finish()[None])
         self.length = len(prompt)
         return self.batch.logits(x)[0].numpy()
+
+    def steps(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits of all tokens, [tokens, vocabulary], decoded one by one from an empty cache."""
+        self.length = 0
+        return np.stack([self.step(token) for token in tokens])
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
         """Logits after one more token."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,26 @@ import pytest
 import torch
 from checkpoints import DTYPES, VARIANTS, make_model, write_checkpoint
 from decoding import LocalDecoder
+from safetensors import safe_open
 
 from storage.convert import convert
-from storage.format import Store
+from storage.format import RESIDENT, Store
+from workers.compute.batch import BatchFfn, BatchOperations, Workers
+from workers.compute.dense import DenseModel
+from workers.compute.weights import Weights
 
 PROMPT = [2, 17, 40, 9, 77, 31, 250, 6, 101, 4, 55, 260]
 TOLERANCE = 1e-4
 CLOSE = 1e-3  # between the reference's two best: either may be chosen
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny products: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _store(base: Path, variant: str, dtype: str) -> Store:
@@ -48,6 +63,139 @@ def test_logits_are_transformers(tmp_path, variant, dtype):
     assert expected.std() >= 1
     with LocalDecoder(_store(tmp_path, variant, dtype)) as decoder:
         assert np.abs(decoder.prefill(PROMPT) - expected).max() < TOLERANCE
-        decoder.length = 0
-        for position, token in enumerate(PROMPT):
-            assert np.abs(decoder.step(token) - expected[position]).max() < TOLERANCE
+        assert np.abs(decoder.steps(PROMPT) - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_property):
+    model = _reference(variant, dtype)
+    close = 0
+    tokens = list(PROMPT)
+    with LocalDecoder(_store(tmp_path, variant, dtype)) as decoder:
+        logits = decoder.prefill(PROMPT)[-1]
+        past = None
+        fed = tokens
+        for _ in range(64):
+            with torch.no_grad():
+                result = model(torch.tensor([fed]), past_key_values=past, use_cache=True)
+            past = result.past_key_values
+            best = result.logits[0, -1].topk(2)
+            expected = int(best.indices[0])
+            if float(best.values[0] - best.values[1]) < CLOSE:
+                close += 1
+            else:
+                assert int(np.argmax(logits)) == expected
+            fed = [expected]
+            tokens.append(expected)
+            logits = decoder.step(expected)
+    record_property("close_calls", close)
+    print(f"{variant} {dtype}: {close} of 64 tokens were too close to call")
+    assert close < 16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
+    store = _store(tmp_path, variant, "float32")
+    expected = _logits(_reference(variant, "float32"), PROMPT)
+    with LocalDecoder(store) as decoder:
+        with safe_open(store.path / RESIDENT, "np") as file:
+            assert set(decoder.weights.names) == set(file.keys())
+        tensors = {name: _tensor(decoder, name) for name in decoder.weights.names}
+        width = store.layout.d_model
+        for layer, bundles in enumerate(decoder.bundles):
+            tensors[f"up rows of layer {layer}"] = bundles[:, :width]
+            tensors[f"down columns of layer {layer}"] = bundles[:, width:]
+        for name, tensor in tensors.items():
+            saved = tensor.copy()
+            if variant == "opt-no-affine" and name.endswith("norm.bias"):
+                assert not saved.any()  # the identity, which the conversion writes out
+                continue
+            assert saved.any(), name
+            tensor[...] = 0
+            assert np.abs(decoder.prefill(PROMPT) - expected).max() > TOLERANCE, name
+            assert np.abs(decoder.steps(PROMPT) - expected).max() > TOLERANCE, name
+            tensor[...] = saved
+        assert np.abs(decoder.prefill(PROMPT) - expected).max() < TOLERANCE
+        assert np.abs(decoder.steps(PROMPT) - expected).max() < TOLERANCE
+
+
+def _tensor(decoder: LocalDecoder, name: str) -> np.ndarray:
+    vector = decoder.weights.vector(name)
+    return vector if vector.size else decoder.weights.matrix(name)
+
+
+@pytest.mark.parametrize("variant", ["opt", "falcon-40b"])
+def test_threads_do_not_change_a_bit(tmp_path, variant):
+    store = _store(tmp_path, variant, "bfloat16")
+    results = []
+    for threads in (1, 2):
+        with LocalDecoder(store, threads=threads) as decoder:
+            results.append(decoder.prefill(PROMPT).tobytes() + decoder.steps(PROMPT).tobytes())
+    assert results[0] == results[1]
+
+
+def test_the_dense_model_is_the_decoder(tmp_path):
+    store = _store(tmp_path, "falcon-rw", "float16")
+    other = PROMPT[::-1]
+    with LocalDecoder(store) as decoder, DenseModel(store, 1) as dense:
+        logits = dense.forward([PROMPT, other])
+        assert np.allclose(logits[0].numpy(), decoder.prefill(PROMPT), atol=TOLERANCE)
+        assert np.allclose(logits[1].numpy(), decoder.prefill(other), atol=TOLERANCE)
+        shapes = {index: tuple(hidden.shape) for index, hidden in dense.layers([PROMPT])}
+    assert shapes == dict.fromkeys(range(store.layout.layers), (1, len(PROMPT), store.layout.d_model))
+
+
+def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
+    store = _store(tmp_path, "opt", "float32")
+    first, width = store.architecture, store.layout.d_model
+
+    def active(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        up = torch.from_numpy(store.read_layer(index)[:, 0].copy())
+        bias = torch.from_numpy(weights.vector(f"layers.{index}.up.bias"))
+        assert hidden.shape == (len(PROMPT), width)
+        return hidden @ up.T + bias > 0
+
+    with DenseModel(store, 1) as dense:
+        weights = Weights(store)
+        plain = dense.forward([PROMPT])
+        assert torch.allclose(dense.forward([PROMPT], active), plain, atol=1e-5)
+        silent = dense.forward([PROMPT], lambda _, hidden: torch.zeros(len(hidden), first.d_ff).bool())
+        assert not torch.allclose(silent, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("cuts", [[1], [255, 256, 257], [64, 128, 300, 511], [600]])
+def test_a_prefill_does_not_depend_on_its_parts(cuts):
+    rng = np.random.default_rng(0)
+    weights = FakeWeights(d_model=96, d_ff=700, seed=0)
+    hidden = torch.from_numpy(rng.standard_normal((5, 96), np.float32))
+    ids = np.arange(700, dtype=np.int32)
+    outputs = []
+    workers = Workers(1)
+    for parts in ([ids], np.split(ids, cuts)):
+        ffn = BatchFfn(BatchOperations(weights, workers), 0, hidden)  # type: ignore[arg-type]
+        for part in parts:
+            # The slots are reused at once, as staging is.
+            staging = weights.bundles[part].copy()
+            ffn.add(part, np.arange(part.size, dtype=np.int32), staging)
+            staging[...] = np.nan
+        outputs.append(ffn.finish().numpy().tobytes())
+    workers.close()
+    assert outputs[0] == outputs[1]
+
+
+class FakeWeights:
+    """One layer's FFN with random weights."""
+
+    dtype = "float32"
+
+    def __init__(self, d_model: int, d_ff: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.bundles = rng.standard_normal((d_ff, 2 * d_model), np.float32)
+        self.architecture = SimpleNamespace(activation="gelu", d_ff=d_ff)
+        self._biases = {
+            "layers.0.up.bias": rng.standard_normal(d_ff, np.float32),
+            "layers.0.down.bias": rng.standard_normal(d_model, np.float32),
+        }
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._biases[name]

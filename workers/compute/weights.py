@@ -52,6 +52,11 @@ class Weights:
         """Bytes of all tensors."""
         return sum(array.nbytes for array in (*self._matrices.values(), *self._vectors.values()))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in the file's order within matrices and vectors."""
+        return [*self._matrices, *self._vectors]
+
     def matrix(self, name: str) -> npt.NDArray[Any]:
         """[out, in] of the carrier type."""
         return self._matrices[name]

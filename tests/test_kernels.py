@@ -1,0 +1,219 @@
+"""Kernels against float64, and the bits that must not depend on threads, slots or segments."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers import kernels
+
+DTYPES = ("float32", "float16", "bfloat16")
+FUNCTIONS = ("relu", "gelu", "gelu_tanh")
+WIDE = 2 * kernels._SMALL  # bytes: more than one thread
+
+
+def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """`values` rounded to `dtype`: the carrier array, and the same numbers as float64."""
+    if dtype == "float32":
+        carrier = values.astype(np.float32)
+        return carrier, carrier.astype(np.float64)
+    if dtype == "float16":
+        half = values.astype(np.float16)
+        return half.view(np.uint16), half.astype(np.float64)
+    bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def act(x: np.ndarray, function: str) -> np.ndarray:
+    if function == "relu":
+        return np.maximum(x, 0)
+    if function == "gelu":
+        return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+sizes = st.integers(1, 150)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(rows=sizes, width=sizes, biased=st.booleans(), seed=st.integers(0, 99))
+def test_matvec(dtype, rows, width, biased, seed):
+    weights, exact = stored(normal(seed, rows, width), dtype)
+    x, bias = normal(seed + 1, width), normal(seed + 2, rows) if biased else kernels.NO_BIAS
+    expected = exact @ x.astype(np.float64) + (bias if biased else 0)
+    assert np.allclose(kernels.matvec(weights, x, dtype, 2, bias), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@settings(max_examples=15, deadline=None)
+@given(slots=sizes, width=sizes, padding=st.integers(0, 9), biased=st.booleans(), seed=st.integers(0, 99))
+def test_activate(dtype, function, slots, width, padding, biased, seed):
+    rng = np.random.default_rng(seed)
+    bundles, exact = stored(normal(seed, slots, 2 * width + padding), dtype)
+    count = int(rng.integers(0, slots + 1))
+    ids = np.sort(rng.choice(4 * slots, count, replace=False)).astype(np.int32)
+    where = rng.choice(slots, count, replace=False).astype(np.int32)
+    h, bias = normal(seed + 1, width), normal(seed + 2, 4 * slots) if biased else kernels.NO_BIAS
+    pre = exact[where, :width] @ h.astype(np.float64) + (bias[ids] if biased else 0)
+    result = kernels.activate(bundles, ids, where, h, bias, dtype, function, 2)
+    assert np.allclose(result, act(pre, function) if count else pre, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(slots=sizes, width=sizes, padding=st.integers(0, 9), seed=st.integers(0, 99))
+def test_accumulate(dtype, slots, width, padding, seed):
+    bundles, exact = stored(normal(seed, slots, 2 * width + padding), dtype)
+    where = np.random.default_rng(seed).permutation(slots).astype(np.int32)
+    a = np.maximum(normal(seed + 1, slots), 0)
+    y = normal(seed + 2, width)
+    expected = y + a.astype(np.float64) @ exact[where, width : 2 * width]
+    kernels.accumulate(bundles, where, a, y, dtype, 2)
+    assert np.allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_every_finite_half_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = bits.view(np.float16)
+    bits, values = bits[np.isfinite(values)], values[np.isfinite(values)]
+    out = np.empty((bits.size, 1), np.float32)
+    kernels.gather(bits[:, None], np.arange(bits.size, dtype=np.int32), 0, 1, "float16", out)
+    assert np.array_equal(out[:, 0], values.astype(np.float32))
+    assert np.array_equal(np.signbit(out[:, 0]), np.signbit(values))
+
+
+def test_every_brain_float_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty((bits.size, 1), np.float32)
+    kernels.gather(bits[:, None], np.arange(bits.size, dtype=np.int32), 0, 1, "bfloat16", out)
+    assert np.array_equal(out[:, 0].view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+# Odd widths and counts, and more bytes than a single thread is given.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1023, 1088, 2049])
+def test_threads_do_not_change_a_bit(dtype, width):
+    count = WIDE // (2 * width) + 3
+    bundles, _ = stored(normal(1, count, 2 * width), dtype)
+    ids = np.arange(count, dtype=np.int32)
+    h = normal(2, width)
+    results = []
+    for threads in (1, 2):
+        a = kernels.activate(bundles, ids, ids, h, kernels.NO_BIAS, dtype, "relu", threads)
+        y = h.copy()
+        kernels.accumulate(bundles, ids, a, y, dtype, threads)
+        product = kernels.matvec(bundles, np.concatenate([h, h]), dtype, threads)
+        results.append(b"".join(array.tobytes() for array in (a, y, product)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 16, 64])
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 700])
+def test_any_division_of_the_columns_gives_the_same_bits(pieces, width):
+    bundles, _ = stored(normal(1, 40, 2 * width), "bfloat16")
+    slots, a = np.arange(40, dtype=np.int32), normal(2, 40)
+    whole, divided = normal(3, width), normal(3, width)
+    kernels._accumulate(bundles, slots, a, whole, kernels.KINDS["bfloat16"], 1)
+    kernels._accumulate(bundles, slots, a, divided, kernels.KINDS["bfloat16"], pieces)
+    assert whole.tobytes() == divided.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20, deadline=None)
+@given(width=sizes, cuts=st.lists(st.integers(0, 60), max_size=6), seed=st.integers(0, 99))
+def test_segments_and_slots_do_not_change_a_bit(dtype, width, cuts, seed):
+    rng = np.random.default_rng(seed)
+    bundles, _ = stored(normal(seed, 60, 2 * width), dtype)
+    ids = np.arange(60, dtype=np.int32)
+    h, bias = normal(seed + 1, width), normal(seed + 2, 60)
+    whole = np.zeros(width, np.float32)
+    a = kernels.activate(bundles, ids, ids, h, bias, dtype, "relu", 1)
+    kernels.accumulate(bundles, ids, a, whole, dtype, 1)
+
+    slots = rng.permutation(60).astype(np.int32)
+    moved = np.empty_like(bundles)
+    moved[slots] = bundles
+    y = np.zeros(width, np.float32)
+    for some in np.split(ids, sorted(cuts)):
+        part = kernels.activate(moved, some, slots[some], h, bias, dtype, "relu", 2)
+        assert part.tobytes() == a[some].tobytes()
+        kernels.accumulate(moved, slots[some], part, y, dtype, 2)
+    assert y.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neurons_that_are_zero_may_be_left_out(dtype):
+    bundles, _ = stored(normal(1, 50, 130), dtype)
+    ids = np.arange(50, dtype=np.int32)
+    a = kernels.activate(bundles, ids, ids, normal(2, 65), kernels.NO_BIAS, dtype, "relu", 1)
+    active = ids[a > 0]
+    assert 0 < active.size < 50
+    whole, sparse = normal(3, 65), normal(3, 65)
+    kernels.accumulate(bundles, ids, a, whole, dtype, 1)
+    kernels.accumulate(bundles, active, a[active], sparse, dtype, 1)
+    assert whole.tobytes() == sparse.tobytes()
+
+
+def test_a_products_sign_is_the_activations():
+    """What the oracle predicts from a product is what the FFN computes, bit for bit."""
+    bundles, _ = stored(normal(1, 300, 2 * 77), "float16")
+    ids = np.arange(300, dtype=np.int32)
+    h, bias = normal(2, 77), normal(3, 300)
+    pre = kernels.matvec(np.ascontiguousarray(bundles[:, :77]), h, "float16", 1, bias)
+    a = kernels.activate(bundles, ids, ids, h, bias, "float16", "relu", 1)
+    assert np.maximum(pre, 0).tobytes() == a.tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    width=st.integers(1, 70),
+    length=st.integers(1, 40),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_attention(kv_heads, group, width, length, biased, seed):
+    heads, context = kv_heads * group, 40
+    queries, keys = normal(seed, heads, width), normal(seed + 1, kv_heads, context, width)
+    values, scores = normal(seed + 2, kv_heads, context, width), np.empty((heads, context), np.float32)
+    bias = normal(seed + 3, heads, context) if biased else np.zeros((0, 0), np.float32)
+    result = kernels.attend(queries, keys, values, length, bias, scores, 2)
+    for head in range(heads):
+        k, v = (array[head // group, :length].astype(np.float64) for array in (keys, values))
+        weights = k @ queries[head] / math.sqrt(width) + (bias[head, :length] if biased else 0)
+        weights = np.exp(weights - weights.max())
+        expected = weights @ v / weights.sum()
+        assert np.allclose(result[head * width : (head + 1) * width], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("weighted", "biased"), [(True, True), (True, False), (False, False)])
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(2, 300), seed=st.integers(0, 99))
+def test_layer_norm(weighted, biased, width, seed):
+    x = normal(seed, width) * 3 + 5
+    weight = normal(seed + 1, width) if weighted else kernels.NO_BIAS
+    bias = normal(seed + 2, width) if biased else kernels.NO_BIAS
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
+    expected = expected * (weight if weighted else 1) + (bias if biased else 0)
+    assert np.allclose(kernels.layer_norm(x, weight, bias, 1e-5), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(heads=st.integers(1, 5), half=st.integers(1, 40), seed=st.integers(0, 99))
+def test_rotary(heads, half, seed):
+    vectors, angles = normal(seed, heads, 2 * half), normal(seed + 1, half)
+    turned = (vectors[:, :half] + 1j * vectors[:, half:]) * np.exp(1j * angles.astype(np.float64))
+    kernels.rotate(vectors, np.cos(angles), np.sin(angles))
+    assert np.allclose(vectors, np.concatenate([turned.real, turned.imag], axis=1), atol=1e-5)
