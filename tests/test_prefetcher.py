@@ -316,6 +316,21 @@ def test_without_io_uring_threads_read_and_say_why(store: Store) -> None:
     uvloop.run(main())
 
 
+def test_promptness_keeps_or_raises_the_priority() -> None:
+    program = (
+        "import os; from workers.prefetcher.promptness import be_prompt; os.nice(5);"
+        "be_prompt(); print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0) == os.SCHED_OTHER)"
+    )
+    root = str(Path(segments.__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": root}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    nice, ordinary = answer.stdout.split()
+    assert int(nice) <= os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert ordinary == "True"
+
+
 # -- the process ------------------------------------------------------------------------------
 
 

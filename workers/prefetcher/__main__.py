@@ -19,6 +19,7 @@ from storage.format import BUNDLES, Layout
 from workers.prefetcher.backend import open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
+from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.requests import Planner, Requests
 
 
@@ -103,6 +104,7 @@ class Describer:
 
 
 async def main(worker: Worker) -> None:
+    be_prompt()
     settings = worker.config.prefetcher
     stride = worker.plan.stride
     sink = np.frombuffer(mmap.mmap(-1, Planner.sink_bytes(stride, settings.max_gap) + stride), np.uint8)

@@ -19,6 +19,7 @@ import uvloop
 from workers.prefetcher.backend import open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
+from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.requests import IOVEC, Requests
 
 BUFFER_BYTES = 64 << 20  # destinations, used in turn
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--cached", action="store_true", help="through the page cache")
     given = parser.parse_args()
+    be_prompt()  # as the worker is
     result = measure(
         given.file,
         given.bytes,
