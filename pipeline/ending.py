@@ -35,6 +35,8 @@ def exit_status(work: Callable[[], object]) -> int:
     try:
         result = work()
         sys.stdout.flush()
+        if result == INTERRUPTED:  # typer turns Ctrl-C into a result of its own
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except FlashringError as error:
         return _refuse(str(error), error.exit_code)

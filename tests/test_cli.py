@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,19 @@ def test_forced_tokens_are_what_is_decoded(store: Path, tmp_path: Path) -> None:
     done = run("--prompt", "x", "--model", store, "--force-tokens", tokens, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["generated_tokens"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_generation_ends_in_one_sentence(store: Path, number: signal.Signals) -> None:
+    arguments = ("--prompt", "x", "--model", store, "--max-new-tokens", "120", "--ignore-eos")
+    with subprocess.Popen(
+        [*RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)  # it is in the middle of its text
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert "Traceback" not in told
+    # A generation this short may be over before the signal arrives; then it ends as if there were none.
+    assert process.returncode in (0, 130)
+    assert told.splitlines()[-1] == "flashring: interrupted" or process.returncode == 0
