@@ -1,0 +1,403 @@
+"""The cache of all layers: scenarios with the instructions that must come, and random rings."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.messages import EMBEDDING, EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
+from pipeline.plan import Plan
+from pipeline.segments import ID, SLOT
+from workers.cache.layers import LayerCache
+from workers.cache.policy import WindowThenOldest
+from workers.predictor.targets import Mode, targets
+
+RUN = 7
+
+
+def plan(slots: tuple[int, ...], d_ff: int = 8, staging: int = 2, lookahead: int = 1) -> Plan:
+    return Plan(
+        layers=len(slots),
+        d_model=4,
+        d_ff=d_ff,
+        stride=512,
+        slots=slots,
+        staging=staging,
+        context=16,
+        hidden_rows=1,
+        lookahead=lookahead,
+        pinned=frozenset(),
+    )
+
+
+class Bench:
+    """A cache and its tables, spoken to in few words."""
+
+    def __init__(self, chosen: Plan, window: int = 0) -> None:
+        self.plan = chosen
+        shape = (chosen.layers, 2, chosen.d_ff)
+        self.active, self.reads = np.full(shape, -9, np.int32), np.full(shape, -9, np.int32)
+        self.cache = LayerCache(
+            chosen, self.active, self.reads, lambda layer: WindowThenOldest(chosen.d_ff, window)
+        )
+
+    def tell(self, step: int, layer: int, *ids: int, guess: bool = False, done: int | None = None):
+        return self._send(step, layer, len(ids), 0, np.array(ids, np.int32), guess, False, done)
+
+    def guess(self, step: int, layer: int, *ids: int):
+        return self.tell(step, layer, *ids, guess=True)
+
+    def every(self, step: int, layer: int, *keep: int, guess: bool = False):
+        """A prefill's prediction."""
+        return self._send(step, layer, EVERY, len(keep), np.array(keep, np.int32), guess, True, None)
+
+    def all(self, step: int, layer: int, guess: bool = False):
+        """Every neuron in decode."""
+        return self._send(step, layer, EVERY, EVERY, None, guess, False, None)
+
+    def _send(self, step, layer, count, keep, ids, guess, stream, done):
+        before = (step - 1) * self.plan.layers + layer if done is None else done
+        message = NeuronsPredicted(RUN, step, layer, count, keep, guess, stream, before)
+        instructions = self.cache.handle(message, ids)
+        self.cache.validate()
+        return instructions
+
+    def done(self, step: int, layer: int, part: int):
+        return self.cache.handle(PartDone(RUN, step, layer, part))
+
+    def table(self, table: np.ndarray, layer: int, start: int, count: int) -> list[tuple[int, int]]:
+        rows = slice(start, start + count)
+        return list(zip(table[layer, ID, rows].tolist(), table[layer, SLOT, rows].tolist(), strict=True))
+
+    def parts(self, layer: int, instruction: LayerPart) -> list[list[tuple[int, int]]]:
+        """(id, slot) of every part that part 0 announces."""
+        starts = np.cumsum((0, *instruction.counts))
+        return [
+            self.table(self.active, layer, int(start), count)
+            for start, count in zip(starts, instruction.counts, strict=False)
+        ]
+
+    def asked(self, instruction: ReadBundles) -> list[tuple[int, int]]:
+        return self.table(self.reads, instruction.layer, instruction.start, instruction.count)
+
+
+def read(step: int, layer: int, part: int, start: int, count: int, stream: bool = False) -> ReadBundles:
+    return ReadBundles(RUN, step, layer, part, start, count, stream)
+
+
+def part0(step: int, layer: int, counts, closes, staged: bool = False) -> LayerPart:
+    return LayerPart(RUN, step, layer, 0, counts, closes, staged)
+
+
+def test_misses_are_read_and_then_hits():
+    bench = Bench(plan((4, 4)))
+    assert bench.tell(0, 1, 2, 5) == [read(0, 1, 1, 0, 2), part0(0, 1, (0, 2), (False, True))]
+    assert bench.table(bench.reads, 1, 0, 2) == [(2, 4), (5, 5)]  # layer 1's slots begin at 4
+    assert bench.tell(1, 1, 2, 5) == [part0(1, 1, (2,), (True,))]
+    assert bench.table(bench.active, 1, 0, 2) == [(2, 4), (5, 5)]
+    assert bench.tell(2, 1, 1, 5) == [read(2, 1, 1, 0, 1), part0(2, 1, (1, 1), (False, True))]
+    assert bench.parts(1, part0(2, 1, (1, 1), (False, True))) == [[(5, 5)], [(1, 6)]]
+
+
+def test_an_empty_set_is_one_empty_part():
+    assert Bench(plan((4,))).tell(0, 0) == [part0(0, 0, (0,), (True,))]
+
+
+def test_a_guess_starts_reads_and_the_set_decides():
+    bench = Bench(plan((6,)))
+    assert bench.guess(0, 0, 1, 2, 3) == [read(0, 0, 1, 0, 3)]
+    instructions = bench.tell(0, 0, 2, 3, 6)
+    assert instructions == [read(0, 0, 2, 3, 1), part0(0, 0, (0, 2, 1), (False, False, True))]
+    assert bench.parts(0, instructions[-1]) == [[], [(2, 1), (3, 2)], [(6, 3)]]
+    assert bench.asked(instructions[0]) == [(6, 3)]
+    stats = bench.cache.stats()
+    assert (stats["decode_hits"], stats["decode_misses"], stats["decode_wasted"]) == (0, 4, 1)
+
+
+def test_a_wrong_guess_is_still_a_part():
+    bench = Bench(plan((6,)))
+    bench.guess(0, 0, 1, 2)
+    assert bench.tell(0, 0, 5) == [read(0, 0, 2, 2, 1), part0(0, 0, (0, 0, 1), (False, False, True))]
+    bench.guess(1, 0, 6)
+    assert bench.tell(1, 0, 5) == [part0(1, 0, (1, 0), (False, True))]
+
+
+def test_a_guess_of_residents_asks_for_nothing_and_protects_them():
+    bench = Bench(plan((2,)))
+    bench.tell(0, 0, 1, 2)
+    assert bench.guess(1, 0, 1) == []
+    assert bench.guess(1, 0, 3, 4) == [read(1, 0, 1, 0, 1)]  # only 2's slot is to be had
+    assert bench.asked(read(1, 0, 1, 0, 1)) == [(3, 1)]
+    assert bench.tell(1, 0, 1, 3) == [part0(1, 0, (1, 1), (False, True))]
+
+
+def test_more_misses_than_slots_become_segments():
+    bench = Bench(plan((2,), staging=2))
+    bench.tell(0, 0, 3, 4)
+    instructions = bench.tell(1, 0, 0, 1, 2, 3, 5, 6, 7)
+    assert instructions == [
+        read(1, 0, 1, 0, 3),
+        read(1, 0, 2, 3, 2),
+        part0(1, 0, (0, 4, 2, 1), (False, True, True, True), staged=True),
+    ]
+    # Neuron 0 takes 4's slot, 3 is a hit; slots 2, 3 and 4, 5 are the staging halves.
+    assert bench.parts(0, instructions[-1]) == [
+        [],
+        [(0, 1), (1, 2), (2, 3), (3, 0)],
+        [(5, 4), (6, 5)],
+        [(7, 2)],
+    ]
+    assert bench.asked(instructions[0]) == [(0, 1), (1, 2), (2, 3)]
+    assert bench.done(1, 0, 1) == [read(1, 0, 3, 5, 1)]
+    assert bench.done(1, 0, 2) == []
+    assert bench.done(1, 0, 3) == []
+    assert bench.cache.idle
+    assert bench.cache.stats()["staged"] == 5
+
+
+def test_a_guess_before_segments_is_an_empty_part():
+    bench = Bench(plan((2,), staging=2))
+    assert bench.guess(0, 0, 1, 6, 7) == [read(0, 0, 1, 0, 2)]
+    instructions = bench.tell(0, 0, 1, 2, 7)
+    assert instructions == [
+        read(0, 0, 2, 2, 2),
+        part0(0, 0, (0, 0, 3), (False, False, True), staged=True),
+    ]
+    assert bench.parts(0, instructions[-1])[2] == [(1, 0), (2, 2), (7, 3)]
+
+
+def test_segments_of_two_layers_take_halves_in_turn():
+    bench = Bench(plan((0, 0), d_ff=6, staging=2))
+    first, second = bench.tell(0, 0, 0, 1, 2), bench.tell(0, 1, 0, 1, 2)
+    assert first == [
+        read(0, 0, 1, 0, 2),
+        read(0, 0, 2, 2, 1),
+        part0(0, 0, (0, 2, 1), (False, True, True), staged=True),
+    ]
+    assert second == [part0(0, 1, (0, 2, 1), (False, True, True), staged=True)]
+    assert bench.parts(1, second[0]) == [[], [(0, 0), (1, 1)], [(2, 2)]]
+    assert bench.done(0, 0, 1) == [read(0, 1, 1, 0, 2)]
+    assert bench.done(0, 0, 2) == [read(0, 1, 2, 2, 1)]
+    with pytest.raises(AssertionError, match="before part"):
+        bench.done(0, 1, 2)
+
+
+def test_a_cold_cache_is_filled_by_a_prefill_kept_neurons_first():
+    bench = Bench(plan((4,), d_ff=6, staging=4))
+    instructions = bench.every(0, 0, 1, 4, 5)
+    assert instructions == [
+        read(0, 0, 1, 0, 6, stream=True),
+        part0(0, 0, (0, 6), (False, True), staged=True),
+    ]
+    assert bench.parts(0, instructions[-1])[1] == [(0, 0), (1, 1), (2, 4), (3, 5), (4, 2), (5, 3)]
+    assert bench.done(0, 0, 1) == []
+    assert bench.tell(1, 0, 1, 4, 5) == [part0(1, 0, (3,), (True,))]
+    bench.tell(2, 0, 3)  # takes the slot of 0, which nobody asked to keep
+    assert bench.tell(3, 0, 1, 4, 5) == [part0(3, 0, (3,), (True,))]
+    stats = bench.cache.stats()
+    assert (stats["stream_hits"], stats["stream_misses"], stats["staged"]) == (0, 6, 2)
+
+
+def test_kept_neurons_evict_others_in_a_prefill_which_are_staged():
+    bench = Bench(plan((2,), d_ff=4, staging=4))
+    bench.tell(0, 0, 0, 1)
+    instructions = bench.every(1, 0, 1, 3)
+    assert bench.parts(0, instructions[-1])[1] == [(0, 2), (1, 1), (2, 3), (3, 0)]
+    assert bench.asked(instructions[0]) == [(0, 2), (2, 3), (3, 0)]
+    bench.done(1, 0, 1)
+    assert bench.tell(2, 0, 1, 3) == [part0(2, 0, (2,), (True,))]
+
+
+def test_every_neuron_in_decode_keeps_the_same_residents():
+    bench = Bench(plan((3,), d_ff=5, staging=2))
+    assert bench.all(0, 0)[-1].staged
+    bench.done(0, 0, 1)
+    for step in (1, 2):
+        assert bench.all(step, 0) == [
+            read(step, 0, 1, 0, 2),
+            part0(step, 0, (0, 5), (False, True), staged=True),
+        ]
+        bench.done(step, 0, 1)
+    stats = bench.cache.stats()
+    assert (stats["decode_hits"], stats["decode_misses"], stats["evictions"]) == (6, 9, 0)
+    assert (stats["layer.0.hits"], stats["layer.0.misses"]) == (6, 9)
+
+
+def test_a_pinned_layer_is_read_once():
+    bench = Bench(plan((5,), d_ff=5))
+    assert bench.all(0, 0, guess=True) == [read(0, 0, 1, 0, 5)]
+    assert bench.all(0, 0) == [part0(0, 0, (0, 5), (False, True))]
+    assert bench.all(1, 0, guess=True) == []
+    assert bench.all(1, 0) == [part0(1, 0, (5,), (True,))]
+
+
+def test_out_of_the_window_is_no_hit():
+    bench = Bench(plan((4,)), window=1)
+    bench.tell(0, 0, 1, 2)
+    assert bench.tell(1, 0, 1) == [part0(1, 0, (1,), (True,))]
+    assert bench.tell(2, 0, 1, 2)[0] == read(2, 0, 1, 0, 1)
+    assert bench.cache.stats()["dropped"] == 1
+
+
+def test_a_layer_in_use_is_refused():
+    bench = Bench(plan((4,)))
+    bench.tell(0, 0, 1)
+    with pytest.raises(AssertionError, match="two sets"):
+        bench.tell(0, 0, 1)
+    with pytest.raises(AssertionError, match="a guess after its set"):
+        bench.guess(0, 0, 1)
+    with pytest.raises(AssertionError, match="still in use"):
+        bench.tell(1, 0, 1, done=-1)
+
+
+def test_stats_name_what_the_summary_needs():
+    stats = Bench(plan((4, 3))).cache.stats()
+    assert (stats["slots"], stats["resident"]) == (7, 0)
+    assert {"decode_hits", "decode_misses", "decode_wasted", "stream_hits", "stream_misses"} < stats.keys()
+
+
+# -- random rings -------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Predictor, prefetcher, memory and compute, as PROTOCOL.md has them, in a random order.
+
+    A slot's bytes are (layer, id); they are garbage from the read's request to its end.
+    """
+
+    random: Random
+    plan: Plan
+    window: int
+    refine: bool
+    bench: Bench = field(init=False)
+    predictions: deque = field(default_factory=deque)
+    credits: deque = field(default_factory=deque)
+    outstanding: list = field(default_factory=list)  # (ReadBundles, its rows)
+    arrived: dict = field(default_factory=dict)  # (step, layer) → {part: LayerPart}
+    sets: dict = field(default_factory=dict)  # (step, layer) → ids
+    done: int = -1
+    bundles_read: int = 0
+
+    def __post_init__(self) -> None:
+        self.bench = Bench(self.plan, self.window)
+        self.memory: dict[int, object] = {}
+
+    def announce(self, step: int, source: int, stream: bool) -> None:
+        mode = Mode(self.plan.layers, self.plan.lookahead, self.refine)
+        for target in targets(mode, source, stream):
+            chosen = np.flatnonzero([self.random.random() < 0.4 for _ in range(self.plan.d_ff)]).astype(
+                np.int32
+            )
+            every = target.every or self.random.random() < 0.1
+            count = EVERY if every else chosen.size
+            keep = (EVERY if self.random.random() < 0.3 else chosen.size) if every else 0
+            if not target.guess:
+                self.sets[step, target.layer] = range(self.plan.d_ff) if every else chosen.tolist()
+            message = NeuronsPredicted(RUN, step, target.layer, count, keep, target.guess, stream, self.done)
+            self.predictions.append((message, chosen))
+
+    def events(self) -> list:
+        """What may happen next besides compute's own steps."""
+        found = []
+        if self.predictions:
+            found.append(lambda: self.carry_out(self.bench.cache.handle(*self.predictions.popleft())))
+        if self.credits:
+            found.append(lambda: self.carry_out(self.bench.cache.handle(self.credits.popleft())))
+        found.extend(lambda at=at: self.complete(at) for at in range(len(self.outstanding)))
+        return found
+
+    def carry_out(self, instructions: list) -> None:
+        self.bench.cache.validate()
+        for instruction in instructions:
+            if isinstance(instruction, LayerPart):
+                self.arrived.setdefault((instruction.step, instruction.layer), {})[0] = instruction
+                continue
+            rows = self.bench.asked(instruction)
+            self.bundles_read += len(rows)
+            for _, slot in rows:
+                assert self.memory.get(slot) != "garbage", "two reads into one slot"
+                self.memory[slot] = "garbage"
+            self.outstanding.append((instruction, rows))
+
+    def complete(self, at: int) -> None:
+        message, rows = self.outstanding.pop(at)
+        for neuron, slot in rows:
+            self.memory[slot] = (message.layer, neuron)
+        parts = self.arrived.setdefault((message.step, message.layer), {})
+        assert message.part not in parts
+        parts[message.part] = message
+
+    def wait(self, step: int, layer: int, part: int) -> None:
+        """Let things happen until the part is there; sometimes longer."""
+        while True:
+            parts = self.arrived.get((step, layer), {})
+            ready = 0 in parts and part in parts
+            if ready and self.random.random() < 0.5:
+                return
+            events = self.events()
+            if not events:
+                assert ready, f"the ring is stuck at part {part} of layer {layer}"
+                return
+            self.random.choice(events)()
+
+    def compute(self, step: int, layer: int) -> None:
+        """Receive a layer, and find every neuron's bytes in its slot from its part to its sum."""
+        self.wait(step, layer, 0)
+        announced = self.arrived[step, layer][0]
+        tables = self.bench.parts(layer, announced)
+        assert len(tables) == len(announced.closes)
+        assert announced.closes[-1]
+        computed: list[int] = []
+        segment: list[tuple[int, int]] = []
+        for part, table in enumerate(tables):
+            self.wait(step, layer, part)
+            segment += table
+            for neuron, slot in segment:
+                assert self.memory[slot] == (layer, neuron)
+            if announced.closes[part]:
+                computed += sorted(neuron for neuron, _ in segment)
+                segment = []
+                if announced.staged:
+                    self.credits.append(PartDone(RUN, step, layer, part))
+        assert computed == list(self.sets[step, layer])
+        assert len(self.arrived.pop((step, layer))) == len(tables)
+        self.done = step * self.plan.layers + layer
+
+    def run(self, step: int, stream: bool, cancel_after: int | None) -> None:
+        self.announce(step, EMBEDDING, stream)
+        for layer in range(self.plan.layers):
+            if cancel_after is None or layer <= cancel_after:
+                self.announce(step, layer, stream)
+            elif (step, layer) not in self.sets:
+                return
+            self.compute(step, layer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    random=st.randoms(use_true_random=False),
+    slots=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    staging=st.integers(1, 5),
+    lookahead=st.integers(0, 2),
+    window=st.integers(0, 2),
+    refine=st.booleans(),
+    cancelled=st.integers(0, 3),
+)
+def test_any_ring_computes_exactly_its_sets(random, slots, staging, lookahead, window, refine, cancelled):
+    world = World(random, plan(tuple(slots), 12, staging, lookahead), window, refine)
+    for step, stream in enumerate((True, False, False, True, False)):
+        world.run(step, stream, cancelled if step == 3 else None)
+    while events := world.events():
+        events[0]()
+    assert world.bench.cache.idle
+    assert world.outstanding == []
+    stats = world.bench.cache.stats()
+    assert stats["decode_misses"] + stats["stream_misses"] == world.bundles_read
+    assert stats["resident"] <= stats["slots"]

@@ -1,0 +1,146 @@
+"""Trained predictors: which maps of a file are used, what they score, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import predictors
+import pytest
+from stores import bundle_store
+
+from storage.errors import StoreError
+from storage.format import Store
+from workers.predictor import lowrank
+
+LAYERS = range(3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return bundle_store(tmp_path / "store")
+
+
+def hidden(store: Store) -> np.ndarray:
+    return np.random.default_rng(9).normal(size=store.layout.d_model).astype(np.float32)
+
+
+def expected(tensors: dict, prefix: str, layer: int, x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    parts = {
+        name: tensors[f"{prefix}.{layer}.{name}"].astype(np.float64)
+        for name in ("down", "up", "bias", "scale")
+    }
+    return parts["up"] @ (parts["down"] @ (x * parts["scale"])) + parts["bias"] > threshold
+
+
+def both(store: Store) -> dict:
+    return predictors.maps(store, "layers", LAYERS) | predictors.maps(
+        store, "inlayer", LAYERS, rank=5, seed=2
+    )
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_guesses_and_sets_use_their_own_maps(store, threshold):
+    tensors = both(store)
+    predictors.write(store, tensors)
+    scorer = lowrank.load(store, "default", 1, refines=True, threshold=threshold)
+    x = hidden(store)
+    for layer in LAYERS:
+        for own, prefix in ((False, "layers"), (True, "inlayer")):
+            mask = scorer.active(layer, x, own)
+            assert mask.tolist() == expected(tensors, prefix, layer, x, threshold).tolist()
+    assert scorer.notes == ()
+
+
+def test_weights_stay_in_sixteen_bits(store):
+    predictors.write(store, both(store))
+    file = lowrank.open_file(store, "default")
+    one = lowrank.LowRank.read(file, "layers.0", store.layout.d_ff, store.layout.d_model)
+    assert (one.down.dtype, one.up.dtype, one.bias.dtype) == (np.uint16, np.uint16, np.float32)
+
+
+def test_without_maps_for_the_guess_the_layers_own_are_used(store):
+    tensors = predictors.maps(store, "inlayer", LAYERS)
+    predictors.write(store, tensors)
+    scorer = lowrank.load(store, "default", 2, refines=True, threshold=0.0)
+    x = hidden(store)
+    assert scorer.active(1, x, False).tolist() == expected(tensors, "inlayer", 1, x).tolist()
+    assert "look-ahead" in scorer.notes[0]
+
+
+def test_a_file_of_lookahead_0_holds_the_layers_own_maps(store):
+    tensors = predictors.maps(store, "layers", LAYERS)
+    predictors.write(store, tensors, lookahead="0")
+    scorer = lowrank.load(store, "default", 0, refines=False, threshold=0.0)
+    x = hidden(store)
+    assert scorer.active(2, x, True).tolist() == expected(tensors, "layers", 2, x).tolist()
+
+
+def test_early_sets_need_only_maps_of_their_lookahead(store):
+    tensors = predictors.maps(store, "layers", LAYERS)
+    predictors.write(store, tensors, lookahead="2")
+    scorer = lowrank.load(store, "default", 2, refines=False, threshold=0.0)
+    x = hidden(store)
+    assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x).tolist()
+
+
+def test_in_a_prefill_of_lookahead_0_the_layers_own_maps_look_ahead(store):
+    tensors = predictors.maps(store, "inlayer", LAYERS)
+    predictors.write(store, tensors)
+    scorer = lowrank.load(store, "default", 0, refines=False, threshold=0.0)
+    x = hidden(store)
+    assert scorer.active(1, x, False).tolist() == expected(tensors, "inlayer", 1, x).tolist()
+
+
+def test_layers_that_need_none_may_be_absent(store):
+    predictors.write(store, predictors.maps(store, "inlayer", range(1, 3)))
+    with pytest.raises(StoreError, match="no in-layer predictors"):
+        lowrank.load(store, "default", 1, refines=True, threshold=0.0)
+    lowrank.load(store, "default", 1, refines=True, threshold=0.0, skip=frozenset({0}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "lookahead", "refines", "message"),
+    [
+        ({"store": "f" * 32}, 1, False, "trained for other weights"),
+        ({"kind": "forest"}, 1, False, "not a file of low-rank predictors"),
+        ({}, 2, False, "trained for look-ahead 1, not 2"),
+        ({}, 0, False, "no in-layer predictors"),
+        ({}, 1, True, "no in-layer predictors"),
+    ],
+)
+def test_refused(store, metadata, lookahead, refines, message):
+    predictors.write(store, predictors.maps(store, "layers", LAYERS), **metadata)
+    with pytest.raises(StoreError, match=message) as caught:
+        lowrank.load(store, "default", lookahead, refines, 0.0)
+    assert "train-predictor" in str(caught.value)
+
+
+def test_a_missing_file_names_the_command_that_makes_it(store):
+    with pytest.raises(StoreError, match=r"no predictors named other: .*train-predictor"):
+        lowrank.load(store, "other", 1, True, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "message"),
+    [
+        ("layers.1.up", (96, 4), np.float16, r"layers.1.up as \(96, 4\), not \(96, 3\)"),
+        ("layers.1.down", (3, 64), np.float16, r"not \(rank, 128\)"),
+        ("layers.1.up", (96, 3), np.float32, "as float32, not float16"),
+        ("layers.1.bias", (95,), np.float32, r"not \(96,\)"),
+        ("layers.1.bias", (96,), np.int64, "as I64"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(store, name, shape, kind, message):
+    tensors = predictors.maps(store, "layers", LAYERS)
+    predictors.write(store, {**tensors, name: np.zeros(shape, kind)})
+    with pytest.raises(StoreError, match=message):
+        lowrank.load(store, "default", 1, False, 0.0)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -10])
+def test_a_truncated_file_is_refused(store, keep):
+    path = predictors.write(store, predictors.maps(store, "layers", LAYERS))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StoreError, match=r"not a safetensors file|shorter than its header"):
+        lowrank.load(store, "default", 1, False, 0.0)
