@@ -129,7 +129,7 @@ def record(
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
         "shape": list(tokens.shape),
     }
-    with DenseModel(store, threads) as model, torch.inference_mode():
+    with DenseModel(store, threads) as model, torch.no_grad():
         done = _resume(directory, meta, layers)
         if done < 0:
             _require_space(store, directory, tokens.size)
@@ -205,7 +205,8 @@ def _pass(store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], d
     before = np.load(_stream(directory, layer), mmap_mode="r")
     inputs = _Output(directory / _input_name(layer), (tokens, width))
     active = _Output(directory / f"layer-{layer}.active.npy", (tokens, -(-len(up) // 8)), "u1")
-    after = _Output(_stream(directory, layer + 1), (tokens, width), "f4")
+    last = layer + 1 == store.layout.layers  # nobody reads the stream behind it: an empty file marks it
+    after = _Output(_stream(directory, layer + 1), (0 if last else tokens, width), "f4")
     for start, block in _blocks((rows, length)):
         count = (block.stop - block.start) * length
         x = torch.from_numpy(before[start : start + count].reshape(-1, length, width).copy())
@@ -214,7 +215,8 @@ def _pass(store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], d
         inputs.put(start, _half(flat))
         positive = torch.addmm(bias, flat, up.T) > 0
         active.put(start, np.packbits(positive.numpy(), axis=1, bitorder="little"))
-        after.put(start, y.reshape(-1, width).numpy())
+        if not last:
+            after.put(start, y.reshape(-1, width).numpy())
     inputs.finish()
     active.finish()
     after.finish()
@@ -240,7 +242,7 @@ def _blocks(shape: tuple[int, ...]) -> list[tuple[int, slice]]:
 class _Output:
     """An array file that gets its name when it is complete."""
 
-    def __init__(self, path: Path, shape: tuple[int, int], kind: str = "f2") -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], kind: str = "f2") -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         self._array = np.lib.format.open_memmap(self._partial, "w+", np.dtype(kind), shape)

@@ -113,11 +113,11 @@ def to_json(reports: Sequence[LayerReport], **more: object) -> dict[str, object]
 
 def table(reports: Sequence[LayerReport]) -> Table:
     """For people."""
-    shown = Table(title="Predictors on held-out text, in per cent")
-    for heading in ("layer", "look-ahead", "rank", "active", "predicted", "recall", "precision"):
+    shown = Table(title="On held-out text, per cent; missed ÷ active, wrong ÷ inactive")
+    for heading in ("layer", "ahead", "rank", "active", "chosen", "recall", "prec."):
         shown.add_column(heading, justify="right")
-    shown.add_column("false neg.", justify="right")
-    shown.add_column("false pos.", justify="right")
+    shown.add_column("missed", justify="right")
+    shown.add_column("wrong", justify="right")
     for one in reports:
         shares = (one.active, one.predicted, one.recall, one.precision)
         shown.add_row(

@@ -1,0 +1,76 @@
+"""Text files as rows of tokens: plain text or JSON lines with "text", either xz-compressed."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from storage.errors import StoreError, UsageError
+from storage.format import TOKENIZER, Store
+
+LONGEST_ROW = 512  # tokens
+PLAIN_CHARACTERS = 1 << 16  # of plain text tokenised at once
+
+
+def load_tokenizer(store: Store) -> Tokenizer:
+    """Raises StoreError when the store has none."""
+    path = store.path / TOKENIZER
+    if not path.is_file():
+        raise StoreError(f"{store.path} has no {TOKENIZER}, which turning text into tokens needs")
+    return Tokenizer.from_file(str(path))
+
+
+def rows(path: Path, store: Store, tokens: int) -> npt.NDArray[np.int64]:
+    """At most `tokens` of the file's beginning, `[rows, length]`, documents one after the other.
+
+    Raises UsageError for a file that cannot be read or has too little text for one row.
+    """
+    length = min(LONGEST_ROW, store.architecture.max_positions, tokens)
+    tokenizer, ids = load_tokenizer(store), list[int]()
+    try:
+        for document in documents(path):
+            ids += tokenizer.encode(document).ids
+            if len(ids) >= tokens:
+                break
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UsageError(f"{path} cannot be read as text: {error}") from error
+    count = min(len(ids), tokens) // length
+    if not count:
+        raise UsageError(f"{path} has {len(ids)} tokens; training needs at least {length}")
+    return np.array(ids[: count * length], np.int64).reshape(count, length)
+
+
+def documents(path: Path) -> Iterator[str]:
+    """One after the other, reading no further than asked. Raises UsageError for a line without text."""
+    plain = path.suffix != ".xz"
+    name = path.name if plain else path.name.removesuffix(".xz")
+    with path.open(encoding="utf-8") if plain else lzma.open(path, "rt", encoding="utf-8") as file:
+        if not name.endswith(".jsonl"):
+            yield from _pieces(file)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _text(line, path, number)
+
+
+def _pieces(file: IO[str]) -> Iterator[str]:
+    """Plain text in pieces of whole lines."""
+    while lines := file.readlines(PLAIN_CHARACTERS):
+        yield "".join(lines)
+
+
+def _text(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UsageError(f'{path}, line {number}, is not a JSON object with a "text"')
+    return text
