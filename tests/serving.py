@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from fake_session import CONTEXT, FastSession
 
 from pipeline.chat import ChatTemplate
+from pipeline.http import HttpServer
+from pipeline.prometheus import PrometheusObserver
 from pipeline.scheduler import Scheduler
 from pipeline.server import Server
 from pipeline.warm_ring import WarmRing
@@ -28,6 +30,8 @@ class Served:
         self.scheduler: Scheduler
         self.server: Server
         self.endpoint = ""
+        self.http: HttpServer | None = None
+        self.url = ""
 
     def ask(self, question: Callable[[], Result]) -> Result:
         """Evaluate on the server's loop."""
@@ -42,7 +46,7 @@ class Served:
 
         async def wait() -> None:
             async with asyncio.timeout(seconds):
-                while not holds():
+                while not holds():  # noqa: ASYNC110 - nothing tells it
                     await asyncio.sleep(0.002)
 
         asyncio.run_coroutine_threadsafe(wait(), self.loop).result(seconds + 5)
@@ -55,6 +59,7 @@ def served(
     endpoint: str = "",
     clock: Callable[[], float] | None = None,
     queue_limit: int = 64,
+    http: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve what `open_session` gives until the block is left; then nothing may be left over."""
@@ -66,7 +71,9 @@ def served(
 
     def start() -> None:
         ring = WarmRing(open_session, ChatTemplate(TEMPLATE, {}), **extra)
-        found.scheduler = Scheduler(ring, queue_limit=queue_limit)
+        observer = PrometheusObserver()
+        found.scheduler = Scheduler(ring, queue_limit=queue_limit, observer=observer)
+        observer.watch(found.scheduler)
         found.server = Server(
             endpoint or f"ipc://{base / 'ring.sock'}",
             found.scheduler,
@@ -75,9 +82,15 @@ def served(
             **options,
         )
         found.endpoint = found.server.endpoint
+        if http is not None:
+            address = http.pop("address", "127.0.0.1:0")
+            found.http = HttpServer(address, found.scheduler, model="fake", context=CONTEXT, **http)
+            found.url = found.http.url
 
     async def stop() -> None:
         await found.scheduler.stop()
+        if found.http is not None:
+            await found.http.close()
         found.server.close()
         if found.scheduler.failed.done():
             found.scheduler.failed.exception()
