@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from pipeline import launch
-from pipeline.commands import convert, generate, serve, train_predictor, verify
+from pipeline.commands import convert, generate, serve, synthesize, train_predictor, verify
 from pipeline.ending import exit_status, program
 
 # For commands that hand all their arguments to a program in `workers`, `--help` included.
@@ -25,6 +25,7 @@ app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("serve")(serve.command)
 app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
+app.command("synthesize", context_settings=PASS_THROUGH)(synthesize.command)
 
 
 def main() -> int:

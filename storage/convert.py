@@ -146,6 +146,8 @@ def make_plan(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None 
         "order_xxh3_128": None if order is None else xxhash.xxh3_128_hexdigest(order.neurons.tobytes()),
         "source": checkpoint.identity(),
     }
+    if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
+        parameters["synthetic"] = config["synthetic"]
     plan = Plan(checkpoint, family, prefix, model, layout, residents, order, parameters)
     _check_sources(plan)
     checkpoint.release()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from storage.families.architecture import Architecture
+from workers.compute import positions
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
@@ -40,41 +41,31 @@ def attended(model: Architecture, tensors: Tensors, h: Tensor) -> Tensor:
     fused = functional.linear(h, tensors["qkv.weight"], tensors.get("qkv.bias"))
     sizes = [model.heads * model.head_dim, model.kv_heads * model.head_dim, model.kv_heads * model.head_dim]
     query, key, value = (
-        part.view(count, -1, model.head_dim).transpose(0, 1) for part in fused.split(sizes, dim=1)
+        part.reshape(count, -1, model.head_dim).transpose(0, 1) for part in torch.split(fused, sizes, dim=1)
     )  # [heads or kv_heads, tokens, head_dim]
     if model.positions == "rotary":
         query, key = rotated(model, query), rotated(model, key)
     group = model.heads // model.kv_heads
+    future = torch.ones(count, count, dtype=torch.bool).triu(1)
+    biases = None
+    if model.positions == "alibi":
+        biases = torch.from_numpy(positions.alibi(model.heads, model.head_dim, count))
     outputs = []
     for head in range(model.heads):  # a head at a time: [heads, tokens, tokens] would be large
-        scores = query[head] @ key[head // group].T
-        if model.positions == "alibi":
-            scores = scores + alibi_slopes(model.heads)[head] * torch.arange(count)
-        scores = scores / math.sqrt(model.head_dim)
-        scores = scores.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -math.inf)
+        scores = query[head] @ key[head // group].T / math.sqrt(model.head_dim)
+        if biases is not None:
+            scores = scores + biases[head]
+        scores = scores.masked_fill(future, -math.inf)
         outputs.append(scores.softmax(dim=-1) @ value[head // group])
     return torch.cat(outputs, dim=1)
 
 
 def rotated(model: Architecture, x: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864), halves paired; x is `[heads, tokens, head_dim]`."""
-    angles = torch.outer(torch.arange(x.shape[1]).float(), rotary_frequencies(model))
-    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    tables = positions.rotary(model.rotary_base, model.head_dim, x.shape[1])
+    cos, sin = (torch.from_numpy(half).repeat(1, 2) for half in tables)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def rotary_frequencies(model: Architecture) -> Tensor:
-    """Radians per token, `[head_dim / 2]`."""
-    return model.rotary_base ** (-torch.arange(0, model.head_dim, 2).float() / model.head_dim)
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of arXiv 2108.12409, `[heads]`, rounded to bfloat16 as transformers' Falcon does."""
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (index + 1) / power) for index in range(power)]
-    slopes += [2 ** (-4 * (2 * index + 1) / power) for index in range(heads - power)]
-    return torch.tensor(slopes).bfloat16().float()
 
 
 def activated(model: Architecture, pre: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,8 @@ def synthesize(request: Request, out: Path, progress: Progress | None = None) ->
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists: choose another directory")
-    total = check_space(family, config, model, request.shape.dtype, out)
+    total = tensor_bytes(family, config, model, request.shape.dtype)
+    _check_space(total, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -86,26 +86,29 @@ def plan(request: Request) -> tuple[dict[str, Any], Architecture, Family]:
     config = dict(request.shape.config)
     whole = int(config["num_hidden_layers"])
     if not 0 <= request.layers <= whole:
-        raise UsageError(f"{request.shape.name} has {whole} layers: choose 1 to {whole}, not {request.layers}")
+        raise UsageError(
+            f"{request.shape.name} has {whole} layers: choose 1 to {whole}, not {request.layers}"
+        )
     if request.activation not in ACTIVATIONS:
         raise UsageError(f"the activation must be relu or gelu, not {request.activation!r}")
     config["num_hidden_layers"] = request.layers or whole
     family = family_of(config)
     config["activation" if family.name == "falcon" else "activation_function"] = request.activation
     model = family.architecture(config)
-    planting = Planting.at_rate(request.rate, rotary=model.positions == "rotary")
+    planting = Planting.at_rate(request.rate, model.positions)
     config["_name_or_path"] = f"synthetic-{request.shape.name}"
     config[MARK] = {"shape": request.shape.name, "seed": request.seed, **asdict(planting)}
     return config, model, family
 
 
-def check_space(
-    family: Family, config: Mapping[str, Any], model: Architecture, dtype: str, out: Path
-) -> int:
-    """Bytes of all tensors. Raises DiskFull when the disk has not room for them."""
+def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture, dtype: str) -> int:
+    """Bytes of all the checkpoint's tensors."""
     elements = sum(item.elements for item in family.resident(config, model))
-    elements += 2 * model.layers * model.d_ff * model.d_model
-    total = elements * ITEMSIZE[dtype]
+    return (elements + 2 * model.layers * model.d_ff * model.d_model) * ITEMSIZE[dtype]
+
+
+def _check_space(total: int, out: Path) -> None:
+    """Raises DiskFull when the disk has not room for `total` bytes."""
     place = next(parent for parent in out.parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < total + SLACK_BYTES:
@@ -113,7 +116,6 @@ def check_space(
             f"the checkpoint needs {total / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: make room, "
             "choose another --out, or fewer --layers"
         )
-    return total
 
 
 def _write(
@@ -129,12 +131,13 @@ def _write(
     names = {item.name for item in residents}
     recipe = Recipe(
         model=model,
-        planting=Planting.at_rate(request.rate, rotary=model.positions == "rotary"),
+        planting=Planting.at_rate(request.rate, model.positions),
         seed=request.seed,
         dtype=getattr(torch, request.shape.dtype),
         biases=canonical.layer(0, "up.bias") in names,
     )
-    done, index = 0, {}
+    done = 0
+    index: dict[str, str] = {}
     for number, tensors in enumerate(_shards(recipe, residents, family), start=1):
         name = f"model-{number:05d}-of-{model.layers + 1:05d}.safetensors"
         save_file(tensors, str(directory / name), metadata={"format": "pt", MARK: request.shape.name})
@@ -147,9 +150,7 @@ def _write(
     _write_json(directory / "config.json", config)
 
 
-def _shards(
-    recipe: Recipe, residents: tuple[Resident, ...], family: Family
-) -> Iterator[dict[str, Tensor]]:
+def _shards(recipe: Recipe, residents: tuple[Resident, ...], family: Family) -> Iterator[dict[str, Tensor]]:
     """Tensors by checkpoint name: what belongs to no layer first, then layer by layer."""
     model, prefix = recipe.model, family.prefixes[0]
     tensors = first_tensors(recipe)
@@ -182,7 +183,7 @@ def _named(
 def _sources(model: Architecture, item: Resident, tensor: Tensor) -> Iterator[tuple[Source, Tensor]]:
     """Undo `item.build`: the sources whose building gives `tensor`."""
     if item.build is None or item.build is np.concatenate:
-        parts = tensor.split([source.shape[0] for source in item.sources])
+        parts = torch.split(tensor, [source.shape[0] for source in item.sources])
         yield from zip(item.sources, parts, strict=True)
         return
     # Falcon's fused rows: find where each row went by building from row numbers.

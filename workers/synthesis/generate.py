@@ -24,7 +24,7 @@ from workers.synthesis.planting import Planting
 
 CALIBRATION_TOKENS = 320
 EMBEDDING_CHUNK = 4096  # rows drawn at a time
-EXPONENTS = (0.0, 1.4)  # searched for α; 0 is flat
+EXPONENTS = (0.0, 1.1)  # searched for α; 0 is flat, and beyond 1.1 the predictor is too nearly right
 SEARCH_STEPS = 6
 SEARCH_NEURONS = 2048  # of each layer, that the search for α looks at
 NORM_JITTER = 0.05  # of norm weights around 1, so that a forgotten norm weight shows
@@ -67,7 +67,8 @@ def calibration_tokens(recipe: Recipe) -> Tensor:
     """Zipf-distributed ids: byte-pair vocabularies are ordered by frequency, about."""
     weights = 1 / (torch.arange(recipe.model.vocabulary) + 2.7)
     generator = recipe.generator("calibration")
-    return torch.multinomial(weights, CALIBRATION_TOKENS, replacement=True, generator=generator)
+    count = min(CALIBRATION_TOKENS, recipe.model.max_positions)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def first_tensors(recipe: Recipe) -> dict[str, Tensor]:
@@ -183,8 +184,8 @@ def _distance_kernel(recipe: Recipe, layer: int) -> tuple[Tensor, Tensor]:
     queries on frequencies around the inverse of its own reach.
     """
     model, planting = recipe.model, recipe.planting
-    frequencies = block.rotary_frequencies(model)
-    half = frequencies.shape[0]
+    half = model.head_dim // 2
+    frequencies = model.rotary_base ** (-torch.arange(half) / half)  # radians per token
     spread = torch.rand(model.heads, generator=recipe.generator(layer, "reach"))
     reach = planting.attention_reach * 2 ** (2 * spread - 1)  # tokens, half to twice the preset's
     distance = torch.log(torch.outer(reach, frequencies))  # 0 where ω · reach is 1
@@ -199,7 +200,7 @@ def _distance_kernel(recipe: Recipe, layer: int) -> tuple[Tensor, Tensor]:
 def _set_out(recipe: Recipe, layer: int, tensors: dict[str, Tensor], heads: Tensor, rms: float) -> Tensor:
     """The output projection, scaled to write the wanted energy; returns attention's output."""
     model, planting = recipe.model, recipe.planting
-    energy = planting.attention_energy if layer else planting.first_attention_energy
+    energy = planting.attention_share(layer)
     out = recipe.normal(1.0, (model.d_model, heads.shape[1]), layer, "out")
     out = _without(out, recipe.norm_direction)
     out *= math.sqrt(energy) * rms / _rms(heads @ out.T)
@@ -267,7 +268,7 @@ def _theta(recipe: Recipe, order: Tensor, exponent: float, pre: Tensor) -> Tenso
     heat = (torch.arange(d_ff) + d_ff / 64) ** -exponent
     wanted = (heat * (planting.active / heat.mean())).clamp(max=planting.hottest)[order]
     # One deviation for all rows: they have one length, and a sequence has few independent moments.
-    theta = torch.special.ndtri(1 - wanted) * float(pre.square().mean().sqrt())
+    theta: Tensor = torch.special.ndtri(1 - wanted) * float(pre.square().mean().sqrt())
     # Mean activity falls as all thresholds rise together: the shift is a quantile of what exceeds them.
     excess = (pre - theta)[WARM_UP:].flatten()
     count = max(1, round(planting.active * excess.numel()))
@@ -286,9 +287,7 @@ def _renewal(recipe: Recipe, seen: Tensor, pre: Tensor) -> float:
 def _set_down(recipe: Recipe, layer: int, tensors: dict[str, Tensor], active: Tensor, rms: float) -> Tensor:
     """The down-projection, scaled likewise, without what the mean activation would write in every token."""
     model, planting = recipe.model, recipe.planting
-    matrix = _without(
-        recipe.normal(1.0, (model.d_model, model.d_ff), layer, "down"), recipe.norm_direction
-    )
+    matrix = _without(recipe.normal(1.0, (model.d_model, model.d_ff), layer, "down"), recipe.norm_direction)
     mean = active[WARM_UP:].mean(dim=0)
     matrix.sub_(torch.outer(matrix @ mean, mean / mean.square().sum().clamp(min=1e-12)))
     matrix *= math.sqrt(planting.ffn_energy) * rms / _rms(active @ matrix.T)

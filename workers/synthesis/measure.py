@@ -120,7 +120,7 @@ def _truncated(tensors: block.Tensors, rank: int) -> Callable[[Tensor], Tensor]:
     bias = tensors.get("up.bias")
 
     def score(f: Tensor) -> Tensor:
-        scores = (f @ into) @ out.T
+        scores: Tensor = (f @ into) @ out.T
         return scores if bias is None else scores + bias
 
     return score

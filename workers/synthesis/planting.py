@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from storage.errors import UsageError
+from storage.families.architecture import Positions
 
 RATES = (0.5, 1.0, 2.0)
 
@@ -38,32 +39,41 @@ class Planting:
     new: float = 0.025  # of the FFN newly predicted per token at a window of 5; paper: 2.4 %, 3.1 %
     misses: float = 0.05  # of the active, by the training-free predictor that `new` is aimed with
     window: int = 5  # tokens
-    noise: float = 0.42  # of the up-projection's low-rank part, in length
+    noise: float = 0.45  # of the up-projection's low-rank part, in length
     hottest: float = 0.9  # no neuron is to be active more often
     attention_energy: float = 0.05  # a block's attention writes this much
     ffn_energy: float = 0.08  # and its FFN this much: the stream turns by acos(1/√1.13) a layer
-    first_attention_energy: float = 0.05  # of layer 0, which brings the drift in where positions do not
+    early_attention: tuple[float, ...] = ()  # instead, of the first layers: brings the drift in
     stream_scale: float = 0.3  # root mean square of the first layer's input
     position_energy: float = 0.6  # share of the drift in the first layer's input; learned positions
     position_memory: float = 30.0  # tokens over which the walk forgets a direction
-    attention_reach: float = 12.0  # tokens of the running mean; rotary positions
+    attention_reach: float = 24.0  # tokens of the running mean; rotary positions
     reach_strength: float = 5.0  # logit at distance 0; rotary positions
     norm_bias: float = 0.25  # per coordinate, where thresholds live in the norm's bias
 
     @classmethod
-    def at_rate(cls, rate: float, *, rotary: bool) -> Planting:
+    def at_rate(cls, rate: float, positions: Positions) -> Planting:
         """The preset with `rate` times the new neurons per token. Raises UsageError."""
         if rate not in RATES:
             raise UsageError(f"the rate must be one of 0.5, 1 and 2, not {rate:g}")
-        energy = {0.5: 0.85, 1.0: 0.6, 2.0: 0.1}[rate]
-        first = {0.5: 4.0, 1.0: 1.5, 2.0: 0.1}[rate]
+        early: dict[Positions, dict[float, tuple[float, ...]]] = {
+            "learned": {},
+            "rotary": {0.5: (0.7, 0.7, 0.7), 1.0: (0.6, 0.6)},
+            "alibi": {0.5: (0.7, 0.7), 1.0: (0.4,)},
+        }
         return cls(
             rate=rate,
             new=0.025 * rate,
-            position_energy=energy,
-            first_attention_energy=first if rotary else 0.05,
-            attention_reach=12.0 / rate,
+            position_energy={0.5: 0.85, 1.0: 0.6, 2.0: 0.05}[rate],
+            attention_energy={0.5: 0.07, 1.0: 0.05, 2.0: 0.03}[rate],
+            ffn_energy={0.5: 0.06, 1.0: 0.08, 2.0: 0.08}[rate],
+            early_attention=early[positions].get(rate, ()),
+            attention_reach={0.5: 64.0, 1.0: 24.0, 2.0: 6.0}[rate],
         )
+
+    def attention_share(self, layer: int) -> float:
+        """What a layer's attention writes, as a share of the stream's energy."""
+        return self.early_attention[layer] if layer < len(self.early_attention) else self.attention_energy
 
     @staticmethod
     def rank(d_model: int) -> int:

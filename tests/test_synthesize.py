@@ -1,0 +1,225 @@
+"""Synthetic checkpoints: what they hold, that transformers agrees, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from storage.convert import convert
+from storage.errors import CheckpointError, DiskFull, UsageError
+from workers.synthesis import checkpoint as synthesis
+from workers.synthesis.activity import new_per_token, union_size
+from workers.synthesis.checkpoint import Request, synthesize
+from workers.synthesis.measure import measure, summary
+from workers.synthesis.planting import Planting
+from workers.synthesis.shapes import SHAPES, Shape, find_shape
+from workers.synthesis.sources import open_weights
+
+LAYERS, VOCABULARY, TOKENS = 3, 512, 160
+
+
+def tiny(name: str, **changes: object) -> Shape:
+    """A published shape, narrow: d_model 256, d_ff 1,024."""
+    shape = SHAPES[name]
+    width = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": VOCABULARY}
+    opt = {"word_embed_proj_dim": 256, "ffn_dim": 1024, "max_position_embeddings": 256}
+    tokens = {"bos_token_id": 2, "eos_token_id": 2}
+    extra = opt if shape.name.startswith("opt") else {}
+    return Shape(f"tiny-{name}", {**shape.config, **width, **extra, **tokens, **changes}, shape.dtype)
+
+
+TINY = {
+    "opt": tiny("opt-6.7b"),
+    "falcon-7b": tiny("falcon-7b"),
+    "falcon-rw": tiny("falcon-rw-1b"),
+    "falcon-40b": tiny("falcon-40b", num_kv_heads=2),
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synthetic") / request.param
+    synthesize(Request(TINY[request.param], layers=LAYERS), out)
+    return out
+
+
+@pytest.fixture
+def text() -> list[int]:
+    """Tokens as unevenly frequent as a text's, of another seed than the calibration's."""
+    weights = 1 / (np.arange(VOCABULARY) + 2.7)
+    random = np.random.default_rng(5)
+    return random.choice(VOCABULARY, TOKENS, p=weights / weights.sum()).tolist()
+
+
+def test_transformers_finds_the_activity_that_is_measured(made: Path, text: list[int]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        made, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    seen: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(("fc1", "dense_h_to_4h")):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.reshape(TOKENS, -1) > 0))
+    with torch.no_grad():
+        assert model(torch.tensor([text])).logits.isfinite().all()
+    reports = measure(open_weights(made), text, rank=16)
+    assert len(seen) == len(reports) == LAYERS
+    for report, active in zip(reports, seen, strict=True):
+        # A pre-activation at the threshold may fall on either side.
+        assert report.active == pytest.approx(float(active[16:].float().mean()), rel=2e-3)
+        assert report.new[4] == pytest.approx(new_per_token(active, 5), rel=5e-3)
+
+
+def test_activity_is_the_plantings(made: Path, text: list[int]) -> None:
+    means = summary(measure(open_weights(made), text, rank=16))
+    assert 0.03 <= means["active"] <= 0.05
+    ahead = means["lookahead"]
+    assert ahead["0"]["recall"] == pytest.approx(0.95, abs=0.01)
+    assert ahead["0"]["new"] < 0.6 * ahead["0"]["predicted"], "consecutive tokens share neurons"
+    assert ahead["1"]["recall_same_threshold"] < 0.93, "looking ahead must not be trivially right"
+    assert means["cosine"] < 0.97
+
+
+def test_a_store_keeps_the_mark_and_the_activity(made: Path, text: list[int], tmp_path: Path) -> None:
+    store = convert(made, tmp_path / "store", name="anything")
+    assert store.manifest.parameters["synthetic"]["seed"] == 0
+    weights = open_weights(store.path)
+    assert weights.synthetic
+    from_store, from_checkpoint = measure(weights, text, 16), measure(open_weights(made), text, 16)
+    assert [report.active for report in from_store] == pytest.approx(
+        [r.active for r in from_checkpoint], rel=1e-3
+    )
+
+
+def test_rates_change_how_many_neurons_are_new(text: list[int], tmp_path: Path) -> None:
+    new = []
+    for rate in (0.5, 1.0, 2.0):
+        out = tmp_path / f"rate-{rate}"
+        synthesize(Request(TINY["opt"], layers=2, rate=rate), out)
+        new.append(summary(measure(open_weights(out), text, 16))["lookahead"]["0"]["new"])
+    assert 1.4 * new[0] < new[1]
+    assert 1.4 * new[1] < new[2]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(str(shard), framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def test_a_seed_decides_every_byte_and_fewer_layers_are_the_first_ones(tmp_path: Path) -> None:
+    for name, layers, seed in (("first", 2, 1), ("again", 2, 1), ("longer", 3, 1), ("other", 2, 2)):
+        synthesize(Request(TINY["falcon-7b"], layers=layers, seed=seed), tmp_path / name)
+    first, again, longer, other = (tensors(tmp_path / name) for name in ("first", "again", "longer", "other"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert all(torch.equal(tensor, longer[name]) for name, tensor in first.items())
+    assert len(longer) > len(first)
+    matrices = [name for name, tensor in first.items() if tensor.ndim == 2]
+    assert matrices
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+
+
+def test_a_shard_holds_one_layer_and_the_index_every_tensor(made: Path) -> None:
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    held = [shard.stat().st_size for shard in made.glob("*.safetensors")]
+    assert len(held) == LAYERS + 1
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(made).values())
+    assert index["weight_map"].keys() == tensors(made).keys()
+    config = json.loads((made / "config.json").read_text())
+    assert config["synthetic"]["shape"].startswith("tiny-")
+    assert config["num_hidden_layers"] == LAYERS
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors(made).values()}
+    assert dtypes == {config["torch_dtype"]}
+
+
+def test_gelu_has_no_thresholds(text: list[int], tmp_path: Path) -> None:
+    synthesize(Request(TINY["falcon-7b"], layers=1, activation="gelu"), tmp_path / "gelu")
+    (report,) = measure(open_weights(tmp_path / "gelu"), text, 16)
+    assert 0.4 < report.active < 0.6
+
+
+def test_unknown_shapes_name_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"did you mean.*opt-6\.7b"):
+        find_shape("facebook/opt-6.7")
+    with pytest.raises(UsageError, match="known are opt-125m"):
+        find_shape("zebra")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": 9}, "choose 1 to 4"),
+        ({"rate": 3.0}, "rate must be"),
+        ({"activation": "silu"}, "relu or gelu"),
+    ],
+)
+def test_impossible_requests_are_refused(changes: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        synthesize(Request(TINY["opt"], **changes), tmp_path / "out")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1 << 30))
+    with pytest.raises(DiskFull, match=r"needs 13\.3 GB and .* has 1\.1 GB free"):
+        synthesize(Request(SHAPES["opt-6.7b"]), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(synthesis, "save_file", full)
+    with pytest.raises(DiskFull, match="has been removed"):
+        synthesize(Request(TINY["opt"], layers=1), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_and_a_missing_tokenizer_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(UsageError, match="exists"):
+        synthesize(Request(TINY["opt"], layers=1), tmp_path / "there")
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        synthesize(Request(TINY["opt"], layers=1, tokenizer=tmp_path / "there"), tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+def test_published_sizes() -> None:
+    """Bytes of the whole checkpoints: docs of the published ones say 13.32 and 14.4 GB."""
+    sizes = {}
+    for name in ("opt-6.7b", "falcon-7b"):
+        config, model, family = synthesis.plan(Request(SHAPES[name]))
+        sizes[name] = synthesis.tensor_bytes(family, config, model, SHAPES[name].dtype)
+    assert sizes["opt-6.7b"] == pytest.approx(13.32e9, rel=0.002)
+    assert sizes["falcon-7b"] == pytest.approx(13.84e9, rel=0.002)
+
+
+def test_windows_count_what_they_say() -> None:
+    active = torch.zeros(40, 4, dtype=torch.bool)
+    active[:, 0] = True  # never new
+    active[::2, 1] = True  # new for a window of 1, in every second token
+    assert new_per_token(active, 1) == pytest.approx(0.5 / 4)
+    assert new_per_token(active, 2) == 0
+    assert union_size(active, 1) == pytest.approx(1.5 / 4)
+    assert union_size(active, 2) == pytest.approx(2 / 4)
+
+
+def test_presets_stay_in_the_papers_range() -> None:
+    preset = Planting.at_rate(1, "learned")
+    assert 0.03 <= preset.active <= 0.05
+    assert 0.02 <= preset.new <= 0.035
