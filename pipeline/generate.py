@@ -169,6 +169,7 @@ class Session:
             ),
         )
         text = Detokenizer(self.tokenizer)
+        reusable = True
         try:
             while generation.finished is None:
                 message = self._next(cancelled)
@@ -185,8 +186,11 @@ class Session:
                     generation.finished = message
                 elif isinstance(message, Stats):
                     self.live[message.name] = message.values
+        except (KeyboardInterrupt, RingError):
+            reusable = False  # the session is about to be closed: waiting for the ring could take long
+            raise
         finally:
-            if generation.finished is None:
+            if reusable and generation.finished is None:
                 self._cancel(generation, run)
         rest = text.finish()
         generation.text += rest

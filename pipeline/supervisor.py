@@ -169,7 +169,9 @@ class Supervisor:
         self.broadcast(RingReady())
 
     def send(self, worker: str, message: Message) -> None:
-        assert self._channel is not None
+        """Raises RingError when the ring has been stopped."""
+        if self._channel is None:
+            raise RingError("the ring has been stopped")
         self._channel.send(CONTROL_INBOX[worker], message)
 
     def broadcast(self, message: Message) -> None:

@@ -124,9 +124,14 @@ def _generate(
     from pipeline.generate import Session
 
     with Session.open(store, config, report.plan) as session:
-        for piece in session.generate(prompt, params):
-            if not quiet:
-                print(piece, end="", flush=True)
+        pieces = session.generate(prompt, params)
+        try:
+            for piece in pieces:
+                if not quiet:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            session.close()  # at once: leaving the iterator would first wait for the token in work
+            raise
         if not quiet:
             print(flush=True)
         return session.summary()
