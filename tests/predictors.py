@@ -24,10 +24,12 @@ def maps(store: Store, prefix: str, layers: range, rank: int = 3, seed: int = 1)
     return tensors
 
 
-def write(store: Store, tensors: dict[str, Any], name: str = "default", **metadata: str) -> Path:
-    """A file of these tensors, of look-ahead 1 unless told otherwise."""
+def write(
+    store: Store, tensors: dict[str, Any], name: str = "default", changes: dict[str, str] | None = None
+) -> Path:
+    """A file of these tensors, of look-ahead 1; `changes` are to its metadata."""
     path = store.path / PREDICTORS / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
     described = {"kind": "lowrank", "lookahead": "1", "store": store.identity, "report": "{}"}
-    save_file(tensors, path, {**described, **metadata})
+    save_file(tensors, path, {**described, **(changes or {})})
     return path

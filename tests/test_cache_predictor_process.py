@@ -193,7 +193,7 @@ def test_the_predictor_with_trained_maps(store, tmp_path):
 
 
 def test_the_predictor_refuses_maps_of_other_weights(store, tmp_path):
-    predictors.write(store, predictors.maps(store, "layers", range(3)), store="f" * 32)
+    predictors.write(store, predictors.maps(store, "layers", range(3)), changes={"store": "f" * 32})
     with driven("predictor", store, tmp_path, ()) as predictor:
         failed = predictor.receive("supervisor")
         assert isinstance(failed, Failed)

@@ -70,7 +70,7 @@ def test_without_maps_for_the_guess_the_layers_own_are_used(store):
 
 def test_a_file_of_lookahead_0_holds_the_layers_own_maps(store):
     tensors = predictors.maps(store, "layers", LAYERS)
-    predictors.write(store, tensors, lookahead="0")
+    predictors.write(store, tensors, changes={"lookahead": "0"})
     scorer = lowrank.load(store, "default", 0, refines=False, threshold=0.0)
     x = hidden(store)
     assert scorer.active(2, x, True).tolist() == expected(tensors, "layers", 2, x).tolist()
@@ -78,7 +78,7 @@ def test_a_file_of_lookahead_0_holds_the_layers_own_maps(store):
 
 def test_early_sets_need_only_maps_of_their_lookahead(store):
     tensors = predictors.maps(store, "layers", LAYERS)
-    predictors.write(store, tensors, lookahead="2")
+    predictors.write(store, tensors, changes={"lookahead": "2"})
     scorer = lowrank.load(store, "default", 2, refines=False, threshold=0.0)
     x = hidden(store)
     assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x).tolist()
@@ -110,7 +110,7 @@ def test_layers_that_need_none_may_be_absent(store):
     ],
 )
 def test_refused(store, metadata, lookahead, refines, message):
-    predictors.write(store, predictors.maps(store, "layers", LAYERS), **metadata)
+    predictors.write(store, predictors.maps(store, "layers", LAYERS), changes=metadata)
     with pytest.raises(StoreError, match=message) as caught:
         lowrank.load(store, "default", lookahead, refines, 0.0)
     assert "train-predictor" in str(caught.value)

@@ -19,6 +19,7 @@ from workers.cache.staging import Staging
 
 Table = npt.NDArray[np.int32]
 Instruction = LayerPart | ReadBundles
+NOTHING = np.zeros(0, np.intp)
 
 COUNTED = ("decode_hits", "decode_misses", "decode_wasted", "stream_hits", "stream_misses", "staged")
 
@@ -116,11 +117,11 @@ class LayerCache:
         slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight[slots]
-        absent = ids[missing]
-        if absent.size:
-            absent = absent[: residency.make_room(absent.size)]
-            residency.admit(absent)
-            slots[missing] = residency.slot_of[ids[missing]]
+        places = np.flatnonzero(missing)
+        if places.size:
+            absent = ids[places]
+            residency.admit(absent[: residency.make_room(absent.size)])
+            slots[places] = residency.slot_of[absent]
         residency.use(ids, message.step)
         return self._answer(layer, message, ids, slots, missing, guessed)
 
@@ -164,11 +165,11 @@ class LayerCache:
         self._count(layer, message, hits=ids.size - misses - wanted_guesses, misses=misses)
         if not message.stream:
             self._counts["decode_wasted"] += layer.guessed - wanted_guesses
-        staged = slots == NOWHERE
+        staged = np.flatnonzero(slots == NOWHERE) if misses else NOTHING
         slots += layer.first_slot
-        if misses and staged.any():
+        if staged.size:
             return self._segments(layer, message, ids, slots, missing, staged)
-        return self._parts(layer, message, ids, slots, missing, guessed)
+        return self._parts(layer, message, ids, slots, missing, guessed, misses)
 
     def _parts(
         self,
@@ -178,26 +179,23 @@ class LayerCache:
         slots: Ids,
         missing: npt.NDArray[np.bool_],
         guessed: npt.NDArray[np.bool_],
+        misses: int,
     ) -> list[Instruction]:
         """Everything fits: hits, then the guess's, then the misses."""
-        masks = [~(missing | guessed)]
+        places = [np.flatnonzero(~(missing | guessed))]
         if layer.guessed:
-            masks.append(guessed)
+            places.append(np.flatnonzero(guessed))
         instructions: list[Instruction] = []
-        if missing.any():
-            read = (ids[missing], slots[missing])
-            instructions.append(self._read(layer, message, len(masks), layer.guessed, *read))
-            masks.append(missing)
-        counts, at = [], 0
-        table = self._active[message.layer]
-        for mask in masks:
-            some = ids[mask]
-            table[ID, at : at + some.size] = some
-            table[SLOT, at : at + some.size] = slots[mask]
-            counts.append(int(some.size))
-            at += some.size
-        closes = tuple(number == len(masks) - 1 for number in range(len(masks)))
-        return [*instructions, _plan(message, tuple(counts), closes, staged=False)]
+        if misses:
+            places.append(np.flatnonzero(missing))
+            read = (ids[places[-1]], slots[places[-1]])
+            instructions.append(self._read(layer, message, len(places) - 1, layer.guessed, *read))
+        order = np.concatenate(places) if len(places) > 1 else places[0]
+        self._active[message.layer, ID, : ids.size] = ids[order]
+        self._active[message.layer, SLOT, : ids.size] = slots[order]
+        counts = tuple(some.size for some in places)
+        closes = (False,) * (len(places) - 1) + (True,)
+        return [*instructions, _plan(message, counts, closes, staged=False)]
 
     def _segments(
         self,
@@ -206,17 +204,19 @@ class LayerCache:
         ids: Ids,
         slots: Ids,
         missing: npt.NDArray[np.bool_],
-        staged: npt.NDArray[np.bool_],
+        staged: npt.NDArray[np.intp],
     ) -> list[Instruction]:
-        """More than fits: segments by ascending id, each with at most one half of staged neurons."""
+        """More than fits: segments by ascending id, each with at most one half of staged neurons.
+
+        `staged` are the places in `ids` of what has no slot.
+        """
         half = self._plan.staging
-        places = np.flatnonzero(staged)
-        cuts = [0, *places[half::half].tolist(), ids.size]
-        for number, start in enumerate(range(0, places.size, half)):
-            some = places[start : start + half]
+        cuts = [0, *staged[half::half].tolist(), ids.size]
+        for number, start in enumerate(range(0, staged.size, half)):
+            some = staged[start : start + half]
             first = self._first_staging[self._staging.next_half(number)]
             slots[some] = np.arange(first, first + some.size, dtype=np.int32)
-        self._counts["staged"] += places.size
+        self._counts["staged"] += staged.size
         self._active[message.layer, ID, : ids.size] = ids
         self._active[message.layer, SLOT, : ids.size] = slots
         before = (0, 0) if layer.guessed else (0,)

@@ -16,8 +16,12 @@ class Policy(Protocol):
     def used(self, ids: Ids, step: int) -> None:
         """The neurons `ids` were computed in `step`."""
 
-    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_] | None:
-        """Which of the resident neurons `ids` are to be dropped before `step`; None: none of them."""
+    @property
+    def forgets(self) -> bool:
+        """Whether neurons can expire at all."""
+
+    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_]:
+        """Which of the resident neurons `ids` are to be dropped before `step`."""
 
     def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
         """How much each neuron is worth keeping; the least goes first."""
@@ -34,9 +38,11 @@ class WindowThenOldest:
     def used(self, ids: Ids, step: int) -> None:
         self._last_used[ids] = step
 
-    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_] | None:
-        if not self._window:
-            return None
+    @property
+    def forgets(self) -> bool:
+        return self._window > 0
+
+    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_]:
         old: npt.NDArray[np.bool_] = self._last_used[ids] < step - self._window
         return old
 

@@ -40,9 +40,9 @@ class Residency:
         """Start the next turn: leases and reads in flight have ended, old neurons are dropped."""
         self.leased[:] = False
         self.in_flight[:] = False
-        occupied = np.flatnonzero(self.id_of != NOWHERE)
-        expired = self._policy.expired(self.id_of[occupied], step)
-        if expired is not None:
+        if self._policy.forgets:
+            occupied = np.flatnonzero(self.id_of != NOWHERE)
+            expired = self._policy.expired(self.id_of[occupied], step)
             self.dropped += self._vacate(occupied[expired])
 
     def lease(self, ids: Ids) -> Ids:
