@@ -1,0 +1,261 @@
+"""Predictor training: metrics, the training-free start, learning, resuming, refusing."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from storage.convert import convert
+from storage.errors import StoreError, UnsupportedModel, UsageError
+from storage.format import PREDICTORS, Store
+from workers.predictor import activations, fit, lowmap, lowrank, report, svd, texts
+from workers.predictor.activations import Samples
+from workers.predictor.tensors import Tensors
+from workers.predictor.train import Job, Split, make
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These products are too small to share, and waiting for a busy core costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    where = tmp_path_factory.mktemp("trained")
+    return convert(checkpoints.write_checkpoint(where / "checkpoint", "opt"), where / "store", name="tiny")
+
+
+@pytest.fixture
+def tokens(store: Store) -> np.ndarray:
+    generator = np.random.default_rng(3)
+    return generator.integers(4, 200, (24, min(32, store.architecture.max_positions)))
+
+
+def planted(rank: int, rows: int = 4096, d_model: int = 32, d_ff: int = 128) -> tuple[Samples, torch.Tensor]:
+    """Inputs, and neurons that fire by a map of this rank, about one in ten; and the map's matrix."""
+    generator = np.random.default_rng(1)
+    inputs = generator.standard_normal((rows, d_model)).astype(np.float16)
+    matrix = generator.standard_normal((d_ff, rank)) @ generator.standard_normal((rank, d_model))
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    active = inputs.astype(np.float64) @ matrix.T > 1.28
+    packed = np.packbits(active, axis=1, bitorder="little")
+    return Samples(inputs, packed, d_ff, 1.0), torch.from_numpy(matrix).float()
+
+
+def test_metrics_of_hand_made_arrays() -> None:
+    active = torch.tensor([[True, True, False, False], [True, False, False, True]])
+    predicted = torch.tensor([[True, False, True, False], [True, False, False, True]])
+    counts = report.Counts.of(predicted, active)
+    assert counts == report.Counts(hit=3, missed=1, wrong=1, silent=3)
+    assert (counts.recall, counts.precision) == (0.75, 0.75)
+    assert (counts.false_negatives, counts.false_positives) == (0.25, 0.25)
+    assert (counts.active, counts.predicted) == (0.5, 0.5)
+    nothing = report.Counts()
+    assert (nothing.recall, nothing.false_negatives, nothing.false_positives) == (1.0, 0.0, 0.0)
+
+
+def test_the_threshold_misses_just_the_share_it_may() -> None:
+    scores = torch.arange(20.0).reshape(2, 10)
+    active = scores >= 0
+    for share, missed in ((0.0, 0), (0.05, 1), (0.5, 10)):
+        least = report.threshold(scores, active, share)
+        assert report.Counts.of(scores > least, active).missed == missed
+
+
+def test_svd_at_full_rank_is_exact_and_below_it_is_not() -> None:
+    samples, matrix = planted(rank=32)
+    bias = torch.full((len(matrix),), -1.28)
+    exact = fit.quality(svd.decompose(matrix, bias, 32), samples)
+    assert (exact.missed, exact.wrong) == (0, 0)
+    assert exact.hit > 1000
+    assert fit.quality(svd.decompose(matrix, bias, 8), samples).missed > 1000
+
+
+def test_regression_finds_a_planted_low_rank_map() -> None:
+    samples, matrix = planted(rank=6)
+    bias = torch.full((len(matrix),), -1.28)
+    regression = fit.Regression.of(matrix, bias, samples.inputs, samples.inputs)
+    found = fit.calibrated(regression.map(6, 1.0), samples, 0.02)
+    counts = fit.quality(found, samples)
+    assert counts.recall > 0.97
+    assert counts.false_positives < 0.01
+    assert float(regression.strengths[-6:].sum()) == pytest.approx(len(matrix), rel=0.02)
+
+
+def test_training_learns_from_a_start_that_knows_nothing() -> None:
+    samples, matrix = planted(rank=6)
+    generator = torch.Generator().manual_seed(0)
+    start = lowmap.LowMap(
+        torch.randn(6, 32, generator=generator) * 0.1,
+        torch.randn(len(matrix), 6, generator=generator) * 0.1,
+        torch.zeros(len(matrix)),
+    )
+    learn, held_out = samples.part(0, 3072), samples.part(3072, 4096)
+    recipe = fit.Recipe(epochs=20, rate=0.05, batch=256)
+    before = fit.quality(fit.calibrated(start, learn, 0.05), held_out)
+    trained = fit.train(start, learn, held_out, recipe, CPU)
+    after = fit.quality(fit.calibrated(trained, learn, 0.05), held_out)
+    assert after.recall > 0.9
+    assert after.false_positives < 0.25 * before.false_positives
+
+
+def test_gradients_are_those_of_the_weighted_cross_entropy() -> None:
+    samples, matrix = planted(rank=6, rows=64)
+    inputs, active = samples.rows(slice(None))
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 32), (len(matrix), 6), (len(matrix),))
+    ours = [torch.randn(shape, generator=generator) for shape in shapes]
+    theirs = [part.clone().requires_grad_() for part in ours]
+    fit._gradients(ours, inputs, active)
+    truth = active.float()
+    weight = truth.mean() + 0.005
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(
+        inputs @ theirs[0].T @ theirs[1].T + theirs[2], truth, truth * (1 - weight) + weight
+    )
+    (loss * fit.GRADIENT_SCALE).backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_more_rank_goes_where_the_spectrum_is_flat() -> None:
+    easy = torch.tensor([0.0] * 24 + [1.0] * 7 + [100.0])
+    hard = torch.full((32,), 10.0)
+    ranks = fit.allot([easy, hard], 40)
+    assert sum(ranks) <= 40
+    assert ranks[1] > 3 * ranks[0] > 0
+
+
+def test_activations_are_those_of_the_dense_model(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
+    recorded = activations.record(store, tokens, tmp_path)
+    for layer in range(store.layout.layers):
+        samples = recorded.samples(layer, 0)
+        up, bias = activations.up_projection(store, layer)
+        inputs, active = samples.rows(slice(None))
+        pre = inputs @ up.T + bias
+        sure = pre.abs() > 0.05  # inputs are rounded to float16
+        assert sure.float().mean() > 0.9
+        assert torch.equal((pre > 0)[sure], active[sure])
+    embedding = recorded.inputs(-1).astype(np.float32)
+    assert float((embedding**2).mean()) == pytest.approx(1, abs=0.2)
+
+
+def test_the_file_is_read_by_the_ring_and_better_than_chance(
+    store: Store, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    split = Split.of(len(tokens) - 4, 4, tokens.shape[1])
+    reports = make(store, tokens, split, Job(rank=24), "file", tmp_path)
+    assert len(reports) == 2 * store.layout.layers
+    for one in reports:
+        if one.lookahead == 0:
+            assert one.recall > one.predicted + 0.2  # chance has as much recall as it predicts
+    scorer = lowrank.load(store, "file", 1, True, 0.0)
+    recorded = activations.Activations(tmp_path / "activations", store)
+    for own in (True, False):
+        samples = recorded.samples(1, 0 if own else 1)
+        found = lowmap.LowMap.read(
+            Tensors(store.path / PREDICTORS / "file.safetensors"), "inlayer.1" if own else "layers.1"
+        )
+        row = samples.rows(slice(0, 1))[0]
+        scores = found.scores(row)[0].numpy()
+        mask = scorer.active(1, row[0].numpy() / samples.scale, own)
+        sure = np.abs(scores) > 1e-2
+        assert np.array_equal(mask[sure], (scores > 0)[sure])
+    with safe_open(store.path / PREDICTORS / "file.safetensors", "np") as file:
+        told = json.loads(file.metadata()["report"])
+    assert [one["layer"] for one in told["layers"]] == list(range(store.layout.layers)) * 2
+
+
+def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
+    split = Split.of(len(tokens), 0, tokens.shape[1])
+    job = Job(rank=8)
+
+    def file(name: str) -> bytes:
+        return (store.path / PREDICTORS / f"{name}.safetensors").read_bytes()
+
+    make(store, tokens, split, job, "whole", tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, at: int) -> Callable[[str, int, int], None]:
+        def told(what: str, done: int, total: int) -> None:
+            if (what, done) == (stage, at):
+                raise Stopped
+
+        return told
+
+    for stage, at in (("activations", 1), ("predictors", 1)):
+        with pytest.raises(Stopped):
+            make(store, tokens, split, job, "resumed", tmp_path / "part", told=stop(stage, at))
+        assert not (store.path / PREDICTORS / "resumed.safetensors").exists()
+    first = sorted((tmp_path / "part" / "maps").iterdir())
+    assert len(first) == 1
+    written = first[0].stat().st_mtime_ns
+    make(store, tokens, split, job, "resumed", tmp_path / "part")
+    assert file("resumed") == file("whole")
+    assert first[0].stat().st_mtime_ns == written
+
+
+def test_auto_rank_keeps_the_budget(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
+    split = Split.of(len(tokens), 0, tokens.shape[1])
+    make(store, tokens, split, Job(budget=0.5, method="regression"), "small", tmp_path)
+    layout = store.layout
+    ffn = layout.layers * layout.d_ff * layout.rows * layout.row_bytes
+    tensors = Tensors(store.path / PREDICTORS / "small.safetensors")
+    held = sum(tensors.read(name).nbytes for name in tensors.names)
+    assert 0.35 * ffn < held <= 0.5 * ffn
+    with pytest.raises(UsageError, match="budget"):
+        make(store, tokens, split, Job(budget=0.001), "none", tmp_path)
+
+
+def test_predictors_of_another_store_are_refused(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
+    split = Split.of(len(tokens), 0, tokens.shape[1])
+    make(store, tokens, split, Job(rank=4, method="svd"), "foreign", tmp_path / "work")
+    other = convert(
+        checkpoints.write_checkpoint(tmp_path / "checkpoint", "opt", seed=1), tmp_path / "store", name="other"
+    )
+    (other.path / PREDICTORS).mkdir()
+    name = f"{PREDICTORS}/foreign.safetensors"
+    (other.path / name).write_bytes((store.path / name).read_bytes())
+    with pytest.raises(StoreError, match="other weights"):
+        lowrank.load(other, "foreign", 1, False, 0.0)
+
+
+def test_a_model_without_relu_is_refused(tmp_path: Path) -> None:
+    where = checkpoints.write_checkpoint(tmp_path / "checkpoint", "opt-gelu")
+    gelu = convert(where, tmp_path / "store", name="gelu")
+    with pytest.raises(UnsupportedModel, match="gelu activations: low-rank predictors need a ReLU model"):
+        make(gelu, np.zeros((4, 8), np.int64), Split(8, 16, 24), Job(), "no", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_texts_plain_and_lines_and_packed(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("once upon a time\n" * 100, encoding="utf-8")
+    lines = "".join(json.dumps({"text": "once upon a time"}) + "\n" for _ in range(100))
+    (tmp_path / "lines.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    length = min(texts.LONGEST_ROW, store.architecture.max_positions, 200)
+    for name in ("plain.txt", "lines.jsonl.xz"):
+        rows = texts.rows(tmp_path / name, store, 200)
+        assert rows.shape == (200 // length, length)
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"no": 1}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="line 2"):
+        texts.rows(tmp_path / "bad.jsonl", store, 200)
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"0 tokens|1 tokens"):
+        texts.rows(tmp_path / "empty.txt", store, 200)
+    with pytest.raises(UsageError, match="cannot be read"):
+        texts.rows(tmp_path / "absent.txt", store, 200)
