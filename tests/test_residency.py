@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.cache.policy import WindowThenOldest
-from workers.cache.residency import NOWHERE, Residency
+from workers.cache.residency import NOWHERE, Residency, least
 
 D_FF = 12
 
@@ -125,6 +125,14 @@ def test_validate_sees(break_it, message):
     break_it(cache)
     with pytest.raises(AssertionError, match=message):
         cache.validate()
+
+
+@settings(max_examples=50, deadline=None)
+@given(worth=st.lists(st.integers(-1, 5), max_size=20), data=st.data())
+def test_the_least_are_found_the_first_of_equal_ones(worth: list[int], data: st.DataObject):
+    count = data.draw(st.integers(0, len(worth)))
+    expected = sorted(range(len(worth)), key=lambda place: (worth[place], place))[:count]
+    assert sorted(least(np.array(worth, np.int64), count).tolist()) == sorted(expected)
 
 
 NEURONS = st.sets(st.integers(0, D_FF - 1))

