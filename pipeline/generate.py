@@ -129,22 +129,11 @@ class Session:
         ring ends the run at its next token or prefill chunk, and the iteration ends.
         """
         params.check()
-        ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
-        self._check_prompt(prompt, ids, params)
-        return self._stream(ids, params, cancelled)
-
-    def _check_prompt(
-        self, prompt: str | Sequence[int], ids: tuple[int, ...], params: GenerationParams
-    ) -> None:
-        if not ids or not prompt:
+        if not prompt:
             raise UsageError("the prompt is empty")
-        if not all(0 <= one < self.store.architecture.vocabulary for one in ids):
-            raise UsageError("the prompt holds token ids outside the model's vocabulary")
-        if len(ids) >= self.plan.context:
-            raise UsageError(
-                f"the prompt has {len(ids):,} tokens, and the context of {self.plan.context:,} "
-                "must also hold at least one new token; see --context"
-            )
+        ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        check_prompt(ids, self.store, self.plan)
+        return self._stream(ids, params, cancelled)
 
     def _stream(
         self, ids: tuple[int, ...], params: GenerationParams, cancelled: Callable[[], bool]
@@ -301,6 +290,19 @@ def _texts(pieces: Generator[Piece, None, None]) -> Iterator[str]:
         for piece in pieces:
             if piece.text:
                 yield piece.text
+
+
+def check_prompt(ids: Sequence[int], store: Store, plan: Plan) -> None:
+    """Raises UsageError for a prompt that is empty or that the model or the plan cannot hold."""
+    if not ids:
+        raise UsageError("the prompt is empty")
+    if not all(0 <= one < store.architecture.vocabulary for one in ids):
+        raise UsageError("the prompt holds token ids outside the model's vocabulary")
+    if len(ids) >= plan.context:
+        raise UsageError(
+            f"the prompt has {len(ids):,} tokens, and the context of {plan.context:,} "
+            "must also hold at least one new token; see --context"
+        )
 
 
 def load_tokenizer(store: Store) -> Tokenizer:

@@ -121,10 +121,12 @@ def _generate(
     quiet: bool,
 ) -> dict[str, Any]:
     """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
-    from pipeline.generate import Session
+    from pipeline.generate import Session, check_prompt, load_tokenizer
 
+    ids = load_tokenizer(store).encode(prompt).ids
+    check_prompt(ids, store, report.plan)  # before the ring starts, which can take a while
     with Session.open(store, config, report.plan) as session:
-        pieces = session.generate(prompt, params)
+        pieces = session.generate(ids, params)
         try:
             for piece in pieces:
                 if not quiet:

@@ -86,7 +86,7 @@ async def main(worker: Worker) -> None:
 
     loop.start()
     worker.channel.on_message("control", handle)
-    worker.ready(kernels.notes(), f"compute: {threads} threads")
+    worker.ready(kernels.notes(), f"{threads} threads")
     waiting: asyncio.Future[object] = asyncio.ensure_future(stopped.wait())
     try:
         await asyncio.wait({waiting, loop.ended}, return_when=asyncio.FIRST_COMPLETED)

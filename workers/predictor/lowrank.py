@@ -68,11 +68,11 @@ class LowRankScorer:
         notes: tuple[str, ...] = (),
     ) -> None:
         self.notes = notes
-        self._maps = (ahead, own)
+        self.maps = (ahead, own)
         self._threshold = np.float32(threshold)
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
-        mask: Mask = self._maps[own][layer].scores(hidden) > self._threshold
+        mask: Mask = self.maps[own][layer].scores(hidden) > self._threshold
         return mask
 
 
@@ -105,7 +105,7 @@ def load(
     if lookahead and not refines and len(ahead) < len(wanted):
         raise StoreError(f"{file.path} was trained for look-ahead {trained}, not {lookahead}: {REMEDY}")
     if refines and not (trained == lookahead and len(ahead) == len(wanted)):
-        notes = (f"predictor: guesses by predictors of another look-ahead than {lookahead}",)
+        notes = (f"guesses by predictors of another look-ahead than {lookahead}",)
     return LowRankScorer({**own, **ahead}, own if refines or not lookahead else ahead, threshold, notes)
 
 

@@ -27,7 +27,7 @@ class Oracle:
 
     def __init__(self, ups: Sequence[npt.NDArray[Any]], biases: Sequence[F32], dtype: str) -> None:
         """`ups`: per layer [d_ff, d_model] of `dtype`'s carrier; `biases`: [d_ff], or empty."""
-        self.notes: tuple[str, ...] = ("predictor: oracle, all up-projections in memory",)
+        self.notes: tuple[str, ...] = ("oracle, all up-projections in memory",)
         self._ups, self._biases, self._dtype = ups, biases, dtype
 
     @classmethod
