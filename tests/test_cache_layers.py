@@ -206,12 +206,13 @@ def test_a_cold_cache_is_filled_by_a_prefill_kept_neurons_first():
 
 def test_kept_neurons_evict_others_in_a_prefill_which_are_staged():
     bench = Bench(plan((2,), d_ff=4, staging=4))
-    bench.tell(0, 0, 0, 1)
-    instructions = bench.every(1, 0, 1, 3)
-    assert bench.parts(0, instructions[-1])[1] == [(0, 2), (1, 1), (2, 3), (3, 0)]
-    assert bench.asked(instructions[0]) == [(0, 2), (2, 3), (3, 0)]
-    bench.done(1, 0, 1)
-    assert bench.tell(2, 0, 1, 3) == [part0(2, 0, (2,), (True,))]
+    bench.tell(0, 0, 1)
+    bench.tell(1, 0, 0)
+    instructions = bench.every(2, 0, 1, 3)  # 1 is the older one, and kept
+    assert bench.parts(0, instructions[-1])[1] == [(0, 2), (1, 0), (2, 3), (3, 1)]
+    assert bench.asked(instructions[0]) == [(0, 2), (2, 3), (3, 1)]
+    bench.done(2, 0, 1)
+    assert bench.tell(3, 0, 1, 3) == [part0(3, 0, (2,), (True,))]
 
 
 def test_every_neuron_in_decode_keeps_the_same_residents():
