@@ -1,0 +1,68 @@
+"""The memory budget is kept: a whole run inside a memory cgroup of exactly the budget."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+
+from pipeline.cgroup import CgroupUnavailable, MemoryCgroup
+from pipeline.config import Config
+from pipeline.planner import plan
+from storage.convert import convert
+from storage.errors import BudgetError
+from storage.format import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.mktemp("budget")
+    return convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="tiny")
+
+
+def least(store: Store) -> int:
+    """The least budget that the planner accepts, in bytes."""
+    with pytest.raises(BudgetError, match=r"the least that would do is (\d+)MiB") as refused:
+        plan(store, Config.load(None, ['memory.budget="1MiB"']))
+    return int(str(refused.value).rsplit(" ", 1)[1].removesuffix("MiB")) << 20
+
+
+def command(store: Store, budget: int) -> list[str]:
+    start = [sys.executable, str(ROOT / "run.py"), "--model", str(store.path), "--prompt", "Once upon"]
+    return [*start, "--memory", f"{budget}B", "--json", "--ignore-eos", "--max-new-tokens", "40"]
+
+
+def test_a_run_stays_within_its_budget(store):
+    budget = least(store)
+    try:
+        group = MemoryCgroup(budget)
+    except CgroupUnavailable as reason:
+        pytest.skip(str(reason))
+    with group:
+        done = subprocess.run(
+            group.command(command(store, budget)), capture_output=True, text=True, check=False
+        )
+        peak = group.peak_bytes
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["memory"]["budget_bytes"] == budget
+    assert result["generated_tokens"] == 40
+    assert 0 < result["memory"]["peak_bytes"] <= budget
+    assert peak <= budget
+
+
+def test_a_process_beyond_the_cgroup_is_stopped():
+    """The measure itself: without this, the test above could not fail."""
+    try:
+        group = MemoryCgroup(64 << 20)
+    except CgroupUnavailable as reason:
+        pytest.skip(str(reason))
+    with group:
+        hog = [sys.executable, "-c", "len(bytearray(256 << 20))"]
+        assert subprocess.run(group.command(hog), capture_output=True, check=False).returncode != 0
