@@ -381,7 +381,7 @@ class World:
             self.compute(step, layer)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     random=st.randoms(use_true_random=False),
     slots=st.lists(st.integers(0, 12), min_size=1, max_size=4),

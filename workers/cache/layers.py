@@ -47,7 +47,7 @@ class LayerCache:
         make = policy or (lambda layer: WindowThenOldest(plan.d_ff, 0))
         self._plan = plan
         self._active, self._reads = active, reads
-        self._every = np.arange(plan.d_ff, dtype=np.int32)
+        self._every = np.arange(plan.d_ff)
         self._staging = Staging()
         self._first_staging = [plan.first_staging_slot(half) for half in range(2)]
         self._done = -1
@@ -59,7 +59,7 @@ class LayerCache:
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def handle(self, message: NeuronsPredicted | PartDone, ids: Ids | None = None) -> list[Instruction]:
+    def handle(self, message: NeuronsPredicted | PartDone, ids: Table | None = None) -> list[Instruction]:
         """What to send, in this order; the tables are written by then.
 
         `ids`, ascending, are those of the prediction's row: `count` of them or, with EVERY, `keep`.
@@ -70,8 +70,11 @@ class LayerCache:
         self._done = max(self._done, message.done)
         layer = self._turn(message)
         listed = message.keep if message.count == EVERY else message.count
-        wanted = self._every if listed == EVERY else ids
-        assert wanted is not None, "a prediction without its neurons"
+        if listed == EVERY:
+            wanted = self._every
+        else:
+            assert ids is not None, "a prediction without its neurons"
+            wanted = ids.astype(np.intp)
         assert wanted.size == (self._plan.d_ff if listed == EVERY else listed), "ids are missing"
         if message.guess:
             return self._guess(layer, message, wanted)
@@ -139,7 +142,7 @@ class LayerCache:
         guessed = residency.in_flight[slots]
         other = missing.copy()
         other[keep] = False
-        chosen = np.concatenate((kept, np.flatnonzero(other)[: residency.free - kept.size].astype(np.int32)))
+        chosen = np.concatenate((kept, np.flatnonzero(other)[: residency.free - kept.size]))
         chosen.sort()
         residency.admit(chosen)
         slots[missing] = residency.slot_of[missing]
@@ -215,7 +218,7 @@ class LayerCache:
         for number, start in enumerate(range(0, staged.size, half)):
             some = staged[start : start + half]
             first = self._first_staging[self._staging.next_half(number)]
-            slots[some] = np.arange(first, first + some.size, dtype=np.int32)
+            slots[some] = np.arange(first, first + some.size)
         self._counts["staged"] += staged.size
         self._active[message.layer, ID, : ids.size] = ids
         self._active[message.layer, SLOT, : ids.size] = slots

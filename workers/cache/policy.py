@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.intp]  # numpy converts narrower indices on every use, which costs more than it saves
 
 
 class Policy(Protocol):

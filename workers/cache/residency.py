@@ -18,12 +18,12 @@ NOWHERE = -1  # as a slot or an id; also indexes the sentinel behind the last sl
 
 
 class Residency:
-    """Slots of one layer. Every array of ids is int32 and has no duplicates."""
+    """Slots of one layer. Arrays of ids have no duplicates."""
 
     def __init__(self, d_ff: int, slots: int, policy: Policy) -> None:
         self.slots = slots
-        self.slot_of = np.full(d_ff, NOWHERE, np.int32)
-        self.id_of = np.full(slots, NOWHERE, np.int32)
+        self.slot_of = np.full(d_ff, NOWHERE, np.intp)
+        self.id_of = np.full(slots, NOWHERE, np.intp)
         self.leased = np.zeros(slots + 1, np.bool_)
         self.in_flight = np.zeros(slots + 1, np.bool_)
         self.resident = 0
