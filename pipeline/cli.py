@@ -8,7 +8,16 @@ from __future__ import annotations
 import typer
 
 from pipeline import launch
-from pipeline.commands import convert, generate, serve, synthesize, train_predictor, verify
+from pipeline.commands import (
+    bench_serving,
+    convert,
+    evaluate,
+    generate,
+    serve,
+    synthesize,
+    train_predictor,
+    verify,
+)
 from pipeline.ending import exit_status, program
 
 # For commands that hand all their arguments to a program in `workers`, `--help` included.
@@ -24,7 +33,9 @@ app.callback(invoke_without_command=True)(generate.command)
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("serve")(serve.command)
+app.command("bench-serving")(bench_serving.command)
 app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
+app.command("evaluate", context_settings=PASS_THROUGH)(evaluate.command)
 app.command("synthesize", context_settings=PASS_THROUGH)(synthesize.command)
 
 

@@ -1,0 +1,257 @@
+"""`serve` and `Pipeline` with a real ring: four worker processes under a small random model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import webdriver
+from checkpoints import write_checkpoint
+from ring import config, plan_for
+
+from pipeline import Client, Pipeline
+from pipeline.generate import GenerationParams, Session
+from storage.convert import convert
+from storage.errors import FlashringError, RingError
+from storage.format import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+SETTINGS = ["predictor.kind=oracle", "compute.threads=1", "prefetcher.readers=1"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.mktemp("serve")
+    return convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
+
+
+class Serving:
+    """A `run.py serve` process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stderr is not None
+        self.lines: list[str] = []
+        self.endpoint = self._address()
+        self.url = self._address()
+
+    def _address(self) -> str:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "serving small at " in line:
+                return line.split("serving small at ")[1].strip()
+        raise AssertionError("".join(self.lines))
+
+    def worker(self, name: str) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children():
+            if f"workers.{name}" in child.cmdline():
+                return child
+        raise AssertionError(f"no {name} worker")
+
+    def wait(self) -> tuple[int, str]:
+        """Exit status and what it wrote last."""
+        _, rest = self.process.communicate(timeout=60)
+        return self.process.returncode, rest
+
+
+@contextmanager
+def serving(store: Store, base: Path, *arguments: str) -> Iterator[Serving]:
+    template = base / "template.jinja"
+    template.write_text(TEMPLATE)
+    command = [sys.executable, str(ROOT / "run.py"), "serve", "--model", str(store.path)]
+    command += ["--endpoint", f"ipc://{base / 'serve.sock'}", "--http", "127.0.0.1:0", *arguments]
+    command += ["--chat-template", str(template), *[f"--set={setting}" for setting in SETTINGS]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Serving(process)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=30)
+
+
+def alone(store: Store, prompts: list[str], seeds: range) -> list[list[str]]:
+    """The texts that the session itself gives."""
+    chosen = config()
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        return [
+            [
+                "".join(session.generate(prompt, GenerationParams(4, 1.0, 50, 0.95, seed, ignore_eos=True)))
+                for seed in seeds
+            ]
+            for prompt in prompts
+        ]
+
+
+def test_concurrent_clients_get_what_a_lone_run_gives(store, tmp_path):
+    prompts = [f"client {number}" for number in range(8)]
+
+    def talk(prompt: str) -> list[str]:
+        with Client(server.endpoint) as client:
+            return [
+                client.generate(
+                    prompt,
+                    max_new_tokens=4,
+                    temperature=1.0,
+                    top_k=50,
+                    top_p=0.95,
+                    seed=seed,
+                    ignore_eos=True,
+                ).read()
+                for seed in range(4)
+            ]
+
+    with serving(store, tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(talk, prompts))
+        server.process.send_signal(signal.SIGTERM)
+        status, _ = server.wait()
+    assert texts == alone(store, prompts, range(4))
+    assert status == 0
+    assert not (tmp_path / "serve.sock").exists()
+
+
+def test_a_worker_killed_under_load(store, tmp_path):
+    with serving(store, tmp_path) as server, Client(server.endpoint, timeout=60) as client:
+        wanted = client.generate("a", max_new_tokens=8, ignore_eos=True).read()
+        for death, worker in enumerate(("cache", "prefetcher", "compute"), 1):
+            open_answers = [
+                client.generate("a", max_new_tokens=tokens, ignore_eos=True) for tokens in (100, 3, 3)
+            ]
+            next(open_answers[0])
+            victim = server.worker(worker)
+            victim.kill()
+            with pytest.raises(RingError, match=r"worker .*SIGKILL|died 3 times"):
+                open_answers[0].read()
+            if death < 3:
+                for answer in open_answers[1:]:
+                    answer.read()  # they waited, and are answered by the new ring
+                assert client.generate("a", max_new_tokens=8, ignore_eos=True).read() == wanted
+        status, last = server.wait()
+        for answer in open_answers[1:]:
+            with pytest.raises(FlashringError):
+                answer.read()
+    assert status == 1
+    assert "died 3 times within 60 s" in last
+    assert "compute worker" in last
+    assert "Traceback" not in last
+
+
+def test_in_process_equals_served(store, tmp_path):
+    prompts = ["one", "two"]
+    with Pipeline.open(str(store.path), settings=SETTINGS) as pipeline:
+        texts = [
+            [
+                pipeline.generate(
+                    prompt,
+                    max_new_tokens=4,
+                    temperature=1.0,
+                    top_k=50,
+                    top_p=0.95,
+                    seed=seed,
+                    ignore_eos=True,
+                ).read()
+                for seed in range(3)
+            ]
+            for prompt in prompts
+        ]
+        with pipeline.generate("left open", max_new_tokens=100, ignore_eos=True) as unfinished:
+            next(unfinished)
+        whole = pipeline.generate("one", max_new_tokens=5, ignore_eos=True)
+        whole.read()
+        assert whole.done is not None
+        assert whole.done.generated_tokens == len(whole.tokens) == 5
+        assert pipeline.stats()["cache.decode_hits"] > 0
+        worker = psutil.Process().children()[0]
+        worker.kill()
+        worker.wait(20)
+        with pytest.raises(RingError):
+            pipeline.generate("one", max_new_tokens=5).read()
+        again = pipeline.generate("one", max_new_tokens=5, ignore_eos=True)
+        again.read()
+        assert (again.tokens, again.logprobs) == (whole.tokens, whole.logprobs)
+    assert texts == alone(store, prompts, range(3))
+
+
+EMBEDDER = """
+import sys
+from pipeline import Pipeline
+pipeline = Pipeline.open(sys.argv[1], settings=sys.argv[2:])
+answer = pipeline.generate("Once", max_new_tokens=100, ignore_eos=True)
+next(answer)
+import psutil
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+for piece in answer:
+    sys.stdin.read(1)
+"""
+
+
+def test_a_killed_embedder_leaves_nothing_behind(store):
+    command = [sys.executable, "-c", EMBEDDER, str(store.path), *SETTINGS]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as embedder:
+        assert embedder.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in embedder.stdout.readline().split()]
+        assert len(workers) == 4
+        embedder.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+
+
+def test_serve_refuses_what_cannot_work(store, tmp_path):
+    def refusal(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "run.py"), "serve", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 2
+        assert len(ended.stderr.strip().splitlines()) == 1
+        return ended.stderr
+
+    assert "--curve-keys" in refusal("--endpoint", "tcp://0.0.0.0:5555")
+    assert "--api-key-file" in refusal("--http", "0.0.0.0:8080")
+    (tmp_path / "file").write_text("not a socket")
+    assert "is not a socket" in refusal("--endpoint", f"ipc://{tmp_path / 'file'}")
+
+
+ROWS = (
+    "return [...document.querySelectorAll('#layers tr')].map(row => [...row.cells].map(c => c.textContent))"
+)
+
+
+@pytest.mark.skipif(webdriver.browser() is None, reason="no Chromium with ChromeDriver on this machine")
+def test_the_page_in_a_real_browser(store, tmp_path):
+    with serving(store, tmp_path) as server, webdriver.window(tmp_path / "profile") as page:
+        page.open(server.url)
+        page.until("return document.getElementById('model').textContent === 'small'")
+        page.write("#prompt", "Once upon a time")
+        page.write("#tokens", "40")
+        page.write("#temperature", "0")
+        page.click("#go")
+        page.until("return document.getElementById('note').textContent.includes('tokens in')")
+        text = page.run("return document.getElementById('text').textContent")
+        layers = page.until("return document.getElementById('layers').rows.length")
+        rows = page.run(ROWS)
+        tiles = page.run("return [...document.querySelectorAll('.tile b')].map(b => b.textContent)")
+        problems = page.ask("POST", "/se/log", {"type": "browser"})
+        if picture := os.environ.get("FLASHRING_SCREENSHOT"):
+            page.screenshot(Path(picture))
+        with Client(server.endpoint) as client:
+            assert text == client.generate("Once upon a time", max_new_tokens=40).read()
+    assert layers == 3
+    assert all(int(row[1]) > 0 for row in rows)  # hits
+    assert all(int(row[4]) > 0 for row in rows)  # predicted neurons a token
+    assert float(tiles[0]) > 0
+    assert [problem for problem in problems if problem["level"] == "SEVERE"] == []
