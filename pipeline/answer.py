@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypedDict
@@ -56,6 +57,7 @@ class _Collected:
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.moments: list[float] = []  # arrival of each token, time.monotonic seconds
         self.done: Done | None = None  # how it ended, and what it cost
 
     def _take(self, event: Token | Done) -> str:
@@ -66,6 +68,7 @@ class _Collected:
         if event.token is not None:
             self.tokens.append(event.token)
             self.logprobs.append(event.logprob)
+            self.moments.append(time.monotonic())
         self.text += event.text
         return event.text
 

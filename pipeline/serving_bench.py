@@ -28,7 +28,7 @@ READY_SECONDS = 300.0  # loading included
 def measure(
     model: str, memory: str, settings: Sequence[str], *, tokens: int, rounds: int, clients: int, requests: int
 ) -> dict[str, Any]:
-    """Time `rounds` answers of `tokens` tokens each way, in turns; compare concurrent texts with lone ones."""
+    """Time `rounds` answers of `tokens` tokens each way, in turns; compare concurrent texts too."""
     arguments = ["--model", model] * bool(model) + ["--memory", memory] * bool(memory)
     arguments += [f"--set={setting}" for setting in settings]
     lone: list[float] = []
@@ -44,8 +44,8 @@ def measure(
         Client(endpoint, timeout=60) as client,
     ):
         for _ in range(rounds + 1):  # the first of each warms up; the two kinds take turns
-            lone.append(_seconds_per_token(session.generate(PROMPT, params)))
-            served.append(_seconds_per_token(client.generate(PROMPT, max_new_tokens=tokens, ignore_eos=True)))
+            lone.append(_lone(session, params))
+            served.append(_served(client, params))
         texts = _concurrent_texts(endpoint, clients, requests)
         alone = [
             ["".join(session.generate(PROMPT, _sampled(number, turn))) for turn in range(requests)]
@@ -55,8 +55,8 @@ def measure(
     return {
         "tokens": tokens,
         "rounds": rounds,
-        "lone_ms_per_piece": [round(one * 1e3, 4) for one in lone[1:]],
-        "served_ms_per_piece": [round(one * 1e3, 4) for one in served[1:]],
+        "lone_ms_per_token": [round(one * 1e3, 4) for one in lone[1:]],
+        "served_ms_per_token": [round(one * 1e3, 4) for one in served[1:]],
         "median_lone_ms": round(without, 4),
         "median_served_ms": round(through, 4),
         "cost_ms": round(through - without, 4),
@@ -68,13 +68,22 @@ def _sampled(client: int, turn: int) -> GenerationParams:
     return GenerationParams(16, 1.0, 50, 0.95, seed=1000 * client + turn, ignore_eos=True)
 
 
-def _seconds_per_token(pieces: Iterator[str]) -> float:
-    """Seconds from one piece of text to the next, on average, without the prefill.
+def _seconds_per_token(moments: Sequence[float]) -> float:
+    """From one token's arrival to the next, on average: without the prefill."""
+    return (moments[-1] - moments[0]) / (len(moments) - 1)
 
-    Both kinds give the same pieces: a token that completes no character comes with the next one.
-    """
-    moments = [perf_counter() for _ in pieces]
-    return (moments[-1] - moments[0]) / max(1, len(moments) - 1)
+
+def _lone(session: Session, params: GenerationParams) -> float:
+    for _ in session.generate(PROMPT, params):
+        pass
+    assert session.last is not None
+    return _seconds_per_token(session.last.moments)
+
+
+def _served(client: Client, params: GenerationParams) -> float:
+    answer = client.generate(PROMPT, max_new_tokens=params.max_new_tokens, ignore_eos=True)
+    answer.read()
+    return _seconds_per_token(answer.moments)
 
 
 def _concurrent_texts(endpoint: str, clients: int, requests: int) -> list[list[str]]:
