@@ -91,7 +91,7 @@ def resolve(store: Store, config: Config) -> Config:
         )
     if kind == "oracle" and config.predictor.lookahead and not config.predictor.refine:
         raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
-    _pinned(store, config)
+    pinned_layers(store, config)
     return config.replace(predictor={"kind": kind}, compute={"context": context})
 
 
@@ -103,7 +103,7 @@ def plan(store: Store, config: Config) -> PlanReport:
     """
     config = resolve(store, config)
     budget = parse_budget(config.memory.budget, store)
-    pinned = _pinned(store, config)
+    pinned = pinned_layers(store, config)
     least = _report(store, config, pinned, _least_slots(store, config), budget)
     if budget is None:
         wanted = config.cache.slots_per_layer or round(config.cache.share * store.layout.d_ff)
@@ -201,7 +201,7 @@ def _held_by_predictor(store: Store, config: Config) -> int:
     return 0
 
 
-def _pinned(store: Store, config: Config) -> frozenset[int]:
+def pinned_layers(store: Store, config: Config) -> frozenset[int]:
     """Pinned layers by their number from the front. Raises ConfigError."""
     layers = store.layout.layers
     for layer in config.predictor.pinned_layers:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from storage.errors import UsageError
 from workers.compute.dense import DenseModel
-from workers.evaluation.report import Judged, TaskReport, TextReport, compare_task, compare_text, judge
+from workers.evaluation.report import TaskReport, TextReport, compare_task, compare_text, judge
 from workers.evaluation.scoring import Chooser, Scored, score
 from workers.evaluation.tasks import Item, find, load
 
@@ -35,11 +35,20 @@ def chunks(tokenizer: Tokenizer, text: str, length: int, limit: int | None) -> t
 
 
 def evaluate_text(
-    model: DenseModel, chooser: Chooser | None, sequences: list[list[int]], text_bytes: int, seed: int
+    model: DenseModel,
+    chooser: Chooser | None,
+    sequences: list[list[int]],
+    text_bytes: int,
+    seed: int,
+    progress: Progress = lambda stage, done, total: None,
 ) -> TextReport:
     """Perplexity of both models on the same chunks."""
-    dense = score(model, sequences, None)
-    sparse = score(model, sequences, chooser) if chooser is not None else dense
+
+    def scored(stage: str, by: Chooser | None) -> list[Scored]:
+        return score(model, sequences, by, lambda done, total: progress(stage, done, total))
+
+    dense = scored("text, dense", None)
+    sparse = scored("text, sparse", chooser) if chooser is not None else dense
     return compare_text(dense, sparse, text_bytes, seed)
 
 
@@ -60,11 +69,7 @@ def evaluate_task(
         dense += answer(model, None, tokenizer, some)
         sparse += answer(model, chooser, tokenizer, some) if chooser is not None else dense[start:]
         progress(task, start + len(some), len(items))
-    return compare_task(task, _judged(items, dense), _judged(items, sparse))
-
-
-def _judged(items: Sequence[Item], answers: Sequence[Sequence[tuple[float, bool]]]) -> Judged:
-    return judge(items, answers)
+    return compare_task(task, judge(items, dense), judge(items, sparse))
 
 
 def answer(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +129,3 @@ def task_table(reports: Sequence[TaskReport]) -> Table:
             *("–" if one is None else one.percent() for one in optional),
         )
     return table
-
-
-def to_json(report: TextReport | TaskReport) -> dict[str, Any]:
-    return asdict(report)

@@ -2,12 +2,13 @@
 
 Sequences are scored in batches, layer by layer: each token's FFN is restricted to the neurons that
 the predictors choose for that token, exactly as the ring restricts it in decode. A dense prefill
-would hide the predictors' errors. Numerically it equals the ring up to float32 rounding.
+would hide the predictors' errors. Only a sequence's first token has all its neurons: it is what the
+ring must prefill. Numerically the result equals the ring's up to float32 rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from workers.compute.dense import DenseModel
 
 TOKENS_PER_BATCH = 8192  # a batch's activations: this × d_model × 4 bytes, a few times over
 LOGIT_ROWS = 512  # tokens whose logits exist at once
+PREFILLED = 1  # tokens of every sequence that have all their neurons
 PAD = 0  # any token: padding comes after the scored tokens, and attention is causal
 
 
@@ -48,26 +50,36 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
     """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
     x = model.embed(tokens)
+    layers = model.architecture.layers
     states: dict[int, torch.Tensor] = {-1: unit(x).flatten(0, 1)}
-    for index in range(model.architecture.layers):
+    for index in range(layers):
 
         def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
             states[layer] = ffn_input
-            return None if chooser is None else chooser.choose(layer, states[chooser.sources(layer)])
+            if chooser is None:
+                return None
+            chosen = chooser.choose(layer, states[chooser.sources(layer)])
+            if chosen is not None:
+                chosen.view(*tokens.shape, -1)[:, :PREFILLED] = True
+            return chosen
 
         _, x = model.layer(index, x, mask)
-        oldest = -1 if chooser is None else min(chooser.sources(i) for i in range(index, len_of(model)))
-        for layer in [layer for layer in states if layer < oldest]:
+        later = [] if chooser is None else [chooser.sources(i) for i in range(index + 1, layers)]
+        for layer in [layer for layer in states if layer < min(later, default=index + 1)]:
             del states[layer]
     return x
 
 
-def len_of(model: DenseModel) -> int:
-    return model.architecture.layers
+def score(
+    model: DenseModel,
+    sequences: Sequence[Sequence[int]],
+    chooser: Chooser | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Scored]:
+    """Score every sequence, each at least two tokens long; results in the same order.
 
-
-def score(model: DenseModel, sequences: Sequence[Sequence[int]], chooser: Chooser | None) -> list[Scored]:
-    """Score every sequence, each at least two tokens long; results in the same order."""
+    `progress` is told the sequences done, of all.
+    """
     found: dict[int, Scored] = {}
     for batch in batches([len(one) for one in sequences]):
         width = max(len(sequences[i]) for i in batch)
@@ -77,6 +89,7 @@ def score(model: DenseModel, sequences: Sequence[Sequence[int]], chooser: Choose
         x = forward(model, tokens, chooser)
         for row, i in enumerate(batch):
             found[i] = _scored(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
+        progress(len(found), len(sequences))
     return [found[i] for i in range(len(sequences))]
 
 

@@ -31,7 +31,7 @@ def proportion(right: int, count: int) -> Estimate:
     share = right / count
     centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return Estimate(share, centre - half, centre + half)
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def paired_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Estimate:

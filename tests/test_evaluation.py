@@ -1,0 +1,295 @@
+"""Evaluation: formats, statistics, scores against plain forward passes and against the ring itself."""
+
+from __future__ import annotations
+
+import bz2
+import json
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import predictors
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from ring import config, plan_for
+from ring import generate as decode
+
+from pipeline.cli import main
+from pipeline.generate import Session, load_tokenizer
+from pipeline.messages import EMBEDDING
+from storage.convert import convert
+from storage.errors import UsageError
+from storage.format import Store
+from workers.compute.dense import DenseModel
+from workers.evaluation import evaluate, scoring
+from workers.evaluation.chooser import make_chooser
+from workers.evaluation.report import compare_task, compare_text, judge
+from workers.evaluation.scoring import Scored, batches, score
+from workers.evaluation.statistics import paired_difference, proportion, ratio_of_perplexities
+from workers.evaluation.tasks import Item, find, load
+
+LENGTH = 126  # tokens of a sequence, within the context of 128
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A small random ReLU model whose predictors choose about half of the neurons, at random."""
+    base = tmp_path_factory.mktemp("evaluation")
+    made = convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
+    layers = range(made.layout.layers)
+    tensors = predictors.maps(made, "layers", layers, seed=1) | predictors.maps(
+        made, "inlayer", layers, seed=2
+    )
+    predictors.write(made, tensors)
+    return made
+
+
+@pytest.fixture
+def model(store):
+    with DenseModel(store, 1) as dense, torch.no_grad():
+        yield dense
+
+
+def sequences(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    return np.random.default_rng(seed).integers(4, 260, (count, length)).tolist()
+
+
+# -- items ----------------------------------------------------------------------------------------
+
+
+def test_hellaswag_has_six_lines_an_item(tmp_path):
+    path = tmp_path / "hellaswag_small.txt.bz2"
+    path.write_bytes(bz2.compress(b"A man sits.\n2\nruns.\nswims.\nstays.\nflies.\n"))
+    assert load("hellaswag", path) == [Item("A man sits.", (" runs.", " swims.", " stays.", " flies."), 2)]
+
+
+def test_questions_are_asked_as_the_harness_does(tmp_path):
+    path = tmp_path / "arc_easy.jsonl.xz"
+    record = {"query": "Question: What is wet? ", "choices": ["water", "sand"], "gold": 0}
+    path.write_bytes(lzma.compress((json.dumps(record) + "\n").encode()))
+    wanted = Item("Question: What is wet?\nAnswer:", (" water", " sand"), 0)
+    assert load("arc_easy", find("arc_easy", tmp_path)) == [wanted]
+
+
+def test_lambada_is_one_continuation(tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    path.write_text(json.dumps({"context": "some sort of \n", "continuation": " signs"}), encoding="utf-8")
+    assert load("lambada", path) == [Item("some sort of", (" signs",), 0)]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "reason"),
+    [
+        ("hellaswag", "a\n1\nb\n", "not a multiple of six"),
+        ("piqa", '{"query": "a", "choices": ["b"]}', "not a piqa file"),
+        ("piqa", '{"query": "a", "choices": ["b"], "gold": 1}', "out of range"),
+        ("piqa", "[1]", "not a piqa file"),
+        ("sudoku", "", "unknown task"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, task, text, reason):
+    path = tmp_path / "items"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=reason):
+        load(task, path)
+
+
+def test_a_missing_task_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no file for the task piqa"):
+        find("piqa", tmp_path)
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def test_wilsons_interval():
+    """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
+    found = proportion(81, 263)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+    none = proportion(0, 20)
+    assert (none.low, round(none.high, 4)) == (0.0, 0.1611)
+
+
+def test_paired_difference_of_known_items():
+    first = np.array([True] * 60 + [False] * 40)
+    second = np.array([True] * 50 + [False] * 50)
+    found = paired_difference(first, second)
+    half = 1.959964 * math.sqrt(0.1 * 0.9 / 99)
+    assert found.value == pytest.approx(0.1)
+    assert (found.low, found.high) == (pytest.approx(0.1 - half), pytest.approx(0.1 + half))
+    assert paired_difference(first, first).high == 0.0
+
+
+def test_perplexity_ratio_and_its_bootstrap():
+    generator = np.random.default_rng(3)
+    tokens = np.full(400, 100)
+    dense = generator.normal(250.0, 20.0, 400)
+    shift = generator.normal(1.0, 0.5, 400)  # nats a chunk: 0.01 ± 0.005 a token
+    found = ratio_of_perplexities(dense + shift, dense, tokens, seed=0)
+    assert found.value == pytest.approx(math.exp(shift.mean() / 100))
+    error = 0.5 / math.sqrt(400) / 100
+    assert math.log(found.high / found.low) == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert found.low < found.value < found.high
+
+
+def test_reports_of_known_scores():
+    dense = [Scored(np.log([0.5, 0.25]), np.array([1, 2])), Scored(np.log([0.125]), np.array([3]))]
+    sparse = [Scored(np.log([0.5, 0.125]), np.array([1, 5])), Scored(np.log([0.125]), np.array([3]))]
+    found = compare_text(dense, sparse, text_bytes=12, seed=0)
+    assert found.dense_perplexity == pytest.approx(4.0)
+    assert found.ratio.value == pytest.approx(2 ** (1 / 3))
+    assert found.agreement.value == pytest.approx(2 / 3)
+    assert found.dense_nats_per_byte == pytest.approx(3 * math.log(4) / 12)
+
+
+def test_answers_are_judged_plain_and_by_length():
+    items = [Item("q", ("a", "bbbb"), 1), Item("q", ("a", "bb"), 0)]
+    scored = [[(-2.0, False), (-4.0, False)], [(-1.0, False), (-3.0, False)]]
+    judged = judge(items, scored)
+    assert (judged.plain.tolist(), judged.normalised.tolist()) == ([False, True], [True, True])
+    greedy = judge([Item("q", ("a",), 0)] * 2, [[(-9.0, True)], [(-0.1, False)]])
+    assert (greedy.plain.tolist(), greedy.normalised) == ([True, False], None)
+    assert compare_task("x", judged, judged).difference.value == 0.0
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+
+def test_scoring_in_batches_equals_one_sequence_at_a_time(model, monkeypatch):
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 60)
+    some = [one[:length] for one, length in zip(sequences(6, 40), [40, 3, 17, 40, 2, 9], strict=True)]
+    for one, found in zip(some, score(model, some, None), strict=True):
+        wanted = torch.log_softmax(model.forward([one])[0, :-1].double(), dim=-1)
+        picked = wanted[torch.arange(len(one) - 1), torch.tensor(one[1:])]
+        np.testing.assert_allclose(found.logprobs, picked.numpy(), atol=1e-5)
+        assert (found.likeliest == wanted.argmax(dim=-1).numpy()).all()
+
+
+def test_batches_hold_every_sequence_once(monkeypatch):
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 100)
+    lengths = [50, 10, 99, 120, 7, 50, 50]
+    found = list(batches(lengths))
+    assert sorted(i for group in found for i in group) == list(range(7))
+    assert all(len(group) * max(lengths[i] for i in group) <= 100 or len(group) == 1 for group in found)
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "refine", "wanted"),
+    [
+        (0, False, [0, 1, 2]),
+        (1, True, [0, 1, 2]),
+        (1, False, [EMBEDDING, 0, 1]),
+        (2, False, [EMBEDDING, EMBEDDING, 0]),
+    ],
+)
+def test_sources_are_the_rings(store, lookahead, refine, wanted):
+    if lookahead == 2:
+        layers = range(store.layout.layers)
+        predictors.write(store, predictors.maps(store, "layers", layers), "two", {"lookahead": "2"})
+    chosen = config(
+        predictor={"kind": "lowrank", "lookahead": lookahead, "refine": refine},
+        model={"predictor": "two" if lookahead == 2 else "default"},
+    )
+    chooser = make_chooser(store, chosen)
+    assert [chooser.sources(layer) for layer in range(3)] == wanted
+
+
+def test_kind_all_needs_no_chooser(store):
+    assert make_chooser(store, config(predictor={"kind": "all", "refine": False})) is None
+
+
+def test_oracle_scores_as_dense(store, model):
+    some = sequences(3, 30)
+    dense = score(model, some, None)
+    oracle = score(model, some, make_chooser(store, config()))
+    for a, b in zip(dense, oracle, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"lookahead": 1, "refine": True, "pinned_layers": (-1,)}, 16),
+        ({"lookahead": 1, "refine": False, "threshold": -0.3}, 3),
+        ({"lookahead": 0, "threshold": 0.3}, 3),
+    ],
+    ids=str,
+)
+def test_scores_equal_the_rings_own_decoding_over_2000_tokens(store, model, changes, count):
+    """A neuron whose predicted score is within rounding of the threshold may fall either way: one in a
+    million. So nearly all tokens agree to rounding, while the dense model agrees nowhere."""
+    chosen = config(predictor={"kind": "lowrank", **changes})
+    some = sequences(count, LENGTH + 1)
+    decoded = []
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        for one in some:
+            decoded.append(decode(session, LENGTH, one[:1], forced=tuple(one[1:])).logprobs)
+    found = score(model, some, make_chooser(store, chosen))
+    dense = score(model, some, None)
+    ring = np.array(decoded)[:, 1:]  # the first comes out of the prefill
+    assert ring.size == count * (LENGTH - 1)
+    apart = np.abs(ring - np.array([one.logprobs for one in found])[:, 1:])
+    assert np.quantile(apart, 0.99) < 1e-4
+    from_dense = np.abs(ring - np.array([one.logprobs for one in dense])[:, 1:])
+    assert np.quantile(from_dense, 0.05) > 1e-3
+
+
+def test_text_is_cut_into_chunks_with_the_prefix(store):
+    tokenizer = load_tokenizer(store)
+    found, size = evaluate.chunks(tokenizer, "abcdefghij", 5, None)
+    assert [len(one) for one in found] == [5, 5, 3]
+    assert {one[0] for one in found} == {2}
+    assert size == 10
+    assert evaluate.chunks(tokenizer, "abcdefghij", 5, 4)[1] == 4
+    with pytest.raises(UsageError, match="too short"):
+        evaluate.chunks(tokenizer, "", 5, None)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["run.py", "evaluate", *arguments])
+    return main()
+
+
+def test_the_command(store, tmp_path, monkeypatch, capfd):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a small model. " * 8, encoding="utf-8")
+    (tmp_path / "lambada.jsonl").write_text('{"context": "a b", "continuation": "c"}\n' * 3, encoding="utf-8")
+    options = ("--model", str(store.path), "--threads", "1", "--limit", "2", "--json")
+    files = ("--text", str(tmp_path / "text.txt"), "--tasks", "lambada", "--data", str(tmp_path))
+    assert run(monkeypatch, *options, *files) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["text"]["tokens"] > 300
+    assert found["text"]["ratio"]["value"] != 1.0
+    assert found["tasks"][0]["items"] == 2
+    assert found["config"]["predictor"]["kind"] == "lowrank"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "nothing to evaluate"),
+        (("--tasks", "piqa"), "--data"),
+        (("--tasks", "sudoku", "--data", "."), "unknown task"),
+        (("--text", "missing.txt"), "cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_sentence(store, monkeypatch, capfd, arguments, reason):
+    assert run(monkeypatch, "--model", str(store.path), *arguments) == 2
+    said = capfd.readouterr().err
+    assert reason in said
+    assert "Traceback" not in said
+
+
+def test_tasks_score_choices_by_their_tokens(store, model, tmp_path):
+    path: Path = tmp_path / "piqa.jsonl"
+    path.write_text('{"query": "Why?", "choices": ["yes", "no"], "gold": 1}\n', encoding="utf-8")
+    tokenizer = load_tokenizer(store)
+    ((first, second),) = evaluate.answer(model, None, tokenizer, load("piqa", path))
+    whole = tokenizer.encode("Why?\nAnswer: yes").ids
+    wanted = score(model, [whole], None)[0].logprobs[-4:].sum()
+    assert first[0] == pytest.approx(wanted, abs=1e-5)
+    assert second[0] != first[0]

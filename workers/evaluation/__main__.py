@@ -1,0 +1,133 @@
+"""`python -m workers.evaluation`: the program behind `run.py evaluate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from pipeline import ending, models, planner
+from pipeline.config import Config
+from pipeline.generate import load_tokenizer
+from storage.errors import UsageError
+from storage.format import Store
+from workers.compute.dense import DenseModel
+from workers.evaluation import report
+from workers.evaluation.chooser import make_chooser
+from workers.evaluation.evaluate import chunks, evaluate_task, evaluate_text
+from workers.evaluation.tasks import TASKS, read_text
+
+LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As of the main job.")] = "",
+    tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}, by commas.")] = "",
+    data: Annotated[Path | None, typer.Option(help="The directory with a file for every task.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text whose perplexity is wanted; may be .xz.")] = None,
+    limit: Annotated[int, typer.Option(help="Items of each task; 0: all.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare the sparse model with the dense one, on the same text and questions."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    _check(names, data, text)
+    source, config = models.configure(model, config_file, settings or ())
+    store = source.open_store()
+    config = planner.resolve(store, config)
+    found = _evaluate(store, config, names, data, text, limit, tokens, seed, threads)
+    if as_json:
+        plain = {"text": found.text and asdict(found.text), "tasks": [asdict(one) for one in found.tasks]}
+        print(json.dumps({"model": store.manifest.name, **plain, "config": config.model_dump(mode="json")}))
+    else:
+        _print(found, config)
+
+
+@dataclass(slots=True)
+class _Found:
+    """Reports, as far as they are asked for."""
+
+    text: report.TextReport | None = None
+    tasks: list[report.TaskReport] = field(default_factory=list)
+
+
+def _check(names: list[str], data: Path | None, text: Path | None) -> None:
+    unknown = next((name for name in names if name not in TASKS), None)
+    if unknown is not None:
+        raise UsageError(f"unknown task {unknown!r}; known: {', '.join(TASKS)}")
+    if names and data is None:
+        raise UsageError("--tasks needs --data DIR, the directory of the tasks' files")
+    if not names and text is None:
+        raise UsageError("nothing to evaluate: give --text FILE, or --tasks with --data")
+
+
+def _evaluate(
+    store: Store,
+    config: Config,
+    names: list[str],
+    data: Path | None,
+    text: Path | None,
+    limit: int,
+    tokens: int,
+    seed: int,
+    threads: int,
+) -> _Found:
+    tokenizer = load_tokenizer(store)
+    chooser = make_chooser(store, config)
+    found = _Found()
+    with (
+        torch.no_grad(),
+        DenseModel(store, threads or len(os.sched_getaffinity(0))) as model,
+        Progress(console=Console(stderr=True), transient=True) as bars,
+    ):
+        stages: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done)
+
+        if text is not None:
+            length = min(LONGEST_CHUNK, config.compute.context)
+            sequences, size = chunks(tokenizer, read_text(text), length, tokens or None)
+            found.text = evaluate_text(model, chooser, sequences, size, seed, progress)
+        for name in names:
+            assert data is not None
+            found.tasks.append(evaluate_task(model, chooser, tokenizer, name, data, limit or None, progress))
+    return found
+
+
+def _print(found: _Found, config: Config) -> None:
+    console = Console()
+    sparse = config.predictor
+    console.print(
+        f"sparse: kind {sparse.kind}, look-ahead {sparse.lookahead}, "
+        f"{'refine' if sparse.refine else 'no refine'}, threshold {sparse.threshold:g}"
+    )
+    if found.text is not None:
+        console.print(report.text_table(found.text))
+    if found.tasks:
+        console.print(report.task_table(found.tasks))
+
+
+def run() -> int:
+    """The command line's exit status."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    return ending.exit_status(lambda: app(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
