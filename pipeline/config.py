@@ -68,6 +68,15 @@ class Compute(Section):
     device: Literal["cpu"] = "cpu"
 
 
+class Sampling(Section):
+    """How the main job decodes where the command line does not say."""
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: no limit
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: no limit
+    max_new_tokens: Annotated[int, Field(ge=1)] = 200
+
+
 class Memory(Section):
     """The budget for everything: weights, caches and the processes themselves."""
 
@@ -83,6 +92,7 @@ class Config(Section):
     prefetcher: Prefetcher = Prefetcher()
     compute: Compute = Compute()
     memory: Memory = Memory()
+    sampling: Sampling = Sampling()
 
     @classmethod
     def load(cls, file: Path | None, settings: Iterable[str] = (), preset: Path | None = None) -> Config:

@@ -53,10 +53,19 @@ def command(
     context_tokens: Annotated[
         int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0: all.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens of this mass.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many tokens; 0: all.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
@@ -86,13 +95,18 @@ def command(
         raise UsageError('nothing to do: give --prompt "Once upon a time", or see --help')
     if not prompt:
         raise UsageError("the prompt is empty")
-    params = _params(max_new_tokens, temperature, top_k, top_p, seed, ignore_eos, force_tokens)
-    overrides = list(settings or ())
-    if memory:
-        overrides.append(f"memory.budget={json.dumps(memory)}")
-    if context_tokens:
-        overrides.append(f"compute.context={context_tokens}")
-    source, config = models.configure(model, config_file, overrides)
+    forced = _read_tokens(force_tokens) if force_tokens else ()
+    chosen = {
+        "memory.budget": json.dumps(memory) if memory else None,
+        "compute.context": context_tokens or None,
+        "sampling.max_new_tokens": max_new_tokens,
+        "sampling.temperature": temperature,
+        "sampling.top_p": top_p,
+        "sampling.top_k": top_k,
+    }
+    overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    source, config = models.configure(model, config_file, [*(settings or ()), *overrides])
+    params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
     config = planner.resolve(store, config)
     report = planner.plan(store, config)
@@ -139,23 +153,14 @@ def _generate(
         return session.summary()
 
 
-def _params(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    ignore_eos: bool,
-    force_tokens: Path | None,
-) -> GenerationParams:
+def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]) -> GenerationParams:
     from pipeline.generate import GenerationParams
 
-    forced = _read_tokens(force_tokens) if force_tokens else ()
     params = GenerationParams(
-        max_new_tokens=len(forced) or max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        max_new_tokens=len(forced) or config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
         seed=seed,
         ignore_eos=ignore_eos or bool(forced),
         forced=forced,
