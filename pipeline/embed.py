@@ -44,12 +44,13 @@ class Pipeline:
         config: Path | None = None,
         settings: Sequence[str] = (),
         chat_template: Path | None = None,
+        reuse_prefix: bool = False,
     ) -> Pipeline:
         """Start a ring. The arguments are the command line's options; without `model`, the built-in one.
 
         Raises the FlashringError that the command line would show.
         """
-        return cls(open_ring(model, memory, context, config, settings, chat_template).ring)
+        return cls(open_ring(model, memory, context, config, settings, chat_template, reuse_prefix).ring)
 
     def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Answer:
         """Continue a text (or token ids). Closes the answer before, if it is still open."""

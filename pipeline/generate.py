@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Generation:
     """What is known of the running, or of the last, generation."""
 
     prompt: tuple[int, ...]
+    cached: int = 0  # tokens of the prompt whose keys and values were reused
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)  # arrival of each token, time.monotonic seconds
@@ -96,6 +98,7 @@ class Session:
         self.live: dict[str, dict[str, float]] = {}  # every worker's latest counters
         self.live_seconds = 0.0  # renew `live` this often in mid-generation; 0: only at its end
         self._live_due = 0.0
+        self.reuse_prefix = False  # see PROTOCOL.md, "Reuse of a prompt's beginning", for its price
         self._run = 0
         self.ring = Supervisor(store, config, plan, routes)
         self.load_seconds = time.monotonic() - started
@@ -140,7 +143,8 @@ class Session:
     ) -> Generator[Piece, None, None]:
         self._run += 1
         run = self._run
-        generation = Generation(prompt=ids, before=self.ring.stats())
+        cached = self._cached(ids)
+        generation = Generation(prompt=ids, cached=cached, before=self.ring.stats())
         self.last = generation
         room = self.plan.context - len(ids)
         self.ring.send(
@@ -155,6 +159,7 @@ class Session:
                 seed=params.seed,
                 stop_tokens=() if params.ignore_eos else self.store.architecture.eos_tokens,
                 forced=params.forced,
+                cached=cached,
             ),
         )
         text = Detokenizer(self.tokenizer)
@@ -187,6 +192,19 @@ class Session:
         self.ring.memory.sample(now=True)
         if rest:
             yield Piece(None, rest, 0.0)
+
+    def _cached(self, ids: tuple[int, ...]) -> int:
+        """How many tokens of a prompt have their keys and values in the cache; the last one never counts.
+
+        The last token of a run was sampled but never went through the model. A run without any may
+        have ended in mid-prefill, which leaves some layers behind others.
+        """
+        last = self.last
+        if not self.reuse_prefix or last is None or not last.tokens:
+            return 0
+        held = (*last.prompt, *last.tokens[:-1])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(held, ids[:-1], strict=False))
+        return sum(1 for _ in same)
 
     def _next(self, cancelled: Callable[[], bool] = lambda: False) -> Message | None:
         """The ring's next message, or None once `cancelled`. Raises RingError after a long silence."""

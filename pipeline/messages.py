@@ -81,6 +81,7 @@ class Generate(Message):
     seed: int
     stop_tokens: tuple[int, ...]
     forced: tuple[int, ...]  # emitted instead of sampling, for benches and evaluation; may be empty
+    cached: int = 0  # tokens of the prompt, below its length, whose keys and values the last run left
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ def open_ring(
     config_file: Path | None = None,
     settings: Sequence[str] = (),
     chat_template: Path | None = None,
+    reuse_prefix: bool = False,
 ) -> OpenRing:
     """Find the model, divide the memory and start the ring; raises FlashringError."""
     overrides = list(settings)
@@ -42,5 +43,11 @@ def open_ring(
     config = planner.resolve(store, config)
     plan = planner.plan(store, config).plan
     template = ChatTemplate.of_store(store.path, chat_template)
-    ring = WarmRing(lambda: Session.open(store, config, plan), template)
+
+    def open_session() -> Session:
+        session = Session.open(store, config, plan)
+        session.reuse_prefix = reuse_prefix
+        return session
+
+    ring = WarmRing(open_session, template)
     return OpenRing(ring=ring, name=store.manifest.name, plan=plan)

@@ -200,7 +200,7 @@ def _done(submit: Submit, last: Generation | None, stopped: bool, queue_seconds:
         reason="stop" if stopped else reason,
         prompt_tokens=len(last.prompt),
         generated_tokens=len(last.tokens),
-        cached_tokens=0,
+        cached_tokens=last.cached,
         queue_seconds=queue_seconds,
         prefill_seconds=finished.prefill_seconds if finished is not None else 0.0,
         decode_seconds=finished.decode_seconds if finished is not None else 0.0,

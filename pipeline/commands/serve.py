@@ -63,6 +63,14 @@ def command(
         int, typer.Option(help="Largest request, bytes; a longer one is refused.", min=1024)
     ] = 1 << 20,
     chat_template: ChatTemplateFile = None,
+    reuse_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-prefix",
+            help="Keep the last request's keys and values for a prompt that begins like it; faster, but the "
+            "text may then depend on what was asked before.",
+        ),
+    ] = False,
     curve_keys: KeyDirectory = None,
     make_keys_in: MakeKeys = None,
     api_key_file: ApiKeyFile = None,
@@ -86,7 +94,9 @@ def command(
     from pipeline.opening import open_ring
     from pipeline.serving import ServingOptions, serve
 
-    opened = open_ring(model, memory, context_tokens, config_file, settings or (), chat_template)
+    opened = open_ring(
+        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix
+    )
     options = ServingOptions(
         endpoint=address,
         http=http,

@@ -53,9 +53,10 @@ class Workers:
 
 
 class BatchOperations:
-    """`blocks.Operations` for whole sequences from position 0: x is [sequences, tokens, d_model].
+    """`blocks.Operations` for whole sequences: x is [sequences, tokens, d_model].
 
-    `kept` is called with (layer, keys, values), [sequences, kv_heads, tokens, head_dim] each.
+    `kept` is called with (layer, keys, values), [sequences, kv_heads, tokens, head_dim] each. The first
+    token has position `past`; `earlier` gives (keys, values) of a layer for the positions before.
     """
 
     def __init__(
@@ -63,11 +64,14 @@ class BatchOperations:
         weights: Weights,
         workers: Workers,
         kept: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        earlier: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.architecture = weights.architecture
         self.weights = weights
         self.workers = workers
         self._kept = kept
+        self._earlier = earlier
+        self.past = 0
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The residual stream before layer 0, of token ids [sequences, tokens]."""
@@ -75,7 +79,7 @@ class BatchOperations:
         if self.weights.has(PROJECT_IN):
             x = self._linear("project_in", x)
         if self.architecture.positions == "learned":
-            offset = self.architecture.position_offset
+            offset = self.architecture.position_offset + self.past
             x = x + self.weights.tensor(POSITIONS)[offset : offset + tokens.shape[1]].float()
         return x
 
@@ -92,28 +96,34 @@ class BatchOperations:
         queries, keys = fused[:, : a.heads], fused[:, a.heads : a.heads + a.kv_heads]
         values = fused[:, a.heads + a.kv_heads :]
         if a.positions == "rotary":
-            cos, sin = positions.rotary(a.rotary_base, a.head_dim, x.shape[1])
-            queries = _rotated(queries, torch.from_numpy(cos), torch.from_numpy(sin))
-            keys = _rotated(keys, torch.from_numpy(cos), torch.from_numpy(sin))
+            tables = positions.rotary(a.rotary_base, a.head_dim, self.past + x.shape[1])
+            cos, sin = (torch.from_numpy(table)[self.past :] for table in tables)
+            queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
         if self._kept is not None:
             self._kept(index, keys, values)
+        if self.past and self._earlier is not None:
+            before_keys, before_values = self._earlier(index)
+            keys = torch.cat((before_keys, keys), dim=2)
+            values = torch.cat((before_values, values), dim=2)
         return self._linear(layer(index, "out"), self._mixed(queries, keys, values))
 
     def _mixed(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Causal attention, [sequences, tokens, heads · head_dim]; a key-value head at a time."""
         a = self.architecture
-        tokens = queries.shape[2]
+        tokens, known = queries.shape[2], keys.shape[2]
         group = a.heads // a.kv_heads
         out = torch.empty_like(queries)
         bias = None
+        future = torch.ones(tokens, known, dtype=torch.bool).triu(known - tokens + 1)
         if a.positions == "alibi":
-            bias = torch.from_numpy(positions.alibi(a.heads, a.head_dim, tokens))
-            future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+            bias = torch.from_numpy(positions.alibi(a.heads, a.head_dim, known))
 
         def attend(head: int) -> None:
             mine = slice(head * group, (head + 1) * group)
             shared = slice(head, head + 1)
-            mask = None if bias is None else bias[mine, None].masked_fill(future, -torch.inf)
+            mask = None if known == tokens else ~future
+            if bias is not None:
+                mask = bias[mine, None].masked_fill(future, -torch.inf)
             out[:, mine] = functional.scaled_dot_product_attention(
                 queries[:, mine],
                 keys[:, shared].expand(-1, group, -1, -1),

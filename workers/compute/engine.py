@@ -62,7 +62,7 @@ class Engine:
         self._architecture = weights.architecture
         self._token = TokenOperations(weights, plan.context, threads)
         self._workers = Workers(threads)
-        self._batch = BatchOperations(weights, self._workers, self._keep)
+        self._batch = BatchOperations(weights, self._workers, self._keep, self._kept)
         self._parts = Parts(self._receive)
         self._run = 0
         self._step = -1  # of the ring's life
@@ -97,7 +97,7 @@ class Engine:
             if request.max_new_tokens > 0 and len(request.prompt) <= self._plan.context:
                 if self._cancelled == request.run:
                     raise _Cancelled
-                logits = self._prefill(request.prompt)
+                logits = self._prefill(request.prompt, request.cached)
                 decoding = time.monotonic()
                 reason = self._decode(request, logits)
         except _Cancelled:
@@ -156,12 +156,13 @@ class Engine:
         with self._clock("head"):
             return operations.logits(x)
 
-    def _prefill(self, prompt: Sequence[int]) -> F32:
-        """Run the whole prompt in one pass; returns the last token's logits."""
+    def _prefill(self, prompt: Sequence[int], cached: int = 0) -> F32:
+        """Run the prompt behind its first `cached` tokens in one pass; returns the last token's logits."""
         self._step += 1
         operations = self._batch
+        operations.past = cached
         started = time.monotonic()
-        x = operations.embed(torch.tensor([prompt]))
+        x = operations.embed(torch.tensor([prompt[cached:]]))
         self._announce(EMBEDDING, _unit(x[0].numpy()), stream=True)
         for index in range(self._plan.layers):
             residual, ffn_input = before_ffn(
@@ -187,14 +188,20 @@ class Engine:
                 raise _Cancelled
         logits = self._token.logits(x[0, -1].numpy())
         self.seconds["prefill"] += time.monotonic() - started
-        self.counts["prefill_tokens"] += len(prompt)
+        self.counts["prefill_tokens"] += len(prompt) - cached
         return logits
 
     def _keep(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put a prompt's keys and values, [1, kv_heads, tokens, head_dim], into the cache."""
-        tokens = keys.shape[2]
-        self._token.cache.keys[index, :, :tokens] = keys[0].numpy()
-        self._token.cache.values[index, :, :tokens] = values[0].numpy()
+        rows = slice(self._batch.past, self._batch.past + keys.shape[2])
+        self._token.cache.keys[index, :, rows] = keys[0].numpy()
+        self._token.cache.values[index, :, rows] = values[0].numpy()
+
+    def _kept(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache's keys and values before the batch, [1, kv_heads, past, head_dim] each."""
+        cache, past = self._token.cache, self._batch.past
+        keys, values = cache.keys[index, :, :past], cache.values[index, :, :past]
+        return torch.from_numpy(keys)[None].float(), torch.from_numpy(values)[None].float()
 
     # -- the ring -------------------------------------------------------------------------------
 
