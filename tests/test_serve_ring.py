@@ -252,6 +252,6 @@ def test_the_page_in_a_real_browser(store, tmp_path):
             assert text == client.generate("Once upon a time", max_new_tokens=40).read()
     assert layers == 3
     assert all(int(row[1]) > 0 for row in rows)  # hits
-    assert all(int(row[4]) > 0 for row in rows)  # predicted neurons a token
+    assert all(int(row[4]) >= int(row[5]) > 0 for row in rows)  # predicted and active neurons a token
     assert float(tiles[0]) > 0
     assert [problem for problem in problems if problem["level"] == "SEVERE"] == []

@@ -71,6 +71,7 @@ class Engine:
         self._stopped = False
         self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
         self.counts: dict[str, float] = defaultdict(float)
+        self._active_names = [f"layer.{index}.active" for index in range(plan.layers)]
 
     # -- from other threads ---------------------------------------------------------------------
 
@@ -152,6 +153,7 @@ class Engine:
                         ffn.close()
                 self._answer(index, part)
             self._finish(index)
+            self.counts[self._active_names[index]] += ffn.active
             x = after_ffn(self._architecture, operations, index, residual, ffn.output)
         with self._clock("head"):
             return operations.logits(x)

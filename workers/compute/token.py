@@ -113,6 +113,7 @@ class TokenFfn:
         down_bias = operations.weights.vector(layer(index, "down.bias"))
         self.output = down_bias.copy() if down_bias.size else np.zeros_like(ffn_input)
         self._open: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], F32]] = []
+        self.active = 0  # neurons so far whose activation is not zero
 
     def add(self, ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Compute the activations of a part (ids ascending)."""
@@ -127,6 +128,7 @@ class TokenFfn:
                 self._function,
                 self._threads,
             )
+            self.active += int(np.count_nonzero(a))
             self._open.append((ids, slots, a))
 
     def close(self) -> None:
