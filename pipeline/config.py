@@ -44,8 +44,10 @@ class Cache(Section):
     """What stays in DRAM."""
 
     window: Annotated[int, Field(ge=0)] = 0  # tokens a neuron stays after its last use; 0: no limit
+    half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
     slots_per_layer: Annotated[int, Field(ge=0)] = 0  # overrides share; 0: by share or budget
+    keep: bool = True  # false: nothing stays for the next token; only comparisons want that
 
 
 class Prefetcher(Section):
@@ -57,6 +59,7 @@ class Prefetcher(Section):
     direct: bool = True  # O_DIRECT; false: through the page cache
     max_gap: Annotated[int, Field(ge=0)] = 0  # bytes read and dropped to join two reads
     max_read: Annotated[int, Field(ge=4096)] = 1 << 20  # bytes of one read
+    split: bool = False  # in decode, a bundle by two reads, as without bundling; only comparisons want that
     staging: Annotated[int, Field(ge=1)] = 16 << 20  # bytes of one staging half
 
 

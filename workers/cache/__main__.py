@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from pipeline.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.process import Worker, run
 from workers.cache.layers import LayerCache
-from workers.cache.policy import WindowThenOldest
+from workers.cache.policy import KeepNothing, Policy, WindowThenOldest
 from workers.serving import serve
 
 NAME = "cache"
@@ -18,6 +19,12 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
     predicted = worker.segments.predicted
 
     def handle(message: Message) -> None:
+        started = time.perf_counter()
+        answer(message)
+        if isinstance(message, NeuronsPredicted) and not message.stream:
+            cache.decode_seconds += time.perf_counter() - started
+
+    def answer(message: Message) -> None:
         match message:
             case NeuronsPredicted():
                 listed = message.keep if message.count == EVERY else message.count
@@ -38,13 +45,12 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
 
 async def main(worker: Worker) -> None:
     """Answer messages until Stop."""
-    window, d_ff = worker.config.cache.window, worker.plan.d_ff
-    cache = LayerCache(
-        worker.plan,
-        worker.segments.active,
-        worker.segments.reads,
-        lambda layer: WindowThenOldest(d_ff, window),
-    )
+    settings, d_ff = worker.config.cache, worker.plan.d_ff
+
+    def policy(layer: int) -> Policy:
+        return WindowThenOldest(d_ff, settings.window) if settings.keep else KeepNothing()
+
+    cache = LayerCache(worker.plan, worker.segments.active, worker.segments.reads, policy)
     await serve(worker, answering(worker, cache), cache.stats)
 
 

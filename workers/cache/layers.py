@@ -52,6 +52,7 @@ class LayerCache:
         self._first_staging = [plan.first_staging_slot(half) for half in range(2)]
         self._done = -1
         self._counts: Counter[str] = Counter()
+        self.decode_seconds = 0.0  # of answering decode's predictions; its caller measures
         self.layers = [
             _Layer(Residency(plan.d_ff, plan.slots[layer], make(layer)), plan.first_slot(layer))
             for layer in range(plan.layers)
@@ -258,6 +259,7 @@ class LayerCache:
     def stats(self) -> dict[str, float]:
         """Counters since the start, in neurons; `layer.N.hits` and `.misses` are decode's."""
         values = {name: float(self._counts[name]) for name in COUNTED}
+        values["decode_seconds"] = self.decode_seconds
         values["evictions"] = float(sum(layer.residency.evictions for layer in self.layers))
         values["dropped"] = float(sum(layer.residency.dropped for layer in self.layers))
         values["slots"] = float(self._plan.total_slots)

@@ -27,6 +27,21 @@ class Policy(Protocol):
         """How much each neuron is worth keeping; the least goes first."""
 
 
+class KeepNothing:
+    """Every token begins with empty slots: what the window is compared with."""
+
+    forgets = True
+
+    def used(self, ids: Ids, step: int) -> None:
+        """Nothing is remembered."""
+
+    def expired(self, ids: Ids, step: int) -> npt.NDArray[np.bool_]:
+        return np.ones(ids.size, np.bool_)
+
+    def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
+        return np.zeros(ids.size, np.int64)
+
+
 class WindowThenOldest:
     """The paper's window: what was not used in the last `window` tokens goes; then the least recent."""
 

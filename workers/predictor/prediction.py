@@ -25,7 +25,7 @@ class Prediction:
         """`hidden` [1 + layers, rows, d_model]; `predicted` [layers, 2, d_ff]."""
         self._mode, self._scorer = mode, scorer
         self._hidden, self._predicted = hidden, predicted
-        self._seconds = 0.0
+        self._seconds = self._decode_seconds = 0.0
         self._calls = 0
         self._totals = np.zeros(mode.layers, np.int64)
 
@@ -35,7 +35,9 @@ class Prediction:
         answers = [
             self._answer(message, target) for target in targets(self._mode, message.layer, message.stream)
         ]
-        self._seconds += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._seconds += took
+        self._decode_seconds += 0.0 if message.stream else took
         self._calls += 1
         return answers
 
@@ -68,6 +70,10 @@ class Prediction:
 
     def stats(self) -> dict[str, float]:
         """Since the start: seconds of prediction, hidden states, and neurons predicted in decode's sets."""
-        values = {"seconds": self._seconds, "calls": float(self._calls)}
+        values = {
+            "seconds": self._seconds,
+            "decode_seconds": self._decode_seconds,
+            "calls": float(self._calls),
+        }
         values |= {f"layer.{layer}.predicted": float(count) for layer, count in enumerate(self._totals)}
         return values

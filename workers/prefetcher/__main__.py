@@ -32,6 +32,9 @@ class Prefetcher:
         self._planner = planner
         self._positions = worker.store.positions()
         self._values: Counter[str] = Counter()
+        self._split = worker.config.prefetcher.split
+        self._busy = {"decode": 0.0, "stream": 0.0}  # seconds with reads in flight
+        self._busy_before = 0.0
         self._seconds = 0.0  # from a part's request to its last byte, over all parts
         self.stopped = asyncio.Event()
 
@@ -53,7 +56,9 @@ class Prefetcher:
         ids = table[ID, rows].copy()
         assert ids.size == message.count, "a part beyond the read table"
         positions = ids if self._positions is None else self._positions[message.layer][ids]
-        requests = self._planner.plan(message.layer, positions, table[SLOT, rows].copy())
+        by_halves = self._split and not message.stream
+        plan = self._planner.plan_halves if by_halves else self._planner.plan
+        requests = plan(message.layer, positions, table[SLOT, rows].copy())
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked))
 
@@ -66,6 +71,10 @@ class Prefetcher:
         self._values[f"{kind}_bundles"] += requests.bundles
         self._values[f"{kind}_gap_bytes"] += requests.gap_bytes
         self._values["parts"] += 1
+        # A prefill's reads are done before decode's begin, so what passed since the last part is this kind's.
+        busy = self._pool.counters.busy()
+        self._busy[kind] += busy - self._busy_before
+        self._busy_before = busy
         self._seconds += time.monotonic() - asked
 
     def stats(self) -> dict[str, float]:
@@ -74,7 +83,9 @@ class Prefetcher:
         counters = self._pool.counters
         values = {name: float(self._values[name]) for name in [*names, "parts"]}
         return values | {
-            "busy_seconds": counters.busy_seconds,
+            "busy_seconds": counters.busy(),
+            "decode_busy_seconds": self._busy["decode"],
+            "stream_busy_seconds": self._busy["stream"],
             "part_seconds": self._seconds,
             "cpu_seconds": time.process_time(),
             "batches": float(counters.batches),

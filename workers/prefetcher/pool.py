@@ -57,6 +57,10 @@ class Counters:
         self.in_flight += count
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 
+    def busy(self) -> float:
+        """`busy_seconds` up to now."""
+        return self.busy_seconds + (time.monotonic() - self.busy_since if self.in_flight else 0.0)
+
     def left(self, count: int) -> None:
         self.in_flight -= count
         if self.in_flight == 0:
