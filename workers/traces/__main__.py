@@ -1,0 +1,134 @@
+"""`python -m workers.traces`: the program behind `run.py trace`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline import ending, models, planner
+from storage.errors import UsageError
+from workers.compute.dense import DenseModel
+from workers.evaluation.chooser import make_chooser
+from workers.predictor.texts import rows
+from workers.traces import record, replay, report
+from workers.traces.trace import Trace
+from workers.traces.windows import windows as count_windows
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+LONGEST_WINDOW = 8  # tokens
+
+Model = Annotated[str, typer.Option(help="As of the main job.")]
+File = Annotated[Path, typer.Argument(metavar="TRACE")]
+
+
+@app.command("record")
+def record_command(
+    out: File,
+    text: Annotated[Path, typer.Option(help='Text, or .jsonl with "text"; may be .xz.')],
+    model: Model = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens of the text.", min=1)] = 4096,
+    skip: Annotated[int, typer.Option(help="Tokens of the text to leave out first.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+) -> None:
+    """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
+    source, config = models.configure(model, config_file, settings or ())
+    store = source.open_store()
+    if not store.architecture.relu:
+        raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
+    config = planner.resolve(store, config)
+    some = rows(text, store, skip + tokens)
+    some = some[-(-skip // some.shape[1]) :]
+    if not some.size:
+        raise UsageError(f"{text} has fewer than {skip:,} tokens")
+    meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
+    with (
+        torch.no_grad(),
+        DenseModel(store, threads or len(os.sched_getaffinity(0))) as dense,
+        Progress(console=Console(stderr=True), transient=True) as bars,
+    ):
+        bar = bars.add_task("tokens", total=some.size)
+        trace = record.record(
+            dense,
+            make_chooser(store, config),
+            some,
+            meta,
+            lambda done, total: bars.update(bar, completed=done),
+        )
+    trace.save(out)
+    print(f"{out}: {trace.tokens:,} tokens, {trace.layers} layers", file=sys.stderr)
+
+
+@app.command("replay")
+def replay_command(
+    file: File,
+    earlier: Annotated[
+        Path | None, typer.Option(help="A trace of other text, which tells the hot neurons; without: TRACE.")
+    ] = None,
+    capacities: Annotated[str, typer.Option(help="Slots, as shares of the FFN.")] = "0.1,0.2,0.3,0.5",
+    windows: Annotated[str, typer.Option(help="Windows of the paper's policy, in tokens.")] = "5",
+    half_lives: Annotated[str, typer.Option(help="Half-lives of LRFU, in tokens.")] = "8,32,128",
+    active: Annotated[
+        bool, typer.Option("--active", help="Replay the active neurons, whatever was predicted.")
+    ] = False,
+    warm_up: Annotated[int, typer.Option(help="First tokens, which are not counted.", min=0)] = 64,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare cache policies on a trace, by the ring's own residency."""
+    trace = Trace.load(file)
+    calibration = Trace.load(earlier) if earlier else trace
+    if (calibration.layers, calibration.d_ff) != (trace.layers, trace.d_ff):
+        raise UsageError(f"{earlier} and {file} are traces of different models")
+    if warm_up + LONGEST_WINDOW >= trace.tokens:
+        raise UsageError(f"{file} has only {trace.tokens} tokens")
+    if active:
+        trace, calibration = trace.only_active(), calibration.only_active()
+    made = replay.policies(trace, calibration, [round(k) for k in _numbers(windows)], _numbers(half_lives))
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        shares = _numbers(capacities)
+        bar = bars.add_task("policies", total=len(shares) * len(made))
+        for capacity in shares:
+            slots = round(capacity * trace.d_ff)
+            for name, make in made.items():
+                results.append(report.Result(name, capacity, replay.replay(trace, slots, make, warm_up)))
+                bars.advance(bar)
+    counted = count_windows(trace, LONGEST_WINDOW)
+    if picture:
+        report.draw(results, counted, picture)
+    if as_json:
+        print(json.dumps(report.to_json(results, counted, trace)))
+    else:
+        console = Console()
+        console.print(report.policy_table(results, trace))
+        console.print(report.window_table(counted))
+
+
+def _numbers(text: str) -> list[float]:
+    """Positive numbers, separated by commas. Raises UsageError."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise UsageError(f"{text!r} is no list of positive numbers, such as 0.1,0.5")
+    return found
+
+
+def run() -> int:
+    """The command line's exit status."""
+    return ending.exit_status(lambda: app(standalone_mode=False, prog_name="run.py trace"))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
