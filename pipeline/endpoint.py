@@ -68,7 +68,7 @@ def make_keys(directory: Path) -> list[Path]:
 def default_endpoint() -> str:
     """A socket in a directory of this user's own."""
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return f"ipc://{Path(base) / f'flashring-serve-{os.getuid()}' / 'ring.sock'}"
+    return f"ipc://{Path(base) / f'flashring.{os.getuid()}' / 'ring.sock'}"
 
 
 def is_loopback(host: str) -> bool:

@@ -41,6 +41,7 @@ class RingGaveUp(RingError):
 
 USAGE, FULL, DEADLINE, RING, VERSION = "usage", "queue-full", "deadline", "ring", "version"
 STOPPING, MALFORMED, HELLO, INTERNAL = "stopping", "malformed", "hello", "internal"
+SLOW = "slow"
 
 # Code on the wire → exception in the client; any other code is a plain ServingError.
 BY_CODE: dict[str, type[FlashringError]] = {

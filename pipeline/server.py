@@ -36,7 +36,7 @@ from pipeline.client_messages import (
 )
 from pipeline.codec import ProtocolError
 from pipeline.endpoint import CurveKeys, check_endpoint
-from pipeline.errors import HELLO, MALFORMED, USAGE, VERSION, code_of
+from pipeline.errors import HELLO, MALFORMED, SLOW, USAGE, VERSION, code_of
 from pipeline.scheduler import Event, Job, Scheduler
 from storage.errors import FlashringError
 
@@ -44,7 +44,7 @@ HEARTBEAT = 1.0  # seconds between signs of life
 MAX_MESSAGE = 1 << 20  # bytes
 MAX_GREETED = 4096  # clients remembered as greeted; one that is forgotten greets again
 AT_ONCE = 64  # messages handled before tokens get their turn
-HIGH_WATER = 1000  # messages for one client that wait in this process
+HIGH_WATER = 10_000  # messages for one client that wait in this process: longer than most answers
 PEER_HEARTBEAT_MS, PEER_TIMEOUT_MS, HANDSHAKE_MS = 2000, 8000, 5000
 
 
@@ -85,6 +85,7 @@ class Server:
         )
         self._greeted: OrderedDict[bytes, None] = OrderedDict()
         self._jobs: dict[bytes, dict[int, Job]] = {}
+        self._owed: dict[bytes, set[int]] = {}  # requests lost by not reading, to be told when it reads
         self._handlers: dict[type[ClientMessage], Callable[[bytes, Any], None]] = {
             Hello: self._on_hello,
             Submit: self._on_submit,
@@ -154,7 +155,12 @@ class Server:
         """Send without waiting; False (and the client dropped) if it is gone or does not read."""
         try:
             self._socket.send_multipart([client, encode(message)], zmq.DONTWAIT)
-        except zmq.ZMQError:  # EHOSTUNREACH: gone; EAGAIN: not reading
+        except zmq.Again:  # the client does not read
+            self._owed.setdefault(client, set()).update(self._jobs.get(client, ()))
+            self._drop(client)
+            return False
+        except zmq.ZMQError:  # EHOSTUNREACH: it is gone
+            self._owed.pop(client, None)
             self._drop(client)
             return False
         finally:
@@ -246,10 +252,19 @@ class Server:
 
     def _on_beat(self) -> None:
         self._beat = self._loop.call_later(self._welcome.heartbeat, self._on_beat)
+        for slow in list(self._owed):
+            self._tell_lost(slow)
         for job, position in self._scheduler.positions():
             client = job.client
             if isinstance(client, bytes) and self._jobs.get(client, {}).get(job.submit.request) is job:
                 self._send(client, Waiting(job.submit.request, position))
+
+    def _tell_lost(self, client: bytes) -> None:
+        for request in list(self._owed[client]):
+            if not self._send(client, Error(request, SLOW, "the answer was not read in time")):
+                return
+            self._owed[client].discard(request)
+        del self._owed[client]
 
     def close(self) -> None:
         self._beat.cancel()

@@ -138,15 +138,18 @@ def test_eight_clients_of_twenty_requests_get_what_a_lone_run_gives(tmp_path):
 
 def test_clients_take_turns(tmp_path):
     session = GatedSession()
-    with served(tmp_path, lambda: session) as server:
-        with Client(server.endpoint) as greedy, Client(server.endpoint) as modest:
-            running = greedy.generate("0", max_new_tokens=1)
-            many = [greedy.generate(f"g{number}", max_new_tokens=1) for number in range(3)]
-            one = modest.generate("m", max_new_tokens=1)
-            server.until(lambda: server.scheduler.waiting == 4)
-            session.let(100)
-            for answer in (running, *many, one):
-                answer.read()
+    with (
+        served(tmp_path, lambda: session) as server,
+        Client(server.endpoint) as greedy,
+        Client(server.endpoint) as modest,
+    ):
+        running = greedy.generate("0", max_new_tokens=1)
+        many = [greedy.generate(f"g{number}", max_new_tokens=1) for number in range(3)]
+        one = modest.generate("m", max_new_tokens=1)
+        server.until(lambda: server.scheduler.waiting == 4)
+        session.let(100)
+        for answer in (running, *many, one):
+            answer.read()
     served_order = [bytes(prompt).decode() for prompt in session.prompts]
     assert served_order == ["0", "g0", "m", "g1", "g2"]
 
@@ -280,15 +283,21 @@ def test_ten_thousand_random_frames_change_nothing(tmp_path):
 
 
 def test_a_frame_over_the_limit_costs_only_its_own_connection(tmp_path):
-    with served(tmp_path, max_message=10_000) as server:
-        with RawClient(server.endpoint) as raw, Client(server.endpoint) as client:
-            raw.socket.send(b"x" * 100_000)
-            assert client.generate("x", max_new_tokens=2).read() == text_of("x", max_new_tokens=2)
+    with (
+        served(tmp_path, max_message=10_000) as server,
+        RawClient(server.endpoint) as raw,
+        Client(server.endpoint) as client,
+    ):
+        raw.socket.send(b"x" * 100_000)
+        assert client.generate("x", max_new_tokens=2).read() == text_of("x", max_new_tokens=2)
 
 
 def test_a_client_that_never_reads_blocks_nobody(tmp_path):
-    with served(tmp_path) as server, RawClient(server.endpoint) as mute, Client(server.endpoint) as client:
-        mute.socket.rcvhwm = 1
+    with (
+        served(tmp_path, heartbeat=0.05) as server,
+        RawClient(server.endpoint) as mute,
+        Client(server.endpoint) as client,
+    ):
         for number in range(60):
             mute.send(submit(number, tokens=4000))
         server.until(lambda: server.scheduler.running is not None)
@@ -296,6 +305,15 @@ def test_a_client_that_never_reads_blocks_nobody(tmp_path):
         server.until(lambda: server.scheduler.observer.dropped_clients == 1)
         server.until(lambda: server.scheduler.running is None and server.scheduler.waiting == 0)
         assert server.ask(lambda: len(server.server._jobs)) == 0
+        while not (isinstance(last := mute.receive(), Error) and last.code == "slow"):
+            pass  # it reads at last, and is told
+        server.until(lambda: not server.server._owed)
+
+
+def test_a_burst_is_not_taken_for_a_client_that_does_not_read(tmp_path):
+    with served(tmp_path) as server, Client(server.endpoint) as client:
+        for _ in range(3):
+            assert client.generate("x", max_new_tokens=4000).read() == text_of("x", max_new_tokens=4000)
 
 
 KILLED_CLIENT = """
@@ -331,7 +349,7 @@ def test_a_dead_ring_is_told_and_started_again(tmp_path):
     sessions = [DyingSession(), FastSession()]
     with served(tmp_path, lambda: sessions.pop(0)) as server, Client(server.endpoint) as client:
         answer = client.generate("x", max_new_tokens=5)
-        with pytest.raises(RingError, match="cache worker .* SIGKILL"):
+        with pytest.raises(RingError, match=r"cache worker .* SIGKILL"):
             answer.read()
         assert answer.text == text_of("x", max_new_tokens=2)
         assert client.generate("x", max_new_tokens=5).read() == text_of("x", max_new_tokens=5)
@@ -351,19 +369,21 @@ def test_three_deaths_within_a_minute_are_the_end(tmp_path):
         for answer in answers:
             with pytest.raises((RingError, ServingError)):
                 answer.read()
-        server.until(lambda: server.scheduler.failed.done())
-        error = server.ask(lambda: server.scheduler.failed.exception())
+        server.until(server.scheduler.failed.done)
+        error = server.ask(server.scheduler.failed.exception)
     assert "died 3 times within 60 s" in str(error)
 
 
 def test_deaths_that_are_far_apart_are_not_the_end(tmp_path):
     moments = iter(range(0, 100_000, 40))
-    with served(tmp_path, DyingSession, clock=lambda: float(next(moments))) as server:
-        with Client(server.endpoint) as client:
-            for _ in range(5):
-                with pytest.raises(RingError, match="SIGKILL"):
-                    client.generate("x", max_new_tokens=5).read()
-            assert client.health().status in ("ready", "restarting", "busy")
+    with (
+        served(tmp_path, DyingSession, clock=lambda: float(next(moments))) as server,
+        Client(server.endpoint) as client,
+    ):
+        for _ in range(5):
+            with pytest.raises(RingError, match="SIGKILL"):
+                client.generate("x", max_new_tokens=5).read()
+        assert client.health().status in ("ready", "restarting", "busy")
 
 
 def test_a_bug_ends_one_request_only(tmp_path):

@@ -85,9 +85,9 @@ def command(
     keys = _curve_keys(curve_keys)
     api_key = _read_key(api_key_file)
     address = endpoint or default_endpoint()
-    check_endpoint(address, keys)  # before anything is loaded
     if http:
         check_http(http, api_key)
+    check_endpoint(address, keys)  # all before anything is loaded
 
     import uvloop
 
