@@ -12,6 +12,7 @@ import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +50,15 @@ def _open(directory: Path, name: str) -> str:
     raise FileNotFoundError(f"the corpus directory {directory} has neither {name} nor {name}.xz")
 
 
+def records(directory: Path, source: str) -> list[dict[str, Any]]:
+    """One source's records: `text`, and where known `title`, `author`, `license`, `source`."""
+    lines = _open(directory, f"{source}.jsonl").split("\n")  # not splitlines: texts hold U+2028
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def documents(directory: Path, source: str) -> list[str]:
     """The texts of one source, paragraphs separated by one newline."""
-    lines = _open(directory, f"{source}.jsonl").split("\n")
-    return [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    return [str(record["text"]) for record in records(directory, source)]
 
 
 def validation_stories(directory: Path) -> list[str]:
