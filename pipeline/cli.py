@@ -15,6 +15,7 @@ from pipeline.commands import (
     generate,
     serve,
     synthesize,
+    trace,
     train_predictor,
     verify,
 )
@@ -36,6 +37,7 @@ app.command("serve")(serve.command)
 app.command("bench-serving")(bench_serving.command)
 app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
 app.command("evaluate", context_settings=PASS_THROUGH)(evaluate.command)
+app.command("trace", context_settings=PASS_THROUGH)(trace.command)
 app.command("synthesize", context_settings=PASS_THROUGH)(synthesize.command)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from pipeline.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.process import Worker, run
+from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
-from workers.cache.policy import KeepNothing, Policy, WindowThenOldest
+from workers.cache.policy import KeepNothing, Policy
 from workers.serving import serve
 
 NAME = "cache"
@@ -48,7 +49,9 @@ async def main(worker: Worker) -> None:
     settings, d_ff = worker.config.cache, worker.plan.d_ff
 
     def policy(layer: int) -> Policy:
-        return WindowThenOldest(d_ff, settings.window) if settings.keep else KeepNothing()
+        if not settings.keep:
+            return KeepNothing()
+        return make_policy(d_ff, settings.window, settings.half_life)
 
     cache = LayerCache(worker.plan, worker.segments.active, worker.segments.reads, policy)
     await serve(worker, answering(worker, cache), cache.stats)
