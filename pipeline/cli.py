@@ -9,6 +9,7 @@ import typer
 
 from pipeline import launch
 from pipeline.commands import (
+    bench,
     bench_serving,
     convert,
     evaluate,
@@ -34,6 +35,7 @@ app.callback(invoke_without_command=True)(generate.command)
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("serve")(serve.command)
+app.command("bench")(bench.command)
 app.command("bench-serving")(bench_serving.command)
 app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
 app.command("evaluate", context_settings=PASS_THROUGH)(evaluate.command)

@@ -78,8 +78,8 @@ def resolve(store: Store, config: Config) -> Config:
         raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
     kind = config.predictor.kind
     if kind == "auto":
-        kind = "lowrank" if store.architecture.relu and _predictor_bytes(store, config) else "all"
-    if kind == "lowrank" and not _predictor_bytes(store, config):
+        kind = "lowrank" if store.architecture.relu and predictor_bytes(store, config) else "all"
+    if kind == "lowrank" and not predictor_bytes(store, config):
         raise ConfigError(
             f"{store.manifest.name} has no predictors named {config.model.predictor!r}: make them with "
             f"`run.py train-predictor`, or choose another predictor.kind"
@@ -117,6 +117,12 @@ def plan(store: Store, config: Config) -> PlanReport:
         return least
     spare = (budget - least.total) // (open_layers * store.layout.stride)
     return _report(store, config, pinned, _least_slots(store, config) + spare, budget)
+
+
+def least(store: Store, config: Config) -> PlanReport:
+    """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
+    config = resolve(store, config)
+    return _report(store, config, pinned_layers(store, config), _least_slots(store, config), None)
 
 
 def _least_slots(store: Store, config: Config) -> int:
@@ -185,7 +191,7 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
-def _predictor_bytes(store: Store, config: Config) -> int:
+def predictor_bytes(store: Store, config: Config) -> int:
     """Size of the chosen predictors' file; 0 when there is none."""
     try:
         return (store.path / PREDICTORS / f"{config.model.predictor}.safetensors").stat().st_size
@@ -195,7 +201,7 @@ def _predictor_bytes(store: Store, config: Config) -> int:
 
 def _held_by_predictor(store: Store, config: Config) -> int:
     if config.predictor.kind == "lowrank":
-        return _predictor_bytes(store, config)
+        return predictor_bytes(store, config)
     if config.predictor.kind == "oracle":
         return store.layout.layers * store.layout.d_ff * store.layout.row_bytes  # all up-projections
     return 0

@@ -154,6 +154,7 @@ class Engine:
                 self._answer(index, part)
             self._finish(index)
             self.counts[self._active_names[index]] += ffn.active
+            self.counts["active"] += ffn.active
             x = after_ffn(self._architecture, operations, index, residual, ffn.output)
         with self._clock("head"):
             return operations.logits(x)
@@ -177,7 +178,7 @@ class Engine:
             ffn = BatchFfn(operations, index, ffn_input[0])
             # A segment's parts come in any order of ids, and segments ascend.
             segment: list[Part] = []
-            for part in self._arriving(index):
+            for part in self._arriving(index, "prefill_waiting"):
                 segment.append(part)
                 if part.closes:
                     ffn.add(*self._merged(index, segment), self._bundles)
@@ -213,11 +214,11 @@ class Engine:
         self._segments.hidden[layer + 1, :rows] = hidden[-rows:]
         self._channel.send("predictor", HiddenReady(self._run, self._step, layer, rows, stream, self._done))
 
-    def _arriving(self, layer: int) -> Iterator[Part]:
-        """The layer's parts, counting the time spent waiting."""
+    def _arriving(self, layer: int, phase: str = "waiting") -> Iterator[Part]:
+        """The layer's parts, counting the time spent waiting as the phase's."""
         parts = self._parts.of(self._step, layer)
         while True:
-            with self._clock("waiting"):
+            with self._clock(phase):
                 part = next(parts, None)
             if part is None:
                 return
@@ -248,7 +249,7 @@ class Engine:
         """Receive, computing nothing, what the announcements up to `layer` of a prefill will bring."""
         last = min(self._plan.layers - 1, layer + max(1, self._plan.lookahead))
         for index in range(layer + 1, last + 1):
-            for part in self._arriving(index):
+            for part in self._arriving(index, "prefill_waiting"):
                 self._answer(index, part)
             self._finish(index)
 

@@ -1,0 +1,182 @@
+"""The whole bench: parts in turn, results written after each, so that an interrupted run keeps its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench import ablation, conditions, curve, disk, peers, plots, roofline, table
+from pipeline.bench.disk import Throughput
+from pipeline.bench.job import Job
+from pipeline.bench.roofline import Roofline
+from pipeline.bench.rows import Row
+
+FORMAT = 1  # of results.json
+RESULTS, REPORT = "results.json", "results.md"
+PARTS = ("ablation", "curve", "disk", "roofline")
+CURVE_POINTS, QUICK_POINTS = 6, 2
+
+
+@dataclass(slots=True)
+class Bench:
+    """What has been measured so far, and where it goes."""
+
+    job: Job
+    out: Path
+    draw: bool
+    conditions: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+    rows: list[Row] = field(default_factory=list)
+    curve: list[Row] = field(default_factory=list)
+    tries: list[Throughput] = field(default_factory=list)
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    roofs: list[Roofline] = field(default_factory=list)
+    peers: list[Row] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Results, report and plots of everything so far."""
+        results = self.results()
+        for name, text in (
+            (RESULTS, json.dumps(results, indent=2) + "\n"),
+            (REPORT, table.document(results, self.sections())),
+        ):
+            partial = self.out / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.out / name)
+        if self.draw:
+            self._draw(results["title"])
+
+    def results(self) -> dict[str, Any]:
+        store, job = self.job.store, self.job
+        synthetic = is_synthetic(store.manifest.parameters)
+        cold = [row for row in (*self.rows, *self.curve, *self.peers) if not row.error and not row.cold]
+        free = [row for row in (*self.rows, *self.curve, *self.peers) if not row.error and not row.limited]
+        return {
+            "format": FORMAT,
+            "title": f"{store.manifest.name}{' (synthetic)' if synthetic else ''}, {job.budget}",
+            "model": store.manifest.name,
+            "synthetic": synthetic,
+            "architecture": store.architecture.to_json(),
+            "command": shlex.join(["run.py", *sys.argv[1:]]),
+            "seconds": time.monotonic() - self.started,
+            "conditions": {**self.conditions, "load_average_at_end": list(os.getloadavg())},
+            "caveats": [
+                *conditions.caveats(self.conditions),
+                *([f"Not from a cold page cache: {_names(cold)}."] if cold else []),
+                *([f"Without a memory cgroup: {_names(free)}."] if free else []),
+            ],
+            "budget": job.budget,
+            "prompt_tokens": job.prompt_tokens,
+            "tokens": job.count,
+            "repeats": job.repeats,
+            "ablation": [row.to_json() for row in self.rows],
+            "curve": [row.to_json() for row in self.curve],
+            "disk": [one.to_json() for one in self.tries],
+            "memory_bandwidth": self.bandwidth,
+            "roofline": [roof.to_json() for roof in self.roofs],
+            "peers": [row.to_json() for row in self.peers],
+        }
+
+    def sections(self) -> dict[str, str]:
+        """Title → Markdown of what has been measured."""
+        found = {}
+        if self.rows:
+            found["What each technique brings"] = table.ablation(self.rows)
+        if self.rows and self.job.store.architecture.family == "opt":
+            found["The paper's figures"] = table.PAPER
+        if self.peers:
+            found["Peers"] = table.ablation(self.peers)
+        if self.rows:
+            found["Ratios"] = table.speedups(self.rows, self.peers)
+        if self.roofs:
+            found["Roofline"] = table.roofline(self.roofs)
+        if self.curve:
+            found["Memory against latency"] = table.curve(self.curve)
+        if self.tries:
+            found["This disk, GB/s of random reads"] = table.disk(self.tries)
+        return found
+
+    def _draw(self, title: str) -> None:
+        if any(not row.error for row in (*self.rows, *self.peers)):
+            plots.ablation(self.out / "ablation.png", [*self.rows, *self.peers], title)
+        if any(not row.error for row in self.curve):
+            plots.curve(self.out / "curve.png", self.curve, title)
+        if self.tries:
+            plots.disk(self.out / "disk.png", self.tries, title)
+
+
+def measure(
+    job: Job,
+    out: Path,
+    *,
+    parts: Sequence[str],
+    draw: bool,
+    strict: bool,
+    interpreters: Mapping[str, Path],
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> Bench:
+    """Measure the parts, in their order; writes into `out` after each."""
+    bench = Bench(job, out, draw, conditions.take(job.store.path))
+    for caveat in conditions.caveats(bench.conditions):
+        say(caveat)
+    for part in PARTS:
+        if part in parts:
+            say(f"== {part}")
+            _PARTS[part](bench, strict)
+            bench.write()
+    if interpreters and checkpoint is not None:
+        say("== peers")
+        bench.peers = peers.measure(job, interpreters, checkpoint, out)
+        bench.write()
+    return bench
+
+
+def _ablation(bench: Bench, strict: bool) -> None:
+    bench.rows = ablation.measure(bench.job, strict=strict)
+
+
+def _curve(bench: Bench, strict: bool) -> None:
+    best = ablation.best(bench.rows)
+    points = QUICK_POINTS if bench.job.quick else CURVE_POINTS
+    bench.curve = curve.measure(bench.job, best.settings if best else {}, points)
+
+
+def _disk(bench: Bench, strict: bool) -> None:
+    bench.tries = disk.sweep(bench.job.store, quick=bench.job.quick)
+
+
+def _roofline(bench: Bench, strict: bool) -> None:
+    """Of the naive row and of the quickest ring's, where they were measured."""
+    job = bench.job
+    bench.bandwidth = roofline.bandwidth(job)
+    memory = max(bench.bandwidth.values())
+    rows = [row for row in bench.rows if row.name == "naive" and not row.error]
+    bench.roofs = [roofline.of_naive(job, row, memory) for row in rows]
+    best = ablation.best(bench.rows)
+    if best is not None and best.bytes_per_token:
+        bench.roofs.append(roofline.measure(job, best, memory))
+
+
+_PARTS: dict[str, Callable[[Bench, bool], None]] = {
+    "ablation": _ablation,
+    "curve": _curve,
+    "disk": _disk,
+    "roofline": _roofline,
+}
+
+
+def is_synthetic(parameters: Mapping[str, Any]) -> bool:
+    """Whether a store's manifest says that its weights are made up."""
+    return bool(parameters.get("synthetic"))
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(row.name for row in rows)

@@ -1,0 +1,101 @@
+"""What this disk delivers: request size × readers × depth, by the prefetcher's own code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench import children
+from pipeline.bench.children import ChildFailed
+from storage.errors import FlashringError
+from storage.format import BUNDLES, Store
+
+SIZES = (4 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes
+READERS = (1, 2, 4)
+DEPTHS = (1, 8, 32, 128)  # of each reader
+QUICK = ((16 << 10,), (1, 2), (8,))
+CEILING_DEPTHS = ((1, 32), (2, 64), (2, 128), (4, 64), (4, 128))  # readers, depth
+SECONDS_OF_READING = 0.7  # of one try, about
+ASSUMED_RATE = 1e9  # bytes a second, to choose how many reads that is
+LEAST_READS, MOST_READS = 200, 40_000
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """One try."""
+
+    request_bytes: int
+    readers: int
+    depth: int
+    bytes_per_second: float
+    cpu_us_per_read: float
+    loaded: bool = False  # while the kernels ran
+    sequential: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_once(
+    path: Path,
+    request: int,
+    readers: int,
+    depth: int,
+    *,
+    quick: bool = False,
+    loaded: bool = False,
+    sequential: bool = False,
+) -> Throughput:
+    """Read for about a second. Raises ChildFailed."""
+    reads = round(SECONDS_OF_READING * ASSUMED_RATE / request)
+    reads = LEAST_READS if quick else max(LEAST_READS, min(MOST_READS, reads))
+    line = [str(path), "--bytes", str(request), "--readers", str(readers), "--depth", str(depth)]
+    line += ["--count", str(reads), *(["--sequential"] if sequential else [])]
+    found = children.run_module("workers.prefetcher.measure", line).result
+    rate, cpu = found["bytes_per_second"], found["cpu_us_per_read"]
+    return Throughput(request, readers, depth, rate, cpu, loaded, sequential)
+
+
+def sweep(store: Store, *, quick: bool) -> list[Throughput]:
+    """Every combination that the file is large enough for."""
+    sizes, readers, depths = QUICK if quick else (SIZES, READERS, DEPTHS)
+    path = store.path / BUNDLES
+    return [
+        try_once(path, request, number, depth, quick=quick)
+        for request, number, depth in product(sizes, readers, depths)
+        if request <= store.layout.total_bytes
+    ]
+
+
+def ceiling(
+    store: Store, request: int, *, quick: bool, dtype: str | None = None, sequential: bool = False
+) -> Throughput:
+    """The most that any number of readers and depth brings at this size; with `dtype`, under load.
+
+    Raises FlashringError where nothing could be read.
+    """
+    path = store.path / BUNDLES
+    tries = CEILING_DEPTHS[:1] if quick else CEILING_DEPTHS
+
+    def best() -> Throughput:
+        found = []
+        for readers, depth in tries:
+            try:
+                found.append(
+                    try_once(
+                        path, request, readers, depth,
+                        quick=quick, loaded=dtype is not None, sequential=sequential,
+                    )
+                )  # fmt: skip
+            except ChildFailed as error:
+                reason = error
+        if not found:
+            raise FlashringError(f"the disk could not be measured: {reason}")
+        return max(found, key=lambda one: one.bytes_per_second)
+
+    if dtype is None:
+        return best()
+    with children.load(dtype):
+        return best()

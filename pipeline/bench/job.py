@@ -1,0 +1,154 @@
+"""What is measured: a store, a budget, a sequence of tokens, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline import planner
+from pipeline.bench import children, rows
+from pipeline.bench.children import ChildFailed
+from pipeline.bench.rows import Row
+from pipeline.config import Config
+from pipeline.generate import load_tokenizer
+from storage.errors import UsageError
+from storage.format import PREDICTORS, Store
+
+TEXT = Path(__file__).with_name("text.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One store's measurements."""
+
+    store: Store
+    budget: str  # of the rows at half memory
+    prompt: str
+    prompt_tokens: int
+    tokens: Path  # file of forced token ids
+    count: int  # of them
+    repeats: int
+    threads: int  # of compute; 0: as many as cores
+    quick: bool
+    say: Callable[[str], None]
+    settings: tuple[str, ...] = field(default=())  # of the user, for every ring
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens + self.count
+
+    @property
+    def has_predictors(self) -> bool:
+        return self.resolved().predictor.kind == "lowrank"
+
+    def resolved(self, settings: Mapping[str, str] | None = None) -> Config:
+        """The configuration of a ring with these settings and no budget."""
+        return planner.resolve(self.store, Config.load(None, self.arguments_of(settings or {})))
+
+    def arguments_of(self, settings: Mapping[str, str]) -> list[str]:
+        """`section.key=value`, the given settings last."""
+        shared = [f"compute.context={self.context}", f"compute.threads={self.threads}", *self.settings]
+        return [*shared, *(f"{key}={value}" for key, value in settings.items())]
+
+    def ring(
+        self,
+        name: str,
+        techniques: tuple[str, ...] = (),
+        settings: Mapping[str, str] | None = None,
+        budget: str | None = None,
+        repeats: int | None = None,
+    ) -> Row:
+        """Measure the main job under a budget; a run that fails becomes a row that says why."""
+        settings = settings or {}
+        memory = budget or self.budget
+        line = ["--model", str(self.store.path), "--prompt", self.prompt, "--memory", memory]
+        line += ["--force-tokens", str(self.tokens)]
+        line += [f"--set={one}" for one in self.arguments_of(settings)]
+        limit = planner.parse_budget(memory, self.store)
+        self.say(f"measuring {name}")
+        try:
+            runs = [children.run_main(line, limit) for _ in range(repeats or self.repeats)]
+        except ChildFailed as error:
+            return Row(name=name, techniques=techniques, error=str(error), budget_bytes=limit)
+        return rows.of_rings(name, techniques, runs, self.store.layout.stride, settings)
+
+    def naive(self) -> Row:
+        """Measure the baseline that keeps nothing."""
+        self.say("measuring naive")
+        line = [str(self.store.path), "--tokens", str(self.tokens), "--position", str(self.prompt_tokens)]
+        line += ["--threads", str(self.threads)]
+        limit = planner.parse_budget(self.budget, self.store)
+        if not self.quick:  # a naive token takes seconds, and all take the same
+            with first_tokens(self.tokens, 9) as few:
+                return self._naive([*line, "--tokens", str(few)], limit)
+        return self._naive(line, limit)
+
+    def _naive(self, line: list[str], limit: int | None) -> Row:
+        try:
+            module = "workers.compute.naive"
+            runs = [children.run_module(module, line, limit) for _ in range(self.repeats)]
+        except ChildFailed as error:
+            return Row(name="naive", error=str(error), budget_bytes=limit)
+        return rows.of_naive(runs, limit)
+
+
+@contextmanager
+def first_tokens(tokens: Path, count: int) -> Iterator[Path]:
+    """A file of the first `count` tokens of a file."""
+    with TemporaryDirectory(prefix="flashring-bench-") as directory:
+        path = Path(directory) / "tokens"
+        path.write_text(" ".join(tokens.read_text(encoding="utf-8").split()[:count]), encoding="utf-8")
+        yield path
+
+
+@contextmanager
+def make_job(
+    store: Store,
+    *,
+    text: Path,
+    prompt_tokens: int,
+    count: int,
+    budget: str,
+    repeats: int,
+    threads: int,
+    quick: bool,
+    settings: tuple[str, ...],
+    say: Callable[[str], None],
+) -> Iterator[Job]:
+    """A job over the text's first tokens. Raises UsageError for a text that is too short."""
+    tokenizer = load_tokenizer(store)
+    try:
+        words = text.read_text(encoding="utf-8").split(" ")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the text {text} cannot be read: {error}") from error
+    at, prompt = 0, ""
+    ids: list[int] = []
+    while len(ids) < prompt_tokens and at < len(words):
+        at += 1
+        prompt = " ".join(words[:at])
+        ids = tokenizer.encode(prompt).ids
+    rest = tokenizer.encode(" " + " ".join(words[at:]), add_special_tokens=False).ids[:count]
+    if len(ids) < prompt_tokens or len(rest) < count:
+        raise UsageError(f"the text {text} has fewer than {prompt_tokens} + {count} tokens for this model")
+    limit = store.architecture.max_positions
+    if len(ids) + count > limit:
+        raise UsageError(f"{len(ids)} + {count} tokens are beyond the model's context of {limit:,}")
+    with TemporaryDirectory(prefix="flashring-bench-") as directory:
+        tokens = Path(directory) / "tokens"
+        tokens.write_text(" ".join(str(one) for one in rest), encoding="utf-8")
+        yield Job(store, budget, prompt, len(ids), tokens, count, repeats, threads, quick, say, settings)
+
+
+def quick_budget(store: Store, settings: tuple[str, ...], context: int) -> str:
+    """A budget that leaves a tiny model a quarter of its FFN: half of it would be less than a process."""
+    config = Config.load(None, [f"compute.context={context}", *settings])
+    return f"{planner.least(store, config).total + store.layout.total_bytes // 4}B"
+
+
+def predictor_bytes(store: Store, name: str = "default") -> int:
+    """Size of the predictors' file, or 0."""
+    path = store.path / PREDICTORS / f"{name}.safetensors"
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,136 @@
+"""How close a row comes to what disk and memory allow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import planner
+from pipeline.bench import children, disk
+from pipeline.bench.disk import Throughput
+from pipeline.bench.job import Job, predictor_bytes
+from pipeline.bench.rows import Row
+from storage.format import ITEMSIZE, RESIDENT
+
+SEQUENTIAL = 1 << 20  # bytes of one read of the naive baseline's ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """One row against its roof. Times are milliseconds a token."""
+
+    row: str
+    request_bytes: int
+    disk_idle: float  # bytes a second, at that request size
+    disk_loaded: float  # while the kernels run
+    memory: float  # bytes a second
+    flash_bytes: float  # read a token
+    memory_bytes: float  # resident weights, predictors and FFN rows that a token touches
+    total_ms: float  # achieved
+
+    @property
+    def flash_ms(self) -> float:
+        return 1e3 * self.flash_bytes / self.disk_loaded
+
+    @property
+    def flash_idle_ms(self) -> float:
+        return 1e3 * self.flash_bytes / self.disk_idle
+
+    @property
+    def memory_ms(self) -> float:
+        return 1e3 * self.memory_bytes / self.memory
+
+    @property
+    def bound(self) -> str:
+        return "flash" if self.flash_ms >= self.memory_ms else "memory"
+
+    @property
+    def ratio(self) -> float:
+        """Achieved ÷ the larger of the two, the disk's ceiling taken while the kernels run."""
+        roof = max(self.flash_ms, self.memory_ms)
+        return self.total_ms / roof if roof else 0.0
+
+    @property
+    def ratio_idle(self) -> float:
+        """The same with the idle disk's ceiling, which is harder to reach."""
+        roof = max(self.flash_idle_ms, self.memory_ms)
+        return self.total_ms / roof if roof else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        derived = ("flash_ms", "flash_idle_ms", "memory_ms", "bound", "ratio", "ratio_idle")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def resident_bytes(job: Job) -> int:
+    """Resident weights that a token reads: all but the embedding's and positions' other rows."""
+    store = job.store
+    a = store.architecture
+    itemsize = ITEMSIZE[store.layout.dtype]
+    total = store.manifest.files[RESIDENT].bytes
+    if not a.tied_head:
+        total -= a.vocabulary * a.embed_dim * itemsize  # a tied one is the head
+    if a.positions == "learned":
+        total -= (a.max_positions + a.position_offset) * a.d_model * itemsize
+    return max(0, total)
+
+
+def memory_bytes(job: Job, row: Row) -> float:
+    """Bytes that the kernels and the predictor must read of DRAM for one token of `row`."""
+    own = job.resolved(row.settings)
+    predicting = own.predictor.kind == "lowrank"
+    predictors = predictor_bytes(job.store, own.model.predictor) if predicting else 0
+    # The file holds maps for the look-ahead and for the layer's own input; refine uses both.
+    if predicting and not (own.predictor.refine and own.predictor.lookahead):
+        predictors //= 2
+    return resident_bytes(job) + predictors + row.touched_bytes
+
+
+def bandwidth(job: Job) -> dict[str, float]:
+    """Measured memory bandwidth, bytes a second: `read` is reading alone, `matvec` the kernel."""
+    size = (64 << 20) if job.quick else (1 << 30)
+    line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.store.layout.dtype]
+    line += ["--seconds", "0.1" if job.quick else "1.0"]
+    return {
+        name: float(rate)
+        for name, rate in children.run_module("workers.compute.bandwidth", line).result.items()
+    }
+
+
+def measure(job: Job, row: Row, memory: float) -> Roofline:
+    """The roof of one ring's row."""
+    stride = job.store.layout.stride
+    request = max(stride, round(row.request_bytes / stride) * stride)
+    dtype = job.store.layout.dtype
+    idle = disk.ceiling(job.store, request, quick=job.quick)
+    loaded = disk.ceiling(job.store, request, quick=job.quick, dtype=dtype)
+    return Roofline(
+        row=row.name,
+        request_bytes=request,
+        disk_idle=idle.bytes_per_second,
+        disk_loaded=loaded.bytes_per_second,
+        memory=memory,
+        flash_bytes=row.bytes_per_token,
+        memory_bytes=memory_bytes(job, row),
+        total_ms=row.total_ms,
+    )
+
+
+def of_naive(job: Job, row: Row, memory: float) -> Roofline:
+    """The naive baseline's: sequential reads, and every weight."""
+    request = min(SEQUENTIAL, job.store.layout.layer_bytes)
+    idle = _sequential(job, request, None)
+    loaded = _sequential(job, request, job.store.layout.dtype)
+    return Roofline(
+        row=row.name,
+        request_bytes=request,
+        disk_idle=idle.bytes_per_second,
+        disk_loaded=loaded.bytes_per_second,
+        memory=memory,
+        flash_bytes=row.bytes_per_token,
+        memory_bytes=float(planner.checkpoint_bytes(job.store)),
+        total_ms=row.total_ms,
+    )
+
+
+def _sequential(job: Job, request: int, dtype: str | None) -> Throughput:
+    return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype, sequential=True)

@@ -1,0 +1,157 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.bench.disk import Throughput
+from pipeline.bench.roofline import Roofline
+from pipeline.bench.rows import TECHNIQUES, Row
+
+# arXiv 2312.11514, tables 2 and 3: OPT-6.7B in 16 bits, half of it in memory. Its first two I/O times are
+# computed, not measured.
+PAPER = """| paper, OPT-6.7B | DRAM GB | flash→DRAM GB/token | GB/s | I/O ms |
+|---|---|---|---|---|
+| naive | 0 | 13.4 | 6.10 | 2196 |
+| hybrid | 6.7 | 6.7 | 6.10 | 1090 |
+| + predictor | 4.8 | 0.9 | 1.25 | 738 |
+| + window | 6.5 | 0.2 | 1.25 | 164 |
+| + bundling | 6.5 | 0.2 | 2.25 | 87 |"""
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def ablation(rows: Sequence[Row]) -> str:
+    """The paper's columns, and the spread of the total."""
+    header = [
+        "", *TECHNIQUES, "DRAM GB", "flash→DRAM GB/token", "GB/s", "I/O ms", "memory management ms",
+        "prediction ms", "compute ms", "waiting ms", "total ms, median", "p10–p90", "medians of runs",
+    ]  # fmt: skip
+    return table(header, [_ablation_line(row, len(header)) for row in rows])
+
+
+def _ablation_line(row: Row, columns: int) -> list[str]:
+    marks = ["✓" if technique in row.techniques else "–" for technique in TECHNIQUES]
+    if row.error:
+        return [row.name, *marks, f"not measured: {row.error}", *[""] * (columns - len(marks) - 2)]
+    return [
+        row.name,
+        *marks,
+        f"{row.dram_bytes / 1e9:.2f}",
+        f"{row.bytes_per_token / 1e9:.4g}",
+        f"{row.bytes_per_second / 1e9:.2f}" if row.io_ms else "",
+        _ms(row.io_ms),
+        _ms(row.management_ms),
+        _ms(row.prediction_ms),
+        _ms(row.compute_ms),
+        _ms(row.waiting_ms),
+        f"**{_ms(row.total_ms)}**",
+        f"{_ms(row.p10_ms)}–{_ms(row.p90_ms)}",
+        ", ".join(_ms(one) for one in row.run_ms),
+    ]
+
+
+def speedups(rows: Sequence[Row], peers: Sequence[Row]) -> str:
+    """Every measured row's total ÷ the quickest ring's."""
+    measured = [row for row in (*rows, *peers) if not row.error and row.total_ms]
+    rings = [row for row in rows if row in measured and row.name != "naive"]
+    if not rings:
+        return "No ring could be measured."
+    best = min(rings, key=lambda row: row.total_ms)
+    lines = [[row.name, _ms(row.total_ms), f"{row.total_ms / best.total_ms:.1f} ×"] for row in measured]
+    return table(["", "ms a token", f"÷ {best.name}"], lines)
+
+
+def curve(rows: Sequence[Row]) -> str:
+    header = ["budget", "DRAM GB", "GB/token", "hit rate", "I/O ms", "total ms", "p10–p90"]
+    return table(header, [_curve_line(row, len(header)) for row in rows])
+
+
+def _curve_line(row: Row, columns: int) -> list[str]:
+    if row.error:
+        return [row.name, f"not measured: {row.error}", *[""] * (columns - 2)]
+    return [
+        row.name,
+        f"{row.dram_bytes / 1e9:.2f}",
+        f"{row.bytes_per_token / 1e9:.4g}",
+        f"{row.hit_rate:.1%}",
+        _ms(row.io_ms),
+        _ms(row.total_ms),
+        f"{_ms(row.p10_ms)}–{_ms(row.p90_ms)}",
+    ]
+
+
+def disk(tries: Sequence[Throughput]) -> str:
+    """GB/s, a line for each request size and number of readers, a column for each depth."""
+    depths = sorted({one.depth for one in tries})
+    rates = {(one.request_bytes, one.readers, one.depth): one for one in tries}
+    lines = []
+    for request, readers in sorted({(one.request_bytes, one.readers) for one in tries}):
+        found = [rates.get((request, readers, depth)) for depth in depths]
+        lines.append(
+            [
+                f"{request / 1024:g}",
+                str(readers),
+                *("" if one is None else f"{one.bytes_per_second / 1e9:.2f}" for one in found),
+                f"{min(one.cpu_us_per_read for one in found if one):.1f}",
+            ]
+        )
+    header = ["KiB", "readers", *(f"depth {depth}" for depth in depths), "least CPU µs a read"]
+    return table(header, lines)
+
+
+def roofline(roofs: Sequence[Roofline]) -> str:
+    header = [
+        "row", "KiB a read", "disk GB/s idle", "with kernels", "memory GB/s", "flash GB", "flash ms",
+        "memory GB", "memory ms", "bound", "achieved ms", "÷ roof", "÷ roof, idle disk",
+    ]  # fmt: skip
+    lines = [
+        [
+            roof.row,
+            f"{roof.request_bytes / 1024:g}",
+            f"{roof.disk_idle / 1e9:.2f}",
+            f"{roof.disk_loaded / 1e9:.2f}",
+            f"{roof.memory / 1e9:.1f}",
+            f"{roof.flash_bytes / 1e9:.4g}",
+            _ms(roof.flash_ms),
+            f"{roof.memory_bytes / 1e9:.4g}",
+            _ms(roof.memory_ms),
+            roof.bound,
+            _ms(roof.total_ms),
+            f"**{roof.ratio:.2f}**",
+            f"{roof.ratio_idle:.2f}",
+        ]
+        for roof in roofs
+    ]
+    return table(header, lines)
+
+
+def document(results: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """The whole report; `parts` are its sections by title."""
+    conditions = results["conditions"]
+    synthetic = " (SYNTHETIC weights)" if results["synthetic"] else ""
+    lines = [
+        f"# {results['model']}{synthetic}",
+        "",
+        f"`{results['command']}`",
+        "",
+        f"{conditions['cpu']}, {conditions['cores']} cores, {conditions['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{conditions['system']}, {conditions['file_system']}; {conditions['time']}. "
+        f"{results['tokens']} tokens decoded after a prompt of {results['prompt_tokens']}, "
+        f"{results['repeats']} runs a row, budget {results['budget']}. "
+        "I/O is the time with reads in flight: with look-ahead it overlaps with compute.",
+        "",
+        *(f"- {caveat}" for caveat in results["caveats"]),
+    ]
+    for title, text in parts.items():
+        lines += ["", f"## {title}", "", text]
+    return "\n".join(lines) + "\n"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
