@@ -275,6 +275,8 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
         (("--tasks", "piqa"), "--data"),
         (("--tasks", "sudoku", "--data", "."), "unknown task"),
         (("--text", "missing.txt"), "cannot be read"),
+        (("--point", "a: predictor.kind=all"), "give --text"),
+        (("--point", "all", "--text", "a"), "--point takes"),
     ],
 )
 def test_wrong_use_is_one_sentence(store, monkeypatch, capfd, arguments, reason):
@@ -282,6 +284,27 @@ def test_wrong_use_is_one_sentence(store, monkeypatch, capfd, arguments, reason)
     said = capfd.readouterr().err
     assert reason in said
     assert "Traceback" not in said
+
+
+def test_points_compare_settings_on_one_text(store, tmp_path, monkeypatch, capfd):
+    text, picture = tmp_path / "text.txt", tmp_path / "dial.png"
+    text.write_text("Once upon a time there was a small model. " * 8, encoding="utf-8")
+    points = ("--point", "whole: predictor.kind=all", "--point", "oracle: predictor.kind=oracle")
+    options = ("--text", str(text), "--threads", "1", "--picture", str(picture), "--json")
+    arguments = ("--model", str(store.path), "--thresholds=-1,1", *points, *options)
+    assert run(monkeypatch, *arguments, "--set", "cache.share=0.6") == 0
+    found = {one["name"]: one for one in json.loads(capfd.readouterr().out)["points"]}
+    assert list(found) == ["whole", "oracle", "-1", "1"]
+    assert found["whole"]["ratio"]["value"] == 1.0
+    assert found["oracle"]["ratio"]["value"] == pytest.approx(1.0, abs=1e-5)
+    assert found["oracle"]["false_negatives"] == 0.0
+    assert found["1"]["predicted"] < found["-1"]["predicted"] < 1.0
+    assert found["1"]["false_negatives"] > found["-1"]["false_negatives"] > 0.0
+    assert found["1"]["bytes_per_token"] < found["-1"]["bytes_per_token"]
+    layout = store.layout
+    streamed = layout.layers * (layout.d_ff - round(0.6 * layout.d_ff)) * layout.stride
+    assert found["whole"]["bytes_per_token"] == streamed
+    assert picture.stat().st_size > 10_000
 
 
 def test_tasks_score_choices_by_their_tokens(store, model, tmp_path):

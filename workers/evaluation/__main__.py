@@ -23,7 +23,9 @@ from workers.compute.dense import DenseModel
 from workers.evaluation import report
 from workers.evaluation.chooser import make_chooser
 from workers.evaluation.evaluate import chunks, evaluate_task, evaluate_text
+from workers.evaluation.points import Point, draw, measure, table
 from workers.evaluation.tasks import TASKS, read_text
+from workers.predictor.texts import rows
 
 LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
 
@@ -35,6 +37,14 @@ def main(
     text: Annotated[Path | None, typer.Option(help="A text whose perplexity is wanted; may be .xz.")] = None,
     limit: Annotated[int, typer.Option(help="Items of each task; 0: all.", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 0,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help='Settings to compare on the text: "NAME: section.key=value …"; may be repeated.'),
+    ] = None,
+    thresholds: Annotated[
+        str, typer.Option(help="A point for each of these predictor.threshold, by commas.")
+    ] = "",
+    picture: Annotated[Path | None, typer.Option(help="Write the points as a PNG.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
@@ -47,12 +57,78 @@ def main(
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
     config = planner.resolve(store, config)
+    named = _points(
+        [*(point or ()), *(f"{one}: predictor.threshold={one}" for one in thresholds.split(",") if one)]
+    )
+    points = [
+        (name, models.configure(model, config_file, [*(settings or ()), *some])[1], some)
+        for name, some in named
+    ]
+    if points:
+        if text is None:
+            raise UsageError("points are compared on a text: give --text FILE")
+        compared = _compare(store, points, text, tokens, seed, threads)
+        if picture:
+            draw(compared, picture)
+        if as_json:
+            print(json.dumps({"model": store.manifest.name, "points": [asdict(one) for one in compared]}))
+        else:
+            Console().print(table(compared))
+        return
     found = _evaluate(store, config, names, data, text, limit, tokens, seed, threads)
     if as_json:
         plain = {"text": found.text and asdict(found.text), "tasks": [asdict(one) for one in found.tasks]}
         print(json.dumps({"model": store.manifest.name, **plain, "config": config.model_dump(mode="json")}))
     else:
         _print(found, config)
+
+
+def _points(texts: list[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Name and settings of every point."""
+    found = []
+    for text in texts:
+        name, colon, settings = text.partition(": ")
+        if not colon:
+            raise UsageError(f'--point takes "NAME: section.key=value …", not {text!r}')
+        found.append((name.strip(), tuple(settings.split())))
+    return found
+
+
+def _compare(
+    store: Store,
+    points: list[tuple[str, Config, tuple[str, ...]]],
+    text: Path,
+    tokens: int,
+    seed: int,
+    threads: int,
+) -> list[Point]:
+    some = rows(text, store, tokens or sys.maxsize)
+    with (
+        torch.no_grad(),
+        DenseModel(store, threads or len(os.sched_getaffinity(0))) as model,
+        _Bars() as bars,
+    ):
+        return measure(model, points, some, seed, bars.tell)
+
+
+class _Bars:
+    """A progress bar for every stage."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(console=Console(stderr=True), transient=True)
+        self._stages: dict[str, TaskID] = {}
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._stages:
+            self._stages[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._stages[stage], completed=done)
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
 
 
 @dataclass(slots=True)
@@ -90,22 +166,15 @@ def _evaluate(
     with (
         torch.no_grad(),
         DenseModel(store, threads or len(os.sched_getaffinity(0))) as model,
-        Progress(console=Console(stderr=True), transient=True) as bars,
+        _Bars() as bars,
     ):
-        stages: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done)
-
         if text is not None:
             length = min(LONGEST_CHUNK, config.compute.context)
             sequences, size = chunks(tokenizer, read_text(text), length, tokens or None)
-            found.text = evaluate_text(model, chooser, sequences, size, seed, progress)
+            found.text = evaluate_text(model, chooser, sequences, size, seed, bars.tell)
         for name in names:
             assert data is not None
-            found.tasks.append(evaluate_task(model, chooser, tokenizer, name, data, limit or None, progress))
+            found.tasks.append(evaluate_task(model, chooser, tokenizer, name, data, limit or None, bars.tell))
     return found
 
 

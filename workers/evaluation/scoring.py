@@ -88,7 +88,7 @@ def score(
             tokens[row, : len(sequences[i])] = sequences[i]
         x = forward(model, tokens, chooser)
         for row, i in enumerate(batch):
-            found[i] = _scored(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
+            found[i] = score_rows(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
         progress(len(found), len(sequences))
     return [found[i] for i in range(len(sequences))]
 
@@ -106,7 +106,8 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _scored(model: DenseModel, x: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
+def score_rows(model: DenseModel, x: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
+    """The last layer's outputs x `[n, d_model]` against the tokens that follow them, `[n]`."""
     logprobs, likeliest = [], []
     for start in range(0, len(targets), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
