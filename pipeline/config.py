@@ -69,6 +69,7 @@ class Compute(Section):
     threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
     context: Annotated[int, Field(ge=0)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
     device: Literal["cpu"] = "cpu"
+    audit: Annotated[int, Field(ge=0)] = 0  # of every Nth token check one layer's set; 0: none
 
 
 class Sampling(Section):

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline import audit
 from pipeline.config import Config
 from pipeline.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.plan import Plan
@@ -280,6 +281,7 @@ class Session:
             },
             "memory": {"budget_bytes": None, "peak_bytes": self.ring.memory.bytes},
             "workers": [{"name": name, "pid": pid} for name, pid in self.ring.pids.items()],
+            "audit": audit.of(done.delta, self.plan.layers) if self.config.compute.audit else None,
             "counters": {
                 worker: {name: done.delta(worker, name) for name in values if not name.startswith("layer.")}
                 for worker, values in done.after.items()

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import models, planner
+from pipeline.audit import AUDIT_EVERY, describe_audit
 from pipeline.config import Config
 from pipeline.console import say, size
+from pipeline.quality import quality_settings
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,6 +84,12 @@ def command(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
+    audit_sets: Annotated[
+        bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
+    ] = False,
+    quality: Annotated[
+        str, typer.Option(help="exact, high or fast: see docs/quality.md.", show_default=False)
+    ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
     ] = False,
@@ -99,13 +107,15 @@ def command(
     chosen = {
         "memory.budget": json.dumps(memory) if memory else None,
         "compute.context": context_tokens or None,
+        "compute.audit": AUDIT_EVERY if audit_sets else None,
         "sampling.max_new_tokens": max_new_tokens,
         "sampling.temperature": temperature,
         "sampling.top_p": top_p,
         "sampling.top_k": top_k,
     }
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-    source, config = models.configure(model, config_file, [*(settings or ()), *overrides])
+    settings = [*quality_settings(quality), *(settings or ()), *overrides]
+    source, config = models.configure(model, config_file, settings)
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
     config = planner.resolve(store, config)
@@ -123,6 +133,8 @@ def command(
         print(json.dumps(summary, ensure_ascii=False, indent=2))
     else:
         say(describe(summary))
+        if summary["audit"]:
+            say(describe_audit(summary["audit"]))
 
 
 def _generate(

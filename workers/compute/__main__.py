@@ -12,6 +12,7 @@ import threading
 from pipeline.channel import Channel
 from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.process import Worker, run
+from workers.compute.audit import Audit
 from workers.compute.engine import Engine, Stopped
 from workers.compute.weights import Weights
 
@@ -24,7 +25,9 @@ class LayerLoop:
     def __init__(self, worker: Worker, weights: Weights, threads: int) -> None:
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
-        self.engine = Engine(weights, worker.plan, worker.segments, self._channel, threads)
+        every = worker.config.compute.audit
+        audit = Audit(worker.store, weights, every) if every and worker.store.architecture.relu else None
+        self.engine = Engine(weights, worker.plan, worker.segments, self._channel, threads, audit)
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="layers")

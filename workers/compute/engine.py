@@ -29,6 +29,7 @@ from pipeline.messages import (
 from pipeline.plan import Plan
 from pipeline.segments import ID, SLOT, Segments
 from storage.format import CARRIER
+from workers.compute.audit import Audit
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.parts import Part, Parts
@@ -53,8 +54,15 @@ class Engine:
     """Runs generations. `generate` belongs to one thread; `cancel`, `stop` and `seconds` to any."""
 
     def __init__(
-        self, weights: Weights, plan: Plan, segments: Segments, channel: Channel, threads: int
+        self,
+        weights: Weights,
+        plan: Plan,
+        segments: Segments,
+        channel: Channel,
+        threads: int,
+        audit: Audit | None = None,
     ) -> None:
+        self._audit = audit
         self._plan = plan
         self._segments = segments
         self._channel = channel
@@ -134,6 +142,8 @@ class Engine:
         self._step += 1
         operations = self._token
         operations.position = position
+        if self._audit is not None:
+            self._audit.next_token()
         x = operations.embed(token)
         self._announce(EMBEDDING, _unit(x[None]), stream=False)
         for index in range(self._plan.layers):
@@ -146,12 +156,18 @@ class Engine:
                     lambda hidden, index=index: self._announce(index, hidden[None], stream=False),  # type: ignore[misc]
                 )
             ffn = TokenFfn(operations, index, ffn_input, self._bundles)
+            neurons = 0
             for part in self._arriving(index):
+                neurons += part.count
                 with self._clock("ffn"):
                     ffn.add(*self._neurons(index, part))
                     if part.closes:
                         ffn.close()
                 self._answer(index, part)
+            if self._audit is not None and self._audit.layer == index:
+                with self._clock("audit"):
+                    computed = self._segments.active[index, ID, :neurons]
+                    self._audit.look(ffn_input, computed, ffn.output, self.counts)
             self._finish(index)
             self.counts[self._active_names[index]] += ffn.active
             self.counts["active"] += ffn.active
