@@ -142,9 +142,9 @@ def make_job(
         yield Job(store, budget, prompt, len(ids), tokens, count, repeats, threads, quick, say, settings)
 
 
-def quick_budget(store: Store, settings: tuple[str, ...], context: int) -> str:
+def quick_budget(store: Store, settings: tuple[str, ...], context: int, threads: int) -> str:
     """A budget that leaves a tiny model a quarter of its FFN: half of it would be less than a process."""
-    config = Config.load(None, [f"compute.context={context}", *settings])
+    config = Config.load(None, [f"compute.context={context}", f"compute.threads={threads}", *settings])
     return f"{planner.least(store, config).total + store.layout.total_bytes // 4}B"
 
 

@@ -69,7 +69,7 @@ def command(
     fixed = tuple(settings or ()) + _preset_settings(config.prefetcher.queue_depth, settings)
     if quick:
         prompt_tokens, tokens, repeats, strict = min(prompt_tokens, 16), min(tokens, 12), 1, False
-        memory = job.quick_budget(store, fixed, prompt_tokens + tokens)
+        memory = job.quick_budget(store, fixed, prompt_tokens + tokens, threads)
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         peers_part.check_space(names, checkpoint, out)

@@ -1,0 +1,393 @@
+"""The bench: its arithmetic on given results, what it refuses, its baseline's mathematics, one quick run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import predictors
+import pytest
+from checkpoints import write_checkpoint
+
+from pipeline.bench import ablation, children, curve, peers, rows, table
+from pipeline.bench.children import ChildFailed, Ran
+from pipeline.bench.disk import Throughput
+from pipeline.bench.job import TEXT, Job, make_job, quick_budget
+from pipeline.bench.roofline import Roofline, memory_bytes, resident_bytes
+from pipeline.bench.rows import TECHNIQUES, Row
+from storage.convert import convert
+from storage.errors import DiskFull, UsageError
+from storage.format import PREDICTORS, RESIDENT, Store
+from workers.cache.policy import KeepNothing
+from workers.cache.residency import NOWHERE, Residency
+from workers.compute.dense import DenseModel
+from workers.compute.naive import NaiveModel
+from workers.prefetcher.requests import Planner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("bench") / "checkpoint", "opt", "float16")
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path) -> Store:
+    made = convert(checkpoint, checkpoint.parent / "store", name="tiny")
+    layers = range(made.layout.layers)
+    maps = predictors.maps(made, "layers", layers) | predictors.maps(made, "inlayer", layers, seed=2)
+    predictors.write(made, maps)
+    return made
+
+
+@pytest.fixture
+def job(store: Store) -> Iterator[Job]:
+    with make_job(
+        store,
+        text=TEXT,
+        prompt_tokens=8,
+        count=4,
+        budget="50%",
+        repeats=1,
+        threads=1,
+        quick=True,
+        settings=(),
+        say=lambda _: None,
+    ) as made:
+        yield made
+
+
+def ran(token_seconds: list[float], peak: int | None = 9_000, **counters: dict[str, float]) -> Ran:
+    """A run of the main job with these counters."""
+    workers: dict[str, dict[str, float]] = {"compute": {}, "cache": {}, "prefetcher": {}, "predictor": {}}
+    result: dict[str, Any] = {
+        "token_seconds": token_seconds,
+        "generated_tokens": len(token_seconds) + 1,
+        "counters": workers | counters,
+        "memory": {"budget_bytes": 10_000, "peak_bytes": 7_000},
+        "cache": {"hit_rate": 0.5},
+        "seconds": {"prefill": 2.0},
+    }
+    return Ran(result, peak, limited=peak is not None, cold=True)
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_medians_of_its_runs_per_decoded_token():
+    def run(factor: float) -> Ran:
+        return ran(
+            [0.010 * factor, 0.020 * factor],
+            compute={
+                "attention_seconds": 0.004 * factor,
+                "ffn_seconds": 0.002,
+                "head_seconds": 0.002,
+                "waiting_seconds": 0.006,
+                "active": 10,
+            },
+            cache={"decode_hits": 30, "decode_misses": 10, "decode_seconds": 0.002},
+            prefetcher={"decode_bytes": 8_000 * factor, "decode_reads": 4, "decode_busy_seconds": 0.008},
+            predictor={"decode_seconds": 0.001},
+        )
+
+    row = rows.of_rings("+ window", TECHNIQUES[:3], [run(1), run(2), run(3)], stride=200, settings={})
+    assert row.total_ms == 25  # of 10, 20, 20, 30, 40, 60
+    assert row.run_ms == pytest.approx((15, 30, 45))
+    assert (row.p10_ms, row.p90_ms) == pytest.approx((10, 40))  # the nearest of six
+    assert row.bytes_per_token == 8_000
+    assert row.request_bytes == 4_000
+    assert row.io_ms == pytest.approx(4)
+    assert row.bytes_per_second == pytest.approx(2e6)
+    assert row.management_ms == pytest.approx(1)
+    assert row.prediction_ms == pytest.approx(0.5)
+    assert row.compute_ms == pytest.approx(6)
+    assert row.waiting_ms == pytest.approx(3)
+    assert row.other_ms == pytest.approx(30 - 6 - 3)
+    # 20 neurons predicted a token, 5 of them active: the up rows of all, the down rows of those.
+    assert row.touched_bytes == pytest.approx(20 * 100 + 5 * 100)
+    assert (row.dram_bytes, row.dram_by, row.limited) == (9_000, "cgroup", True)
+
+
+def test_a_run_without_a_cgroup_says_so():
+    row = rows.of_rings("x", (), [ran([0.1]), ran([0.1], peak=None)], stride=2, settings={})
+    assert not row.limited
+    only = rows.of_rings("x", (), [ran([0.1], peak=None)], stride=2, settings={})
+    assert (only.dram_bytes, only.dram_by) == (7_000, "proportional set size")
+
+
+def test_the_best_row_is_a_ring_at_the_full_budget():
+    found = [
+        Row("naive", total_ms=1),
+        Row("hybrid", total_ms=9),
+        Row("broken", error="died"),
+        Row("+ overlap", total_ms=3),
+        Row("all techniques at a strict 50 %", total_ms=2),
+    ]
+    best = ablation.best(found)
+    assert best is not None
+    assert best.name == "+ overlap"
+    assert ablation.best([found[0], found[2]]) is None
+
+
+# -- roofline -------------------------------------------------------------------------------------
+
+
+def test_the_roof_is_the_larger_of_disk_and_memory():
+    roof = Roofline(
+        row="x",
+        request_bytes=16_384,
+        disk_idle=1e9,
+        disk_loaded=8e8,
+        memory=50e9,
+        flash_bytes=160e6,
+        memory_bytes=5e9,
+        total_ms=250,
+    )
+    assert roof.flash_ms == pytest.approx(200)
+    assert roof.flash_idle_ms == pytest.approx(160)
+    assert roof.memory_ms == pytest.approx(100)
+    assert (roof.bound, roof.ratio) == ("flash", pytest.approx(1.25))
+    assert roof.ratio_idle == pytest.approx(250 / 160)
+    cached = Roofline("x", 16_384, 1e9, 8e8, 50e9, 0.0, 5e9, 125)
+    assert (cached.bound, cached.ratio) == ("memory", pytest.approx(1.25))
+
+
+def test_what_a_token_reads_of_memory(job: Job) -> None:
+    a = job.store.architecture
+    tables = 2 * (a.max_positions + a.position_offset) * a.d_model
+    resident = job.store.manifest.files[RESIDENT].bytes - tables  # the tied embedding is the head
+    assert resident_bytes(job) == resident
+    file = (job.store.path / PREDICTORS / "default.safetensors").stat().st_size
+    touched = Row("x", touched_bytes=1000)
+    assert memory_bytes(job, touched) == resident + file + 1000
+    in_layer = Row("x", touched_bytes=1000, settings=ablation.IN_LAYER)
+    assert memory_bytes(job, in_layer) == resident + file // 2 + 1000
+    everything = Row("x", touched_bytes=1000, settings={"predictor.kind": "all"})
+    assert memory_bytes(job, everything) == resident + 1000
+
+
+def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
+    budgets = curve.budgets(job, {}, 3)
+    layout = job.store.layout
+    assert budgets[2] - budgets[0] == pytest.approx(layout.total_bytes - layout.layers * layout.stride)
+    assert budgets[1] == (budgets[0] + budgets[2]) // 2
+    assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def test_tables_are_rectangular_and_name_failures():
+    found = [
+        Row("naive", total_ms=1500, io_ms=1400, bytes_per_token=13e9, run_ms=(1500.0,)),
+        Row("hybrid", ("hybrid",), error="killed, as by the memory limit"),
+        Row("+ overlap", TECHNIQUES, total_ms=100, p10_ms=90.04, p90_ms=110),
+    ]
+    text = table.ablation(found)
+    assert {line.count("|") for line in text.splitlines()} == {18}
+    assert "| hybrid | ✓ | – | – | – | – | not measured: killed, as by the memory limit |" in text
+    assert "| **1500** |" in text
+    assert "| 90.0–110 |" in text
+    assert "| naive | 1500 | 15.0 × |" in table.speedups(found, [])
+    assert "| airllm | 2000 | 20.0 × |" in table.speedups(found, [Row("airllm", total_ms=2000)])
+    assert table.speedups(found[:2], []) == "No ring could be measured."
+    assert {line.count("|") for line in table.curve(found).splitlines()} == {8}
+
+
+def test_the_disk_table_has_a_column_for_each_depth():
+    tries = [
+        Throughput(4096, 1, 8, 1e9, 5.0),
+        Throughput(4096, 1, 32, 2e9, 4.0),
+        Throughput(16384, 2, 8, 3e9, 6.0),
+    ]
+    assert table.disk(tries).splitlines()[2:] == [
+        "| 4 | 1 | 1.00 | 2.00 | 4.0 |",
+        "| 16 | 2 | 3.00 |  | 6.0 |",
+    ]
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_measured_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown peer 'llama'"):
+        peers.interpreters(["llama"], {})
+    with pytest.raises(UsageError, match=r"accelerate has no environment at .*docs/bench\.md"):
+        peers.interpreters(["accelerate"], {})
+    here = Path(sys.executable)
+    assert peers.interpreters(["airllm"], {"airllm": here}) == {"airllm": here}
+    (tmp_path / "short.txt").write_text("Once upon a time", encoding="utf-8")
+    with pytest.raises(UsageError, match="fewer than 8 \\+ 40 tokens"), _job(store, tmp_path, 8, 40):
+        pass
+    with pytest.raises(UsageError, match="beyond the model's context"), _job(store, TEXT.parent, 100, 100):
+        pass
+
+
+def _job(store: Store, directory: Path, prompt: int, count: int) -> Any:
+    text = TEXT if directory == TEXT.parent else directory / "short.txt"
+    return make_job(
+        store,
+        text=text,
+        prompt_tokens=prompt,
+        count=count,
+        budget="50%",
+        repeats=1,
+        threads=1,
+        quick=True,
+        settings=(),
+        say=lambda _: None,
+    )
+
+
+def test_a_disk_too_short_for_a_peer_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    peers.check_space(["airllm"], checkpoint, tmp_path)
+    monkeypatch.setattr(peers.shutil, "disk_usage", lambda _: Throughput_free(1000))
+    with pytest.raises(DiskFull, match="airllm writes"):
+        peers.check_space(["airllm"], checkpoint, tmp_path)
+    peers.check_space(["accelerate"], checkpoint, tmp_path)  # reads the checkpoint itself
+
+
+class Throughput_free:  # noqa: N801 - stands for shutil's usage tuple
+    """What `shutil.disk_usage` returns, with so much free."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parts", "ablation,speed"], "unknown part 'speed'"),
+        (["--parts", ""], "nothing to measure"),
+        (["--peers", "accelerate", "--peer-python", f"accelerate={sys.executable}"], "needs --checkpoint"),
+        (["--peer-python", "accelerate"], "takes NAME=PATH"),
+    ],
+)
+def test_wrong_use_is_one_sentence(store: Store, tmp_path: Path, arguments: list[str], words: str) -> None:
+    line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path)]
+    done = subprocess.run(
+        [*line, "--out", str(tmp_path / "out"), "--no-plots", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_child_is_told_by_its_last_words():
+    with pytest.raises(ChildFailed, match="status 3: no luck"):
+        children.run([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
+    with pytest.raises(ChildFailed, match="printed no result: 'words"):
+        children.run([sys.executable, "-c", "print('words')"])
+    assert children.run([sys.executable, "-c", "print('x', '{\"a\": 1}')"]).result == {"a": 1}
+
+
+# -- the baseline ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["opt", "opt-projected", "opt-post-norm", "falcon-7b"])
+def test_the_naive_baseline_computes_the_model(variant: str, tmp_path: Path) -> None:
+    made = convert(
+        write_checkpoint(tmp_path / "checkpoint", variant, "float16"), tmp_path / "store", name=variant
+    )
+    tokens = [2, 17, 40, 9, 77, 31]
+    with DenseModel(made, 1) as dense:
+        expected = dense.forward([tokens])[0].numpy()
+    with NaiveModel(made, len(tokens), 1) as model:
+        found = [model.forward(token, position) for position, token in enumerate(tokens)]
+        weights = made.layout.total_bytes + resident_weights(made)
+        assert model.stream.bytes >= len(tokens) * weights  # everything, for every token
+    np.testing.assert_allclose(np.stack(found), expected, rtol=2e-3, atol=2e-3)
+
+
+def resident_weights(store: Store) -> int:
+    """Bytes of the matrices that a token multiplies with, without its embedding."""
+    a = store.architecture
+    heads = (a.heads + 2 * a.kv_heads) * a.head_dim
+    per_layer = a.d_model * heads + a.heads * a.head_dim * a.d_model
+    return 2 * (a.layers * per_layer + a.vocabulary * a.embed_dim)
+
+
+# -- the techniques that can be turned off ----------------------------------------------------------
+
+
+def test_without_a_window_every_token_begins_with_empty_slots():
+    residency = Residency(16, 4, KeepNothing())
+    for step in range(2):
+        residency.begin(step)
+        ids = np.array([1, 5])
+        assert (residency.lease(ids) == NOWHERE).all()
+        residency.admit(ids)
+        residency.use(ids, step)
+        residency.validate()
+
+
+@pytest.mark.parametrize("stride", [512, 1024, 1536, 18432])
+def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
+    planner = Planner(base=1 << 20, slots=8, stride=stride, d_ff=10, max_read=1 << 20, max_gap=0, sink=0)
+    positions, slots = np.array([7, 2, 3], np.int32), np.array([0, 5, 1], np.int32)
+
+    def landed(requests: Any) -> dict[int, int]:
+        """Address → file offset, of every 512 bytes."""
+        found = {}
+        for index in range(len(requests)):
+            offset = int(requests.offsets[index])
+            for base, length in requests.vector(index):
+                for at in range(0, length, 512):
+                    found[base + at] = offset + at
+                offset += length
+        return found
+
+    halves = planner.plan_halves(2, positions, slots)
+    whole = planner.plan(2, positions, slots)
+    assert landed(halves) == landed(whole)
+    assert halves.total_bytes == whole.total_bytes == 3 * stride
+    if stride > 512:
+        assert len(halves) == 6
+        assert halves.offsets[0] // stride == halves.offsets[3] // stride  # first halves, then second ones
+        assert not (halves.offsets % 512).any()
+
+
+# -- everything -------------------------------------------------------------------------------------
+
+
+def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path), "--quick"]
+    done = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert done.stdout == (out / "results.md").read_text(encoding="utf-8") + "\n"
+    errors = [row["error"] for row in (*results["ablation"], *results["curve"]) if row["error"]]
+    assert errors == []
+    names = [row["name"] for row in results["ablation"]]
+    assert names == ["naive", "hybrid", "+ predictor", "+ window", "+ bundling", "+ overlap"]
+    row = {one["name"]: one for one in results["ablation"]}
+    layout = store.layout
+    assert row["naive"]["bytes_per_token"] >= layout.total_bytes + resident_weights(store)
+    # Without a window all that is predicted is read, every token; halves are twice as many reads.
+    nothing, window, bundled = row["+ predictor"], row["+ window"], row["+ bundling"]
+    assert nothing["hit_rate"] == 0
+    assert nothing["request_bytes"] == layout.stride / (1 if layout.stride == 512 else 2)
+    assert window["bytes_per_token"] < nothing["bytes_per_token"]
+    assert bundled["bytes_per_token"] == window["bytes_per_token"]
+    for one in results["ablation"]:
+        assert one["total_ms"] > 0
+        assert one["dram_bytes"] > 0
+    whole = results["curve"][-1]
+    assert whole["bytes_per_token"] == 0, "with the whole model in memory nothing is read"
+    assert {one["depth"] for one in results["disk"]} == {8}
+    assert results["roofline"][0]["row"] == "naive"
+    assert results["roofline"][0]["ratio"] > 0
+    assert results["conditions"]["cores"] >= 1
+    for plot in ("ablation.png", "curve.png", "disk.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.partial"))
