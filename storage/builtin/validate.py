@@ -47,11 +47,16 @@ def load(checkpoint: Path) -> Decoder:
 def main(
     corpus_dir: Annotated[Path, typer.Option("--corpus", help="Directory with the held-out stories.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")] = Path(__file__).parent,
+    text_out: Annotated[
+        Path | None, typer.Option(help="Also write the stories as plain text, as training saw such.")
+    ] = None,
 ) -> None:
     """Print nats a token and nats a byte on the held-out stories, in float32."""
     model = load(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     stories = corpus.validation_stories(corpus_dir)
+    if text_out is not None:
+        text_out.write_text("\n".join(stories), encoding="utf-8")
     stream = corpus.encode_all(tokenizer, stories).astype(np.int64)
     rows = [torch.from_numpy(stream[start : start + ROW + 1]) for start in range(0, len(stream) - 1, ROW)]
     nats, tokens = 0.0, 0
