@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,6 +155,8 @@ def _generate(
     with Session.open(store, config, report.plan) as session:
         pieces = session.generate(ids, params)
         try:
+            if sys.stdout.isatty() and not quiet:
+                print(prompt, end="", flush=True)  # for people; a pipe gets the continuation alone
             for piece in pieces:
                 if not quiet:
                     print(piece, end="", flush=True)
