@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from checkpoints import write_checkpoint
 from ring import PROMPT, config, generate, outcome, plan_for, tap
 
 from pipeline.channel import Channel
@@ -12,7 +13,6 @@ from pipeline.generate import GenerationParams, Session
 from pipeline.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
 from storage.convert import convert
 from storage.format import Store
-from checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_only_what_was_asked_for_is_read(store):
         before = kernel_bytes(pid)
         counted_before = session.ring.stats()
         generate(session, count=12)
-        counted = {name: values for name, values in session.ring.stats().items()}
+        counted = dict(session.ring.stats().items())
         kernel = kernel_bytes(pid) - before
     stride = store.layout.stride
 
