@@ -188,13 +188,20 @@ def _fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def convert(checkpoint: Path, store: Path, *, name: str, alignment: int = 512) -> None:
-    """Convert with a progress bar."""
+def convert(
+    checkpoint: Path, store: Path, *, name: str, alignment: int = 512, order: Path | None = None
+) -> None:
+    """Convert with a progress bar; `order`: a `.npy` of neurons by position."""
     from pipeline.progress import Progress
     from storage.convert import convert as convert_checkpoint
+    from storage.convert import read_order
+
+    neurons = read_order(order) if order else None
 
     with Progress(f"converting {name}") as progress:
-        convert_checkpoint(checkpoint, store, name=name, alignment=alignment, progress=progress)
+        convert_checkpoint(
+            checkpoint, store, name=name, alignment=alignment, order=neurons, progress=progress
+        )
 
 
 def _install_predictors(store: Store) -> None:

@@ -66,6 +66,16 @@ class NeuronOrder:
     neurons: npt.NDArray[np.int32]
 
 
+def read_order(path: Path) -> NeuronOrder:
+    """The order of a `.npy` file, named after it. Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            neurons = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no neuron order: {error}") from error
+    return NeuronOrder(path.stem, np.ascontiguousarray(neurons))
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A checked conversion: everything is present in the right shape and dtype."""

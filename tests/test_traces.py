@@ -24,7 +24,8 @@ from workers.cache.policy import WindowThenOldest
 from workers.cache.residency import Residency
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
-from workers.traces import replay
+from workers.traces import placement, replay
+from workers.traces.order import linear_order
 from workers.traces.policies import Belady, PinnedThenOldest
 from workers.traces.record import record
 from workers.traces.trace import Trace, pack
@@ -263,3 +264,87 @@ def test_wrong_use_is_one_sentence(tmp_path, monkeypatch, capfd, arguments, reas
     said = capfd.readouterr().err
     assert reason in said
     assert "Traceback" not in said
+
+
+# -- order and placement --------------------------------------------------------------------------
+
+
+def paired_masks(seed: int, tokens: int = 120, d_ff: int = 24) -> np.ndarray:
+    """Neurons i and i + 12 are always used together; few pairs a token."""
+    pairs = np.random.default_rng(seed).random((tokens, d_ff // 2)) < 0.15
+    return np.concatenate((pairs, pairs), axis=1)
+
+
+def paired_trace(seed: int) -> Trace:
+    return Trace(24, 512, pack(paired_masks(seed))[None], None, None, {})
+
+
+def test_neurons_that_are_used_together_lie_together():
+    (order,) = linear_order(paired_trace(0))
+    assert order.dtype == np.int32
+    assert sorted(order) == list(range(24))
+    place = np.argsort(order)
+    assert (np.abs(place[:12] - place[12:]) == 1).all()
+
+
+def test_unused_neurons_are_placed_as_well():
+    masks = paired_masks(0)
+    masks[:, [3, 15, 20]] = False
+    (order,) = linear_order(Trace(24, 512, pack(masks)[None], None, None, {}))
+    assert sorted(order) == list(range(24))
+
+
+def lru(layer: int, slots: int) -> WindowThenOldest:
+    return WindowThenOldest(24, 0)
+
+
+def test_an_order_joins_reads_and_reads_the_same():
+    trace, order = paired_trace(1), linear_order(paired_trace(0))
+    plain = placement.ordered("", trace, 10, lru, None)
+    placed = placement.ordered("", trace, 10, lru, order)
+    assert (placed.bundles, placed.bytes) == (plain.bundles, plain.bytes)
+    assert placed.requests <= placed.bundles / 2 < plain.requests
+    wide = placement.ordered("", trace, 10, lru, None, gap=24)
+    assert wide.requests < plain.requests
+    assert wide.bytes > plain.bytes
+    assert wide.redundant == pytest.approx(1 - plain.bytes / wide.bytes)
+
+
+def test_bundled_friends_help_only_where_they_are_each_others():
+    """Pairs halve the bundles. With one hot neuron, everyone's friend, it is read again and again."""
+    trace, made = paired_trace(1), (paired_trace(0), 10, lru)
+    paired = placement.befriended("", trace, *made)
+    alone = placement.ordered("", trace, 10, lru, None)
+    assert paired.redundant < 0.1  # half a pair may have been evicted
+    assert paired.bundles < 0.6 * alone.bundles
+    assert paired.bytes == pytest.approx(alone.bytes, rel=0.1)
+    hot = random_masks(0)[0, :, :24].copy()
+    hot[:, 0] = True
+    lonely = Trace(24, 512, pack(hot)[None], None, None, {})
+    bundled = placement.befriended("", lonely, lonely, 10, lru)
+    plain = placement.ordered("", lonely, 10, lru, None)
+    assert bundled.redundant > 0.4
+    assert bundled.bytes > 1.5 * plain.bytes
+
+
+def test_order_and_conversion_by_commands(tmp_path, monkeypatch, capfd):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "opt", "float16")
+    masks = np.random.default_rng(0).random((3, 50, 192)) < 0.2
+    Trace(192, 512, pack(masks), None, None, {}).save(tmp_path / "a.npz")
+    order, store = str(tmp_path / "coactive.npy"), str(tmp_path / "store")
+    assert run(monkeypatch, "order", str(tmp_path / "a.npz"), order) == 0
+    monkeypatch.setattr("sys.argv", ["run.py", "convert", str(checkpoint), store, "--order", order])
+    assert main() == 0
+    made = Store.open(tmp_path / "store")
+    plain = convert(checkpoint, tmp_path / "plain", name="small")
+    assert made.manifest.order == "coactive"
+    assert (made.read_layer(2) == plain.read_layer(2)).all()
+    assert (tmp_path / "store/bundles.bin").read_bytes() != (tmp_path / "plain/bundles.bin").read_bytes()
+    assert run(monkeypatch, "placement", str(tmp_path / "a.npz"), "--earlier", str(tmp_path / "a.npz")) == 0
+    assert "redundant" in capfd.readouterr().out
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    monkeypatch.setattr(
+        "sys.argv", ["run.py", "convert", str(checkpoint), store + "2", "--order", str(tmp_path / "bad.npy")]
+    )
+    assert main() == 2
+    assert "is no neuron order" in capfd.readouterr().err

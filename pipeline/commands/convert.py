@@ -17,8 +17,12 @@ def command(
     ],
     out: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
     alignment: Annotated[int, typer.Option(help="Bundles start at multiples of this many bytes.")] = 512,
+    order: Annotated[
+        Path | None,
+        typer.Option(help="Which neuron lies where: a file that `trace order` wrote.", metavar="ORDER.npy"),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint into a store; an interrupted conversion resumes."""
     source = models.find_source(model)
-    models.convert(source.checkpoint(), out, name=source.name, alignment=alignment)
+    models.convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
     say(f"{out} is ready: run.py --model {out}")

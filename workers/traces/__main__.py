@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from pipeline import ending, models, planner
+from pipeline.config import Cache
 from storage.errors import UsageError
+from workers.cache.frequency import make_policy
+from workers.cache.policy import Policy
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
 from workers.predictor.texts import rows
-from workers.traces import record, replay, report
+from workers.traces import placement, record, replay, report
+from workers.traces.order import linear_order
 from workers.traces.trace import Trace
 from workers.traces.windows import windows as count_windows
 
@@ -112,6 +118,59 @@ def replay_command(
         console = Console()
         console.print(report.policy_table(results, trace))
         console.print(report.window_table(counted))
+
+
+@app.command("order")
+def order_command(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="ORDER.npy")],
+    active: Annotated[
+        bool, typer.Option("--active", help="By the active neurons, whatever was predicted.")
+    ] = False,
+) -> None:
+    """Order neurons so that those used together lie together, for convert --order."""
+    trace = Trace.load(file)
+    order = linear_order(trace.only_active() if active else trace)
+    partial = out.with_name(out.name + ".partial")
+    with partial.open("wb") as opened:
+        np.save(opened, order)
+    os.replace(partial, out)
+
+
+@app.command("placement")
+def placement_command(
+    file: File,
+    earlier: Annotated[Path, typer.Option(help="A trace of other text, which order and friends come from.")],
+    capacity: Annotated[float, typer.Option(help="Slots, as a share of the FFN.", min=0, max=1)] = 0.25,
+    gap: Annotated[int, typer.Option(help="Bundles that may be read between two to join them.", min=0)] = 2,
+    active: Annotated[
+        bool, typer.Option("--active", help="Replay the active neurons, whatever was predicted.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare reads by neuron id, by co-activation, and with closest friends bundled."""
+    trace, calibration = Trace.load(file), Trace.load(earlier)
+    if (calibration.layers, calibration.d_ff) != (trace.layers, trace.d_ff):
+        raise UsageError(f"{earlier} and {file} are traces of different models")
+    if active:
+        trace, calibration = trace.only_active(), calibration.only_active()
+    slots, half_life = round(capacity * trace.d_ff), Cache().half_life
+
+    def make(layer: int, slots: int) -> Policy:
+        return make_policy(trace.d_ff, 0, half_life)
+
+    order = linear_order(calibration)
+    found = [
+        placement.ordered("by id", trace, slots, make, None),
+        placement.ordered("by co-activation", trace, slots, make, order),
+        placement.ordered(f"by id, gaps up to {gap}", trace, slots, make, None, gap),
+        placement.ordered(f"by co-activation, gaps up to {gap}", trace, slots, make, order, gap),
+        placement.befriended("closest friends bundled", trace, calibration, slots, make),
+    ]
+    if as_json:
+        print(json.dumps([{**asdict(one), "run": one.run} for one in found]))
+    else:
+        Console().print(placement.table(found))
 
 
 def _numbers(text: str) -> list[float]:
