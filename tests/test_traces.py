@@ -25,6 +25,7 @@ from workers.cache.residency import Residency
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
 from workers.traces import placement, replay
+from workers.traces.activity import activity
 from workers.traces.order import linear_order
 from workers.traces.policies import Belady, PinnedThenOldest
 from workers.traces.record import record
@@ -348,3 +349,16 @@ def test_order_and_conversion_by_commands(tmp_path, monkeypatch, capfd):
     )
     assert main() == 2
     assert "is no neuron order" in capfd.readouterr().err
+
+
+def test_activity_by_layer_averages_to_the_traces_own() -> None:
+    generator = np.random.default_rng(3)
+    bits = np.stack([pack(generator.random((40, 64)) < share) for share in (0.1, 0.4)])
+    trace = Trace(d_ff=64, stride=512, active=bits, predicted=None, guessed=None, meta={})
+    layers, mean = activity(trace, 3), windows(trace, 3)
+    for k in range(3):
+        assert np.mean([layer.windows[k].union for layer in layers]) == pytest.approx(mean[k].union)
+        assert np.mean([layer.windows[k].new for layer in layers]) == pytest.approx(mean[k].new)
+    assert layers[0].used < layers[1].used
+    counted = np.unpackbits(bits[0], axis=1, bitorder="little")[3:].mean()
+    assert layers[0].used == pytest.approx(counted)

@@ -23,7 +23,7 @@ from workers.cache.policy import Policy
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
 from workers.predictor.texts import rows
-from workers.traces import placement, record, replay, report
+from workers.traces import activity, placement, record, replay, report
 from workers.traces.order import linear_order
 from workers.traces.trace import Trace
 from workers.traces.windows import windows as count_windows
@@ -118,6 +118,24 @@ def replay_command(
         console = Console()
         console.print(report.policy_table(results, trace))
         console.print(report.window_table(counted))
+
+
+@app.command("activity")
+def activity_command(
+    file: File,
+    window: Annotated[int, typer.Option(help="Tokens.", min=1, max=LONGEST_WINDOW)] = 5,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+) -> None:
+    """How much of the FFN a token, and a window of tokens, uses in every layer."""
+    trace = Trace.load(file)
+    if trace.tokens <= LONGEST_WINDOW:
+        raise UsageError(f"{file} has only {trace.tokens} tokens")
+    layers, mean = activity.activity(trace, LONGEST_WINDOW), count_windows(trace, LONGEST_WINDOW)
+    if picture:
+        activity.draw(layers, mean, picture)
+    console = Console()
+    console.print(activity.table(layers, mean, window))
+    console.print(report.window_table(mean))
 
 
 @app.command("order")
