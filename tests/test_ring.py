@@ -160,7 +160,8 @@ class Withholder:
 def overlapped_tokens(store: Store, lookahead: int, seconds: float) -> tuple[int, Withholder]:
     """Tokens that came out of a ring whose last parts wait for the next layer's reads."""
     chosen = config(predictor={"lookahead": lookahead, "refine": lookahead > 0})
-    plan = plan_for(store, chosen, slots=200)
+    # Half of the neurons fit: every layer of every token has to read.
+    plan = plan_for(store, chosen, slots=100)
     withholder = Withholder(plan.layers)
     routes = {"compute": "tap-compute", "prefetcher": "tap-prefetcher"}
     with Session(store, chosen, plan, routes) as session:
