@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TypedDict
 
 from pipeline.client_messages import Done, Submit, Token
@@ -102,12 +101,7 @@ class Answer(_Collected, Iterator[str]):
     def __enter__(self) -> Answer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -136,10 +130,5 @@ class AsyncAnswer(_Collected, AsyncIterator[str]):
     async def __aenter__(self) -> AsyncAnswer:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

@@ -11,7 +11,6 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -67,13 +66,8 @@ class MemoryCgroup:
     def __enter__(self) -> MemoryCgroup:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for _ in range(50):  # the kernel lets go of exited processes a moment after their death
+    def __exit__(self, *_: object) -> None:
+        for _attempt in range(50):  # the kernel lets go of exited processes a moment after their death
             with contextlib.suppress(OSError):
                 self.path.rmdir()
                 return

@@ -15,7 +15,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
-from types import TracebackType
 from typing import Any, Unpack
 
 import zmq
@@ -267,12 +266,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -437,10 +431,5 @@ class AsyncClient:
         await self._connect()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Unpack
 
 from pipeline.answer import Answer, ChatMessage, Sampling, submission
@@ -89,10 +88,5 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
