@@ -359,6 +359,7 @@ def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
 # -- everything -------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # seven rings one after another; half a minute on two idle cores
 def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None:
     out = tmp_path / "results"
     line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path), "--quick"]
@@ -385,8 +386,7 @@ def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None
     whole = results["curve"][-1]
     assert whole["bytes_per_token"] == 0, "with the whole model in memory nothing is read"
     assert {one["depth"] for one in results["disk"]} == {8}
-    assert results["roofline"][0]["row"] == "naive"
-    assert results["roofline"][0]["ratio"] > 0
+    assert [roof["ratio"] > 0 for roof in results["roofline"]] == [True]
     assert results["conditions"]["cores"] >= 1
     for plot in ("ablation.png", "curve.png", "disk.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")

@@ -154,11 +154,11 @@ def _disk(bench: Bench, strict: bool) -> None:
 
 
 def _roofline(bench: Bench, strict: bool) -> None:
-    """Of the naive row and of the quickest ring's, where they were measured."""
+    """Of the quickest ring's row and, but for a quick run, of the naive one, where they were measured."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
     memory = max(bench.bandwidth.values())
-    rows = [row for row in bench.rows if row.name == "naive" and not row.error]
+    rows = [row for row in bench.rows if row.name == "naive" and not row.error and not job.quick]
     bench.roofs = [roofline.of_naive(job, row, memory) for row in rows]
     best = ablation.best(bench.rows)
     if best is not None and best.bytes_per_token:

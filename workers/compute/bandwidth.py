@@ -29,9 +29,10 @@ def _sum(words: Any, pieces: Any, out: Any) -> None:
     """Sums of equal pieces of words: one load and one addition each, the least that a read can do."""
     step = words.shape[0] // pieces
     for piece in prange(pieces):
-        total = np.int64(0)
-        for j in range(piece * step, (piece + 1) * step):
-            total += words[j]
+        part = words[piece * step : (piece + 1) * step]
+        total = np.float32(0)
+        for j in range(part.shape[0]):
+            total += part[j]
         out[piece] = total
 
 
@@ -40,8 +41,8 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
     weights = np.random.default_rng(0).integers(0, 1 << 14, (size // 2 // WIDTH, WIDTH), np.uint16)
     if dtype == "float32":
         weights = weights.astype(np.float32)
-    words = weights.reshape(-1).view(np.int64)
-    out = np.zeros(threads, np.int64)
+    words = weights.reshape(-1).view(np.float32)
+    out = np.zeros(threads, np.float32)
     x = np.ones(WIDTH, np.float32)
     y = np.empty(weights.shape[0], np.float32)
     kernels.warm(dtype)
