@@ -217,3 +217,49 @@ def test_rotary(heads, half, seed):
     turned = (vectors[:, :half] + 1j * vectors[:, half:]) * np.exp(1j * angles.astype(np.float64))
     kernels.rotate(vectors, np.cos(angles), np.sin(angles))
     assert np.allclose(vectors, np.concatenate([turned.real, turned.imag], axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_neuron_is_the_same_bits_whichever_neurons_are_computed_with_it(dtype):
+    """Rows are taken four at a time: neither their places nor what is left over may show."""
+    random = np.random.default_rng(4)
+    width, count = 200, 11
+    values = random.standard_normal((count, 2 * width)).astype(np.float32)
+    bundles = values
+    if dtype == "float16":
+        bundles = values.astype(np.float16).view(np.uint16)
+    elif dtype == "bfloat16":
+        bundles = (values.view(np.uint32) >> 16).astype(np.uint16)
+    h = random.standard_normal(width).astype(np.float32)
+    bias = random.standard_normal(count).astype(np.float32)
+    every = np.arange(count, dtype=np.int32)
+    together = kernels.activate(bundles, every, every, h, bias, dtype, "relu", 1)
+    for size in (1, 2, 3, 4, 5):
+        some = np.sort(random.choice(count, size, replace=False)).astype(np.int32)
+        alone = kernels.activate(bundles, some, some, h, bias, dtype, "relu", 1)
+        assert alone.tobytes() == together[some].tobytes()
+    a = random.standard_normal(count).astype(np.float32)
+    a[[2, 7]] = 0
+    whole, parts = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    kernels.accumulate(bundles, every, a, whole, dtype, 1)
+    for cut in (every[:3], every[3:4], every[4:10], every[10:]):
+        kernels.accumulate(bundles, cut, a[cut], parts, dtype, 1)
+    assert parts.tobytes() == whole.tobytes()
+
+
+def test_both_ways_of_widening_halves_agree():
+    """The processor's instruction, and the integers that stand in for it elsewhere."""
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    finite = halves[np.isfinite(halves.view(np.float16))]
+
+    @kernels.njit
+    def by_integers(source, out):
+        for i in range(source.shape[0]):
+            out[i] = kernels._integer_half(source[i])
+
+    widened = np.empty(finite.size, np.float32)
+    by_integers(finite, widened)
+    assert widened.tobytes() == finite.view(np.float16).astype(np.float32).tobytes()
+    gathered = np.empty((1, finite.size), np.float32)
+    kernels.gather(finite[None], np.zeros(1, np.int32), 0, finite.size, "float16", gathered)
+    assert gathered.tobytes() == widened.tobytes()
