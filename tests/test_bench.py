@@ -377,7 +377,9 @@ def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None
     # Without a window all that is predicted is read, every token; halves are twice as many reads.
     nothing, window, bundled = row["+ predictor"], row["+ window"], row["+ bundling"]
     assert nothing["hit_rate"] == 0
-    assert nothing["request_bytes"] == layout.stride / (1 if layout.stride == 512 else 2)
+    # Bundles of one sector cannot be halved, and neighbours are joined: at least one bundle a read.
+    assert layout.stride == 512
+    assert nothing["request_bytes"] >= layout.stride
     assert window["bytes_per_token"] < nothing["bytes_per_token"]
     assert bundled["bytes_per_token"] == window["bytes_per_token"]
     for one in results["ablation"]:
