@@ -77,7 +77,7 @@ class Source:
         path = self.cached_store()
         store = Store.open(path) if (path / MANIFEST).is_file() else self._convert(path)
         if self.directory == BUILTIN_CHECKPOINT:
-            _install_predictors(store)
+            install_predictors(store)
         return store
 
     def cached_store(self) -> Path:
@@ -204,7 +204,7 @@ def convert(
         )
 
 
-def _install_predictors(store: Store) -> None:
+def install_predictors(store: Store) -> None:
     """Copy the built-in model's predictors into its store, when they are new."""
     source = BUILTIN_CHECKPOINT / BUILTIN_PREDICTORS
     target = store.path / PREDICTORS / "default.safetensors"

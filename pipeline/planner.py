@@ -244,10 +244,12 @@ def checkpoint_bytes(store: Store) -> int:
     return store.manifest.files[RESIDENT].bytes + ffn
 
 
-def why_dense(store: Store) -> str:
+def why_dense(store: Store, config: Config) -> str:
     """The reason for kind `all`, to stand after the model's name."""
     if not store.architecture.relu:
         return f"is not sparse ({store.architecture.activation})"
+    if predictor_bytes(store, config):
+        return "runs with every neuron, as asked"
     return "runs without predictors (train-predictor makes them)"
 
 

@@ -1,4 +1,4 @@
-"""The results as PNG, with matplotlib (the `report` extra)."""
+"""The results as PNG, with matplotlib."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def check() -> None:
     try:
         import matplotlib as found
     except ImportError as error:
-        raise UsageError(
-            'plots need matplotlib: pip install -e ".[report]", or bench with --no-plots'
-        ) from error
+        raise UsageError("plots need matplotlib, or bench with --no-plots") from error
     del found
 
 

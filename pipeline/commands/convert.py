@@ -9,6 +9,7 @@ import typer
 
 from pipeline import models
 from pipeline.console import say
+from storage.format import DEFAULT_ALIGNMENT, Store
 
 
 def command(
@@ -16,7 +17,9 @@ def command(
         str, typer.Argument(help="A preset, a checkpoint's directory or a Hugging Face id.", metavar="MODEL")
     ],
     out: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
-    alignment: Annotated[int, typer.Option(help="Bundles start at multiples of this many bytes.")] = 512,
+    alignment: Annotated[
+        int, typer.Option(help="Bundles start at multiples of this many bytes.")
+    ] = DEFAULT_ALIGNMENT,
     order: Annotated[
         Path | None,
         typer.Option(help="Which neuron lies where: a file that `trace order` wrote.", metavar="ORDER.npy"),
@@ -25,4 +28,6 @@ def command(
     """Convert a Hugging Face checkpoint into a store; an interrupted conversion resumes."""
     source = models.find_source(model)
     models.convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
+    if source.directory == models.BUILTIN_CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
+        models.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
     say(f"{out} is ready: run.py --model {out}")

@@ -205,7 +205,7 @@ def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> N
         return
     rate = planner.probe_rate(store)
     say(
-        f"{store.manifest.name} {planner.why_dense(store)}: every token reads "
+        f"{store.manifest.name} {planner.why_dense(store, config)}: every token reads "
         f"{streamed / 1e9:.3g} GB from flash, about {streamed / rate:.2g} s a token at "
         f"{rate / 1e9:.2g} GB/s"
     )
