@@ -5,6 +5,9 @@ One file per command stands in `commands/`; `ending.py` turns failures into sent
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from pipeline import launch
@@ -45,7 +48,18 @@ app.command("synthesize", context_settings=PASS_THROUGH)(synthesize.command)
 
 def main() -> int:
     """Run the command line; returns the exit status."""
+    _usable_streams()
     return exit_status(_run)
+
+
+def _usable_streams() -> None:
+    """Closed standard streams become /dev/null; what their encoding cannot hold becomes escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run() -> object:

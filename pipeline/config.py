@@ -35,15 +35,19 @@ class Predictor(Section):
 
     kind: Literal["auto", "lowrank", "oracle", "all"] = "auto"  # auto: lowrank for ReLU, else all
     lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
-    refine: bool = True  # predict again from the layer's own input; the early guess only prefetches
+    # Predict again from the layer's own input, so that the early guess only prefetches; not set:
+    # where the predictors can.
+    refine: bool | None = None
     pinned_layers: tuple[int, ...] = ()  # resident and computed whole; negative counts from the end
-    threshold: float = 0.0  # added to what a score must exceed; lower: more neurons
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = (
+        0.0  # added to what a score must exceed; lower: more neurons
+    )
 
 
 class Cache(Section):
     """What stays in DRAM."""
 
-    window: Annotated[int, Field(ge=0)] = 0  # tokens a neuron stays after its last use; 0: no limit
+    window: Annotated[int, Field(ge=0, le=65536)] = 0  # tokens a neuron stays after its last use; 0: no limit
     half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
     slots_per_layer: Annotated[int, Field(ge=0)] = 0  # overrides share; 0: by share or budget
@@ -57,7 +61,7 @@ class Prefetcher(Section):
     queue_depth: Annotated[int, Field(ge=1, le=4096)] = 64  # reads in flight per queue
     backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
     direct: bool = True  # O_DIRECT; false: through the page cache
-    max_gap: Annotated[int, Field(ge=0)] = 0  # bytes read and dropped to join two reads
+    max_gap: Annotated[int, Field(ge=0, le=1 << 20)] = 0  # bytes read and dropped to join two reads
     max_read: Annotated[int, Field(ge=4096)] = 1 << 20  # bytes of one read
     split: bool = False  # in decode, a bundle by two reads, as without bundling; only comparisons want that
     staging: Annotated[int, Field(ge=1)] = 16 << 20  # bytes of one staging half
@@ -76,9 +80,9 @@ class Sampling(Section):
     """How the main job decodes where the command line does not say."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: no limit
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: no limit
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: no limit
-    max_new_tokens: Annotated[int, Field(ge=1)] = 200
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 200
 
 
 class Memory(Section):

@@ -95,6 +95,7 @@ class Session:
         self.tokenizer = load_tokenizer(store)
         self.last: Generation | None = None
         self.token_seconds = TOKEN_SECONDS
+        self.abandoned = False  # set by who will close the session next: nothing is drained any more
         self.live: dict[str, dict[str, float]] = {}  # every worker's latest counters
         self.live_seconds = 0.0  # renew `live` this often in mid-generation; 0: only at its end
         self._live_due = 0.0
@@ -184,7 +185,7 @@ class Session:
             reusable = False  # the session is about to be closed: waiting for the ring could take long
             raise
         finally:
-            if reusable and generation.finished is None:
+            if reusable and not self.abandoned and generation.finished is None:
                 self._cancel(generation, run)
         rest = text.finish()
         generation.text += rest

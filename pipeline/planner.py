@@ -12,13 +12,16 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+from safetensors import SafetensorError, safe_open
 
 from pipeline import segments
 from pipeline.config import Config
 from pipeline.console import size
 from pipeline.plan import Plan
-from storage.errors import BudgetError, ConfigError
+from storage.errors import BudgetError, ConfigError, StoreError
 from storage.format import BUNDLES, PREDICTORS, RESIDENT, Store
 
 DEFAULT_CONTEXT = 2048  # tokens
@@ -89,10 +92,38 @@ def resolve(store: Store, config: Config) -> Config:
             "predictor.kind oracle needs a ReLU model, "
             f"and {store.manifest.name} has {store.architecture.activation}"
         )
-    if kind == "oracle" and config.predictor.lookahead and not config.predictor.refine:
+    refine = _refines(store, config, kind)
+    if kind == "oracle" and config.predictor.lookahead and not refine:
         raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
     pinned_layers(store, config)
-    return config.replace(predictor={"kind": kind}, compute={"context": context})
+    return config.replace(predictor={"kind": kind, "refine": refine}, compute={"context": context})
+
+
+def _refines(store: Store, config: Config, kind: str) -> bool:
+    """Whether to refine. Raises ConfigError where the predictors do not fit the configuration."""
+    wanted, lookahead = config.predictor.refine, config.predictor.lookahead
+    if kind != "lowrank":
+        return wanted is not False
+    path = predictor_path(store, config)
+    whose = f"the predictors {config.model.predictor!r} of {store.manifest.name}"
+    try:
+        with safe_open(path, "numpy") as file:
+            trained = int((file.metadata() or {}).get("lookahead", "0"))
+            own = trained == 0 or any(name.startswith("inlayer.") for name in list(file.keys()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StoreError(f"the predictors {path} cannot be read: {error}") from error
+    if not own and (wanted or lookahead != trained):
+        raise ConfigError(
+            f"{whose} are for look-ahead {trained} "
+            f"without refine: set predictor.lookahead={trained} and predictor.refine=false, or train others"
+        )
+    refine = own if wanted is None else wanted
+    if not refine and lookahead not in {0, trained}:
+        raise ConfigError(
+            f"{whose} are for look-ahead {trained}, "
+            f"not {lookahead}: set predictor.lookahead={trained} or predictor.refine=true, or train others"
+        )
+    return refine
 
 
 def plan(store: Store, config: Config) -> PlanReport:
@@ -191,10 +222,15 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
+def predictor_path(store: Store, config: Config) -> Path:
+    """The chosen predictors' file."""
+    return store.path / PREDICTORS / f"{config.model.predictor}.safetensors"
+
+
 def predictor_bytes(store: Store, config: Config) -> int:
     """Size of the chosen predictors' file; 0 when there is none."""
     try:
-        return (store.path / PREDICTORS / f"{config.model.predictor}.safetensors").stat().st_size
+        return predictor_path(store, config).stat().st_size
     except FileNotFoundError:
         return 0
 

@@ -43,6 +43,7 @@ HANDSHAKE_SECONDS = 120.0  # loading 5 GB of resident weights from a slow disk t
 STOP_SECONDS, TERMINATE_SECONDS, KILL_SECONDS = 0.6, 0.4, 2.0
 WATCH_SECONDS = 0.05  # how often the processes are looked at while waiting for a message
 DIRECTORY_PREFIX = "flashring-"
+LONGEST_PARENT = 60  # bytes; a socket's whole path may have 107
 
 
 class WorkerProcess:
@@ -111,7 +112,7 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         sweep_stale_directories()
         self._routes = dict(routes or {})
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-"))
+        self.directory = _make_directory()
         self._channel: Channel | None = None
         try:
             self._channel = Channel(self.directory, ("supervisor",))
@@ -248,6 +249,14 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _make_directory() -> Path:
+    """A private directory (mode 0700) for the sockets, in /tmp where TMPDIR's path is too long."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        parent = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-", dir=parent))
 
 
 def sweep_stale_directories() -> None:

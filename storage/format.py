@@ -109,7 +109,7 @@ class Manifest:
     @classmethod
     def from_json(cls, data: dict[str, Any], where: Path) -> Manifest:
         """Raises StoreError naming `where` for anything that version 1 does not allow."""
-        if data.get("format") != FORMAT_NAME:
+        if not isinstance(data, dict) or data.get("format") != FORMAT_NAME:
             raise StoreError(f"{where} is not a flashring store manifest")
         if data.get("version") != FORMAT_VERSION:
             raise StoreError(

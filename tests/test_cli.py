@@ -67,6 +67,14 @@ def store(checkpoint: Path) -> Path:
         (["--prompt", "x", "--top-p", "3"], "sampling.top_p: Input should be less than or equal to 1"),
         (["--prompt", "x", "--max-new-tokens", "0"], "sampling.max_new_tokens: Input should be greater than"),
         (["--prompt", "x", "--force-tokens", "none.txt"], "none.txt cannot be read"),
+        (
+            ["--prompt", "x", "--max-new-tokens", "9" * 25],
+            "sampling.max_new_tokens: Input should be less than",
+        ),
+        (
+            ["--prompt", "x", "--set", "predictor.threshold=nan"],
+            "predictor.threshold: Input should be a finite",
+        ),
         (["frobnicate"], "no such command 'frobnicate'"),
         (["convert"], "missing argument 'MODEL'"),
         (["--prompt", "x", "verify", "somewhere"], "--prompt does not go together with the command verify"),
@@ -206,3 +214,31 @@ def test_an_interrupted_generation_ends_in_one_sentence(store: Path, number: sig
     # A generation this short may be over before the signal arrives; then it ends as if there were none.
     assert process.returncode in (0, 130)
     assert told.splitlines()[-1] == "flashring: interrupted" or process.returncode == 0
+
+
+def test_a_prompt_that_is_no_utf_8_is_refused(store: Path) -> None:
+    done = subprocess.run(
+        [*RUN, "--model", str(store), "--prompt", b"\xff\xfe"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "flashring: the prompt is not valid UTF-8"
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_an_escape(store: Path) -> None:
+    line = ["--model", store, "--prompt", "x", "--max-new-tokens", "30", "--ignore-eos"]
+    done = run(*line, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
+def test_a_long_temporary_directory_is_no_obstacle(store: Path, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    done = run("--model", store, "--prompt", "x", "--max-new-tokens", "2", TMPDIR=str(deep))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_manifest_that_is_no_object_is_refused(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[1]")
+    status, sentence = refused("--prompt", "x", "--model", tmp_path)
+    assert (status, sentence) == (1, f"{tmp_path / 'manifest.json'} is not a flashring store manifest")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from pipeline import planner, segments
 from pipeline.config import Config
-from storage.errors import BudgetError, ConfigError
+from storage.errors import BudgetError, ConfigError, StoreError
 from storage.families.architecture import Activation, Architecture
 from storage.format import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Layout, Manifest, Store
 
@@ -182,13 +184,47 @@ def test_a_context_beyond_the_models_limit_is_refused() -> None:
         planner.resolve(store(), configured(compute={"context": 1281}))
 
 
+def write_predictors(path: Path, lookahead: int, *prefixes: str) -> Path:
+    """A file that has predictors' metadata and names."""
+    file = path / PREDICTORS / "default.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    tensors = {f"{prefix}.0.down": np.zeros((1, 4), np.float16) for prefix in prefixes}
+    save_file(tensors, file, metadata={"lookahead": str(lookahead)})
+    return file
+
+
 def test_auto_takes_predictors_where_they_are(tmp_path: Path) -> None:
     model = store(path=tmp_path)
     assert planner.resolve(model, Config()).predictor.kind == "all"
-    (tmp_path / PREDICTORS).mkdir()
-    (tmp_path / PREDICTORS / "default.safetensors").write_bytes(bytes(1234))
+    file = write_predictors(tmp_path, 1, "layers")
     assert planner.resolve(model, Config()).predictor.kind == "lowrank"
-    assert planner.plan(model, Config()).parts["predictors"] == 1234
+    assert planner.plan(model, Config()).parts["predictors"] == file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "prefixes", "refine"),
+    [(1, ("layers",), False), (1, ("layers", "inlayer"), True), (0, ("layers",), True)],
+)
+def test_refine_is_on_where_the_predictors_can(
+    tmp_path: Path, lookahead: int, prefixes: tuple[str, ...], refine: bool
+) -> None:
+    write_predictors(tmp_path, lookahead, *prefixes)
+    assert planner.resolve(store(path=tmp_path), Config()).predictor.refine is refine
+
+
+@pytest.mark.parametrize("predictor", [{"refine": True}, {"lookahead": 0}, {"lookahead": 2}])
+def test_predictors_that_do_not_fit_are_refused_before_the_ring_starts(
+    tmp_path: Path, predictor: dict[str, int]
+) -> None:
+    write_predictors(tmp_path, 1, "layers")
+    with pytest.raises(ConfigError, match=r"set predictor\.lookahead=1 and predictor\.refine=false"):
+        planner.resolve(store(path=tmp_path), configured(predictor=predictor))
+
+
+def test_damaged_predictors_are_refused(tmp_path: Path) -> None:
+    write_predictors(tmp_path, 1, "layers").write_bytes(b"no header")
+    with pytest.raises(StoreError, match="cannot be read"):
+        planner.resolve(store(path=tmp_path), Config())
 
 
 def test_a_dense_model_is_never_given_a_predictor() -> None:

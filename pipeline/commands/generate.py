@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from pipeline.quality import quality_settings
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.generate import GenerationParams
+    from pipeline.generate import GenerationParams, Session
     from storage.format import Store
 
 Text = Annotated[
@@ -150,22 +152,36 @@ def _generate(
     """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
     from pipeline.generate import Session, check_prompt, load_tokenizer
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        raise UsageError("the prompt is not valid UTF-8") from None
     ids = load_tokenizer(store).encode(prompt).ids
     check_prompt(ids, store, report.plan)  # before the ring starts, which can take a while
     with Session.open(store, config, report.plan) as session:
-        pieces = session.generate(ids, params)
-        try:
-            if sys.stdout.isatty() and not quiet:
-                print(prompt, end="", flush=True)  # for people; a pipe gets the continuation alone
-            for piece in pieces:
-                if not quiet:
-                    print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            session.close()  # at once: leaving the iterator would first wait for the token in work
-            raise
+        _abandon_when_interrupted(session)
+        if sys.stdout.isatty() and not quiet:
+            print(prompt, end="", flush=True)  # for people; a pipe gets the continuation alone
+        for piece in session.generate(ids, params):
+            if not quiet:
+                print(piece, end="", flush=True)
         if not quiet:
             print(flush=True)
         return session.summary()
+
+
+def _abandon_when_interrupted(session: Session) -> None:
+    """Ctrl-C and SIGTERM end the command at once, wherever they arrive.
+
+    Leaving the session's iterator would first wait for the token in work, which may take long.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        session.abandoned = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]) -> GenerationParams:

@@ -115,7 +115,7 @@ def make_chooser(store: Store, config: Config) -> RingChooser | None:
     kind = config.predictor.kind
     pinned = pinned_layers(store, config)
     mode = Mode(
-        store.layout.layers, config.predictor.lookahead, config.predictor.refine, pinned, kind == "all"
+        store.layout.layers, config.predictor.lookahead, bool(config.predictor.refine), pinned, kind == "all"
     )
     if kind == "all":
         return None

@@ -47,9 +47,10 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
 
 async def main(worker: Worker) -> None:
     """Answer messages until Stop."""
-    kind = resolve(worker.store, worker.config).predictor.kind
+    resolved = resolve(worker.store, worker.config).predictor
+    kind = resolved.kind
     plan = worker.plan
-    mode = Mode(plan.layers, plan.lookahead, worker.config.predictor.refine, plan.pinned, kind == "all")
+    mode = Mode(plan.layers, plan.lookahead, bool(resolved.refine), plan.pinned, kind == "all")
     scorer = load_scorer(worker, kind, mode)
     prediction = Prediction(mode, scorer, worker.segments.hidden, worker.segments.predicted)
     await serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
