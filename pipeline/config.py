@@ -72,6 +72,7 @@ class Compute(Section):
 
     threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
     context: Annotated[int, Field(ge=0)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
+    kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
     device: Literal["cpu"] = "cpu"
     audit: Annotated[int, Field(ge=0)] = 0  # of every Nth token check one layer's set; 0: none
 

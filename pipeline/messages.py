@@ -145,6 +145,7 @@ class ReadBundles(Message):
     start: int
     count: int
     stream: bool  # prefill, counted apart
+    guess: bool  # nobody waits for it yet: it gives way to other reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Plan:
     hidden_rows: int  # rows of the hidden segment per layer: the window's tokens in prefill
     lookahead: int
     pinned: frozenset[int]
+    cache_dtype: str = "float32"  # of keys and values
 
     @property
     def total_slots(self) -> int:

@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.console import size
 from pipeline.plan import Plan
 from storage.errors import BudgetError, ConfigError, StoreError
-from storage.format import BUNDLES, PREDICTORS, RESIDENT, Store
+from storage.format import BUNDLES, ITEMSIZE, PREDICTORS, RESIDENT, Store
 
 DEFAULT_CONTEXT = 2048  # tokens
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -177,6 +177,7 @@ def _report(
         hidden_rows=config.cache.window or DEFAULT_WINDOW,
         lookahead=config.predictor.lookahead,
         pinned=pinned,
+        cache_dtype=config.compute.kv_cache,
     )
     return PlanReport(divided, _parts(store, config, divided), budget)
 
@@ -193,7 +194,8 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
     architecture = store.architecture
     shared = segments.sizes(divided)
     staging = 2 * divided.staging * divided.stride
-    cached = 2 * divided.layers * divided.context * architecture.kv_heads * architecture.head_dim * F32
+    heads = architecture.kv_heads * architecture.head_dim
+    cached = 2 * divided.layers * divided.context * heads * ITEMSIZE[divided.cache_dtype]
     return {
         "resident weights": store.manifest.files[RESIDENT].bytes,
         "KV cache": cached,

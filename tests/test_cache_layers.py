@@ -87,8 +87,10 @@ class Bench:
         return self.table(self.reads, instruction.layer, instruction.start, instruction.count)
 
 
-def read(step: int, layer: int, part: int, start: int, count: int, stream: bool = False) -> ReadBundles:
-    return ReadBundles(RUN, step, layer, part, start, count, stream)
+def read(
+    step: int, layer: int, part: int, start: int, count: int, stream: bool = False, guess: bool = False
+) -> ReadBundles:
+    return ReadBundles(RUN, step, layer, part, start, count, stream, guess)
 
 
 def part0(step: int, layer: int, counts, closes, staged: bool = False) -> LayerPart:
@@ -111,7 +113,7 @@ def test_an_empty_set_is_one_empty_part():
 
 def test_a_guess_starts_reads_and_the_set_decides():
     bench = Bench(plan((6,)))
-    assert bench.guess(0, 0, 1, 2, 3) == [read(0, 0, 1, 0, 3)]
+    assert bench.guess(0, 0, 1, 2, 3) == [read(0, 0, 1, 0, 3, guess=True)]
     instructions = bench.tell(0, 0, 2, 3, 6)
     assert instructions == [read(0, 0, 2, 3, 1), part0(0, 0, (0, 2, 1), (False, False, True))]
     assert bench.parts(0, instructions[-1]) == [[], [(2, 1), (3, 2)], [(6, 3)]]
@@ -132,7 +134,7 @@ def test_a_guess_of_residents_asks_for_nothing_and_protects_them():
     bench = Bench(plan((2,)))
     bench.tell(0, 0, 1, 2)
     assert bench.guess(1, 0, 1) == []
-    assert bench.guess(1, 0, 3, 4) == [read(1, 0, 1, 0, 1)]  # only 2's slot is to be had
+    assert bench.guess(1, 0, 3, 4) == [read(1, 0, 1, 0, 1, guess=True)]  # only 2's slot is to be had
     assert bench.asked(read(1, 0, 1, 0, 1)) == [(3, 1)]
     assert bench.tell(1, 0, 1, 3) == [part0(1, 0, (1, 1), (False, True))]
 
@@ -163,7 +165,7 @@ def test_more_misses_than_slots_become_segments():
 
 def test_a_guess_before_segments_is_an_empty_part():
     bench = Bench(plan((2,), staging=2))
-    assert bench.guess(0, 0, 1, 6, 7) == [read(0, 0, 1, 0, 2)]
+    assert bench.guess(0, 0, 1, 6, 7) == [read(0, 0, 1, 0, 2, guess=True)]
     instructions = bench.tell(0, 0, 1, 2, 7)
     assert instructions == [
         read(0, 0, 2, 2, 2),
@@ -232,7 +234,7 @@ def test_every_neuron_in_decode_keeps_the_same_residents():
 
 def test_a_pinned_layer_is_read_once():
     bench = Bench(plan((5,), d_ff=5))
-    assert bench.all(0, 0, guess=True) == [read(0, 0, 1, 0, 5)]
+    assert bench.all(0, 0, guess=True) == [read(0, 0, 1, 0, 5, guess=True)]
     assert bench.all(0, 0) == [part0(0, 0, (0, 5), (False, True))]
     assert bench.all(1, 0, guess=True) == []
     assert bench.all(1, 0) == [part0(1, 0, (5,), (True,))]

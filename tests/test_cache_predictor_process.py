@@ -115,17 +115,17 @@ def test_the_cache_turns_predictions_into_reads_and_plans(store, tmp_path):
         cache.send(RingReady())
         cache.shared.predicted[1, 1, :3] = [2, 5, 7]
         cache.send(NeuronsPredicted(0, 0, 1, 3, 0, guess=True, stream=False, done=-1))
-        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 1, 0, 3, False)
+        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 1, 0, 3, False, True)
         assert cache.shared.reads[1, :, :3].tolist() == [[2, 5, 7], [6, 7, 8]]
         cache.shared.predicted[1, 0, :2] = [5, 9]
         cache.send(NeuronsPredicted(0, 0, 1, 2, 0, guess=False, stream=False, done=-1))
         plan = cache.receive("compute")
         assert plan == LayerPart(0, 0, 1, 0, (0, 1, 1), (False, False, True), False)
-        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 2, 3, 1, False)
+        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 2, 3, 1, False, False)
         assert cache.shared.active[1, :, :2].tolist() == [[5, 9], [7, 9]]
         cache.send(NeuronsPredicted(0, 1, 2, EVERY, EVERY, guess=False, stream=True, done=2))
-        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 1, 0, 10, True)
-        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 2, 10, 2, True)
+        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 1, 0, 10, True, False)
+        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 2, 10, 2, True, False)
         cache.send(PartDone(0, 1, 2, 1))
         cache.send(ReportStats(4))
         stats = cache.receive("supervisor")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers import kernels
+from workers.compute.weights import narrow, widen
 
 DTYPES = ("float32", "float16", "bfloat16")
 FUNCTIONS = ("relu", "gelu", "gelu_tanh")
@@ -181,14 +182,17 @@ def test_a_products_sign_is_the_activations():
     width=st.integers(1, 70),
     length=st.integers(1, 40),
     biased=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_attention(kv_heads, group, width, length, biased, seed):
+def test_attention(kv_heads, group, width, length, biased, dtype, seed):
     heads, context = kv_heads * group, 40
     queries, keys = normal(seed, heads, width), normal(seed + 1, kv_heads, context, width)
     values, scores = normal(seed + 2, kv_heads, context, width), np.empty((heads, context), np.float32)
     bias = normal(seed + 3, heads, context) if biased else np.zeros((0, 0), np.float32)
-    result = kernels.attend(queries, keys, values, length, bias, scores, 2)
+    stored = narrow(keys, dtype), narrow(values, dtype)
+    result = kernels.attend(queries, *stored, length, bias, scores, dtype, 2)
+    keys, values = (widen(array, dtype) for array in stored)
     for head in range(heads):
         k, v = (array[head // group, :length].astype(np.float64) for array in (keys, values))
         weights = k @ queries[head] / math.sqrt(width) + (bias[head, :length] if biased else 0)

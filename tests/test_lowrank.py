@@ -52,6 +52,34 @@ def test_guesses_and_sets_use_their_own_maps(store, threshold):
     assert scorer.notes == ()
 
 
+def test_maps_may_share_the_matrices_of_the_layers_own(store):
+    tensors = both(store)
+    for layer in LAYERS:
+        for name in ("down", "up"):
+            tensors[f"layers.{layer}.{name}"] = tensors[f"inlayer.{layer}.{name}"]
+    whole = predictors.write(store, tensors, name="whole").stat().st_size
+    repeated = [name for name in tensors if name.startswith("layers.") and name.endswith(("down", "up"))]
+    left = {name: tensor for name, tensor in tensors.items() if name not in repeated}
+    assert predictors.write(store, left, name="left").stat().st_size < 0.7 * whole
+    x = hidden(store)
+    scorer = lowrank.load(store, "left", 1, refines=True, threshold=0.0)
+    for layer in LAYERS:
+        assert scorer.active(layer, x, False).tolist() == expected(tensors, "layers", layer, x).tolist()
+        assert scorer.maps[False][layer].up is scorer.maps[True][layer].up
+
+
+def test_guesses_have_a_threshold_of_their_own(store):
+    tensors = both(store)
+    for layer in LAYERS:
+        tensors[f"layers.{layer}.guess"] = np.array([0.8], np.float32)
+    predictors.write(store, tensors)
+    x = hidden(store)
+    scorer = lowrank.load(store, "default", 1, refines=True, threshold=0.1)
+    assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x, 0.9).tolist()
+    scorer = lowrank.load(store, "default", 1, refines=False, threshold=0.1)
+    assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x, 0.1).tolist()
+
+
 def test_weights_stay_in_sixteen_bits(store):
     predictors.write(store, both(store))
     file = lowrank.open_file(store, "default")

@@ -181,6 +181,20 @@ def test_many_small_parts_at_once(store: Store, backend: str) -> None:
     with_pool(store, backend, body)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guesses_wait_for_everything_else(store: Store, backend: str) -> None:
+    async def body(bench: Bench) -> None:
+        order: list[str] = []
+        for slot, (name, guess) in enumerate((("guess", True), ("other guess", True), ("set", False))):
+            requests = requests_for(bench, 1, list(range(0, 24, 2)), list(range(12 * slot, 12 * slot + 12)))
+            bench.pool.submit(requests, lambda name=name: order.append(name), guess)  # type: ignore[misc]
+        await bench.pool.drained()
+        # One read of the first guess was under way before the set was asked for.
+        assert order == ["set", "guess", "other guess"]
+
+    with_pool(store, backend, body, readers=1, depth=1)
+
+
 def test_a_part_is_spread_over_the_readers(store: Store) -> None:
     submitted: list[int] = []
 
@@ -346,7 +360,7 @@ class Ring:
     def ask(self, layer: int, part: int, ids: list[int], slots: list[int], stream: bool = False) -> None:
         self.views.reads[layer, ID, : len(ids)] = ids
         self.views.reads[layer, SLOT, : len(ids)] = slots
-        self.channel.send("prefetcher", ReadBundles(1, 1, layer, part, 0, len(ids), stream))
+        self.channel.send("prefetcher", ReadBundles(1, 1, layer, part, 0, len(ids), stream, False))
 
     def hear(self, inbox: str = "compute") -> Message:
         message = self.channel.receive(inbox, WAIT)

@@ -70,7 +70,7 @@ class LayerLoop:
 async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
     threads = worker.config.compute.threads or _cores()
-    kernels.warm(worker.store.layout.dtype)
+    kernels.warm(worker.store.layout.dtype, worker.plan.cache_dtype)
     loop = LayerLoop(worker, Weights(worker.store), threads)
     stopped = asyncio.Event()
 

@@ -21,6 +21,9 @@ import numba
 import numpy as np
 from numba import njit, prange
 
+from storage.format import ITEMSIZE
+from workers.compute.weights import narrow
+
 WIDTH = 4096  # elements of a row, as the largest models' hidden states
 
 
@@ -38,9 +41,8 @@ def _sum(words: Any, pieces: Any, out: Any) -> None:
 
 def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, float]:
     """Bytes a second: reading alone, and the product of a matrix of `size` bytes with a vector."""
-    weights = np.random.default_rng(0).integers(0, 1 << 14, (size // 2 // WIDTH, WIDTH), np.uint16)
-    if dtype == "float32":
-        weights = weights.astype(np.float32)
+    row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
+    weights = np.tile(narrow(row, dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
     words = weights.reshape(-1).view(np.float32)
     out = np.zeros(threads, np.float32)
     x = np.ones(WIDTH, np.float32)
@@ -78,8 +80,7 @@ def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
 
 def load(size: int, threads: int, dtype: str) -> None:
     """Keep the kernels and the memory busy until standard input ends."""
-    kind = np.float32 if dtype == "float32" else np.uint16
-    weights = np.ones((size // 2 // WIDTH, WIDTH), kind)
+    weights = np.tile(narrow(np.ones(WIDTH, np.float32), dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
     x, y = np.ones(WIDTH, np.float32), np.empty(weights.shape[0], np.float32)
     kernels.matvec(weights, x, dtype, threads, out=y)
     ended = threading.Event()

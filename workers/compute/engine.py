@@ -68,7 +68,7 @@ class Engine:
         self._channel = channel
         self._bundles = segments.bundles.view(CARRIER[weights.dtype])  # [slots, stride in elements]
         self._architecture = weights.architecture
-        self._token = TokenOperations(weights, plan.context, threads)
+        self._token = TokenOperations(weights, plan.context, threads, plan.cache_dtype)
         self._workers = Workers(threads)
         self._batch = BatchOperations(weights, self._workers, self._keep, self._kept)
         self._parts = Parts(self._receive)
@@ -212,15 +212,12 @@ class Engine:
 
     def _keep(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put a prompt's keys and values, [1, kv_heads, tokens, head_dim], into the cache."""
-        rows = slice(self._batch.past, self._batch.past + keys.shape[2])
-        self._token.cache.keys[index, :, rows] = keys[0].numpy()
-        self._token.cache.values[index, :, rows] = values[0].numpy()
+        self._token.cache.put(index, self._batch.past, keys[0].numpy(), values[0].numpy())
 
     def _kept(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache's keys and values before the batch, [1, kv_heads, past, head_dim] each."""
-        cache, past = self._token.cache, self._batch.past
-        keys, values = cache.keys[index, :, :past], cache.values[index, :, :past]
-        return torch.from_numpy(keys)[None].float(), torch.from_numpy(values)[None].float()
+        keys, values = self._token.cache.past(index, self._batch.past)
+        return torch.from_numpy(keys)[None], torch.from_numpy(values)[None]
 
     # -- the ring -------------------------------------------------------------------------------
 

@@ -16,32 +16,26 @@ from storage.families.architecture import (
 )
 from workers import kernels
 from workers.compute import positions
-from workers.compute.weights import Weights, aligned, widen
+from workers.compute.kv_cache import KeyValueCache
+from workers.compute.weights import Weights, widen
 
 F32 = npt.NDArray[np.float32]
-
-
-class KeyValueCache:
-    """Keys and values of every layer: [layers, kv_heads, context, head_dim] float32 each."""
-
-    def __init__(self, layers: int, kv_heads: int, context: int, head_dim: int) -> None:
-        shape = (layers, kv_heads, context, head_dim)
-        size = 4 * layers * kv_heads * context * head_dim
-        # Untouched pages take no memory: the cache grows with the text.
-        self.keys = aligned(size).view(np.float32).reshape(shape)
-        self.values = aligned(size).view(np.float32).reshape(shape)
 
 
 class TokenOperations:
     """`blocks.Operations` for the token at `position`; its keys and values go into the cache."""
 
-    def __init__(self, weights: Weights, context: int, threads: int) -> None:
+    def __init__(
+        self, weights: Weights, context: int, threads: int, cache_dtype: str = "float32"
+    ) -> None:
         architecture = weights.architecture
         self.architecture = architecture
         self.weights = weights
         self.threads = threads
         self.position = 0
-        self.cache = KeyValueCache(architecture.layers, architecture.kv_heads, context, architecture.head_dim)
+        self.cache = KeyValueCache(
+            architecture.layers, architecture.kv_heads, context, architecture.head_dim, cache_dtype
+        )
         self._scores = np.empty((architecture.heads, context), np.float32)
         self._bias = np.zeros((0, 0), np.float32)
         if architecture.positions == "alibi":
@@ -66,13 +60,19 @@ class TokenOperations:
     def attention(self, index: int, x: F32) -> F32:
         a = self.architecture
         heads = self._linear(layer(index, "qkv"), x).reshape(-1, a.head_dim)
-        keys, values = self.cache.keys[index], self.cache.values[index]
         if a.positions == "rotary":
             kernels.rotate(heads[: a.heads + a.kv_heads], self._cos[self.position], self._sin[self.position])
-        keys[:, self.position] = heads[a.heads : a.heads + a.kv_heads]
-        values[:, self.position] = heads[a.heads + a.kv_heads :]
+        keys, values = np.split(heads[a.heads :, None], 2)
+        self.cache.put(index, self.position, keys, values)
         mixed = kernels.attend(
-            heads[: a.heads], keys, values, self.position + 1, self._bias, self._scores, self.threads
+            heads[: a.heads],
+            self.cache.keys[index],
+            self.cache.values[index],
+            self.position + 1,
+            self._bias,
+            self._scores,
+            self.cache.dtype,
+            self.threads,
         )
         return self._linear(layer(index, "out"), mixed)
 

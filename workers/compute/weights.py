@@ -21,6 +21,9 @@ _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+LARGEST_HALF = 65_504.0
+
+
 def aligned(size: int) -> npt.NDArray[np.uint8]:
     """`size` bytes of uninitialised memory that start at a cache line."""
     raw = np.empty(size + _ALIGNMENT, np.uint8)
@@ -90,6 +93,16 @@ def widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "float16":
         return array.view(np.float16).astype(np.float32)
     return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """`array` rounded to the nearest values of `dtype`, in its carrier; beyond float16's range, its largest."""
+    if dtype == "float32":
+        return array
+    if dtype == "float16":
+        return np.clip(array, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).view(np.uint16)
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _read(path: Path) -> dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]:

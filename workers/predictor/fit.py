@@ -14,7 +14,7 @@ threshold of 1/2 becomes a calibrated one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Recipe:
     evaluations: int = 8  # on validation text, over the whole training
     patience: int = 5  # evaluations without gain before stopping
     false_negatives: float = 0.05  # share of the active neurons that the threshold may miss
+    guesses_miss: float = 0.2  # likewise, of guesses: what they miss is read later, what they waste is not
     seed: int = 0
 
 
@@ -199,11 +200,14 @@ def _selection(candidate: LowMap, watched: tuple[Tensor, Tensor], recipe: Recipe
     return report.Counts.of(scores > least, active).false_positives
 
 
-def calibrated(candidate: LowMap, validation: Samples, false_negatives: float) -> LowMap:
-    """Rounded to the file's precision, and with the threshold folded in that misses this share."""
+def calibrated(candidate: LowMap, validation: Samples, recipe: Recipe) -> LowMap:
+    """Rounded to the file's precision, with the threshold folded in that misses the recipe's share."""
     rounded = candidate.rounded()
     inputs, active = validation.part(0, CALIBRATION_ROWS).rows(slice(None))
-    return rounded.shifted(report.threshold(rounded.scores(inputs), active, false_negatives))
+    scores = rounded.scores(inputs)
+    threshold = report.threshold(scores, active, recipe.false_negatives)
+    guess = report.threshold(scores, active, max(recipe.false_negatives, recipe.guesses_miss))
+    return replace(rounded.shifted(threshold), guess=guess - threshold)
 
 
 def quality(candidate: LowMap, held_out: Samples) -> report.Counts:

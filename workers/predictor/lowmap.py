@@ -30,6 +30,7 @@ class LowMap:
     up: Tensor  # [d_ff, rank]
     bias: Tensor  # [d_ff]
     scale: float = 1.0  # of the input; training sees inputs that are scaled already
+    guess: float = 0.0  # the score above which a guess is worth reading early
 
     @property
     def rank(self) -> int:
@@ -59,17 +60,18 @@ class LowMap:
             f"{prefix}.up": self.up.half(),
             f"{prefix}.bias": self.bias.float(),
             f"{prefix}.scale": torch.tensor([self.scale], dtype=torch.float32),
+            f"{prefix}.guess": torch.tensor([self.guess], dtype=torch.float32),
         }
 
     @classmethod
     def read(cls, file: Tensors, prefix: str) -> LowMap:
         """Inverse of `tensors`. Raises StoreError."""
-        names = ("down", "up", "bias", "scale")
-        down, up, bias, scale = (
+        names = ("down", "up", "bias", "scale", "guess")
+        down, up, bias, scale, guess = (
             torch.from_numpy(file.read(f"{prefix}.{name}").view(_KINDS[file.dtype(f"{prefix}.{name}")]))
             for name in names
         )
-        return cls(down.float(), up.float(), bias, float(scale[0]))
+        return cls(down.float(), up.float(), bias, float(scale[0]), float(guess[0]))
 
 
 _KINDS = {"float16": np.float16, "float32": np.float32}

@@ -6,7 +6,7 @@ FORMAT.md describes the file. The maps stay in float16, as they are in the file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,32 @@ class LowRank:
     up: npt.NDArray[Any]  # [d_ff, rank] likewise
     bias: F32  # [d_ff]
     scale: np.float32  # of the input
+    guess: np.float32 = np.float32(0)  # what the score of a guess must exceed
 
     @classmethod
-    def read(cls, file: Tensors, prefix: str, d_ff: int, d_model: int) -> LowRank:
-        """Raises StoreError for tensors that are absent or do not fit the model."""
-        down = _half(file, f"{prefix}.down")
-        if down.ndim != 2 or down.shape[1] != d_model:
-            raise StoreError(f"{file.path} holds {prefix}.down as {down.shape}, not (rank, {d_model})")
-        up = _half(file, f"{prefix}.up", (d_ff, down.shape[0]))
+    def read(
+        cls, file: Tensors, prefix: str, d_ff: int, d_model: int, shared: LowRank | None = None
+    ) -> LowRank:
+        """The matrices may be left out where they are those of `shared`.
+
+        Raises StoreError for tensors that are absent or do not fit the model.
+        """
+        if shared is not None and f"{prefix}.down" not in file:
+            down, up = shared.down, shared.up
+        else:
+            down = _half(file, f"{prefix}.down")
+            if down.ndim != 2 or down.shape[1] != d_model:
+                raise StoreError(f"{file.path} holds {prefix}.down as {down.shape}, not (rank, {d_model})")
+            up = _half(file, f"{prefix}.up", (d_ff, down.shape[0]))
         bias = file.vector(f"{prefix}.bias", (d_ff,))
         scaled = f"{prefix}.scale" in file
         scale = file.vector(f"{prefix}.scale", (1,))[0] if scaled else np.float32(1)
-        return cls(down, up, bias, np.float32(scale))
+        guess = file.vector(f"{prefix}.guess", (1,))[0] if f"{prefix}.guess" in file else np.float32(0)
+        return cls(down, up, bias, np.float32(scale), np.float32(guess))
+
+    def guessing(self) -> LowRank:
+        """The map for guesses, which should waste few reads: a set follows them."""
+        return replace(self, bias=self.bias - self.guess, guess=np.float32(0))
 
     def scores(self, x: F32) -> F32:
         """[d_ff] for one hidden row x [d_model]."""
@@ -94,7 +108,7 @@ def load(
     trained = int(file.metadata.get("lookahead", "0"))
     wanted = [layer for layer in range(store.layout.layers) if layer not in skip]
     own = _maps(file, OWN, wanted, store)
-    ahead = _maps(file, AHEAD, wanted, store) if trained == lookahead or (refines and trained) else {}
+    ahead = _maps(file, AHEAD, wanted, store, own) if trained == lookahead or (refines and trained) else {}
     if trained == 0 and not own:
         own = ahead or _maps(file, AHEAD, wanted, store)
     notes: tuple[str, ...] = ()
@@ -106,7 +120,10 @@ def load(
         raise StoreError(f"{file.path} was trained for look-ahead {trained}, not {lookahead}: {REMEDY}")
     if refines and not (trained == lookahead and len(ahead) == len(wanted)):
         notes = (f"guesses by predictors of another look-ahead than {lookahead}",)
-    return LowRankScorer({**own, **ahead}, own if refines or not lookahead else ahead, threshold, notes)
+    early = {**own, **ahead}
+    if refines:
+        early = {layer: one.guessing() for layer, one in early.items()}
+    return LowRankScorer(early, own if refines or not lookahead else ahead, threshold, notes)
 
 
 def open_file(store: Store, name: str) -> Tensors:
@@ -126,11 +143,13 @@ def predictor_path(store: Store, name: str) -> Path:
     return store.path / PREDICTORS / f"{name}.safetensors"
 
 
-def _maps(file: Tensors, prefix: str, layers: list[int], store: Store) -> dict[int, LowRank]:
-    """The maps that the file has under `prefix`."""
+def _maps(
+    file: Tensors, prefix: str, layers: list[int], store: Store, own: Mapping[int, LowRank] | None = None
+) -> dict[int, LowRank]:
+    """The maps that the file has under `prefix`; they may share the matrices of the layers' `own`."""
     sizes = store.layout.d_ff, store.layout.d_model
     return {
-        layer: LowRank.read(file, f"{prefix}.{layer}", *sizes)
+        layer: LowRank.read(file, f"{prefix}.{layer}", *sizes, (own or {}).get(layer))
         for layer in layers
-        if f"{prefix}.{layer}.down" in file
+        if f"{prefix}.{layer}.bias" in file
     }

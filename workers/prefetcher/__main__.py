@@ -60,7 +60,7 @@ class Prefetcher:
         plan = self._planner.plan_halves if by_halves else self._planner.plan
         requests = plan(message.layer, positions, table[SLOT, rows].copy())
         asked = time.monotonic()
-        self._pool.submit(requests, lambda: self._announce(message, requests, asked))
+        self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
         part = LayerPart(message.run, message.step, message.layer, message.part, (), (), False)

@@ -1,4 +1,4 @@
-"""Several queues that share one backlog of reads, first come, first served.
+"""Several queues that share one backlog of reads, first come, first served, guesses last.
 
 Each reader is an asyncio task with a queue of its own. A new set of requests is spread over the
 readers that have room; what does not fit waits in the backlog, and whichever reader completes reads
@@ -111,7 +111,8 @@ class ReaderPool:
         self._size = size
         self._describe = describe
         self._transfers: dict[int, Transfer] = {}
-        self._backlog: deque[int] = deque()  # serials of transfers that are not wholly submitted
+        # Serials of transfers that are not wholly submitted: those that are waited for, and guesses.
+        self._backlogs: tuple[deque[int], deque[int]] = (deque(), deque())
         self._serial = 0
         self._turn = 0  # the reader that is offered the next transfer first
         self._retries: set[asyncio.Task[None]] = set()
@@ -121,17 +122,20 @@ class ReaderPool:
     @property
     def backlog(self) -> int:
         """Reads that wait for a place in a queue."""
-        transfers = (self._transfers[serial] for serial in self._backlog)
+        transfers = (self._transfers[serial] for backlog in self._backlogs for serial in backlog)
         return sum(len(transfer.requests) - transfer.next for transfer in transfers)
 
-    def submit(self, requests: Requests, when_done: Callable[[], None]) -> None:
-        """Begin; `when_done` is called on the event loop after the last byte has arrived."""
+    def submit(self, requests: Requests, when_done: Callable[[], None], guess: bool = False) -> None:
+        """Begin; `when_done` is called on the event loop after the last byte has arrived.
+
+        A guess is begun when nothing else waits.
+        """
         if len(requests) == 0:
             when_done()
             return
         self._serial += 1
         self._transfers[self._serial] = Transfer(requests, when_done, open=len(requests))
-        self._backlog.append(self._serial)
+        self._backlogs[guess].append(self._serial)
         self._drained.clear()
         share = -(-len(requests) // len(self._readers))
         self._turn = (self._turn + 1) % len(self._readers)
@@ -175,15 +179,18 @@ class ReaderPool:
 
     def _fill(self, reader: Reader, limit: int) -> None:
         """Give a reader up to `limit` reads of the backlog, as far as it has room."""
-        while self._backlog and reader.idle and limit > 0:
-            serial = self._backlog[0]
+        while reader.idle and limit > 0:
+            backlog = self._backlogs[0] or self._backlogs[1]
+            if not backlog:
+                return
+            serial = backlog[0]
             transfer = self._transfers[serial]
             count = min(len(transfer.requests) - transfer.next, reader.idle, limit)
             self.counters.entered(count)
             reader.take(serial, transfer, count)
             limit -= count
             if transfer.next == len(transfer.requests):
-                self._backlog.popleft()
+                backlog.popleft()
 
     def _settle(self, reader: Reader, tags: Tags, results: Results) -> Iterable[Transfer]:
         """Account for completed reads; returns the transfers that they finished."""
