@@ -24,21 +24,27 @@ def measure(job: Job, *, strict: bool = False) -> list[Row]:
     """
     rows = [job.naive()]
     if not job.has_predictors:
-        rows.append(job.ring("hybrid", ("hybrid",), {"predictor.kind": "all"}))
+        rows.append(job.ring("hybrid", ("hybrid",), {"predictor.kind": "all"}, streams=True))
     else:
-        rows.append(job.ring("hybrid", ("hybrid",), {"predictor.kind": "all", "predictor.lookahead": "0"}))
+        dense = {"predictor.kind": "all", "predictor.lookahead": "0"}
+        rows.append(job.ring("hybrid", ("hybrid",), dense, streams=True))
         rows += [
             job.ring(name, TECHNIQUES[: number + 2], settings)
             for number, (name, settings) in enumerate(SPARSE)
         ]
-        ahead = job.resolved().predictor.lookahead
-        if not job.quick and ahead == 1:
-            further = {"predictor.lookahead": "2"}
-            rows.append(job.ring("overlap, two layers ahead", TECHNIQUES, further))
+        if not job.quick and job.resolved().predictor.lookahead and job.resolved().predictor.refine:
+            rows.append(job.ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"}))
     if strict:
         techniques = TECHNIQUES if job.has_predictors else ("hybrid",)
         rows.append(job.ring("all techniques at a strict 50 %", techniques, budget="50%"))
     return rows
+
+
+def complete(rows: list[Row]) -> list[Row]:
+    """The rings with all techniques at the full budget; without predictors, the only one there is."""
+    rings = [row for row in rows if not row.error and row.name != "naive" and "strict" not in row.name]
+    most = max((len(row.techniques) for row in rings), default=0)
+    return [row for row in rings if len(row.techniques) == most]
 
 
 def best(rows: list[Row]) -> Row | None:

@@ -38,6 +38,7 @@ class Bench:
     tries: list[Throughput] = field(default_factory=list)
     bandwidth: dict[str, float] = field(default_factory=dict)
     roofs: list[Roofline] = field(default_factory=list)
+    fio: list[Throughput] = field(default_factory=list)  # the prefetcher's and fio's tries in turn
     peers: list[Row] = field(default_factory=list)
 
     def write(self) -> None:
@@ -81,6 +82,7 @@ class Bench:
             "disk": [one.to_json() for one in self.tries],
             "memory_bandwidth": self.bandwidth,
             "roofline": [roof.to_json() for roof in self.roofs],
+            "fio": [one.to_json() for one in self.fio],
             "peers": [row.to_json() for row in self.peers],
         }
 
@@ -97,6 +99,8 @@ class Bench:
             found["Ratios"] = table.speedups(self.rows, self.peers)
         if self.roofs:
             found["Roofline"] = table.roofline(self.roofs)
+        if self.fio:
+            found["The prefetcher beside fio"] = table.beside_fio(self.fio)
         if self.curve:
             found["Memory against latency"] = table.curve(self.curve)
         if self.tries:
@@ -154,15 +158,17 @@ def _disk(bench: Bench, strict: bool) -> None:
 
 
 def _roofline(bench: Bench, strict: bool) -> None:
-    """Of the quickest ring's row and, but for a quick run, of the naive one, where they were measured."""
+    """Of the rings with all techniques and, but for a quick run, of the naive row, where measured."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
     memory = max(bench.bandwidth.values())
     rows = [row for row in bench.rows if row.name == "naive" and not row.error and not job.quick]
     bench.roofs = [roofline.of_naive(job, row, memory) for row in rows]
-    best = ablation.best(bench.rows)
-    if best is not None and best.bytes_per_token:
-        bench.roofs.append(roofline.measure(job, best, memory))
+    for row in ablation.complete(bench.rows):
+        if row.bytes_per_token:
+            bench.roofs.append(roofline.measure(job, row, memory))
+    if not job.quick:
+        bench.fio = disk.beside_fio(job.store, job.store.layout.stride)
 
 
 _PARTS: dict[str, Callable[[Bench, bool], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,7 @@ class Throughput:
     cpu_us_per_read: float
     loaded: bool = False  # while the kernels ran
     sequential: bool = False
+    program: str = "prefetcher"  # or fio
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,3 +101,37 @@ def ceiling(
         return best()
     with children.load(dtype):
         return best()
+
+
+FIO_DEPTHS = ((1, 64), (2, 64))  # readers, depth
+FIO_ROUNDS = 3
+FIO_SECONDS = 2
+
+
+def beside_fio(store: Store, request: int) -> list[Throughput]:
+    """The prefetcher and fio in turn, random direct reads of one size; nothing where fio is not installed."""
+    path = store.path / BUNDLES
+    if shutil.which("fio") is None:
+        return []
+    found = []
+    for (readers, depth), _ in product(FIO_DEPTHS, range(FIO_ROUNDS)):
+        found.append(try_once(path, request, readers, depth))
+        found.append(_fio(path, request, readers, depth))
+    return found
+
+
+def _fio(path: Path, request: int, jobs: int, depth: int) -> Throughput:
+    """Raises ChildFailed."""
+    options = {
+        "name": "random", "filename": path, "rw": "randread", "bs": request, "direct": 1,
+        "ioengine": "io_uring", "iodepth": depth, "numjobs": jobs, "runtime": FIO_SECONDS,
+        "output-format": "json",
+    }  # fmt: skip
+    line = ["fio", *(f"--{key}={value}" for key, value in options.items())]
+    ran = children.run([*line, "--time_based", "--readonly", "--group_reporting"])
+    job = ran.result["jobs"][0]
+    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * jobs  # shares of each job's time
+    read = job["read"]
+    return Throughput(
+        request, jobs, depth, float(read["bw_bytes"]), 1e6 * cpu / max(1.0, read["iops"]), program="fio"
+    )

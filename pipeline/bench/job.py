@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +15,10 @@ from pipeline.bench.rows import Row
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
-from storage.format import PREDICTORS, Store
+from storage.format import Store
 
 TEXT = Path(__file__).with_name("text.txt")
+FEW = 9  # tokens of a row that takes seconds for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,15 @@ class Job:
         settings: Mapping[str, str] | None = None,
         budget: str | None = None,
         repeats: int | None = None,
+        streams: bool = False,
     ) -> Row:
-        """Measure the main job under a budget; a run that fails becomes a row that says why."""
+        """Measure the main job under a budget; a run that fails becomes a row that says why.
+
+        A row that `streams` reads most of the model for every token: a few of them tell all.
+        """
+        if streams and not self.quick and self.count > FEW:
+            with first_tokens(self.tokens, FEW) as few:
+                return replace(self, tokens=few, count=FEW).ring(name, techniques, settings, budget, repeats)
         settings = settings or {}
         memory = budget or self.budget
         line = ["--model", str(self.store.path), "--prompt", self.prompt, "--memory", memory]
@@ -82,7 +90,7 @@ class Job:
         line += ["--threads", str(self.threads)]
         limit = planner.parse_budget(self.budget, self.store)
         if not self.quick:  # a naive token takes seconds, and all take the same
-            with first_tokens(self.tokens, 9) as few:
+            with first_tokens(self.tokens, FEW) as few:
                 return self._naive([*line, "--tokens", str(few)], limit)
         return self._naive(line, limit)
 
@@ -146,9 +154,3 @@ def quick_budget(store: Store, settings: tuple[str, ...], context: int, threads:
     """A budget that leaves a tiny model a quarter of its FFN: half of it would be less than a process."""
     config = Config.load(None, [f"compute.context={context}", f"compute.threads={threads}", *settings])
     return f"{planner.least(store, config).total + store.layout.total_bytes // 4}B"
-
-
-def predictor_bytes(store: Store, name: str = "default") -> int:
-    """Size of the predictors' file, or 0."""
-    path = store.path / PREDICTORS / f"{name}.safetensors"
-    return path.stat().st_size if path.is_file() else 0

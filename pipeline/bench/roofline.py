@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from safetensors import safe_open
 
 from pipeline import planner
 from pipeline.bench import children, disk
 from pipeline.bench.disk import Throughput
-from pipeline.bench.job import Job, predictor_bytes
+from pipeline.bench.job import Job
 from pipeline.bench.rows import Row
-from storage.format import ITEMSIZE, RESIDENT
+from pipeline.config import Config
+from storage.format import ITEMSIZE, RESIDENT, Store
 
 SEQUENTIAL = 1 << 20  # bytes of one read of the naive baseline's ceiling
 
@@ -77,12 +82,26 @@ def resident_bytes(job: Job) -> int:
 def memory_bytes(job: Job, row: Row) -> float:
     """Bytes that the kernels and the predictor must read of DRAM for one token of `row`."""
     own = job.resolved(row.settings)
-    predicting = own.predictor.kind == "lowrank"
-    predictors = predictor_bytes(job.store, own.model.predictor) if predicting else 0
-    # The file holds maps for the look-ahead and for the layer's own input; refine uses both.
-    if predicting and not (own.predictor.refine and own.predictor.lookahead):
-        predictors //= 2
+    predictors = predictor_bytes(job.store, own) if own.predictor.kind == "lowrank" else 0
     return resident_bytes(job) + predictors + row.touched_bytes
+
+
+def predictor_bytes(store: Store, config: Config) -> int:
+    """Bytes of the maps that one token goes through; a map may use the in-layer one's matrices."""
+    ahead = config.predictor.lookahead > 0
+    used = [
+        prefix
+        for prefix, needed in (("layers", ahead), ("inlayer", config.predictor.refine or not ahead))
+        if needed
+    ]
+    total = 0
+    with safe_open(planner.predictor_path(store, config), "numpy") as file:
+        known = set(file.keys())
+        for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
+            names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
+            found = next((one for one in names if one in known), None)
+            total += math.prod(file.get_slice(found).get_shape()) * 2 if found else 0
+    return total
 
 
 def bandwidth(job: Job) -> dict[str, float]:

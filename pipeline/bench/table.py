@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,27 @@ def disk(tries: Sequence[Throughput]) -> str:
             ]
         )
     header = ["KiB", "readers", *(f"depth {depth}" for depth in depths), "least CPU µs a read"]
+    return table(header, lines)
+
+
+def beside_fio(tries: Sequence[Throughput]) -> str:
+    """Medians of the rounds."""
+    lines = []
+    for readers, depth in dict.fromkeys((one.readers, one.depth) for one in tries):
+        rates, cpus = {}, {}
+        for program in ("prefetcher", "fio"):
+            own = [one for one in tries if (one.readers, one.depth, one.program) == (readers, depth, program)]
+            rates[program] = statistics.median(one.bytes_per_second for one in own)
+            cpus[program] = statistics.median(one.cpu_us_per_read for one in own)
+        lines.append(
+            [
+                f"{readers} × {depth}",
+                *(f"{rate / 1e9:.2f}" for rate in rates.values()),
+                f"**{rates['prefetcher'] / rates['fio']:.2f}**",
+                *(f"{cpu:.1f}" for cpu in cpus.values()),
+            ]
+        )
+    header = ["readers × depth", "prefetcher GB/s", "fio GB/s", "÷ fio", "prefetcher CPU µs a read", "fio's"]
     return table(header, lines)
 
 

@@ -245,7 +245,14 @@ class LayerCache:
         table[ID, start : start + ids.size] = ids
         table[SLOT, start : start + ids.size] = slots
         return ReadBundles(
-            message.run, message.step, message.layer, part, start, int(ids.size), message.stream, message.guess
+            message.run,
+            message.step,
+            message.layer,
+            part,
+            start,
+            int(ids.size),
+            message.stream,
+            message.guess,
         )
 
     def _count(self, layer: _Layer, message: NeuronsPredicted, hits: int, misses: int) -> None:

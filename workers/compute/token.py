@@ -25,9 +25,7 @@ F32 = npt.NDArray[np.float32]
 class TokenOperations:
     """`blocks.Operations` for the token at `position`; its keys and values go into the cache."""
 
-    def __init__(
-        self, weights: Weights, context: int, threads: int, cache_dtype: str = "float32"
-    ) -> None:
+    def __init__(self, weights: Weights, context: int, threads: int, cache_dtype: str = "float32") -> None:
         architecture = weights.architecture
         self.architecture = architecture
         self.weights = weights

@@ -96,7 +96,7 @@ def widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
 
 
 def narrow(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
-    """`array` rounded to the nearest values of `dtype`, in its carrier; beyond float16's range, its largest."""
+    """`array` rounded to `dtype`, in its carrier; what is beyond float16's range becomes its largest."""
     if dtype == "float32":
         return array
     if dtype == "float16":

@@ -31,7 +31,7 @@ class LowRank:
     up: npt.NDArray[Any]  # [d_ff, rank] likewise
     bias: F32  # [d_ff]
     scale: np.float32  # of the input
-    guess: np.float32 = np.float32(0)  # what the score of a guess must exceed
+    guess: float = 0.0  # what the score of a guess must exceed
 
     @classmethod
     def read(
@@ -51,12 +51,12 @@ class LowRank:
         bias = file.vector(f"{prefix}.bias", (d_ff,))
         scaled = f"{prefix}.scale" in file
         scale = file.vector(f"{prefix}.scale", (1,))[0] if scaled else np.float32(1)
-        guess = file.vector(f"{prefix}.guess", (1,))[0] if f"{prefix}.guess" in file else np.float32(0)
-        return cls(down, up, bias, np.float32(scale), np.float32(guess))
+        guess = file.vector(f"{prefix}.guess", (1,))[0] if f"{prefix}.guess" in file else 0.0
+        return cls(down, up, bias, np.float32(scale), float(guess))
 
     def guessing(self) -> LowRank:
         """The map for guesses, which should waste few reads: a set follows them."""
-        return replace(self, bias=self.bias - self.guess, guess=np.float32(0))
+        return replace(self, bias=self.bias - np.float32(self.guess), guess=0.0)
 
     def scores(self, x: F32) -> F32:
         """[d_ff] for one hidden row x [d_model]."""

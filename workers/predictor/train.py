@@ -244,9 +244,7 @@ def main(
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"--name {name!r} is no file name")
-    recipe = fit.Recipe(
-        epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed
-    )
+    recipe = fit.Recipe(epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed)
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, recipe)
     store = Store.open(store_path)
     activations.require_relu(store)
