@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench import ablation, conditions, curve, disk, peers, plots, roofline, table
+from pipeline.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import Job
+from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
 from pipeline.bench.rows import Row
 
@@ -38,6 +39,7 @@ class Bench:
     tries: list[Throughput] = field(default_factory=list)
     bandwidth: dict[str, float] = field(default_factory=dict)
     roofs: list[Roofline] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
     fio: list[Throughput] = field(default_factory=list)  # the prefetcher's and fio's tries in turn
     peers: list[Row] = field(default_factory=list)
 
@@ -82,6 +84,7 @@ class Bench:
             "disk": [one.to_json() for one in self.tries],
             "memory_bandwidth": self.bandwidth,
             "roofline": [roof.to_json() for roof in self.roofs],
+            "prefill": [one.to_json() for one in self.prefills],
             "fio": [one.to_json() for one in self.fio],
             "peers": [row.to_json() for row in self.peers],
         }
@@ -99,6 +102,8 @@ class Bench:
             found["Ratios"] = table.speedups(self.rows, self.peers)
         if self.roofs:
             found["Roofline"] = table.roofline(self.roofs)
+        if self.prefills:
+            found["Prefill"] = table.prefill(self.prefills)
         if self.fio:
             found["The prefetcher beside fio"] = table.beside_fio(self.fio)
         if self.curve:
@@ -161,10 +166,12 @@ def _roofline(bench: Bench, strict: bool) -> None:
     """Of the rings with all techniques and, but for a quick run, of the naive row, where measured."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
-    memory = max(bench.bandwidth.values())
+    memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
     rows = [row for row in bench.rows if row.name == "naive" and not row.error and not job.quick]
     bench.roofs = [roofline.of_naive(job, row, memory) for row in rows]
+    sequential = roofline.sequential(job).bytes_per_second
     for row in ablation.complete(bench.rows):
+        bench.prefills.append(prefill.measure(job, row, sequential, bench.bandwidth))
         if row.bytes_per_token:
             bench.roofs.append(roofline.measure(job, row, memory))
     if not job.quick:

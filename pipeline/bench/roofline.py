@@ -105,7 +105,7 @@ def predictor_bytes(store: Store, config: Config) -> int:
 
 
 def bandwidth(job: Job) -> dict[str, float]:
-    """Measured memory bandwidth, bytes a second: `read` is reading alone, `matvec` the kernel."""
+    """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`."""
     size = (64 << 20) if job.quick else (1 << 30)
     line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.store.layout.dtype]
     line += ["--seconds", "0.1" if job.quick else "1.0"]
@@ -136,12 +136,10 @@ def measure(job: Job, row: Row, memory: float) -> Roofline:
 
 def of_naive(job: Job, row: Row, memory: float) -> Roofline:
     """The naive baseline's: sequential reads, and every weight."""
-    request = min(SEQUENTIAL, job.store.layout.layer_bytes)
-    idle = _sequential(job, request, None)
-    loaded = _sequential(job, request, job.store.layout.dtype)
+    idle, loaded = sequential(job), sequential(job, job.store.layout.dtype)
     return Roofline(
         row=row.name,
-        request_bytes=request,
+        request_bytes=idle.request_bytes,
         disk_idle=idle.bytes_per_second,
         disk_loaded=loaded.bytes_per_second,
         memory=memory,
@@ -151,5 +149,7 @@ def of_naive(job: Job, row: Row, memory: float) -> Roofline:
     )
 
 
-def _sequential(job: Job, request: int, dtype: str | None) -> Throughput:
+def sequential(job: Job, dtype: str | None = None) -> Throughput:
+    """The disk's ceiling of long reads one after another; with `dtype`, under load."""
+    request = min(SEQUENTIAL, job.store.layout.layer_bytes)
     return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype, sequential=True)

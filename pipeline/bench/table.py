@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.bench.disk import Throughput
+from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
 from pipeline.bench.rows import TECHNIQUES, Row
 
@@ -69,7 +70,10 @@ def speedups(rows: Sequence[Row], peers: Sequence[Row]) -> str:
 
 
 def curve(rows: Sequence[Row]) -> str:
-    header = ["budget", "DRAM GB", "GB/token", "hit rate", "I/O ms", "total ms", "p10–p90"]
+    header = [
+        "budget", "DRAM GB", "GB/token", "hit rate", "I/O ms", "prediction ms", "compute ms", "waiting ms",
+        "other ms", "total ms", "p10–p90",
+    ]  # fmt: skip
     return table(header, [_curve_line(row, len(header)) for row in rows])
 
 
@@ -82,9 +86,35 @@ def _curve_line(row: Row, columns: int) -> list[str]:
         f"{row.bytes_per_token / 1e9:.4g}",
         f"{row.hit_rate:.1%}",
         _ms(row.io_ms),
+        _ms(row.prediction_ms),
+        _ms(row.compute_ms),
+        _ms(row.waiting_ms),
+        _ms(row.other_ms),
         _ms(row.total_ms),
         f"{_ms(row.p10_ms)}–{_ms(row.p90_ms)}",
     ]
+
+
+def prefill(prefills: Sequence[Prefill]) -> str:
+    header = [
+        "row", "tokens", "seconds", "one sequential read, s", "GFLOP", "GFLOP/s in the model's dtype",
+        "in float32", "÷ bound", "÷ bound in float32",
+    ]  # fmt: skip
+    lines = [
+        [
+            one.row,
+            str(one.tokens),
+            f"{one.seconds:.2f}",
+            f"{one.read_seconds:.2f}",
+            f"{one.flop / 1e9:.0f}",
+            f"{one.rate / 1e9:.0f} ({one.dtype})",
+            f"{one.rate_float32 / 1e9:.0f}",
+            f"**{one.ratio:.2f}**",
+            f"{one.ratio_float32:.2f}",
+        ]
+        for one in prefills
+    ]
+    return table(header, lines)
 
 
 def disk(tries: Sequence[Throughput]) -> str:

@@ -19,11 +19,14 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import njit, prange
+from torch.nn import functional
 
 from storage.format import ITEMSIZE
 from workers.compute.weights import narrow
 
+PROMPT = 128  # tokens
 WIDTH = 4096  # elements of a row, as the largest models' hidden states
 
 
@@ -40,7 +43,10 @@ def _sum(words: Any, pieces: Any, out: Any) -> None:
 
 
 def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, float]:
-    """Bytes a second: reading alone, and the product of a matrix of `size` bytes with a vector."""
+    """Bytes a second: reading alone, and the product of a matrix of `size` bytes with a vector.
+
+    And FLOP a second of matrix products, in `dtype` and in float32.
+    """
     row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
     weights = np.tile(narrow(row, dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
     words = weights.reshape(-1).view(np.float32)
@@ -64,11 +70,21 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
         found["read_one_thread"] = _rate(reading(1), weights.nbytes, seconds)
         one = _rate(lambda: kernels.matvec(weights, x, dtype, 1, out=y), weights.nbytes, seconds)
         found["matvec_one_thread"] = one
+    found["matmul"] = products(threads, seconds, dtype)
+    found["matmul_float32"] = products(threads, seconds, "float32")
     return found
 
 
+def products(threads: int, seconds: float, dtype: str) -> float:
+    """FLOP a second of torch's product of PROMPT tokens with a matrix, in `dtype`."""
+    torch.set_num_threads(threads)
+    kind = getattr(torch, dtype)
+    x, weights = torch.randn(PROMPT, WIDTH).to(kind), torch.randn(WIDTH, WIDTH).to(kind)
+    return _rate(lambda: functional.linear(x, weights), 2 * PROMPT * WIDTH * WIDTH, seconds)
+
+
 def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
-    """The best of several rounds: what disturbs one is not the memory."""
+    """`size` a second: the best of several rounds: what disturbs one is not the memory."""
     work()
     best, ends = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < ends:
