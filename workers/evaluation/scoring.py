@@ -81,14 +81,14 @@ def score(
     `progress` is told the sequences done, of all.
     """
     found: dict[int, Scored] = {}
-    for batch in batches([len(one) for one in sequences]):
-        width = max(len(sequences[i]) for i in batch)
-        tokens = np.full((len(batch), width), PAD, np.int64)
+    lengths = [len(one) - 1 for one in sequences]  # nothing follows the last token: it is no input
+    for batch in batches(lengths):
+        tokens = np.full((len(batch), max(lengths[i] for i in batch)), PAD, np.int64)
         for row, i in enumerate(batch):
-            tokens[row, : len(sequences[i])] = sequences[i]
+            tokens[row, : lengths[i]] = sequences[i][:-1]
         x = forward(model, tokens, chooser)
         for row, i in enumerate(batch):
-            found[i] = score_rows(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
+            found[i] = score_rows(model, x[row, : lengths[i]], np.array(sequences[i][1:], np.int64))
         progress(len(found), len(sequences))
     return [found[i] for i in range(len(sequences))]
 
