@@ -42,16 +42,11 @@ class Scored:
     likeliest: npt.NDArray[np.int64]  # [tokens - 1]
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to a root mean square of one, as compute announces embeddings."""
-    return x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
-
-
 def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
     """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
     x = model.embed(tokens)
     layers = model.architecture.layers
-    states: dict[int, torch.Tensor] = {-1: unit(x).flatten(0, 1)}
+    states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
     for index in range(layers):
 
         def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
