@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 LARGEST_PROMPT = 4 << 20  # characters
@@ -86,7 +86,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from error
     return data if isinstance(data, dict) else {}
 
 
@@ -97,7 +97,7 @@ def _source(store: Path, config: Mapping[str, Any], override: Path | None) -> st
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         if override is not None or not isinstance(error, FileNotFoundError):
-            raise UsageError(f"the chat template {path} cannot be read: {error}") from error
+            raise UsageError(f"the chat template {path} cannot be read: {reason(error)}") from error
     found = config.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 
 LONGEST_IPC = 107  # bytes of a Unix socket's path, by the kernel's sockaddr_un
 
@@ -40,7 +40,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the key file {path} cannot be read: {error}") from error
+        raise UsageError(f"the key file {path} cannot be read: {reason(error)}") from error
 
 
 def make_keys(directory: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from pipeline import segments
 from pipeline.config import Config
 from pipeline.console import size
 from pipeline.plan import Plan
-from storage.errors import BudgetError, ConfigError, StoreError
+from storage.errors import BudgetError, ConfigError, StoreError, reason
 from storage.format import BUNDLES, ITEMSIZE, PREDICTORS, RESIDENT, Store
 
 DEFAULT_CONTEXT = 2048  # tokens
@@ -111,7 +111,7 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
             trained = int((file.metadata() or {}).get("lookahead", "0"))
             own = trained == 0 or any(name.startswith("inlayer.") for name in list(file.keys()))
     except (SafetensorError, OSError, ValueError) as error:
-        raise StoreError(f"the predictors {path} cannot be read: {error}") from error
+        raise StoreError(f"the predictors {path} cannot be read: {reason(error)}") from error
     if not own and (wanted or lookahead != trained):
         raise ConfigError(
             f"{whose} are for look-ahead {trained} "

@@ -93,6 +93,18 @@ class _RingCollector(Collector):
         if compute.get("audit_active", 0.0):
             recall = compute.get("audit_found", 0.0) / compute["audit_active"]
             yield _gauge("predictor_recall", "Share of truly active neurons that were predicted", recall)
+            yield _layer_recall(compute)
+
+
+def _layer_recall(compute: dict[str, float]) -> Metric:
+    """Of the layers that were audited so far."""
+    text = "Share of a layer's truly active neurons that were predicted"
+    family = GaugeMetricFamily("flashring_predictor_layer_recall", text, labels=["layer"])
+    for name, active in sorted(compute.items()):
+        layer, _, what = name.removeprefix("layer.").partition(".")
+        if what == "audit_active" and active:
+            family.add_metric([layer], 1 - compute.get(f"layer.{layer}.audit_missed", 0.0) / active)
+    return family
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

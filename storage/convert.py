@@ -32,6 +32,7 @@ from storage.errors import (
     StoreIncomplete,
     UnsupportedModel,
     UsageError,
+    reason,
 )
 from storage.families.architecture import Architecture
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
@@ -72,7 +73,7 @@ def read_order(path: Path) -> NeuronOrder:
         with path.open("rb") as file:
             neurons = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path} is no neuron order: {error}") from error
+        raise UsageError(f"{path} is no neuron order: {reason(error)}") from error
     return NeuronOrder(path.stem, np.ascontiguousarray(neurons))
 
 

@@ -6,6 +6,7 @@ FlashringError                 anything this project raises on purpose: one clea
 │   └── UnsupportedModel       architecture, activation, dtype or option that no family here has
 ├── CheckpointError            a Hugging Face checkpoint that cannot be read
 ├── StoreError                 a directory that is not a usable store
+│   ├── StoreMissing           nothing there, or nothing of this kind: a wrong path (exit code 2)
 │   ├── StoreIncomplete        conversion was interrupted, or was started with other parameters
 │   └── StoreCorrupt           bytes that do not match their checksum or size
 ├── BudgetError                memory budget too small (exit code 2)
@@ -42,6 +43,10 @@ class StoreError(FlashringError):
     pass
 
 
+class StoreMissing(StoreError):
+    exit_code = 2
+
+
 class StoreIncomplete(StoreError):
     pass
 
@@ -60,3 +65,8 @@ class DiskFull(FlashringError):
 
 class RingError(FlashringError):
     pass
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, for a sentence of ours: an OSError's without its number and path."""
+    return getattr(error, "strerror", None) or str(error)

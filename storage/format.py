@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import StoreError, StoreIncomplete
+from storage.errors import StoreError, StoreIncomplete, StoreMissing, reason
 from storage.families.architecture import Architecture
 
 FORMAT_NAME = "flashring-store"
@@ -152,8 +152,8 @@ class Store:
     def open(cls, path: Path) -> Store:
         """Open and check sizes.
 
-        Raises StoreIncomplete for an interrupted conversion, StoreError for anything else that is
-        not a store.
+        Raises StoreIncomplete for an interrupted conversion, StoreMissing where there is no store,
+        StoreError for a damaged one.
         """
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
@@ -161,11 +161,13 @@ class Store:
                 raise StoreIncomplete(
                     f"the conversion to {path} was interrupted; run the same command again to resume it"
                 )
-            raise StoreError(f"{path} is not a store: it has no {MANIFEST}")
+            if not path.exists():
+                raise StoreMissing(f"there is no store {path}")
+            raise StoreMissing(f"{path} is not a store: it has no {MANIFEST}")
         try:
             data = json.loads(manifest_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StoreError(f"{manifest_path} cannot be read: {error}") from error
+            raise StoreError(f"{manifest_path} cannot be read: {reason(error)}") from error
         manifest = Manifest.from_json(data, manifest_path)
         for name, entry in manifest.files.items():
             try:

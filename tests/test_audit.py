@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections import defaultdict
 
 import numpy as np
 import predictors
 import pytest
 from checkpoints import write_checkpoint
-from ring import config, generate, plan_for
+from prometheus_client.parser import text_string_to_metric_families
+from ring import PROMPT, config, generate, plan_for
 from safetensors.numpy import load_file
+from serving import served
 
+from pipeline.client import Client
 from pipeline.config import Config
 from pipeline.generate import Session
 from pipeline.quality import POINTS, quality_settings
@@ -67,8 +71,10 @@ def test_one_look_counts_what_a_plain_computation_counts(store):
         "error": ((whole - part) ** 2).sum(),
     }
     assert {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()} == {
-        name.removeprefix("layer.1.audit_"): value for name, value in sums.items()
+        name.removeprefix("layer.1.audit_"): value for name, value in sums.items() if "layer" in name
     }
+    assert sums["audit_active"] == wanted["active"]
+    assert sums["audit_found"] == wanted["active"] - wanted["missed"]
     assert wanted["missed"] > 0
 
 
@@ -111,6 +117,32 @@ def test_random_predictions_are_found_out_and_the_text_stays(store, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"audit": found}), encoding="utf-8")
     audit_picture.main(tmp_path / "run.json", tmp_path / "audit.png")
     assert (tmp_path / "audit.png").stat().st_size > 10_000
+
+
+def test_a_served_rings_recall_is_a_metric(store, tmp_path):
+    chosen = config(predictor={"kind": "lowrank"}, compute={"threads": 1, "context": 128, "audit": 1})
+    plan = plan_for(store, chosen)
+    with served(tmp_path, lambda: Session(store, chosen, plan), http={}) as server:
+        assert "flashring_predictor_recall" not in metrics(server.url)
+        with Client(server.endpoint) as client:
+            client.generate(PROMPT, max_new_tokens=13, temperature=0.0, ignore_eos=True).read()
+        found = metrics(server.url)
+    audited_alone, _ = audited(store, kind="lowrank")
+    assert found["flashring_predictor_recall"] == pytest.approx(1 - audited_alone["false_negatives"])
+    for one in audited_alone["layers"]:
+        layer = found[f"flashring_predictor_layer_recall/{one['layer']}"]
+        assert layer == pytest.approx(1 - one["false_negatives"])
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Samples by name, and label where there is one."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {
+        "/".join([sample.name, *sample.labels.values()]): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def test_a_run_without_audit_has_no_picture(tmp_path):

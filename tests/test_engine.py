@@ -30,6 +30,7 @@ from pipeline.plan import Plan
 from pipeline.segments import ID, SLOT
 from storage.convert import convert
 from storage.format import Store
+from workers.compute.dense import DenseModel
 from workers.compute.engine import Engine
 from workers.compute.weights import Weights
 
@@ -249,12 +250,16 @@ def test_announcements_follow_the_protocol(store, tmp_path):
     assert [one.stream for one in fake.announced] == [True] * (layers + 1) + [False] * 2 * (layers + 1)
     assert {one.rows for one in fake.announced if one.stream} == {4}
     assert {one.rows for one in fake.announced if not one.stream} == {1}
+    embedded = []
     for one, hidden in zip(fake.announced, fake.sources, strict=True):
         tick = one.step * layers + one.layer
         # Everything before this layer is finished; the embedding comes after the last step's end.
         assert one.done == (one.step * layers - 1 if one.layer == EMBEDDING else tick - 1)
         if one.layer == EMBEDDING:
-            assert np.allclose(np.mean(hidden**2, axis=1), 1, atol=1e-5)
+            embedded.append(hidden)
+    with DenseModel(store, 1) as model:
+        wanted = model.embed([[*PROMPT, *fake.tokens[:2]]])[0].numpy()
+    assert np.allclose(np.concatenate(embedded), wanted[-6:], atol=1e-6)  # of the prompt the last four
 
 
 def test_the_ffn_input_is_announced_before_the_layers_own_parts(opt, tmp_path):

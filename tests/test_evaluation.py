@@ -134,6 +134,13 @@ def test_perplexity_ratio_and_its_bootstrap():
     assert found.low < found.value < found.high
 
 
+def test_one_sample_has_no_interval():
+    found = ratio_of_perplexities(np.array([3.0]), np.array([2.0]), np.array([10]), seed=0)
+    assert (found.value, found.low, found.high) == (pytest.approx(math.exp(0.1)), None, None)
+    assert found.beyond(1).percent() == "10.52% (one sample: no interval)"
+    assert paired_difference(np.array([True]), np.array([False])).low is None
+
+
 def test_reports_of_known_scores():
     dense = [Scored(np.log([0.5, 0.25]), np.array([1, 2])), Scored(np.log([0.125]), np.array([3]))]
     sparse = [Scored(np.log([0.5, 0.125]), np.array([1, 5])), Scored(np.log([0.125]), np.array([3]))]
@@ -274,7 +281,7 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
         ((), "nothing to evaluate"),
         (("--tasks", "piqa"), "--data"),
         (("--tasks", "sudoku", "--data", "."), "unknown task"),
-        (("--text", "missing.txt"), "cannot be read"),
+        (("--text", "missing.txt"), "missing.txt cannot be read: No such file or directory"),
         (("--point", "a: predictor.kind=all"), "give --text"),
         (("--point", "all", "--text", "a"), "--point takes"),
     ],
@@ -305,6 +312,11 @@ def test_points_compare_settings_on_one_text(store, tmp_path, monkeypatch, capfd
     streamed = layout.layers * (layout.d_ff - round(0.6 * layout.d_ff)) * layout.stride
     assert found["whole"]["bytes_per_token"] == streamed
     assert picture.stat().st_size > 10_000
+    assert run(monkeypatch, *arguments, "--tokens", "100") == 0  # one row: no interval
+    ratios = [one["ratio"] for one in json.loads(capfd.readouterr().out)["points"]]
+    assert all(one["low"] is one["high"] is None for one in ratios)
+    assert run(monkeypatch, *arguments[:-1], "--tokens", "100") == 0
+    assert "+0.00%" in capfd.readouterr().out
 
 
 def test_tasks_score_choices_by_their_tokens(store, model, tmp_path):

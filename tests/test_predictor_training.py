@@ -11,15 +11,19 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from ring import config
 from safetensors import safe_open
 
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.format import PREDICTORS, Store
+from workers.compute.dense import DenseModel
+from workers.evaluation.chooser import make_chooser
 from workers.predictor import activations, fit, lowmap, lowrank, report, svd, texts
 from workers.predictor.activations import Samples
 from workers.predictor.tensors import Tensors
 from workers.predictor.train import Job, Split, make
+from workers.traces import record
 
 CPU = torch.device("cpu")
 
@@ -177,6 +181,27 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
     with safe_open(store.path / PREDICTORS / "file.safetensors", "np") as file:
         told = json.loads(file.metadata()["report"])
     assert [one["layer"] for one in told["layers"]] == list(range(store.layout.layers)) * 2
+
+
+def test_the_rings_first_layer_sees_what_its_map_was_trained_on(
+    store: Store, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    """Layers below the look-ahead are predicted from embeddings, whose size is unlike an FFN input's."""
+    job = Job(rank=24, inlayer=False, method="regression")
+    make(store, tokens, Split.of(len(tokens), 0, tokens.shape[1]), job, "first", tmp_path)
+    chosen = config(predictor={"kind": "lowrank", "refine": False}, model={"predictor": "first"})
+    chooser = make_chooser(store, chosen)
+    assert chooser is not None
+    found = []
+    with DenseModel(store, 1) as model, torch.no_grad():
+        record.run_block(model, chooser, tokens, lambda layer, sets: found.append(sets.predicted))
+    made = lowmap.LowMap.read(Tensors(store.path / PREDICTORS / "first.safetensors"), "layers.0")
+    samples = activations.Activations(tmp_path / "activations", store).samples(0, 1)
+    scores = made.scores(samples.rows(slice(None))[0])
+    sure = scores.abs() > 1e-2
+    assert sure.float().mean() > 0.9
+    assert torch.equal(found[0][sure], (scores > 0)[sure])
+    assert 0.02 < float(found[0].float().mean()) < 0.98
 
 
 def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:

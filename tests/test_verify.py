@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 
+from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
 from storage.errors import StoreCorrupt, StoreError
 from storage.format import Store
@@ -85,3 +86,15 @@ def test_a_truncated_file_is_named(store: Store) -> None:
 def test_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a store"):
         verify(tmp_path)
+
+
+def test_a_wrong_path_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """The same for every command that takes a store's directory."""
+    missing, text = str(tmp_path / "missing"), str(tmp_path / "missing.txt")
+    for arguments in (["verify", missing], ["train-predictor", "--store", missing, "--text", text]):
+        monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+        assert main() == 2
+        assert capfd.readouterr().err == f"flashring: there is no store {missing}\n"
+    monkeypatch.setattr("sys.argv", ["run.py", "verify", str(tmp_path)])
+    assert main() == 2
+    assert "is not a store" in capfd.readouterr().err

@@ -14,7 +14,7 @@ from pipeline.bench.children import ChildFailed
 from pipeline.bench.rows import Row
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 from storage.format import Store
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -131,7 +131,7 @@ def make_job(
     try:
         words = text.read_text(encoding="utf-8").split(" ")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the text {text} cannot be read: {error}") from error
+        raise UsageError(f"the text {text} cannot be read: {reason(error)}") from error
     at, prompt = 0, ""
     ids: list[int] = []
     while len(ids) < prompt_tokens and at < len(words):

@@ -10,7 +10,7 @@ import typer
 from pipeline.commands.generate import ConfigFile, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 
 Endpoint = Annotated[
     str,
@@ -128,7 +128,7 @@ def _read_key(path: Path | None) -> str:
     try:
         key = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the API key {path} cannot be read: {error}") from error
+        raise UsageError(f"the API key {path} cannot be read: {reason(error)}") from error
     if len(key) < 16:
         raise UsageError(f"the API key in {path} has fewer than 16 characters")
     return key

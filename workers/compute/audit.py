@@ -47,7 +47,8 @@ class Audit:
         """Compare `layer`'s set and what came out of it with the whole layer.
 
         `ids` are the neurons that were summed into `output` [d_model]; `sums` grow by counts of
-        neurons, by active magnitudes, and by squares of the outputs.
+        neurons, by active magnitudes, and by squares of the outputs, per layer; and over all
+        layers by the active neurons and those of them that were predicted.
         """
         predicted = np.zeros(self._layout.d_ff, np.bool_)
         predicted[ids] = True
@@ -66,6 +67,8 @@ class Audit:
         }
         for name, value in found.items():
             sums[f"layer.{self.layer}.audit_{name}"] += float(value)
+        sums["audit_active"] += float(found["active"])
+        sums["audit_found"] += float(found["active"] - found["missed"])
 
     def _compute(self, x: F32) -> tuple[F32, F32]:
         """Every activation [d_ff], and the FFN's output [d_model]."""

@@ -145,7 +145,7 @@ class Engine:
         if self._audit is not None:
             self._audit.next_token()
         x = operations.embed(token)
-        self._announce(EMBEDDING, _unit(x[None]), stream=False)
+        self._announce(EMBEDDING, x[None], stream=False)
         for index in range(self._plan.layers):
             with self._clock("attention"):
                 residual, ffn_input = before_ffn(
@@ -182,7 +182,7 @@ class Engine:
         operations.past = cached
         started = time.monotonic()
         x = operations.embed(torch.tensor([prompt[cached:]]))
-        self._announce(EMBEDDING, _unit(x[0].numpy()), stream=True)
+        self._announce(EMBEDDING, x[0].numpy(), stream=True)
         for index in range(self._plan.layers):
             residual, ffn_input = before_ffn(
                 self._architecture,
@@ -282,10 +282,3 @@ class Engine:
     def close(self) -> None:
         """End the pool's threads."""
         self._workers.close()
-
-
-def _unit(x: F32) -> F32:
-    """Rows of x [tokens, d_model] over their root mean square: what predictors get of an embedding."""
-    scale = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
-    unit: F32 = x / np.maximum(scale, np.float32(1e-12))
-    return unit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,11 @@ import typer
 from pipeline import ending
 from storage.errors import UsageError
 
-PANELS = {
-    "false_negatives": "missed, % of active",
-    "false_positives": "wrongly predicted, % of inactive",
-    "weighted_recall": "recall by magnitude, %",
-    "output_error": "error of the FFN's output, %",
+PANELS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "missed, % of active": lambda one: one["false_negatives"],
+    "wrongly predicted, % of inactive": lambda one: one["false_positives"],
+    "missed, % of the activations' magnitude": lambda one: 1 - one["weighted_recall"],
+    "error of the FFN's output, %": lambda one: one["output_error"],
 }
 
 
@@ -50,8 +51,8 @@ def draw(layers: list[dict[str, Any]], out: Path) -> None:
 
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     numbers = [one["layer"] for one in layers]
-    for axes, (name, title) in zip(panels.flat, PANELS.items(), strict=True):
-        axes.bar(numbers, [100 * one[name] for one in layers])
+    for axes, (title, share) in zip(panels.flat, PANELS.items(), strict=True):
+        axes.bar(numbers, [100 * share(one) for one in layers])
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3, axis="y")
     for axes in panels[1]:

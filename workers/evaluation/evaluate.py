@@ -76,19 +76,36 @@ def answer(
     model: DenseModel, chooser: Chooser | None, tokenizer: Tokenizer, items: Sequence[Item]
 ) -> list[list[tuple[float, bool]]]:
     """Each choice's summed log-probability, and whether all its tokens are the greedy ones."""
-    sequences: list[list[int]] = []
-    lengths: list[int] = []
-    limit = model.architecture.max_positions
+    pairs: list[tuple[list[int], list[int]]] = []
     for item in items:
         context = tokenizer.encode(item.context).ids
-        for choice in item.choices:
-            continuation = tokenizer.encode(choice, add_special_tokens=False).ids
-            sequences.append((context + continuation)[-limit:])
-            lengths.append(min(len(continuation), len(sequences[-1]) - 1))
-    scored = iter(zip(score(model, sequences, chooser), sequences, lengths, strict=True))
-    return [[_choice(*next(scored)) for _ in item.choices] for item in items]
+        pairs += [(context, tokenizer.encode(one, add_special_tokens=False).ids) for one in item.choices]
+    found = iter(continuations(model, chooser, pairs))
+    return [[next(found) for _ in item.choices] for item in items]
 
 
-def _choice(scored: Scored, tokens: list[int], length: int) -> tuple[float, bool]:
+def continuations(
+    model: DenseModel, chooser: Chooser | None, pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[tuple[float, bool]]:
+    """Summed log-probability of each continuation after its context, and whether it is the greedy one.
+
+    `pairs`: token ids of context and continuation. Where both are longer than the model's positions,
+    the beginning is left out.
+    """
+    longest = model.architecture.max_positions + 1  # the last token is no input
+    sequences = [(context + continuation)[-longest:] for context, continuation in pairs]
+    lengths = [
+        min(len(continuation), len(one) - 1) for (_, continuation), one in zip(pairs, sequences, strict=True)
+    ]
+    asked = [one for one, length in zip(sequences, lengths, strict=True) if length > 0]
+    scored = iter(score(model, asked, chooser))
+    return [
+        _summed(next(scored), one, length) if length > 0 else (0.0, True)  # nothing to be wrong about
+        for one, length in zip(sequences, lengths, strict=True)
+    ]
+
+
+def _summed(scored: Scored, tokens: list[int], length: int) -> tuple[float, bool]:
+    """Over the last `length` tokens."""
     greedy = np.equal(scored.likeliest[-length:], tokens[-length:]).all()
     return float(scored.logprobs[-length:].sum()), bool(greedy)

@@ -155,7 +155,7 @@ def table(points: Sequence[Point]) -> Table:
     for one in points:
         found.add_row(
             one.name,
-            f"{one.ratio.value - 1:+.2%} ± {(one.ratio.high - one.ratio.low) / 2:.2%}",
+            _change(one.ratio.beyond(1)),
             f"{one.agreement.value:.2%}",
             f"{one.predicted:.1%}",
             f"{one.false_negatives:.1%}",
@@ -164,6 +164,19 @@ def table(points: Sequence[Point]) -> Table:
             f"{one.wasted_bytes_per_token / 1e3:,.0f}",
         )
     return found
+
+
+def _change(shift: Estimate) -> str:
+    """With its interval, where there is one."""
+    if shift.low is None or shift.high is None:
+        return f"{shift.value:+.2%}"
+    return f"{shift.value:+.2%} ({shift.low:+.2%} to {shift.high:+.2%})"
+
+
+def _spread(found: Estimate) -> tuple[float, float]:
+    """Of the error bar, below and above."""
+    low, high = (found.value if end is None else end for end in (found.low, found.high))
+    return found.value - low, high - found.value
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -175,10 +188,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
     figure, (dial, errors) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     ordered = sorted(points, key=lambda one: one.bytes_per_token)
-    shifts = np.array([[100 * (v - 1) for v in (p.ratio.value, p.ratio.low, p.ratio.high)] for p in ordered])
-    spread = np.stack((shifts[:, 0] - shifts[:, 1], shifts[:, 2] - shifts[:, 0]))
+    shifts = 100 * np.array([one.ratio.value - 1 for one in ordered])
+    spread = 100 * np.array([_spread(one.ratio) for one in ordered]).T
     kilobytes = [one.bytes_per_token / 1e3 for one in ordered]
-    dial.errorbar(kilobytes, shifts[:, 0], yerr=spread, marker="o", ms=4, lw=1, capsize=2)
+    dial.errorbar(kilobytes, shifts, yerr=spread, marker="o", ms=4, lw=1, capsize=2)
     dial.axhline(0.5, color="grey", ls="--", lw=0.8)
     dial.set_xlabel("kilobytes read per token")
     dial.set_ylabel("perplexity against dense, % (0.5 dashed)")
@@ -193,7 +206,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     errors.set_xlabel("false positives, % of inactive")
     errors.set_ylabel("false negatives, % of active")
     errors.legend(fontsize=8)
-    for one, x, y in zip(ordered, kilobytes, shifts[:, 0], strict=True):
+    for one, x, y in zip(ordered, kilobytes, shifts, strict=True):
         dial.annotate(one.name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         place = (100 * one.false_positives, 100 * one.false_negatives)
         errors.annotate(one.name, place, textcoords="offset points", xytext=(4, 4), fontsize=7)

@@ -110,8 +110,7 @@ def text_table(report: TextReport) -> Table:
     table = Table("", "dense", "sparse")
     table.add_row("nats a token", f"{report.dense_nats_per_token:.4f}", f"{report.sparse_nats_per_token:.4f}")
     table.add_row("perplexity", f"{report.dense_perplexity:.4f}", f"{report.sparse_perplexity:.4f}")
-    shift = Estimate(*(value - 1 for value in (report.ratio.value, report.ratio.low, report.ratio.high)))
-    table.add_row("perplexity, change", "", shift.percent())
+    table.add_row("perplexity, change", "", report.ratio.beyond(1).percent())
     table.add_row("next-token agreement", "", report.agreement.percent())
     return table
 

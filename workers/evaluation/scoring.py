@@ -42,16 +42,11 @@ class Scored:
     likeliest: npt.NDArray[np.int64]  # [tokens - 1]
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to a root mean square of one, as compute announces embeddings."""
-    return x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
-
-
 def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
     """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
     x = model.embed(tokens)
     layers = model.architecture.layers
-    states: dict[int, torch.Tensor] = {-1: unit(x).flatten(0, 1)}
+    states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
     for index in range(layers):
 
         def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
@@ -81,14 +76,14 @@ def score(
     `progress` is told the sequences done, of all.
     """
     found: dict[int, Scored] = {}
-    for batch in batches([len(one) for one in sequences]):
-        width = max(len(sequences[i]) for i in batch)
-        tokens = np.full((len(batch), width), PAD, np.int64)
+    lengths = [len(one) - 1 for one in sequences]  # nothing follows the last token: it is no input
+    for batch in batches(lengths):
+        tokens = np.full((len(batch), max(lengths[i] for i in batch)), PAD, np.int64)
         for row, i in enumerate(batch):
-            tokens[row, : len(sequences[i])] = sequences[i]
+            tokens[row, : lengths[i]] = sequences[i][:-1]
         x = forward(model, tokens, chooser)
         for row, i in enumerate(batch):
-            found[i] = score_rows(model, x[row, : len(sequences[i]) - 1], tokens[row, 1 : len(sequences[i])])
+            found[i] = score_rows(model, x[row, : lengths[i]], np.array(sequences[i][1:], np.int64))
         progress(len(found), len(sequences))
     return [found[i] for i in range(len(sequences))]
 

@@ -14,14 +14,22 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval; without one where there is nothing to tell it from."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def percent(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.2%} (one sample: no interval)"
         return f"{self.value:.2%} ({self.low:.2%} – {self.high:.2%})"
+
+    def beyond(self, origin: float) -> Estimate:
+        """How far it lies above `origin`."""
+        if self.low is None or self.high is None:
+            return Estimate(self.value - origin)
+        return Estimate(self.value - origin, self.low - origin, self.high - origin)
 
 
 def proportion(right: int, count: int) -> Estimate:
@@ -38,7 +46,9 @@ def paired_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_
     """Mean of `first` − mean of `second` over the same items; normal interval of the paired mean."""
     difference = first.astype(np.float64) - second.astype(np.float64)
     mean = float(difference.mean())
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    if len(difference) < 2:
+        return Estimate(mean)
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return Estimate(mean, mean - Z * error, mean + Z * error)
 
 
@@ -49,9 +59,11 @@ def ratio_of_perplexities(
 
     `sparse`, `dense` `[chunks]`: summed nats of each chunk; `tokens` `[chunks]`.
     """
+    value = math.exp((sparse.sum() - dense.sum()) / tokens.sum())
+    if len(tokens) < 2:
+        return Estimate(value)
     generator = np.random.default_rng(seed)
     rows = generator.integers(0, len(tokens), (RESAMPLES, len(tokens)))
     shifts = (sparse - dense)[rows].sum(axis=1) / tokens[rows].sum(axis=1)
     low, high = np.quantile(shifts, [0.025, 0.975])
-    value = (sparse.sum() - dense.sum()) / tokens.sum()
-    return Estimate(math.exp(value), math.exp(low), math.exp(high))
+    return Estimate(value, math.exp(low), math.exp(high))

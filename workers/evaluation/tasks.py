@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
         unpack = opener.get(path.suffix)
         return (unpack(data) if unpack else data).decode("utf-8")
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _hellaswag(lines: list[str]) -> list[Item]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from storage.errors import StoreError, UsageError
+from storage.errors import StoreError, UsageError, reason
 from storage.format import TOKENIZER, Store
 
 LONGEST_ROW = 512  # tokens
@@ -40,11 +40,25 @@ def rows(path: Path, store: Store, tokens: int) -> npt.NDArray[np.int64]:
             if len(ids) >= tokens:
                 break
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UsageError(f"{path} cannot be read as text: {error}") from error
+        raise UsageError(f"{path} cannot be read as text: {reason(error)}") from error
     count = min(len(ids), tokens) // length
     if not count:
-        raise UsageError(f"{path} has {len(ids)} tokens; training needs at least {length}")
+        raise UsageError(
+            f"{path} has {len(ids)} tokens, too few for a row of {length}: "
+            "give a longer text, or fewer --tokens"
+        )
     return np.array(ids[: count * length], np.int64).reshape(count, length)
+
+
+def two(
+    text: Path, held_out: Path | None, store: Store, tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of a text to train on, and a sixteenth as many of a held-out one (none without it)."""
+    first = rows(text, store, tokens)
+    more = rows(held_out, store, max(first.size // 16, first.shape[1])) if held_out else first[:0]
+    if more.shape[1] != first.shape[1]:
+        raise UsageError(f"{held_out} is shorter than one row of {first.shape[1]} tokens")
+    return first, more
 
 
 def documents(path: Path) -> Iterator[str]:

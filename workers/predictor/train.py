@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline import ending
+from pipeline.config import Predictor
 from storage.errors import UsageError
 from storage.format import PREDICTORS, Store
 from workers.predictor import activations, fit, report, svd, texts
@@ -120,7 +121,7 @@ def make(
         told("predictors", index, len(wanted))
         path = work / "maps" / f"{key}-{prefix}-{layer}-{rank}.safetensors"
         if not path.exists():
-            finished = _fit(store, recorded, split, job, layer, ahead, rank)
+            finished = fit_map(store, recorded, split, job, layer, ahead, rank)
             write(path, finished.tensors("map"), {})
         found = LowMap.read(Tensors(path), "map")
         tensors |= found.tensors(f"{prefix}.{layer}")
@@ -163,7 +164,7 @@ def _regression(store: Store, recorded: Activations, split: Split, layer: int, a
     return fit.Regression.of(up, bias, source, recorded.inputs(layer)[: split.train])
 
 
-def _fit(
+def fit_map(
     store: Store, recorded: Activations, split: Split, job: Job, layer: int, ahead: int, rank: int
 ) -> LowMap:
     """One calibrated map."""
@@ -248,10 +249,7 @@ def main(
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, recipe)
     store = Store.open(store_path)
     activations.require_relu(store)
-    rows = texts.rows(text, store, tokens)
-    more = texts.rows(held_out, store, max(rows.size // 16, rows.shape[1])) if held_out else rows[:0]
-    if more.shape[1] != rows.shape[1]:
-        raise UsageError(f"{held_out} is shorter than one row of {rows.shape[1]} tokens")
+    rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.training-{name}")
     console = Console(stderr=True)
@@ -270,6 +268,14 @@ def main(
     if work is None:
         shutil.rmtree(place)
     Console().print(report.table(reports))
+    settings = [f"model.predictor={name}"] if name != "default" else []
+    settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []
+    console.print(
+        f"saved {store.path / PREDICTORS / name}.safetensors; to use them: {ending.program()} "
+        + " ".join(["--model", str(store.path), *(f"--set {one}" for one in settings)]),
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def run() -> int:

@@ -13,7 +13,7 @@ import typer
 from pipeline import ending
 from pipeline.console import say
 from pipeline.progress import Progress
-from storage.errors import UsageError
+from storage.errors import UsageError, reason
 from storage.families.architecture import Activation
 from workers.synthesis import measure as measuring
 from workers.synthesis.checkpoint import Request, synthesize
@@ -107,7 +107,7 @@ def _tokens(text: Path, tokenizer: Path, count: int, weights: Weights) -> list[i
     try:
         written = text.read_text(encoding="utf-8")[: 40 * count]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the text {text} cannot be read: {error}") from error
+        raise UsageError(f"the text {text} cannot be read: {reason(error)}") from error
     ids = list(Tokenizer.from_file(str(path)).encode(written).ids)[:count]
     ids = ids[: weights.architecture.max_positions]
     if len(ids) < 32 or max(ids) >= weights.architecture.vocabulary:

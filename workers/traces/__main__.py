@@ -40,7 +40,9 @@ def record_command(
     out: File,
     text: Annotated[Path, typer.Option(help='Text, or .jsonl with "text"; may be .xz.')],
     model: Model = "",
-    tokens: Annotated[int, typer.Option(help="Most tokens of the text.", min=1)] = 4096,
+    tokens: Annotated[
+        int, typer.Option(help="Most tokens of the text, recorded in whole rows of up to 512.", min=1)
+    ] = 4096,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out first.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
@@ -71,7 +73,8 @@ def record_command(
             lambda done, total: bars.update(bar, completed=done),
         )
     trace.save(out)
-    print(f"{out}: {trace.tokens:,} tokens, {trace.layers} layers", file=sys.stderr)
+    rows_of = f"{len(some)} rows of {some.shape[1]}" if len(some) > 1 else "one row"
+    print(f"{out}: {trace.tokens:,} tokens ({rows_of}), {trace.layers} layers", file=sys.stderr)
 
 
 @app.command("replay")
@@ -153,6 +156,11 @@ def order_command(
     with partial.open("wb") as opened:
         np.save(opened, order)
     os.replace(partial, out)
+    print(
+        f"{out}: {len(order)} layers of {order.shape[1]:,} neurons; to use it: "
+        f"{ending.program()} convert MODEL STORE --order {out}",
+        file=sys.stderr,
+    )
 
 
 @app.command("placement")

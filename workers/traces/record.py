@@ -13,7 +13,7 @@ from pipeline.messages import EMBEDDING
 from storage.format import Store
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import OracleScores, RingChooser
-from workers.evaluation.scoring import PREFILLED, unit
+from workers.evaluation.scoring import PREFILLED
 from workers.traces.trace import Bits, Trace, pack
 
 BLOCK_TOKENS = 4096  # that pass through a layer at once
@@ -41,7 +41,7 @@ def run_block(
     """
     truth = OracleScores(model.store, margin=0.0)
     x = model.embed(tokens)
-    states = {EMBEDDING: unit(x).flatten(0, 1)}
+    states = {EMBEDDING: x.flatten(0, 1)}
 
     def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
         states[layer] = ffn_input

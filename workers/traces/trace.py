@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import StoreError
+from storage.errors import StoreError, StoreMissing
 
 Bits = npt.NDArray[np.uint8]
 VERSION = 1
@@ -72,7 +72,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Raises StoreError for a file that is no trace."""
+        """Raises StoreMissing where there is no trace, StoreError for a damaged one."""
         try:
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -82,9 +82,9 @@ class Trace:
             d_ff, stride = int(meta.pop("d_ff")), int(meta.pop("stride"))
             shape = (*arrays["active"].shape[:2], -(-d_ff // 8))
         except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise StoreMissing(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{path} is not a trace") from error
+            raise StoreMissing(f"{path} is not a trace") from error
         if any(array.shape != shape or array.dtype != np.uint8 for array in arrays.values()):
             raise StoreError(f"{path} is damaged: its arrays do not fit together")
         return cls(d_ff, stride, arrays["active"], arrays.get("predicted"), arrays.get("guessed"), meta)
