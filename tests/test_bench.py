@@ -205,7 +205,7 @@ def test_tables_are_rectangular_and_name_failures():
     assert "| naive | 1500 | 15.0 × |" in table.speedups(found, [])
     assert "| airllm | 2000 | 20.0 × |" in table.speedups(found, [Row("airllm", total_ms=2000)])
     assert table.speedups(found[:2], []) == "No ring could be measured."
-    assert {line.count("|") for line in table.curve(found).splitlines()} == {8}
+    assert {line.count("|") for line in table.curve(found).splitlines()} == {12}
 
 
 def test_the_disk_table_has_a_column_for_each_depth():
