@@ -49,15 +49,18 @@ class WarmRing:
         open_session: Callable[[], RunningSession],
         template: ChatTemplate | None = None,
         clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Starts the ring; raises what `open_session` raises."""
+        """Starts the ring; raises what `open_session` raises. `say` gets a line for deaths and restarts."""
         self._open = open_session
         self._clock = clock
+        self._say = say
         self.template = template
         self.deaths = 0
         self._recent: deque[float] = deque(maxlen=DEATHS)
         self.live_seconds = 0.0  # renew the counters this often in mid-generation; 0: at its end
         self._epitaph = ""
+        self._down_since = 0.0
         self._session: RunningSession | None = open_session()
 
     @property
@@ -144,6 +147,7 @@ class WarmRing:
                 self._session = self._open()
             except RingError as error:
                 raise self._died(error) from error
+            self._say(f"the ring runs again, {self._clock() - self._down_since:.1f} s after it went down")
         return self._session
 
     def check(self) -> None:
@@ -160,8 +164,11 @@ class WarmRing:
         self.deaths += 1
         self._recent.append(self._clock())
         self.close()
-        recent = [moment for moment in self._recent if self._recent[-1] - moment <= DEATHS_SECONDS]
-        if len(recent) < DEATHS:
+        recent = sum(self._recent[-1] - moment <= DEATHS_SECONDS for moment in self._recent)
+        gives_up = recent == DEATHS
+        then = "it stays down" if gives_up else "it is started again"
+        self._say(f"the ring died: {error}; death {recent} within {DEATHS_SECONDS:.0f} s, {then}")
+        if not gives_up:
             return error
         self._epitaph = (
             f"the ring died {DEATHS} times within {DEATHS_SECONDS:.0f} s, the last time because {error}"
@@ -171,6 +178,7 @@ class WarmRing:
     def close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
+            self._down_since = self._clock()
             session.close()
 
 

@@ -95,7 +95,7 @@ def command(
     from pipeline.serving import ServingOptions, serve
 
     opened = open_ring(
-        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix
+        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say
     )
     options = ServingOptions(
         endpoint=address,
