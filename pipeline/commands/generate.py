@@ -14,7 +14,7 @@ import typer
 from pipeline import models, planner
 from pipeline.audit import AUDIT_EVERY, describe_audit
 from pipeline.config import Config
-from pipeline.console import say, size
+from pipeline.console import say, size, write
 from pipeline.quality import quality_settings
 from storage.errors import UsageError
 
@@ -133,7 +133,7 @@ def command(
         for note in summary["notes"]:
             say(note)
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        write(json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
     else:
         say(describe(summary))
         if summary["audit"]:
@@ -161,12 +161,12 @@ def _generate(
     with Session.open(store, config, report.plan) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
-            print(prompt, end="", flush=True)  # for people; a pipe gets the continuation alone
+            write(prompt)  # for people; a pipe gets the continuation alone
         for piece in session.generate(ids, params):
             if not quiet:
-                print(piece, end="", flush=True)
+                write(piece)
         if not quiet:
-            print(flush=True)
+            write("\n")
         return session.summary()
 
 

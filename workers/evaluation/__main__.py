@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from pipeline import ending, models, planner
+from pipeline import models, planner, program
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
@@ -193,9 +193,9 @@ def _print(found: _Found, config: Config) -> None:
 
 def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":

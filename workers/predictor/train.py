@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import ending
+from pipeline import program
 from storage.errors import UsageError
 from storage.format import PREDICTORS, Store
 from workers.predictor import activations, fit, report, svd, texts
@@ -274,9 +274,9 @@ def main(
 
 def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import ending, models, planner
+from pipeline import models, planner, program
 from pipeline.config import Cache
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
@@ -28,11 +28,16 @@ from workers.traces.order import linear_order
 from workers.traces.trace import Trace
 from workers.traces.windows import windows as count_windows
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = program.make()
 LONGEST_WINDOW = 8  # tokens
 
 Model = Annotated[str, typer.Option(help="As of the main job.")]
 File = Annotated[Path, typer.Argument(metavar="TRACE")]
+
+
+@app.callback()
+def trace_command() -> None:
+    """Record which neurons a text uses, and replay it against cache policies."""
 
 
 @app.command("record")
@@ -204,7 +209,7 @@ def _numbers(text: str) -> list[float]:
 
 def run() -> int:
     """The command line's exit status."""
-    return ending.exit_status(lambda: app(standalone_mode=False, prog_name="run.py trace"))
+    return program.run(app)
 
 
 if __name__ == "__main__":
