@@ -52,6 +52,11 @@ def create(
     if not shape or out is None:
         raise UsageError(f"--shape and --out are needed; see {context.command_path} --help")
     _use_threads(threads)
+    if tokenizer is None:
+        say(
+            f"without --tokenizer, {out} will have none: run.py can give it no text, neither to continue nor "
+            "in serve, bench and evaluate"
+        )
     request = Request(find_shape(shape), layers, seed, rate, cast(Activation, activation), tokenizer)
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
         synthesize(request, out, lambda done, total: progress("weights", done, total))
