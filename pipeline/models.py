@@ -21,11 +21,11 @@ from pathlib import Path
 import xxhash
 
 from pipeline import directories
-from pipeline.config import Config
+from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
 from storage.errors import CheckpointError, UsageError
-from storage.format import MANIFEST, PREDICTORS, Store
+from storage.format import MANIFEST, Store
 
 BUILTIN = "builtin"
 BUILTIN_CHECKPOINT = ROOT / "storage" / "builtin"
@@ -199,7 +199,7 @@ def convert(
 def install_predictors(store: Store) -> None:
     """Copy the built-in model's predictors into its store, when they are new."""
     source = BUILTIN_CHECKPOINT / BUILTIN_PREDICTORS
-    target = store.path / PREDICTORS / "default.safetensors"
+    target = store.predictors(Model().predictor)
     if not source.is_file():
         return
     data = source.read_bytes()

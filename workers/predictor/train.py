@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from pipeline import program
 from storage.errors import UsageError
-from storage.format import PREDICTORS, Store
+from storage.format import Store
 from workers.predictor import activations, fit, report, svd, texts
 from workers.predictor.activations import Activations
 from workers.predictor.lowmap import LowMap, write
@@ -128,7 +128,7 @@ def make(
         reports.append(report.LayerReport.of(layer, ahead, rank, fit.quality(found, held_out)))
     told("predictors", len(wanted), len(wanted))
     _share(tensors, store.layout.layers)
-    write(store.path / PREDICTORS / f"{name}.safetensors", tensors, _metadata(store, split, job, reports))
+    write(store.predictors(name), tensors, _metadata(store, split, job, reports))
     return reports
 
 
@@ -242,11 +242,10 @@ def main(
     """Train the predictors of a converted ReLU model on a text."""
     if not rank.isdecimal() and rank != "auto":
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
-    if not name or "/" in name or name.startswith("."):
-        raise UsageError(f"--name {name!r} is no file name")
     recipe = fit.Recipe(epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed)
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, recipe)
     store = Store.open(store_path)
+    store.predictors(name)  # a name that is none is refused before the work
     activations.require_relu(store)
     rows = texts.rows(text, store, tokens)
     more = texts.rows(held_out, store, max(rows.size // 16, rows.shape[1])) if held_out else rows[:0]
