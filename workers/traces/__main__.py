@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline import models, planner, program
+from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Cache
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
@@ -31,7 +32,6 @@ from workers.traces.windows import windows as count_windows
 app = program.make()
 LONGEST_WINDOW = 8  # tokens
 
-Model = Annotated[str, typer.Option(help="As of the main job.")]
 File = Annotated[Path, typer.Argument(metavar="TRACE")]
 
 
@@ -48,8 +48,8 @@ def record_command(
     tokens: Annotated[int, typer.Option(help="Most tokens of the text.", min=1)] = 4096,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out first.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
-    config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
 ) -> None:
     """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
     source, config = models.configure(model, config_file, settings or ())
