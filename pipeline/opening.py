@@ -53,5 +53,5 @@ def open_ring(
         session.reuse_prefix = reuse_prefix
         return session
 
-    ring = WarmRing(open_session, template, say=say)
+    ring = WarmRing(open_session, template, config.sampling, say=say)
     return OpenRing(ring=ring, name=store.manifest.name, plan=plan)

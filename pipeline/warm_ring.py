@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pipeline.chat import ChatTemplate
 from pipeline.client_messages import Done, Submit, Token
+from pipeline.config import Sampling
 from pipeline.errors import RingGaveUp
 from pipeline.generate import Generation, GenerationParams, Piece
 from pipeline.stopping import StopStrings
@@ -48,14 +49,19 @@ class WarmRing:
         self,
         open_session: Callable[[], RunningSession],
         template: ChatTemplate | None = None,
+        defaults: Sampling | None = None,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Starts the ring; raises what `open_session` raises. `say` gets a line for deaths and restarts."""
+        """Starts the ring; raises what `open_session` raises.
+
+        `defaults` fill what requests leave out; `say` gets a line for deaths and restarts.
+        """
         self._open = open_session
         self._clock = clock
         self._say = say
         self.template = template
+        self._defaults = defaults or Sampling()
         self.deaths = 0
         self._recent: deque[float] = deque(maxlen=DEATHS)
         self.live_seconds = 0.0  # renew the counters this often in mid-generation; 0: at its end
@@ -105,7 +111,7 @@ class WarmRing:
     ) -> Generator[Token | Done, None, None]:
         index = 0
         rest = ""
-        with closing(session.pieces(prompt, _params(submit), cancelled)) as pieces:
+        with closing(session.pieces(prompt, self._params(submit), cancelled)) as pieces:
             for piece in pieces:
                 session.live_seconds = self.live_seconds
                 text = stops.push(piece.text)
@@ -134,6 +140,13 @@ class WarmRing:
             raise UsageError("this model has no chat template; send a prompt instead of chat messages")
         # The template writes the special tokens itself.
         return session.encode(self.template.render(submit.messages), special=False)
+
+    def _params(self, submit: Submit) -> GenerationParams:
+        asked = {name: getattr(submit, name) for name in Sampling.model_fields}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return GenerationParams(
+            **(self._defaults.model_dump() | given), seed=submit.seed, ignore_eos=submit.ignore_eos
+        )
 
     def revive(self) -> RunningSession:
         """The running session, started again if the ring has died.
@@ -180,17 +193,6 @@ class WarmRing:
         if session is not None:
             self._down_since = self._clock()
             session.close()
-
-
-def _params(submit: Submit) -> GenerationParams:
-    return GenerationParams(
-        max_new_tokens=submit.max_new_tokens,
-        temperature=submit.temperature,
-        top_k=submit.top_k,
-        top_p=submit.top_p,
-        seed=submit.seed,
-        ignore_eos=submit.ignore_eos,
-    )
 
 
 def _stop_strings(submit: Submit) -> StopStrings:
