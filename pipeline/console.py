@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def say(sentence: str) -> None:
-    """One line on standard error."""
-    print(sentence, file=sys.stderr, flush=True)
+    """One line on standard error. Where that cannot be written, work goes on without it."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from pipeline.console import write
+from pipeline.console import say, write
 from storage.errors import FlashringError
 
 FAILED = 1
@@ -71,7 +71,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _refuse(sentence: str, status: int) -> int:
-    print(f"flashring: {' '.join(sentence.split())}", file=sys.stderr)
+    say(f"flashring: {' '.join(sentence.split())}")
     return status
 
 

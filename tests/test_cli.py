@@ -227,6 +227,13 @@ def test_output_that_nobody_can_take_is_one_sentence(store: Path, json_too: list
     assert "Exception ignored" not in done.stderr
 
 
+def test_what_cannot_be_said_ends_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        line = [*RUN, "--prompt", "x", "--model", "opt-6.8b"]
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_an_over_long_prompt_is_refused(store: Path) -> None:
     done = run("--prompt", "x" * 500, "--model", store)
     assert done.returncode == 2
