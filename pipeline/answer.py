@@ -8,17 +8,19 @@ from typing import TypedDict
 
 from pipeline.client_messages import Done, Submit, Token
 
-MAX_NEW_TOKENS = 200
 ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 class Sampling(TypedDict, total=False):
-    """The keyword arguments of `generate` and `chat`."""
+    """The keyword arguments of `generate` and `chat`.
 
-    max_new_tokens: int  # default 200
-    temperature: float  # default 0: always the likeliest token
-    top_k: int  # default 0: no limit
-    top_p: float  # default 1: no limit
+    Where one of the first four is left out, the configuration of the model decides, as in `run.py`.
+    """
+
+    max_new_tokens: int
+    temperature: float  # 0: always the likeliest token
+    top_k: int  # 0: no limit
+    top_p: float  # 1: no limit
     seed: int  # default 0
     stop: str | Sequence[str]  # the answer ends before the first of these
     ignore_eos: bool  # go on after an end-of-text token
@@ -38,15 +40,19 @@ def submission(
         prompt=prompt if isinstance(prompt, str) else None,
         tokens=() if prompt is None or isinstance(prompt, str) else tuple(prompt),
         messages=tuple(dict(message) for message in messages),
-        max_new_tokens=sampling.get("max_new_tokens", MAX_NEW_TOKENS),
-        temperature=float(sampling.get("temperature", 0.0)),
-        top_k=sampling.get("top_k", 0),
-        top_p=float(sampling.get("top_p", 1.0)),
+        max_new_tokens=sampling.get("max_new_tokens"),
+        temperature=_real(sampling.get("temperature")),
+        top_k=sampling.get("top_k"),
+        top_p=_real(sampling.get("top_p")),
         seed=sampling.get("seed", 0),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=sampling.get("ignore_eos", False),
         deadline=float(sampling.get("deadline", 0.0)),
     )
+
+
+def _real(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 class _Collected:

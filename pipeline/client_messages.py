@@ -54,7 +54,10 @@ class Welcome(ClientMessage):
 
 @dataclass(frozen=True, slots=True)
 class Submit(ClientMessage):
-    """client → server: generate. Exactly one of prompt, tokens and messages is not empty."""
+    """client → server: generate. Exactly one of prompt, tokens and messages is not empty.
+
+    None: what the configuration of the served model says.
+    """
 
     TAG = 10
     request: int
@@ -63,10 +66,10 @@ class Submit(ClientMessage):
     messages: tuple[
         dict[str, str], ...
     ]  # {"role": …, "content": …}, through the chat template; empty: not given
-    max_new_tokens: int
-    temperature: float  # 0: greedy
-    top_k: int  # 0: no limit
-    top_p: float  # 1: no limit
+    max_new_tokens: int | None
+    temperature: float | None  # 0: greedy
+    top_k: int | None  # 0: no limit
+    top_p: float | None  # 1: no limit
     seed: int
     stop: tuple[str, ...]  # the answer ends before the first of these
     ignore_eos: bool

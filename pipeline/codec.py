@@ -114,6 +114,8 @@ def _union_checker(options: tuple[type, ...]) -> Check:
     def check(value: Any) -> Any:
         if type(value) in options:
             return value
+        if float in options and type(value) is int:
+            return float(value)
         names = " or ".join(option.__name__ for option in options)
         raise ProtocolError(f"expected {names}, got {type(value).__name__}")
 

@@ -78,7 +78,7 @@ class Compute(Section):
 
 
 class Sampling(Section):
-    """How the main job decodes where the command line does not say."""
+    """How to decode where the command line, or a request, does not say."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: no limit

@@ -1,15 +1,25 @@
-"""What is said to the person at the terminal: everything but the text goes to standard error."""
+"""The two streams: the text goes to standard output, what is said to people to standard error."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def say(sentence: str) -> None:
-    """One line on standard error."""
-    print(sentence, file=sys.stderr, flush=True)
+    """One line on standard error. Where that cannot be written, work goes on without it."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Text on standard output, at once. Raises an OSError that names the stream, such as for a full disk."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def size(count: float) -> str:

@@ -13,6 +13,7 @@ from types import FrameType
 
 import typer
 
+from pipeline.console import say, write
 from storage.errors import FlashringError
 
 FAILED = 1
@@ -31,10 +32,11 @@ def exit_status(work: Callable[[], object]) -> int:
 
     SIGTERM ends it like Ctrl-C: everything that was opened is closed on the way out.
     """
+    _usable_streams()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         result = work()
-        sys.stdout.flush()
+        write("")  # what is still in the buffer
         if result == INTERRUPTED:  # typer turns Ctrl-C into a result of its own
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -54,9 +56,14 @@ def exit_status(work: Callable[[], object]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def program() -> str:
-    """What the user typed to get here."""
-    return "flashring" if os.path.basename(sys.argv[0]) == "flashring" else "run.py"
+def _usable_streams() -> None:
+    """Closed standard streams become /dev/null; what their encoding cannot hold becomes escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -64,14 +71,16 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _refuse(sentence: str, status: int) -> int:
-    print(f"flashring: {' '.join(sentence.split())}", file=sys.stderr)
+    say(f"flashring: {' '.join(sentence.split())}")
     return status
 
 
 def _usage(error: Exception) -> str:
     format_message = getattr(error, "format_message", None)
     sentence = str(format_message() if callable(format_message) else error).rstrip(".")
-    return f"{sentence[:1].lower()}{sentence[1:]}; see {program()} --help"
+    context = getattr(error, "ctx", None)
+    command = f"{context.command_path} --help" if context else "--help"
+    return f"{sentence[:1].lower()}{sentence[1:]}; see {command}"
 
 
 def _describe(error: OSError) -> str:

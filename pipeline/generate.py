@@ -164,11 +164,11 @@ class Session:
             ),
         )
         text = Detokenizer(self.tokenizer)
-        reusable = True
         try:
             while generation.finished is None:
                 message = self._next(cancelled)
                 if message is None:
+                    self._cancel(generation, run)
                     return
                 if isinstance(message, TokenReady) and message.run == run:
                     generation.tokens.append(message.token)
@@ -181,12 +181,10 @@ class Session:
                     generation.finished = message
                 elif isinstance(message, Stats):
                     self.live[message.name] = message.values
-        except (KeyboardInterrupt, RingError):
-            reusable = False  # the session is about to be closed: waiting for the ring could take long
-            raise
-        finally:
-            if reusable and not self.abandoned and generation.finished is None:
+        except GeneratorExit:  # its reader has left; after an interrupt or a death nothing is waited for
+            if not self.abandoned:
                 self._cancel(generation, run)
+            raise
         rest = text.finish()
         generation.text += rest
         generation.after = self.live = self.ring.stats()

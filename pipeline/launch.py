@@ -11,6 +11,7 @@ from pathlib import Path
 
 from storage.errors import UsageError
 
+PROGRAM = "FLASHRING_PROGRAM"  # in a program's environment: its name, as the user typed it
 ROOT = Path(__file__).resolve().parent.parent  # where `pipeline`, `storage` and `workers` stand
 
 
@@ -36,12 +37,13 @@ def module_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
 
 
-def run_module(module: str, arguments: Sequence[str]) -> int:
-    """Run a module to its end on this terminal; returns its exit status.
+def run_module(module: str, name: str, arguments: Sequence[str]) -> int:
+    """Run a module to its end on this terminal; returns its exit status. `name`: what its help calls it.
 
     Ctrl-C reaches the child as well, which ends by itself; it is only waited for.
     """
-    with subprocess.Popen(module_command(module, *arguments), env=module_environment()) as process:
+    environment = module_environment() | {PROGRAM: name}
+    with subprocess.Popen(module_command(module, *arguments), env=environment) as process:
         try:
             status = process.wait()
         except KeyboardInterrupt:

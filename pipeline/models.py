@@ -1,8 +1,8 @@
 """Which model a name means, where its checkpoint comes from, and the cache of converted stores.
 
 A name is, in this order: a preset (a file of `configs/`), a directory (store or checkpoint), or a
-Hugging Face id (`org/name`). Stores of checkpoints are made on first use under
-`$FLASHRING_HOME/stores` (default: `$XDG_CACHE_HOME/flashring/stores`, `~/.cache/flashring/stores`).
+Hugging Face id (`org/name`). Stores of checkpoints are made on first use, in `stores` under
+`directories.home()`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import fnmatch
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from pipeline.config import Config
+from pipeline import directories
+from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
 from storage.errors import CheckpointError, UsageError
-from storage.format import MANIFEST, PREDICTORS, Store
+from storage.format import MANIFEST, Store
 
 BUILTIN = "builtin"
 BUILTIN_CHECKPOINT = ROOT / "storage" / "builtin"
@@ -35,14 +35,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
 SMALL_FILES = ("*.json", "merges.txt")
 SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
-
-
-def home() -> Path:
-    """Where this program keeps what it makes."""
-    if chosen := os.environ.get("FLASHRING_HOME"):
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "flashring"
 
 
 def presets() -> dict[str, Path]:
@@ -87,7 +79,7 @@ class Source:
         else:
             assert self.directory is not None
             key = f"{self.name}-{_fingerprint(self.directory)}"
-        return home() / "stores" / key
+        return directories.home() / "stores" / key
 
     def _convert(self, path: Path) -> Store:
         checkpoint = self.checkpoint()
@@ -207,16 +199,16 @@ def convert(
 def install_predictors(store: Store) -> None:
     """Copy the built-in model's predictors into its store, when they are new."""
     source = BUILTIN_CHECKPOINT / BUILTIN_PREDICTORS
-    target = store.path / PREDICTORS / "default.safetensors"
+    target = store.predictors(Model().predictor)
     if not source.is_file():
         return
     data = source.read_bytes()
     if target.is_file() and target.read_bytes() == data:
         return
     target.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    os.replace(partial, target)
 
 
 @contextlib.contextmanager

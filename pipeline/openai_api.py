@@ -72,7 +72,7 @@ class Common(BaseModel):
     store: bool | None = None
     service_tier: str | None = None
     # This server's own.
-    top_k: int = 0
+    top_k: int | None = None
     ignore_eos: bool = False
     deadline: float = Field(default=0.0, ge=0.0)
 
@@ -92,9 +92,9 @@ class Common(BaseModel):
             tokens=tokens,
             messages=messages,
             max_new_tokens=limit,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=self.temperature,
             top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=self.top_p,
             seed=secrets.randbits(31) if self.seed is None else self.seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=self.ignore_eos,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,12 @@ def open_ring(
     settings: Sequence[str] = (),
     chat_template: Path | None = None,
     reuse_prefix: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> OpenRing:
-    """Find the model, divide the memory and start the ring; raises FlashringError."""
+    """Find the model, divide the memory and start the ring; raises FlashringError.
+
+    `say` gets a line for each death and restart of the ring.
+    """
     overrides = list(settings)
     if memory:
         overrides.append(f"memory.budget={json.dumps(memory)}")
@@ -49,5 +53,5 @@ def open_ring(
         session.reuse_prefix = reuse_prefix
         return session
 
-    ring = WarmRing(open_session, template)
+    ring = WarmRing(open_session, template, config.sampling, say=say)
     return OpenRing(ring=ring, name=store.manifest.name, plan=plan)

@@ -12,17 +12,16 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
 from pipeline import segments
-from pipeline.config import Config
+from pipeline.config import Config, Model
 from pipeline.console import size
 from pipeline.plan import Plan
 from storage.errors import BudgetError, ConfigError, StoreError, reason
-from storage.format import BUNDLES, ITEMSIZE, PREDICTORS, RESIDENT, Store
+from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
 
 DEFAULT_CONTEXT = 2048  # tokens
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -79,14 +78,17 @@ def resolve(store: Store, config: Config) -> Config:
     context = config.compute.context or min(DEFAULT_CONTEXT, limit)
     if context > limit:
         raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
-    kind = config.predictor.kind
-    if kind == "auto":
-        kind = "lowrank" if store.architecture.relu and predictor_bytes(store, config) else "all"
-    if kind == "lowrank" and not predictor_bytes(store, config):
+    kind, name = config.predictor.kind, config.model.predictor
+    has_predictors = predictor_bytes(store, config) > 0
+    if not has_predictors and (kind == "lowrank" or (kind == "auto" and name != Model().predictor)):
+        others = ", ".join(sorted(file.stem for file in store.predictors(name).parent.glob("*.safetensors")))
         raise ConfigError(
-            f"{store.manifest.name} has no predictors named {config.model.predictor!r}: make them with "
-            f"`run.py train-predictor`, or choose another predictor.kind"
+            f"{store.manifest.name} has no predictors named {name!r}{f', only {others}' if others else ''}: "
+            f"make them with `run.py train-predictor --store {store.path} --name {name} --text FILE`, "
+            "or choose another model.predictor or predictor.kind"
         )
+    if kind == "auto":
+        kind = "lowrank" if store.architecture.relu and has_predictors else "all"
     if kind == "oracle" and not store.architecture.relu:
         raise ConfigError(
             "predictor.kind oracle needs a ReLU model, "
@@ -104,7 +106,7 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
     wanted, lookahead = config.predictor.refine, config.predictor.lookahead
     if kind != "lowrank":
         return wanted is not False
-    path = predictor_path(store, config)
+    path = store.predictors(config.model.predictor)
     whose = f"the predictors {config.model.predictor!r} of {store.manifest.name}"
     try:
         with safe_open(path, "numpy") as file:
@@ -224,15 +226,10 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
-def predictor_path(store: Store, config: Config) -> Path:
-    """The chosen predictors' file."""
-    return store.path / PREDICTORS / f"{config.model.predictor}.safetensors"
-
-
 def predictor_bytes(store: Store, config: Config) -> int:
     """Size of the chosen predictors' file; 0 when there is none."""
     try:
-        return predictor_path(store, config).stat().st_size
+        return store.predictors(config.model.predictor).stat().st_size
     except FileNotFoundError:
         return 0
 

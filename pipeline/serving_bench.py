@@ -81,7 +81,14 @@ def _lone(session: Session, params: GenerationParams) -> float:
 
 
 def _served(client: Client, params: GenerationParams) -> float:
-    answer = client.generate(PROMPT, max_new_tokens=params.max_new_tokens, ignore_eos=True)
+    answer = client.generate(
+        PROMPT,
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        ignore_eos=params.ignore_eos,
+    )
     answer.read()
     return _seconds_per_token(answer.moments)
 

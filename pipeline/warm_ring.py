@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pipeline.chat import ChatTemplate
 from pipeline.client_messages import Done, Submit, Token
+from pipeline.config import Sampling
 from pipeline.errors import RingGaveUp
 from pipeline.generate import Generation, GenerationParams, Piece
 from pipeline.stopping import StopStrings
@@ -48,16 +49,24 @@ class WarmRing:
         self,
         open_session: Callable[[], RunningSession],
         template: ChatTemplate | None = None,
+        defaults: Sampling | None = None,
         clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Starts the ring; raises what `open_session` raises."""
+        """Starts the ring; raises what `open_session` raises.
+
+        `defaults` fill what requests leave out; `say` gets a line for deaths and restarts.
+        """
         self._open = open_session
         self._clock = clock
+        self._say = say
         self.template = template
+        self._defaults = defaults or Sampling()
         self.deaths = 0
         self._recent: deque[float] = deque(maxlen=DEATHS)
         self.live_seconds = 0.0  # renew the counters this often in mid-generation; 0: at its end
         self._epitaph = ""
+        self._down_since = 0.0
         self._session: RunningSession | None = open_session()
 
     @property
@@ -102,7 +111,7 @@ class WarmRing:
     ) -> Generator[Token | Done, None, None]:
         index = 0
         rest = ""
-        with closing(session.pieces(prompt, _params(submit), cancelled)) as pieces:
+        with closing(session.pieces(prompt, self._params(submit), cancelled)) as pieces:
             for piece in pieces:
                 session.live_seconds = self.live_seconds
                 text = stops.push(piece.text)
@@ -132,6 +141,13 @@ class WarmRing:
         # The template writes the special tokens itself.
         return session.encode(self.template.render(submit.messages), special=False)
 
+    def _params(self, submit: Submit) -> GenerationParams:
+        asked = {name: getattr(submit, name) for name in Sampling.model_fields}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return GenerationParams(
+            **(self._defaults.model_dump() | given), seed=submit.seed, ignore_eos=submit.ignore_eos
+        )
+
     def revive(self) -> RunningSession:
         """The running session, started again if the ring has died.
 
@@ -144,6 +160,7 @@ class WarmRing:
                 self._session = self._open()
             except RingError as error:
                 raise self._died(error) from error
+            self._say(f"the ring runs again, {self._clock() - self._down_since:.1f} s after it went down")
         return self._session
 
     def check(self) -> None:
@@ -160,8 +177,11 @@ class WarmRing:
         self.deaths += 1
         self._recent.append(self._clock())
         self.close()
-        recent = [moment for moment in self._recent if self._recent[-1] - moment <= DEATHS_SECONDS]
-        if len(recent) < DEATHS:
+        recent = sum(self._recent[-1] - moment <= DEATHS_SECONDS for moment in self._recent)
+        gives_up = recent == DEATHS
+        then = "it stays down" if gives_up else "it is started again"
+        self._say(f"the ring died: {error}; death {recent} within {DEATHS_SECONDS:.0f} s, {then}")
+        if not gives_up:
             return error
         self._epitaph = (
             f"the ring died {DEATHS} times within {DEATHS_SECONDS:.0f} s, the last time because {error}"
@@ -171,18 +191,8 @@ class WarmRing:
     def close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
+            self._down_since = self._clock()
             session.close()
-
-
-def _params(submit: Submit) -> GenerationParams:
-    return GenerationParams(
-        max_new_tokens=submit.max_new_tokens,
-        temperature=submit.temperature,
-        top_k=submit.top_k,
-        top_p=submit.top_p,
-        seed=submit.seed,
-        ignore_eos=submit.ignore_eos,
-    )
 
 
 def _stop_strings(submit: Submit) -> StopStrings:

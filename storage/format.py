@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import StoreError, StoreIncomplete, StoreMissing, reason
+from storage.errors import StoreError, StoreIncomplete, StoreMissing, UsageError, reason
 from storage.families.architecture import Architecture
 
 FORMAT_NAME = "flashring-store"
@@ -192,6 +192,12 @@ class Store:
     def identity(self) -> str:
         """What predictors are bound to: the hash of the bundles."""
         return self.manifest.files[BUNDLES].xxh3_128
+
+    def predictors(self, name: str) -> Path:
+        """The file of the predictors `name`, which need not be there. Raises UsageError for no file name."""
+        if not name or "/" in name or "\0" in name or name.startswith("."):
+            raise UsageError(f"{name!r} cannot name predictors: it must be a plain file name")
+        return self.path / PREDICTORS / f"{name}.safetensors"
 
     def positions(self) -> npt.NDArray[np.int32] | None:
         """Inverse of the neuron order, `[layers, d_ff]`: the file position of each neuron id.

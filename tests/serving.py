@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fake_session import CONTEXT, FastSession
 
 from pipeline.chat import ChatTemplate
+from pipeline.config import Sampling
 from pipeline.http import HttpServer
 from pipeline.prometheus import PrometheusObserver
 from pipeline.scheduler import Scheduler
@@ -60,6 +61,7 @@ def served(
     clock: Callable[[], float] | None = None,
     queue_limit: int = 64,
     http: dict[str, Any] | None = None,
+    defaults: Sampling | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve what `open_session` gives until the block is left; then nothing may be left over."""
@@ -70,7 +72,7 @@ def served(
     extra = {"clock": clock} if clock else {}
 
     def start() -> None:
-        ring = WarmRing(open_session, ChatTemplate(TEMPLATE, {}), **extra)
+        ring = WarmRing(open_session, ChatTemplate(TEMPLATE, {}), defaults, **extra)
         observer = PrometheusObserver()
         found.scheduler = Scheduler(ring, queue_limit=queue_limit, observer=observer)
         observer.watch(found.scheduler)

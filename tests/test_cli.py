@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from checkpoints import write_checkpoint
 
 from pipeline import cli
+from pipeline.launch import PROGRAM
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -76,7 +78,7 @@ def store(checkpoint: Path) -> Path:
             "predictor.threshold: Input should be a finite",
         ),
         (["frobnicate"], "no such command 'frobnicate'"),
-        (["convert"], "missing argument 'MODEL'"),
+        (["convert"], "missing argument 'MODEL'; see "),
         (["--prompt", "x", "verify", "somewhere"], "--prompt does not go together with the command verify"),
     ],
 )
@@ -139,6 +141,35 @@ def test_help_is_no_mistake() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("train-predictor", "workers.predictor.train"),
+        ("evaluate", "workers.evaluation.__main__"),
+        ("trace", "workers.traces.__main__"),
+        ("synthesize", "workers.synthesis.__main__"),
+    ],
+)
+def test_programs_of_their_own_show_help_like_all_commands(
+    command: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setenv(PROGRAM, f"run.py {command}")
+    assert importlib.import_module(module).run() == 0
+    assert PROGRAM not in os.environ  # not for what the program starts itself
+    told = capsys.readouterr().out
+    assert told.startswith(f"Usage: run.py {command} [OPTIONS]")
+    assert "\n\n  " in told  # what it does
+    assert "─" not in told  # no boxes: the same style as of the other commands
+
+
+def test_a_program_of_its_own_is_told_what_the_user_called_it() -> None:
+    status, sentence = refused("train-predictor", "--txt", "x")
+    assert status == 2
+    assert sentence.startswith("no such option: --txt ")
+    assert sentence.endswith("; see run.py train-predictor --help")
+
+
 def test_packages_in_the_callers_directory_do_not_matter(tmp_path: Path) -> None:
     for name in ("pipeline", "storage", "workers"):
         (tmp_path / name).mkdir()
@@ -183,6 +214,24 @@ def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
     assert told["memory"]["peak_bytes"] > 0
     assert [set(worker) >= {"name", "pid"} for worker in told["workers"]] == [True] * 4
     assert told["config"]["predictor"]["kind"] == "all"
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_output_that_nobody_can_take_is_one_sentence(store: Path, json_too: list[str]) -> None:
+    line = [*RUN, "--prompt", "x", "--model", str(store), "--max-new-tokens", "2", *json_too]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == ("flashring: standard output: No space left on device")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_what_cannot_be_said_ends_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        line = [*RUN, "--prompt", "x", "--model", "opt-6.8b"]
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_an_over_long_prompt_is_refused(store: Path) -> None:

@@ -16,6 +16,7 @@ from fake_session import DyingSession, FastSession, GatedSession, text_of
 from prometheus_client.parser import text_string_to_metric_families
 from serving import served
 
+from pipeline.config import Sampling
 from pipeline.endpoint import CurveKeys, check_endpoint, check_http, make_keys
 from storage.errors import UsageError
 
@@ -82,7 +83,7 @@ def test_chat_with_the_official_client(server):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
     ]
-    wanted = text_of("<system>Be brief.\n<user>Hi\n<assistant>", max_new_tokens=5, temperature=1.0, seed=1)
+    wanted = text_of("<system>Be brief.\n<user>Hi\n<assistant>", max_new_tokens=5, seed=1)
     with speak(server.url) as client:
         answer = client.chat.completions.create(model="fake", messages=messages, max_tokens=5, seed=1)
         stream = client.chat.completions.create(
@@ -93,7 +94,7 @@ def test_chat_with_the_official_client(server):
 
 
 def test_several_prompts_and_stop_strings(server):
-    whole = text_of("a", max_new_tokens=4, temperature=1.0, seed=2)
+    whole = text_of("a", max_new_tokens=4, seed=2)
     with speak(server.url) as client:
         answer = client.completions.create(
             model="fake", prompt=["a", "b"], max_tokens=4, seed=2, stop=whole[-3:]
@@ -102,7 +103,17 @@ def test_several_prompts_and_stop_strings(server):
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.choices[0].text == whole[: whole.index(whole[-3:])]
     assert answer.choices[0].finish_reason == "stop"
-    assert tokens.choices[0].text == text_of("ab", max_new_tokens=2, temperature=1.0, seed=2)
+    assert tokens.choices[0].text == text_of("ab", max_new_tokens=2, seed=2)
+
+
+def test_what_a_request_leaves_out_is_as_configured(tmp_path):
+    defaults = Sampling(temperature=0.6, top_p=0.9, top_k=7)
+    with served(tmp_path, http={}, defaults=defaults) as server, speak(server.url) as client:
+        left = client.completions.create(model="fake", prompt="x", seed=1)
+        given = client.completions.create(model="fake", prompt="x", seed=1, temperature=0, top_p=1)
+    wanted = {"max_new_tokens": 16, "top_k": 7, "seed": 1}  # 16: OpenAI's own limit
+    assert left.choices[0].text == text_of("x", temperature=0.6, top_p=0.9, **wanted)
+    assert given.choices[0].text == text_of("x", temperature=0.0, top_p=1.0, **wanted)
 
 
 def test_models(server):

@@ -122,7 +122,7 @@ def test_in_a_prefill_of_lookahead_0_the_layers_own_maps_look_ahead(store):
 
 def test_layers_that_need_none_may_be_absent(store):
     predictors.write(store, predictors.maps(store, "inlayer", range(1, 3)))
-    with pytest.raises(StoreError, match="no in-layer predictors"):
+    with pytest.raises(StoreError, match="no map for look-ahead 0 of layer 0"):
         lowrank.load(store, "default", 1, refines=True, threshold=0.0)
     lowrank.load(store, "default", 1, refines=True, threshold=0.0, skip=frozenset({0}))
 
@@ -132,9 +132,9 @@ def test_layers_that_need_none_may_be_absent(store):
     [
         ({"store": "f" * 32}, 1, False, "trained for other weights"),
         ({"kind": "forest"}, 1, False, "not a file of low-rank predictors"),
-        ({}, 2, False, "trained for look-ahead 1, not 2"),
-        ({}, 0, False, "no in-layer predictors"),
-        ({}, 1, True, "no in-layer predictors"),
+        ({}, 2, False, "no map for look-ahead 2 of layer 0"),
+        ({}, 0, False, "no map for look-ahead 0 of layer 0"),
+        ({}, 1, True, "no map for look-ahead 0 of layer 0"),
     ],
 )
 def test_refused(store, metadata, lookahead, refines, message):

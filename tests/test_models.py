@@ -157,6 +157,14 @@ def test_a_missing_builtin_model_is_said_to_be(tmp_path: Path, monkeypatch: pyte
         models.configure("", None, ())
 
 
+def test_a_directory_has_a_presets_settings_only_where_they_are_asked_for(checkpoint: Path) -> None:
+    source, config = models.configure(str(checkpoint), None, ())
+    assert config.prefetcher.queue_depth == 64
+    asked, config = models.configure(str(checkpoint), models.presets()["opt-6.7b"], ())
+    assert config.prefetcher.queue_depth == 128
+    assert asked == source
+
+
 def test_a_configuration_may_name_the_model(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text(f'[model]\ncheckpoint = "{checkpoint}"\n[cache]\nwindow = 2\n')

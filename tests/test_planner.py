@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from pipeline import planner, segments
 from pipeline.config import Config
-from storage.errors import BudgetError, ConfigError, StoreError
+from storage.errors import BudgetError, ConfigError, StoreError, UsageError
 from storage.families.architecture import Activation, Architecture
 from storage.format import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Layout, Manifest, Store
 
@@ -225,6 +225,23 @@ def test_damaged_predictors_are_refused(tmp_path: Path) -> None:
     write_predictors(tmp_path, 1, "layers").write_bytes(b"no header")
     with pytest.raises(StoreError, match="cannot be read"):
         planner.resolve(store(path=tmp_path), Config())
+
+
+@pytest.mark.parametrize("kind", ["auto", "lowrank"])
+def test_predictors_that_are_not_there_are_refused_with_the_command_that_makes_them(
+    tmp_path: Path, kind: str
+) -> None:
+    write_predictors(tmp_path, 1, "layers")
+    config = Config.load(None, ["model.predictor=foo", f"predictor.kind={kind}"])
+    with pytest.raises(ConfigError, match=r"'foo', only default: .*train-predictor --store .* --name foo"):
+        planner.resolve(store(path=tmp_path), config)
+
+
+@pytest.mark.parametrize("name", ["../default", "a/b", "", ".hidden"])
+def test_predictors_are_named_by_plain_file_names(tmp_path: Path, name: str) -> None:
+    write_predictors(tmp_path, 1, "layers")
+    with pytest.raises(UsageError, match="must be a plain file name"):
+        planner.resolve(store(path=tmp_path), Config.parse({"model": {"predictor": name}}))
 
 
 def test_a_dense_model_is_never_given_a_predictor() -> None:

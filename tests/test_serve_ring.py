@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,8 +142,15 @@ def test_a_worker_killed_under_load(store, tmp_path):
             with pytest.raises(FlashringError):
                 answer.read()
     assert status == 1
-    assert "died 3 times within 60 s" in last
-    assert "compute worker" in last
+    deaths = [line for line in last.splitlines() if line.startswith("the ring died: ")]
+    for number, (line, name) in enumerate(zip(deaths, ("cache", "prefetcher", "compute"), strict=True), 1):
+        assert re.fullmatch(
+            rf"the ring died: the {name} worker \(pid \d+\) was killed by SIGKILL; "
+            rf"death {number} within 60 s, {'it stays down' if number == 3 else 'it is started again'}",
+            line,
+        )
+    assert len(re.findall(r"^the ring runs again, \d+\.\d s after it went down$", last, re.MULTILINE)) == 2
+    assert last.splitlines()[-1].startswith("flashring: the ring died 3 times within 60 s")
     assert "Traceback" not in last
 
 

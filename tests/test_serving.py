@@ -18,6 +18,7 @@ import zmq
 from fake_session import BuggySession, DeadSession, DyingSession, FastSession, GatedSession, text_of
 from serving import served
 
+from pipeline import Pipeline
 from pipeline.client import AsyncClient, Client
 from pipeline.client_messages import (
     CLIENT_PROTOCOL_VERSION,
@@ -33,6 +34,7 @@ from pipeline.client_messages import (
     decode,
     encode,
 )
+from pipeline.config import Sampling
 from pipeline.errors import (
     DeadlineExceeded,
     ProtocolMismatch,
@@ -40,6 +42,7 @@ from pipeline.errors import (
     ServerUnavailable,
     ServingError,
 )
+from pipeline.warm_ring import WarmRing
 from storage.errors import RingError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -366,6 +369,20 @@ def test_a_ring_that_dies_while_idle_is_started_again(tmp_path):
         assert client.generate("x", max_new_tokens=5).read() == text_of("x", max_new_tokens=5)
 
 
+DEFAULTS = Sampling(temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=9)
+
+
+def test_what_a_request_leaves_out_is_as_configured(tmp_path):
+    whole = dict(DEFAULTS)
+    with served(tmp_path, defaults=DEFAULTS) as server, Client(server.endpoint) as client:
+        assert client.generate("x").read() == text_of("x", **whole)
+        given = {"temperature": 0, "top_k": 0}  # zero is not left out
+        wanted = text_of("x", **(whole | {"temperature": 0.0, "top_k": 0}))
+        assert client.generate("x", **given).read() == wanted
+    with Pipeline(WarmRing(FastSession, defaults=DEFAULTS)) as pipeline:
+        assert pipeline.generate("x").read() == text_of("x", **whole)
+
+
 def test_three_deaths_within_a_minute_are_the_end(tmp_path):
     with served(tmp_path, DyingSession) as server, Client(server.endpoint) as client:
         for _ in range(3):
@@ -377,14 +394,15 @@ def test_three_deaths_within_a_minute_are_the_end(tmp_path):
 
 
 def test_deaths_that_are_far_apart_are_not_the_end(tmp_path):
-    moments = iter(range(0, 100_000, 40))
+    now = [0.0]
     with (
-        served(tmp_path, DyingSession, clock=lambda: float(next(moments))) as server,
+        served(tmp_path, DyingSession, clock=lambda: now[0]) as server,
         Client(server.endpoint) as client,
     ):
         for _ in range(5):
             with pytest.raises(RingError, match="SIGKILL"):
                 client.generate("x", max_new_tokens=5).read()
+            now[0] += 40.0
         assert client.health().status in ("ready", "restarting", "busy")
 
 

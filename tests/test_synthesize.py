@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors import safe_open
 
 from storage.convert import convert
 from storage.errors import CheckpointError, DiskFull, UsageError
+from workers.synthesis import __main__ as program
 from workers.synthesis import checkpoint as synthesis
 from workers.synthesis.activity import new_per_token, union_size
 from workers.synthesis.checkpoint import Request, synthesize
@@ -142,6 +146,32 @@ def test_a_shard_holds_one_layer_and_the_index_every_tensor(made: Path) -> None:
     assert config["num_hidden_layers"] == LAYERS
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors(made).values()}
     assert dtypes == {config["torch_dtype"]}
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        synthesize(Request(TINY["opt"], layers=1), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_checkpoint_without_tokenizer_is_said_to_be_one_before_the_work(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()  # the work is refused
+    given = [] if told else ["--tokenizer", str(tmp_path)]
+    monkeypatch.setattr(
+        sys, "argv", ["synthesize", "--shape", "opt-125m", "--out", str(tmp_path / "out"), *given]
+    )
+    assert program.run() == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert ("run.py can give it no text" in first) is told
 
 
 def test_gelu_has_no_thresholds(text: list[int], tmp_path: Path) -> None:

@@ -15,31 +15,26 @@ from __future__ import annotations
 import math
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-
-def _cache_directory() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return str(Path(base) / "flashring" / "numba")
-
+from pipeline.directories import user_cache
 
 # Numba and OpenMP read these when they are first loaded. Waiting threads must sleep: four workers
 # share the cores, and a thread that spins takes its core from the reader that it waits for
 # (a launch on two busy cores took 680 µs spinning and 16 µs sleeping).
-os.environ.setdefault("NUMBA_CACHE_DIR", _cache_directory())
+os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "flashring" / "numba"))
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numba  # noqa: E402
-from llvmlite import binding, ir  # noqa: E402
-from numba import njit, prange, types  # noqa: E402
-from numba.core import config  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
-from numba.np.ufunc import threading_layer  # noqa: E402
+import numba
+from llvmlite import binding, ir
+from numba import njit, prange, types
+from numba.core import config
+from numba.extending import intrinsic
+from numba.np.ufunc import threading_layer
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import models, planner
+from pipeline import directories, planner
 from pipeline.bench import children
 from pipeline.bench.children import ChildFailed
 from pipeline.bench.job import Job, first_tokens
@@ -31,7 +31,7 @@ def interpreters(names: Sequence[str], given: Mapping[str, Path]) -> dict[str, P
     for name in names:
         if name not in PEERS:
             raise UsageError(f"unknown peer {name!r}; known are {', '.join(PEERS)}")
-        path = given.get(name) or models.home() / "peers" / name / "bin" / "python"
+        path = given.get(name) or directories.home() / "peers" / name / "bin" / "python"
         if not path.exists():
             raise UsageError(
                 f"the peer {name} has no environment at {path}; docs/bench.md has the command that makes it"

@@ -95,7 +95,7 @@ def predictor_bytes(store: Store, config: Config) -> int:
         if needed
     ]
     total = 0
-    with safe_open(planner.predictor_path(store, config), "numpy") as file:
+    with safe_open(store.predictors(config.model.predictor), "numpy") as file:
         known = set(file.keys())
         for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
             names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]

@@ -8,21 +8,17 @@ from typing import Annotated
 import typer
 
 from pipeline import models
-from pipeline.commands.generate import Settings
+from pipeline.commands.options import Memory, Model, Settings
 from pipeline.console import say
 from storage.errors import UsageError
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="As for the main job.", metavar="NAME|DIR", show_default=False)
-    ] = "",
+    model: Model = "",
     out: Annotated[Path, typer.Option(help="Directory for results.json, results.md and plots.")] = Path(
         "bench-results"
     ),
-    memory: Annotated[
-        str, typer.Option(help="Budget of the rows, for everything together.", metavar="SIZE")
-    ] = "50%+1GiB",
+    memory: Memory = "50%+1GiB",
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
     ] = "ablation,curve,disk,roofline",

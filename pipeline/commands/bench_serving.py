@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.generate import Memory, Model, Settings
+from pipeline.commands.options import Memory, Model, Settings
 from storage.errors import FlashringError
 
 

@@ -13,8 +13,9 @@ import typer
 
 from pipeline import models, planner
 from pipeline.audit import AUDIT_EVERY, describe_audit
+from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config
-from pipeline.console import say, size
+from pipeline.console import say, size, write
 from pipeline.quality import quality_settings
 from storage.errors import UsageError
 
@@ -26,28 +27,6 @@ Text = Annotated[
     str | None,
     typer.Option("--prompt", help="Text to continue.", metavar="TEXT", show_default=False),
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        help="A preset of configs/, a Hugging Face id, or the directory of a checkpoint or store. "
-        "Without it: the built-in model.",
-        metavar="NAME|DIR",
-        show_default=False,
-    ),
-]
-Memory = Annotated[
-    str,
-    typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Override one configuration key; may be repeated.", metavar="SECTION.KEY=VALUE"
-    ),
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A TOML file as in configs/.", metavar="FILE")
-]
 
 
 def command(
@@ -55,9 +34,7 @@ def command(
     prompt: Text = None,
     model: Model = "",
     memory: Memory = "",
-    context_tokens: Annotated[
-        int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
-    ] = 0,
+    context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
     ] = None,
@@ -133,7 +110,7 @@ def command(
         for note in summary["notes"]:
             say(note)
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        write(json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
     else:
         say(describe(summary))
         if summary["audit"]:
@@ -161,12 +138,12 @@ def _generate(
     with Session.open(store, config, report.plan) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
-            print(prompt, end="", flush=True)  # for people; a pipe gets the continuation alone
+            write(prompt)  # for people; a pipe gets the continuation alone
         for piece in session.generate(ids, params):
             if not quiet:
-                print(piece, end="", flush=True)
+                write(piece)
         if not quiet:
-            print(flush=True)
+            write("\n")
         return session.summary()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.generate import ConfigFile, Memory, Model, Settings
+from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
@@ -52,9 +52,7 @@ def command(
     endpoint: Endpoint = "",
     http: Http = "",
     memory: Memory = "",
-    context_tokens: Annotated[
-        int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
-    ] = 0,
+    context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
     deadline: Annotated[
         float, typer.Option(help="Longest time of one request, seconds.", min=0.001)
@@ -95,7 +93,7 @@ def command(
     from pipeline.serving import ServingOptions, serve
 
     opened = open_ring(
-        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix
+        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say
     )
     options = ServingOptions(
         endpoint=address,

@@ -9,4 +9,4 @@ from pipeline import launch
 
 def command(context: typer.Context) -> int:
     """Write or measure a synthetic checkpoint; see synthesize --help."""
-    return launch.run_module("workers.synthesis", context.args)
+    return launch.run_module("workers.synthesis", context.command_path, context.args)

@@ -9,4 +9,4 @@ from pipeline import launch
 
 def command(context: typer.Context) -> int:
     """Train the predictors of a model on a text; see train-predictor --help."""
-    return launch.run_module("workers.predictor.train", context.args)
+    return launch.run_module("workers.predictor.train", context.command_path, context.args)

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from pipeline import ending, models, planner
+from pipeline import models, planner, program
+from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
@@ -31,7 +32,7 @@ LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As of the main job.")] = "",
+    model: Model = "",
     tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}, by commas.")] = "",
     data: Annotated[Path | None, typer.Option(help="The directory with a file for every task.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text whose perplexity is wanted; may be .xz.")] = None,
@@ -47,8 +48,8 @@ def main(
     picture: Annotated[Path | None, typer.Option(help="Write the points as a PNG.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
-    config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare the sparse model with the dense one, on the same text and questions."""
@@ -193,9 +194,9 @@ def _print(found: _Found, config: Config) -> None:
 
 def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":

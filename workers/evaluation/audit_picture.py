@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import ending
+from pipeline import program
 from storage.errors import UsageError
 
 PANELS: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -25,11 +25,11 @@ PANELS: dict[str, Callable[[dict[str, Any]], float]] = {
 
 
 def main(
-    run: Annotated[Path, typer.Argument(metavar="RUN.json")],
+    audited: Annotated[Path, typer.Argument(metavar="RUN.json")],
     out: Annotated[Path, typer.Argument(metavar="OUT.png")],
 ) -> None:
     """Draw the audit of a run, layer by layer."""
-    draw(_read(run), out)
+    draw(_read(audited), out)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -61,12 +61,12 @@ def draw(layers: list[dict[str, Any]], out: Path) -> None:
     pyplot.close(figure)
 
 
-def program() -> int:
+def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":
-    sys.exit(program())
+    sys.exit(run())

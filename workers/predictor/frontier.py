@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pipeline import ending
+from pipeline import program
 from storage.errors import UsageError
 from storage.format import Store
 from workers.predictor import activations, texts
@@ -215,9 +215,9 @@ def _numbers(text: str, least: int, most: int) -> list[int]:
 
 def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":

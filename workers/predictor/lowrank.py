@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.errors import StoreError
-from storage.format import PREDICTORS, Store
+from storage.format import Store
 from workers import kernels
 from workers.predictor.scorer import F32, Mask
 from workers.predictor.tensors import Tensors
@@ -100,35 +99,33 @@ def load(
 ) -> LowRankScorer:
     """The store's predictors `name`, for a ring of this look-ahead; `skip`: layers that need none.
 
-    Sets need maps that were trained for their look-ahead; guesses take the layer's own where there
-    are no better. Raises StoreError, naming the command that helps, for predictors that are
-    missing, of another model, or trained for another look-ahead.
+    Which look-ahead and `refine` a file is for, `planner.resolve` has decided. Sets need maps of their
+    own look-ahead; guesses take the layer's own where there are no better. Raises StoreError, naming
+    the command that helps, for predictors that are missing, of another model, or not of every layer.
     """
     file = open_file(store, name)
     trained = int(file.metadata.get("lookahead", "0"))
     wanted = [layer for layer in range(store.layout.layers) if layer not in skip]
     own = _maps(file, OWN, wanted, store)
-    ahead = _maps(file, AHEAD, wanted, store, own) if trained == lookahead or (refines and trained) else {}
-    if trained == 0 and not own:
-        own = ahead or _maps(file, AHEAD, wanted, store)
+    ahead = _maps(file, AHEAD, wanted, store, own) if refines or trained in {0, lookahead} else {}
+    if trained == 0:
+        own, ahead = own or ahead, {}
+    sets = own if refines or not lookahead else ahead
+    if lacking := [layer for layer in wanted if layer not in sets]:
+        needed = f"for look-ahead {0 if sets is own else lookahead}"
+        raise StoreError(f"{file.path} has no map {needed} of layer {lacking[0]}: {REMEDY}")
     notes: tuple[str, ...] = ()
-    if (refines or not lookahead) and len(own) < len(wanted):
-        raise StoreError(
-            f"{file.path} has no in-layer predictors, which look-ahead 0 and refine need: {REMEDY}"
-        )
-    if lookahead and not refines and len(ahead) < len(wanted):
-        raise StoreError(f"{file.path} was trained for look-ahead {trained}, not {lookahead}: {REMEDY}")
     if refines and not (trained == lookahead and len(ahead) == len(wanted)):
         notes = (f"guesses by predictors of another look-ahead than {lookahead}",)
     early = {**own, **ahead}
     if refines:
         early = {layer: one.guessing() for layer, one in early.items()}
-    return LowRankScorer(early, own if refines or not lookahead else ahead, threshold, notes)
+    return LowRankScorer(early, sets, threshold, notes)
 
 
 def open_file(store: Store, name: str) -> Tensors:
     """The predictors' file, checked to be this store's."""
-    path = predictor_path(store, name)
+    path = store.predictors(name)
     if not path.is_file():
         raise StoreError(f"{store.path} has no predictors named {name}: {REMEDY}")
     file = Tensors(path)
@@ -137,10 +134,6 @@ def open_file(store: Store, name: str) -> Tensors:
     if file.metadata.get("store") != store.identity:
         raise StoreError(f"{path} was trained for other weights than this store's: {REMEDY}")
     return file
-
-
-def predictor_path(store: Store, name: str) -> Path:
-    return store.path / PREDICTORS / f"{name}.safetensors"
 
 
 def _maps(

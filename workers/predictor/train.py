@@ -24,10 +24,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import ending
+from pipeline import program
 from pipeline.config import Predictor
 from storage.errors import UsageError
-from storage.format import PREDICTORS, Store
+from storage.format import Store
 from workers.predictor import activations, fit, report, svd, texts
 from workers.predictor.activations import Activations
 from workers.predictor.lowmap import LowMap, write
@@ -129,7 +129,7 @@ def make(
         reports.append(report.LayerReport.of(layer, ahead, rank, fit.quality(found, held_out)))
     told("predictors", len(wanted), len(wanted))
     _share(tensors, store.layout.layers)
-    write(store.path / PREDICTORS / f"{name}.safetensors", tensors, _metadata(store, split, job, reports))
+    write(store.predictors(name), tensors, _metadata(store, split, job, reports))
     return reports
 
 
@@ -243,11 +243,10 @@ def main(
     """Train the predictors of a converted ReLU model on a text."""
     if not rank.isdecimal() and rank != "auto":
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
-    if not name or "/" in name or name.startswith("."):
-        raise UsageError(f"--name {name!r} is no file name")
     recipe = fit.Recipe(epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed)
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, recipe)
     store = Store.open(store_path)
+    store.predictors(name)  # a name that is none is refused before the work
     activations.require_relu(store)
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
@@ -271,7 +270,7 @@ def main(
     settings = [f"model.predictor={name}"] if name != "default" else []
     settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []
     console.print(
-        f"saved {store.path / PREDICTORS / name}.safetensors; to use them: {ending.program()} "
+        f"saved {store.predictors(name)}; to use them: run.py "
         + " ".join(["--model", str(store.path), *(f"--set {one}" for one in settings)]),
         soft_wrap=True,
         highlight=False,
@@ -280,9 +279,9 @@ def main(
 
 def run() -> int:
     """The command line's exit status."""
-    app = typer.Typer(add_completion=False)
+    app = program.make()
     app.command()(main)
-    return ending.exit_status(lambda: app(standalone_mode=False))
+    return program.run(app)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
-from pipeline import ending
+from pipeline import program
 from pipeline.console import say
 from pipeline.progress import Progress
 from storage.errors import UsageError, reason
@@ -22,14 +22,7 @@ from workers.synthesis.shapes import SHAPES, find_shape
 from workers.synthesis.sources import Weights, open_weights
 from workers.synthesis.table import print_table
 
-PROGRAM = "run.py synthesize"
-
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    no_args_is_help=False,
-)
+app = program.make()
 
 
 @app.callback(invoke_without_command=True)
@@ -57,8 +50,13 @@ def create(
     if context.invoked_subcommand is not None:
         return
     if not shape or out is None:
-        raise UsageError(f"--shape and --out are needed; see {PROGRAM} --help")
+        raise UsageError(f"--shape and --out are needed; see {context.command_path} --help")
     _use_threads(threads)
+    if tokenizer is None:
+        say(
+            f"without --tokenizer, {out} will have none: run.py can give it no text, neither to continue nor "
+            "in serve, bench and evaluate"
+        )
     request = Request(find_shape(shape), layers, seed, rate, cast(Activation, activation), tokenizer)
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
         synthesize(request, out, lambda done, total: progress("weights", done, total))
@@ -138,10 +136,10 @@ def _document(
     }
 
 
-def main() -> int:
-    """Run the program; returns the exit status."""
-    return ending.exit_status(lambda: app(standalone_mode=False, prog_name=PROGRAM))
+def run() -> int:
+    """The command line's exit status."""
+    return program.run(app)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,13 +63,12 @@ def synthesize(request: Request, out: Path, progress: Progress | None = None) ->
         raise UsageError(f"{out} exists: choose another directory")
     total = tensor_bytes(family, config, model, request.shape.dtype)
     _check_space(total, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
     try:
         if request.tokenizer is not None and not tokenizers.copy(request.tokenizer, partial):
             raise CheckpointError(f"{request.tokenizer} has no tokenizer.json, nor vocab.json and merges.txt")
         _write(request, config, model, family, partial, total, progress or (lambda done, total: None))
-        partial.chmod(0o755)
         os.replace(partial, out)
     except Exception as error:
         if _is_full(error):
@@ -136,18 +134,20 @@ def _write(
         dtype=getattr(torch, request.shape.dtype),
         biases=canonical.layer(0, "up.bias") in names,
     )
+    described = directory / "config.json"
+    _write_json(described, config)
     done = 0
     index: dict[str, str] = {}
     for number, tensors in enumerate(_shards(recipe, residents, family), start=1):
         name = f"model-{number:05d}-of-{model.layers + 1:05d}.safetensors"
         save_file(tensors, str(directory / name), metadata={"format": "pt", MARK: request.shape.name})
+        shutil.copymode(described, directory / name)  # the library's files are for their owner alone
         index |= dict.fromkeys(tensors, name)
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress(done, total)
     _write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": done}, "weight_map": index}
     )
-    _write_json(directory / "config.json", config)
 
 
 def _shards(recipe: Recipe, residents: tuple[Resident, ...], family: Family) -> Iterator[dict[str, Tensor]]:

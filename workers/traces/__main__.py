@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import ending, models, planner
+from pipeline import models, planner, program
+from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Cache
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
@@ -28,11 +29,15 @@ from workers.traces.order import linear_order
 from workers.traces.trace import Trace
 from workers.traces.windows import windows as count_windows
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = program.make()
 LONGEST_WINDOW = 8  # tokens
 
-Model = Annotated[str, typer.Option(help="As of the main job.")]
 File = Annotated[Path, typer.Argument(metavar="TRACE")]
+
+
+@app.callback()
+def trace_command() -> None:
+    """Record which neurons a text uses, and replay it against cache policies."""
 
 
 @app.command("record")
@@ -45,8 +50,8 @@ def record_command(
     ] = 4096,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out first.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
-    config_file: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
 ) -> None:
     """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
     source, config = models.configure(model, config_file, settings or ())
@@ -158,7 +163,7 @@ def order_command(
     os.replace(partial, out)
     print(
         f"{out}: {len(order)} layers of {order.shape[1]:,} neurons; to use it: "
-        f"{ending.program()} convert MODEL STORE --order {out}",
+        f"run.py convert MODEL STORE --order {out}",
         file=sys.stderr,
     )
 
@@ -212,7 +217,7 @@ def _numbers(text: str) -> list[float]:
 
 def run() -> int:
     """The command line's exit status."""
-    return ending.exit_status(lambda: app(standalone_mode=False, prog_name="run.py trace"))
+    return program.run(app)
 
 
 if __name__ == "__main__":

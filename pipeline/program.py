@@ -1,0 +1,25 @@
+"""What our programs have in common: one style of help, which calls them what the user called them.
+
+Some commands of the command line are programs of their own (`workers.evaluation` and others), because
+they need torch: `launch.run_module` tells them under which name they were started.
+"""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from pipeline.ending import exit_status
+from pipeline.launch import PROGRAM
+
+
+def make() -> typer.Typer:
+    """A program without commands yet."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def run(app: typer.Typer) -> int:
+    """Run it on the process's arguments; returns the exit status."""
+    name = os.environ.pop(PROGRAM, None)  # None: as the interpreter was told, run.py or python -m MODULE
+    return exit_status(lambda: app(standalone_mode=False, prog_name=name))
