@@ -202,7 +202,7 @@ class FakeWeights:
 
 
 @pytest.mark.parametrize(
-    ("variant", "known"), [("opt", False), ("opt-350m", False), ("falcon-7b", True), ("falcon-rw", False)]
+    ("variant", "known"), [("opt", False), ("opt-post-norm", False), ("falcon-7b", True), ("falcon-rw", False)]
 )
 def test_what_is_announced_early_lacks_the_layers_attention(tmp_path, variant, known):
     store = _store(tmp_path, variant, "float32")
@@ -220,7 +220,7 @@ def test_what_is_announced_early_lacks_the_layers_attention(tmp_path, variant, k
         assert torch.equal(y, z)
         assert torch.equal(*heard[0]) == known
         if not known:
-            name = "layers.0.norm" if variant == "opt-350m" else "layers.0.ffn_norm"
+            name = "layers.0.norm" if variant == "opt-post-norm" else "layers.0.ffn_norm"
             weights = Weights(store)
             parameters = [torch.from_numpy(weights.vector(f"{name}.{part}")) for part in ("weight", "bias")]
             wanted = torch.nn.functional.layer_norm(x, x.shape[-1:], *parameters)[0]
