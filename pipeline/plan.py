@@ -25,6 +25,7 @@ class Plan:
     lookahead: int
     pinned: frozenset[int]
     cache_dtype: str = "float32"  # of keys and values
+    early: bool = False  # hidden states are announced before their layer's attention
 
     @property
     def total_slots(self) -> int:

@@ -128,6 +128,14 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
     return refine
 
 
+def predicts_early(store: Store, config: Config) -> bool:
+    """Whether a resolved configuration's predictors want hidden states before attention."""
+    if config.predictor.kind != "lowrank":
+        return False
+    with safe_open(predictor_path(store, config), "numpy") as file:
+        return (file.metadata() or {}).get("early") == "true"
+
+
 def plan(store: Store, config: Config) -> PlanReport:
     """Divide the memory for a resolved configuration.
 
@@ -180,6 +188,7 @@ def _report(
         lookahead=config.predictor.lookahead,
         pinned=pinned,
         cache_dtype=config.compute.kv_cache,
+        early=predicts_early(store, config),
     )
     return PlanReport(divided, _parts(store, config, divided), budget)
 

@@ -149,7 +149,7 @@ def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
     store = _store(tmp_path, "opt", "float32")
     first, width = store.architecture, store.layout.d_model
 
-    def active(index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def active(index: int, announced: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         up = torch.from_numpy(store.read_layer(index)[:, 0].copy())
         bias = torch.from_numpy(weights.vector(f"layers.{index}.up.bias"))
         assert hidden.shape == (len(PROMPT), width)
@@ -159,7 +159,7 @@ def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
         weights = Weights(store)
         plain = dense.forward([PROMPT])
         assert torch.allclose(dense.forward([PROMPT], active), plain, atol=1e-5)
-        silent = dense.forward([PROMPT], lambda _, hidden: torch.zeros(len(hidden), first.d_ff).bool())
+        silent = dense.forward([PROMPT], lambda _, __, hidden: torch.zeros(len(hidden), first.d_ff).bool())
         assert not torch.allclose(silent, plain, atol=0.1)
 
 
@@ -199,3 +199,29 @@ class FakeWeights:
 
     def vector(self, name: str) -> np.ndarray:
         return self._biases[name]
+
+
+@pytest.mark.parametrize(
+    ("variant", "known"), [("opt", False), ("opt-post-norm", False), ("falcon-7b", True), ("falcon-rw", False)]
+)
+def test_what_is_announced_early_lacks_the_layers_attention(tmp_path, variant, known):
+    store = _store(tmp_path, variant, "float32")
+    heard = {}
+
+    def keep(index: int, announced: torch.Tensor, hidden: torch.Tensor) -> None:
+        heard[index] = (announced.clone(), hidden.clone())
+
+    with DenseModel(store, 1) as dense, torch.no_grad():
+        x = dense.embed([PROMPT])
+        plain, y = dense.layer(0, x, keep)
+        assert torch.equal(*heard[0])
+        again, z = dense.layer(0, x, keep, early=True)
+        assert torch.equal(plain, again)
+        assert torch.equal(y, z)
+        assert torch.equal(*heard[0]) == known
+        if not known:
+            name = "layers.0.norm" if variant == "opt-post-norm" else "layers.0.ffn_norm"
+            weights = Weights(store)
+            parameters = [torch.from_numpy(weights.vector(f"{name}.{part}")) for part in ("weight", "bias")]
+            wanted = torch.nn.functional.layer_norm(x, x.shape[-1:], *parameters)[0]
+            assert torch.allclose(heard[0][0], wanted, atol=1e-5)

@@ -43,6 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         made, "inlayer", layers, seed=2
     )
     predictors.write(made, tensors)
+    predictors.write(made, tensors, "early", {"early": "true"})
     return made
 
 
@@ -216,18 +217,19 @@ def test_oracle_scores_as_dense(store, model):
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"),
+    ("changes", "count", "name"),
     [
-        ({"lookahead": 1, "refine": True, "pinned_layers": (-1,)}, 16),
-        ({"lookahead": 1, "refine": False, "threshold": -0.3}, 3),
-        ({"lookahead": 0, "threshold": 0.3}, 3),
+        ({"lookahead": 1, "refine": True, "pinned_layers": (-1,)}, 16, "default"),
+        ({"lookahead": 1, "refine": False, "threshold": -0.3}, 3, "default"),
+        ({"lookahead": 0, "threshold": 0.3}, 3, "default"),
+        ({"lookahead": 0, "threshold": 0.3}, 3, "early"),
     ],
     ids=str,
 )
-def test_scores_equal_the_rings_own_decoding_over_2000_tokens(store, model, changes, count):
+def test_scores_equal_the_rings_own_decoding_over_2000_tokens(store, model, changes, count, name):
     """A neuron whose predicted score is within rounding of the threshold may fall either way: one in a
     million. So nearly all tokens agree to rounding, while the dense model agrees nowhere."""
-    chosen = config(predictor={"kind": "lowrank", **changes})
+    chosen = config(predictor={"kind": "lowrank", **changes}, model={"predictor": name})
     some = sequences(count, LENGTH + 1)
     decoded = []
     with Session(store, chosen, plan_for(store, chosen)) as session:

@@ -14,6 +14,7 @@ import torch
 from ring import config
 from safetensors import safe_open
 
+from pipeline.planner import plan
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.format import PREDICTORS, Store
@@ -202,6 +203,28 @@ def test_the_rings_first_layer_sees_what_its_map_was_trained_on(
     assert sure.float().mean() > 0.9
     assert torch.equal(found[0][sure], (scores > 0)[sure])
     assert 0.02 < float(found[0].float().mean()) < 0.98
+
+
+def test_early_maps_learn_from_what_is_announced_before_attention(
+    store: Store, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    split = Split.of(len(tokens), 0, tokens.shape[1])
+    own = make(store, tokens, split, Job(0, rank=24, method="regression"), "own", tmp_path)
+    inputs = activations.Activations(tmp_path / "activations", store).inputs(2).copy()
+    early = make(store, tokens, split, Job(0, rank=24, method="regression", early=True), "early", tmp_path)
+    recorded = activations.Activations(tmp_path / "activations", store)
+    assert not np.array_equal(recorded.inputs(2), inputs)  # recorded anew
+    heard = []
+    with DenseModel(store, 1) as model, torch.no_grad():
+        x = model.embed(tokens)
+        for layer in range(3):
+            _, x = model.layer(layer, x, lambda _, announced, __: heard.append(announced), early=True)
+    np.testing.assert_allclose(recorded.inputs(2), heard[2], atol=0.01)
+    assert [one.active for one in own] == [one.active for one in early]
+    assert all(one.recall > one.predicted + 0.2 for one in early)
+    for name, wanted in (("own", False), ("early", True)):
+        chosen = config(predictor={"kind": "lowrank", "lookahead": 0}, model={"predictor": name})
+        assert plan(store, chosen).plan.early is wanted
 
 
 def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:

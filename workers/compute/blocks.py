@@ -31,21 +31,30 @@ def before_ffn(
     index: int,
     x: Hidden,
     announce: Callable[[Hidden], None],
+    early: bool = False,
 ) -> tuple[Hidden, Hidden]:
-    """The residual stream so far, and the FFN's input, which `announce` has been given."""
+    """The residual stream so far, and the FFN's input, which `announce` has been given.
+
+    With `early` it is given what the FFN's input would be without this layer's attention, before
+    attention is computed: reads have that time, too. In parallel blocks that is the FFN's input.
+    """
     if architecture.block == "parallel":
         normed = operations.norm(layer(index, "norm"), x)
         shared = architecture.shared_norm
         ffn_input = normed if shared else operations.norm(layer(index, "ffn_norm"), x)
         announce(ffn_input)
         return x + operations.attention(index, normed), ffn_input
+    last_norm = "ffn_norm" if architecture.block == "pre_norm" else "norm"
+    if early:
+        announce(operations.norm(layer(index, last_norm), x))
     if architecture.block == "pre_norm":
         x = x + operations.attention(index, operations.norm(layer(index, "norm"), x))
         ffn_input = operations.norm(layer(index, "ffn_norm"), x)
     else:
         x = operations.norm(layer(index, "norm"), x + operations.attention(index, x))
         ffn_input = x
-    announce(ffn_input)
+    if not early:
+        announce(ffn_input)
     return x, ffn_input
 
 

@@ -17,7 +17,7 @@ from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.weights import Weights
 
-Mask = Callable[[int, torch.Tensor], torch.Tensor | None]
+Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 class DenseModel:
@@ -42,17 +42,18 @@ class DenseModel:
         x: torch.Tensor,
         mask: Mask | None = None,
         bundles: npt.NDArray[np.generic] | None = None,
+        early: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's FFN input and its output.
 
-        `mask(index, ffn_input)` may return [sequences · tokens, d_ff] bool: only those neurons are
-        summed, as if a predictor had chosen them. `bundles` saves reading the layer again
-        (`Store.read_layer`).
+        `mask(index, announced, ffn_input)` may return [sequences · tokens, d_ff] bool: only those
+        neurons are summed, as if a predictor had chosen them from what was `announced`, which is the
+        FFN's input unless `early`. `bundles` saves reading the layer again (`Store.read_layer`).
         """
         kept: list[torch.Tensor] = []
-        residual, ffn_input = before_ffn(self.architecture, self._operations, index, x, kept.append)
+        residual, ffn_input = before_ffn(self.architecture, self._operations, index, x, kept.append, early)
         flat = ffn_input.flatten(0, 1)
-        chosen = mask(index, flat) if mask is not None else None
+        chosen = mask(index, kept[0].flatten(0, 1), flat) if mask is not None else None
         ffn = BatchFfn(self._operations, index, flat, chosen)
         layer = self.store.read_layer(index) if bundles is None else bundles
         ids = np.arange(self.architecture.d_ff, dtype=np.int32)

@@ -154,6 +154,7 @@ class Engine:
                     index,
                     x,
                     lambda hidden, index=index: self._announce(index, hidden[None], stream=False),  # type: ignore[misc]
+                    self._plan.early,
                 )
             ffn = TokenFfn(operations, index, ffn_input, self._bundles)
             neurons = 0
@@ -190,6 +191,7 @@ class Engine:
                 index,
                 x,
                 lambda hidden, index=index: self._announce(index, hidden[0].numpy(), stream=True),  # type: ignore[misc]
+                self._plan.early,
             )
             ffn = BatchFfn(operations, index, ffn_input[0])
             # A segment's parts come in any order of ids, and segments ascend.

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.messages import EMBEDDING
-from pipeline.planner import pinned_layers, resolve
+from pipeline.planner import pinned_layers, predicts_early, resolve
 from storage.format import Store
 from workers.predictor import activations, lowrank
 from workers.predictor.lowrank import LowRank
@@ -77,9 +77,10 @@ class OracleScores:
 class RingChooser:
     """Chooses, for a layer and its source rows, as the ring of this mode does."""
 
-    def __init__(self, mode: Mode, scores: Scores) -> None:
+    def __init__(self, mode: Mode, scores: Scores, early: bool = False) -> None:
         self.mode = mode
         self.scores = scores
+        self.early = early
 
     @property
     def from_own_input(self) -> bool:
@@ -122,4 +123,5 @@ def make_chooser(store: Store, config: Config) -> RingChooser | None:
     if kind == "oracle":
         return RingChooser(mode, OracleScores(store))
     scorer = lowrank.load(store, config.model.predictor, mode.lookahead, mode.refines, 0.0, pinned)
-    return RingChooser(mode, LowRankScores(scorer.maps, config.predictor.threshold))
+    early = predicts_early(store, config)
+    return RingChooser(mode, LowRankScores(scorer.maps, config.predictor.threshold), early)

@@ -27,6 +27,10 @@ PAD = 0  # any token: padding comes after the scored tokens, and attention is ca
 class Chooser(Protocol):
     """Chooses the neurons of a layer for many tokens."""
 
+    @property
+    def early(self) -> bool:
+        """Whether it goes by what is announced before attention."""
+
     def sources(self, layer: int) -> int:
         """The layer whose FFN input decides, or EMBEDDING (−1)."""
 
@@ -49,8 +53,8 @@ def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser |
     states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
     for index in range(layers):
 
-        def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
-            states[layer] = ffn_input
+        def mask(layer: int, announced: torch.Tensor, ffn_input: torch.Tensor) -> torch.Tensor | None:
+            states[layer] = announced
             if chooser is None:
                 return None
             chosen = chooser.choose(layer, states[chooser.sources(layer)])
@@ -58,7 +62,7 @@ def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser |
                 chosen.view(*tokens.shape, -1)[:, :PREFILLED] = True
             return chosen
 
-        _, x = model.layer(index, x, mask)
+        _, x = model.layer(index, x, mask, early=chooser is not None and chooser.early)
         later = [] if chooser is None else [chooser.sources(i) for i in range(index + 1, layers)]
         for layer in [layer for layer in states if layer < min(later, default=index + 1)]:
             del states[layer]

@@ -117,8 +117,11 @@ def record(
     directory: Path,
     threads: int = 1,
     progress: Progress = lambda done, total: None,
+    early: bool = False,
 ) -> Activations:
     """Run token rows `[rows, length]` through the model; continues after the last complete layer.
+
+    With `early` the inputs are those that are announced before attention (`blocks.before_ffn`).
 
     Raises UnsupportedModel for models without ReLU, DiskFull before writing more than fits.
     """
@@ -128,6 +131,7 @@ def record(
         "store": store.identity,
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
         "shape": list(tokens.shape),
+        "early": early,
     }
     with DenseModel(store, threads) as model, torch.no_grad():
         done = _resume(directory, meta, layers)
@@ -137,7 +141,7 @@ def record(
             done = 0
         for layer in range(done, layers):
             progress(layer, layers)
-            _pass(store, model, layer, tokens.shape, directory)
+            _pass(store, model, layer, tokens.shape, directory, early)
         progress(layers, layers)
     return Activations(directory, store)
 
@@ -196,7 +200,9 @@ def _begin(model: DenseModel, tokens: npt.NDArray[np.int64], directory: Path, me
     stream.finish()  # the last one: with it, `_resume` counts this stage as done
 
 
-def _pass(store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], directory: Path) -> None:
+def _pass(
+    store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], directory: Path, early: bool
+) -> None:
     """Everything through one layer."""
     bundles = store.read_layer(layer)
     up, bias = _up(store, layer, bundles, Tensors(store.path / RESIDENT))
@@ -210,10 +216,12 @@ def _pass(store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], d
     for start, block in _blocks((rows, length)):
         count = (block.stop - block.start) * length
         x = torch.from_numpy(before[start : start + count].reshape(-1, length, width).copy())
-        ffn_input, y = model.layer(layer, x, bundles=bundles)
-        flat = ffn_input.reshape(-1, width)
-        inputs.put(start, _half(flat))
-        positive = torch.addmm(bias, flat, up.T) > 0
+
+        def keep(layer: int, announced: Tensor, ffn_input: Tensor, start: int = start) -> None:
+            inputs.put(start, _half(announced))
+
+        ffn_input, y = model.layer(layer, x, keep, bundles, early)
+        positive = torch.addmm(bias, ffn_input.reshape(-1, width), up.T) > 0
         active.put(start, np.packbits(positive.numpy(), axis=1, bitorder="little"))
         if not last:
             after.put(start, y.reshape(-1, width).numpy())

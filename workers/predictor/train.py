@@ -48,6 +48,7 @@ class Job:
     rank: int | None = None  # None: by `budget`, more where recall is hard
     budget: float = 0.08  # of the FFN's bytes, for the whole file
     method: str = "trained"
+    early: bool = False  # from the stream before attention, so that reads have that time, too
     recipe: fit.Recipe = field(default_factory=fit.Recipe)
 
     def __post_init__(self) -> None:
@@ -110,7 +111,12 @@ def make(
     activations.require_relu(store)
     torch.set_num_threads(threads)
     recorded = activations.record(
-        store, tokens, work / "activations", threads, lambda done, total: told("activations", done, total)
+        store,
+        tokens,
+        work / "activations",
+        threads,
+        lambda done, total: told("activations", done, total),
+        job.early,
     )
     wanted = job.maps(store.layout.layers)
     ranks = _ranks(store, recorded, split, job)
@@ -191,6 +197,7 @@ def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: Job) ->
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
         "lookahead": job.lookahead,
         "method": job.method,
+        "early": job.early,
         "recipe": asdict(job.recipe),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -209,6 +216,7 @@ def _metadata(store: Store, split: Split, job: Job, reports: list[report.LayerRe
     return {
         "kind": "lowrank",
         "lookahead": str(job.lookahead),
+        "early": json.dumps(job.early),
         "store": store.identity,
         "report": json.dumps(report.to_json(reports, **made_from)),
     }
@@ -231,6 +239,10 @@ def main(
     false_negatives: Annotated[
         float, typer.Option(help="Share of active neurons that the calibrated threshold may miss.")
     ] = 0.05,
+    early: Annotated[
+        bool,
+        typer.Option("--early", help="Predict before attention, from the stream: its time is reads' time."),
+    ] = False,
     guesses_miss: Annotated[
         float, typer.Option(help="The same of guesses, which refine completes: fewer wasted reads.")
     ] = 0.2,
@@ -244,7 +256,7 @@ def main(
     if not rank.isdecimal() and rank != "auto":
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
     recipe = fit.Recipe(epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed)
-    job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, recipe)
+    job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe)
     store = Store.open(store_path)
     store.predictors(name)  # a name that is none is refused before the work
     activations.require_relu(store)

@@ -43,8 +43,8 @@ def run_block(
     x = model.embed(tokens)
     states = {EMBEDDING: x.flatten(0, 1)}
 
-    def mask(layer: int, ffn_input: torch.Tensor) -> torch.Tensor | None:
-        states[layer] = ffn_input
+    def mask(layer: int, announced: torch.Tensor, ffn_input: torch.Tensor) -> torch.Tensor | None:
+        states[layer] = announced
         chosen = guessed = None
         if chooser is not None:
             chosen = chooser.choose(layer, states[chooser.sources(layer)])
@@ -58,7 +58,7 @@ def run_block(
 
     keep = 0 if chooser is None else chooser.mode.lookahead
     for layer in range(model.architecture.layers):
-        _, x = model.layer(layer, x, mask)
+        _, x = model.layer(layer, x, mask, early=chooser is not None and chooser.early)
         states.pop(layer - keep, None)
     return x
 
