@@ -132,7 +132,7 @@ def predicts_early(store: Store, config: Config) -> bool:
     """Whether a resolved configuration's predictors want hidden states before attention."""
     if config.predictor.kind != "lowrank":
         return False
-    with safe_open(predictor_path(store, config), "numpy") as file:
+    with safe_open(store.predictors(config.model.predictor), "numpy") as file:
         return (file.metadata() or {}).get("early") == "true"
 
 

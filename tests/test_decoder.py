@@ -202,7 +202,8 @@ class FakeWeights:
 
 
 @pytest.mark.parametrize(
-    ("variant", "known"), [("opt", False), ("opt-post-norm", False), ("falcon-7b", True), ("falcon-rw", False)]
+    ("variant", "known"),
+    [("opt", False), ("opt-post-norm", False), ("falcon-7b", True), ("falcon-rw", False)],
 )
 def test_what_is_announced_early_lacks_the_layers_attention(tmp_path, variant, known):
     store = _store(tmp_path, variant, "float32")
