@@ -29,16 +29,18 @@ KERNEL_BLOCK = 256  # neurons; staging halves are a multiple of it, so that kern
 F32 = 4  # bytes
 
 # Proportional set size of each process without what the plan's other parts count, in bytes. Measured
-# on Linux 6.18, Python 3.11, torch 2.13, in a ring on a tiny model: compute 227 MiB, predictor 83 (30
-# for kind `all`), cache 30, prefetcher 31, supervisor 36; the rest is for compilation at the first run,
-# a large tokenizer, stacks and the allocators' slack.
+# on Linux 6.18, Python 3.11, torch 2.13: on a tiny model compute 227 MiB, predictor 83 (30 for kind
+# `all`), cache 30, prefetcher 31, supervisor 36; on Falcon-7B's shape compute 450, whose matrix
+# products pack the prompt's weights, predictor 105, cache 49, prefetcher 31, supervisor 110 with the
+# large tokenizer.
 BASES: Final = {
-    "compute": 300 << 20,
-    "predictor": 100 << 20,
-    "cache": 40 << 20,
+    "compute": 460 << 20,
+    "predictor": 110 << 20,
+    "cache": 50 << 20,
     "prefetcher": 40 << 20,
-    "supervisor": 60 << 20,
+    "supervisor": 110 << 20,
 }
+PAGE_TABLES: Final = 512  # bytes that one byte of page tables maps: 8 for every 4 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ def plan(store: Store, config: Config) -> PlanReport:
         )
     if config.cache.slots_per_layer or not (open_layers := store.layout.layers - len(pinned)):
         return least
-    spare = (budget - least.total) // (open_layers * store.layout.stride)
+    stride = store.layout.stride
+    spare = (budget - least.total) // (open_layers * (stride + 2 * stride // PAGE_TABLES))
     return _report(store, config, pinned, _least_slots(store, config) + spare, budget)
 
 
@@ -204,11 +207,13 @@ def staging_slots(size_bytes: int, stride: int, d_ff: int) -> int:
 def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
     architecture = store.architecture
     shared = segments.sizes(divided)
+    resident = store.manifest.files[RESIDENT].bytes
+    mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     staging = 2 * divided.staging * divided.stride
     heads = architecture.kv_heads * architecture.head_dim
     cached = 2 * divided.layers * divided.context * heads * ITEMSIZE[divided.cache_dtype]
     return {
-        "resident weights": store.manifest.files[RESIDENT].bytes,
+        "resident weights": resident,
         "KV cache": cached,
         "predictors": _held_by_predictor(store, config),
         "slots": shared.pop("bundles") - staging,
@@ -216,6 +221,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "tables": sum(shared.values()),
         "activations": _activation_bytes(store, config, divided),
         "processes": sum(BASES.values()),
+        "page tables": mapped // PAGE_TABLES,
     }
 
 
