@@ -16,6 +16,7 @@ from pipeline.cgroup import CgroupUnavailable, MemoryCgroup
 from pipeline.launch import ROOT, module_command, module_environment
 from storage.errors import FlashringError
 
+MOST_WORDS = 200  # characters of a failure's reason
 CHILD_SECONDS = 3600.0  # the longest that one child may take
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -85,7 +86,7 @@ def _run_to_its_end(line: list[str], environment: dict[str, str]) -> subprocess.
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     how = "killed, as by the memory limit" if done.returncode in (-9, 137) else f"status {done.returncode}"
     words = done.stderr.strip().splitlines()
-    return f"{how}: {words[-1].removeprefix('flashring: ')}" if words else how
+    return f"{how}: {words[-1].removeprefix('flashring: ')[:MOST_WORDS]}" if words else how
 
 
 @contextlib.contextmanager
