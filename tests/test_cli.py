@@ -216,9 +216,9 @@ def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
     assert told["config"]["predictor"]["kind"] == "all"
 
 
-@pytest.mark.parametrize("json_too", [[], ["--json"]])
-def test_output_that_nobody_can_take_is_one_sentence(store: Path, json_too: list[str]) -> None:
-    line = [*RUN, "--prompt", "x", "--model", str(store), "--max-new-tokens", "2", *json_too]
+@pytest.mark.parametrize("arguments", [["--prompt", "x", "--max-new-tokens", "2"], ["--help"]], ids=str)
+def test_output_that_nobody_can_take_is_one_sentence(store: Path, arguments: list[str]) -> None:
+    line = [*RUN, "--model", str(store), *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
