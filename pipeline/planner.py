@@ -169,6 +169,12 @@ def least(store: Store, config: Config) -> PlanReport:
     return _report(store, config, pinned_layers(store, config), _least_slots(store, config), None)
 
 
+def most(store: Store, config: Config) -> PlanReport:
+    """The plan that holds every neuron, whatever the budget. Raises ConfigError."""
+    config = resolve(store, config)
+    return _report(store, config, pinned_layers(store, config), store.layout.d_ff, None)
+
+
 def _least_slots(store: Store, config: Config) -> int:
     return config.cache.slots_per_layer or 1
 

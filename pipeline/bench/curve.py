@@ -13,9 +13,7 @@ from pipeline.console import size
 def budgets(job: Job, settings: Mapping[str, str], points: int) -> list[int]:
     """Budgets in bytes, evenly spaced from the least to what holds every neuron."""
     config = job.resolved(settings)
-    least = planner.least(job.store, config).total
-    layout = job.store.layout
-    most = least + layout.layers * (layout.d_ff - 1) * layout.stride
+    least, most = planner.least(job.store, config).total, planner.most(job.store, config).total
     return [least + (most - least) * point // (points - 1) for point in range(points)]
 
 
