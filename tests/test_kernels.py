@@ -83,6 +83,17 @@ def test_accumulate(dtype, slots, width, padding, seed):
     assert np.allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15, deadline=None)
+@given(count=sizes, seed=st.integers(0, 99))
+def test_combine(dtype, count, seed):
+    width = kernels._LONG_COLUMNS + 7 * seed  # more than one piece
+    rows, exact = stored(normal(seed, count, width), dtype)
+    a, bias = normal(seed + 1, count), normal(seed + 2, width)
+    got = kernels.combine(rows, a, bias, dtype)
+    assert np.allclose(got, a.astype(np.float64) @ exact + bias, rtol=1e-5, atol=1e-4)
+
+
 def test_every_finite_half_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16)

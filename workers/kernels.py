@@ -51,6 +51,7 @@ _FAST = {"reassoc", "contract"}
 _SMALL = 1 << 18  # bytes of weights below which a second thread costs more than it saves
 _CHUNK = 32  # rows that a thread takes at a time, a multiple of four
 _COLUMNS = 512  # of a sum, likewise
+_LONG_COLUMNS = 4096  # where one thread sums: long pieces of rows, and sums that stay in the L1 cache
 
 
 @intrinsic
@@ -98,22 +99,6 @@ _half: Any = _native_half if _converts_halves() else _integer_half
 def _brain(bits: Any) -> Any:
     """bfloat16 → float32."""
     return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
-
-
-@njit(fastmath=_FAST)
-def _dot(row: Any, x: Any, kind: Any) -> Any:
-    """Sum of row[j] · x[j]."""
-    total = np.float32(0)
-    if kind == 2:
-        for j in range(x.shape[0]):
-            total += _brain(row[j]) * x[j]
-    elif kind == 1:
-        for j in range(x.shape[0]):
-            total += _half(row[j]) * x[j]
-    else:
-        for j in range(x.shape[0]):
-            total += np.float32(row[j]) * x[j]
-    return total
 
 
 @njit(fastmath=_FAST)
@@ -167,20 +152,6 @@ def _add_four(y: Any, a: Any, r0: Any, r1: Any, r2: Any, r3: Any, kind: Any) -> 
             t += a1 * np.float32(r1[j])
             t += a2 * np.float32(r2[j])
             y[j] = t + a3 * np.float32(r3[j])
-
-
-@njit(fastmath=_FAST)
-def _add_scaled(y: Any, a: Any, row: Any, kind: Any) -> None:
-    """y[j] += a · row[j]: no sum over j, so the columns do not influence each other."""
-    if kind == 2:
-        for j in range(y.shape[0]):
-            y[j] += a * _brain(row[j])
-    elif kind == 1:
-        for j in range(y.shape[0]):
-            y[j] += a * _half(row[j])
-    else:
-        for j in range(y.shape[0]):
-            y[j] += a * np.float32(row[j])
 
 
 @njit(fastmath={"contract"})
@@ -293,16 +264,18 @@ def _activate(
 
 
 @njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
-def _accumulate(bundles: Any, slots: Any, a: Any, y: Any, kind: Any, counter: Any, threads: Any) -> None:
+def _accumulate(
+    bundles: Any, slots: Any, first: Any, a: Any, y: Any, kind: Any, chunk: Any, counter: Any, threads: Any
+) -> None:
     width = y.shape[0]
     for _ in prange(threads):
         while True:
-            start = _next(counter) * _COLUMNS
+            start = _next(counter) * chunk
             if start >= width:
                 break
-            stop = min(start + _COLUMNS, width)
+            stop = min(start + chunk, width)
             part = y[start:stop]
-            low, high = width + start, width + stop
+            low, high = first + start, first + stop
             whole = slots.shape[0] // 4 * 4
             for i in range(0, whole, 4):
                 _add_four(
@@ -325,16 +298,24 @@ def _attend(
     heads, width = queries.shape
     group = heads // keys.shape[0]
     biased = bias.shape[0] > 0
+    last = length - 1
     for head in prange(heads):
         shared = head // group
-        score = scores[head]
+        query, score = queries[head], scores[head]
+        key, value = keys[shared], values[shared]
+        for t in range(0, length, 4):  # as in _matvec
+            t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+            s0, s1, s2, s3 = _dots(key[t], key[t1], key[t2], key[t3], query, kind)
+            score[t] = s0
+            score[t1] = s1
+            score[t2] = s2
+            score[t3] = s3
         highest = np.float32(-np.inf)
         for t in range(length):
-            value = _dot(keys[shared, t], queries[head], kind) * scale
+            score[t] *= scale
             if biased:
-                value += bias[head, t]
-            score[t] = value
-            highest = max(highest, value)
+                score[t] += bias[head, t]
+            highest = max(highest, score[t])
         total = np.float32(0)
         for t in range(length):
             score[t] = np.float32(math.exp(score[t] - highest))
@@ -342,8 +323,13 @@ def _attend(
         result = out[head * width : (head + 1) * width]
         for j in range(width):
             result[j] = np.float32(0)
-        for t in range(length):
-            _add_scaled(result, score[t] / total, values[shared, t], kind)
+        whole = length // 4 * 4
+        for t in range(0, whole, 4):
+            _add_four(result, score[t : t + 4], value[t], value[t + 1], value[t + 2], value[t + 3], kind)
+        for t in range(whole, length):
+            _add_one(result, score[t], value[t], kind)
+        for j in range(width):
+            result[j] /= total
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -437,7 +423,21 @@ def accumulate(bundles: Carrier, slots: I32, a: F32, y: F32, dtype: str, threads
     if active.size < a.size:
         slots, a = slots[active], a[active]
     launched = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
-    _accumulate(bundles, slots, a, y, KINDS[dtype], np.zeros(1, np.int64), launched)
+    first = y.shape[0]  # columns lie behind up-projection rows of the same width
+    counter = np.zeros(1, np.int64)
+    _accumulate(bundles, slots, first, a, y, KINDS[dtype], _COLUMNS, counter, launched)
+
+
+def combine(rows: Carrier, a: F32, bias: F32, dtype: str) -> F32:
+    """bias + Σ a[i] · rows[i]: rows [n, d], a [n], bias [d]; returns [d]. One thread.
+
+    For few long rows: `matvec` by their transpose, many short ones, takes twice as long.
+    """
+    y = bias.copy()
+    _launch(1, 0)
+    every = np.arange(rows.shape[0], dtype=np.int32)
+    _accumulate(rows, every, 0, a, y, KINDS[dtype], _LONG_COLUMNS, np.zeros(1, np.int64), 1)
+    return y
 
 
 def attend(

@@ -58,7 +58,7 @@ class _Wide:
         return cls(down, up, torch.from_numpy(one.bias), float(one.scale))
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, (x * self.scale) @ self.down.T, self.up.T)
+        return torch.addmm(self.bias, (x * self.scale) @ self.down.T, self.up)
 
 
 class OracleScores:

@@ -27,7 +27,7 @@ class LowRank:
     """One layer's map."""
 
     down: npt.NDArray[Any]  # [rank, d_model] float16 as uint16
-    up: npt.NDArray[Any]  # [d_ff, rank] likewise
+    up: npt.NDArray[Any]  # [rank, d_ff] likewise: the file's matrix, transposed
     bias: F32  # [d_ff]
     scale: np.float32  # of the input
     guess: float = 0.0  # what the score of a guess must exceed
@@ -46,7 +46,7 @@ class LowRank:
             down = _half(file, f"{prefix}.down")
             if down.ndim != 2 or down.shape[1] != d_model:
                 raise StoreError(f"{file.path} holds {prefix}.down as {down.shape}, not (rank, {d_model})")
-            up = _half(file, f"{prefix}.up", (d_ff, down.shape[0]))
+            up = np.ascontiguousarray(_half(file, f"{prefix}.up", (d_ff, down.shape[0])).T)
         bias = file.vector(f"{prefix}.bias", (d_ff,))
         scaled = f"{prefix}.scale" in file
         scale = file.vector(f"{prefix}.scale", (1,))[0] if scaled else np.float32(1)
@@ -60,7 +60,7 @@ class LowRank:
     def scores(self, x: F32) -> F32:
         """[d_ff] for one hidden row x [d_model]."""
         inner = kernels.matvec(self.down, x * self.scale, "float16", 1)
-        return kernels.matvec(self.up, inner, "float16", 1, self.bias)
+        return kernels.combine(self.up, inner, self.bias, "float16")
 
 
 def _half(file: Tensors, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
