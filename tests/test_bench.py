@@ -15,6 +15,7 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file
 
+from pipeline import planner
 from pipeline.bench import ablation, children, curve, peers, rows, table
 from pipeline.bench.children import ChildFailed, Ran
 from pipeline.bench.disk import Throughput
@@ -183,7 +184,14 @@ def test_what_a_token_reads_of_memory(job: Job) -> None:
 def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
     budgets = curve.budgets(job, {}, 3)
     layout = job.store.layout
-    assert budgets[2] - budgets[0] == pytest.approx(layout.total_bytes - layout.layers * layout.stride)
+
+    def slots(budget: int) -> set[int]:
+        config = job.resolved().replace(memory={"budget": f"{budget}B"})
+        return set(planner.plan(job.store, config).plan.slots)
+
+    assert slots(budgets[0]) == {1}
+    assert slots(budgets[2] - 1) == {layout.d_ff - 1}
+    assert slots(budgets[2]) == {layout.d_ff}
     assert budgets[1] == (budgets[0] + budgets[2]) // 2
     assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
 
@@ -340,7 +348,7 @@ def test_without_a_window_every_token_begins_with_empty_slots():
 
 @pytest.mark.parametrize("stride", [512, 1024, 1536, 18432])
 def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
-    planner = Planner(base=1 << 20, slots=8, stride=stride, d_ff=10, max_read=1 << 20, max_gap=0, sink=0)
+    requests = Planner(base=1 << 20, slots=8, stride=stride, d_ff=10, max_read=1 << 20, max_gap=0, sink=0)
     positions, slots = np.array([7, 2, 3], np.int32), np.array([0, 5, 1], np.int32)
 
     def landed(requests: Any) -> dict[int, int]:
@@ -354,8 +362,8 @@ def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
                 offset += length
         return found
 
-    halves = planner.plan_halves(2, positions, slots)
-    whole = planner.plan(2, positions, slots)
+    halves = requests.plan_halves(2, positions, slots)
+    whole = requests.plan(2, positions, slots)
     assert landed(halves) == landed(whole)
     assert halves.total_bytes == whole.total_bytes == 3 * stride
     if stride > 512:

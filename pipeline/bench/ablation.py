@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.bench.job import Job
 from pipeline.bench.rows import TECHNIQUES, Row
 
+STRICT = "all techniques at a strict 50 %"
+EARLY = "early"  # the name of predictors that are asked before attention (train-predictor --early)
 BY_HALVES = {"prefetcher.split": "true"}
 IN_LAYER = {"predictor.kind": "lowrank", "predictor.lookahead": "0", "predictor.refine": "false"}
 
@@ -17,37 +21,42 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def measure(job: Job, *, strict: bool = False) -> list[Row]:
-    """Naive, hybrid and, where the store has predictors, each technique; the last row is the default.
+def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> None:
+    """`add` naive, hybrid and, where the store has predictors, each technique, as they are measured.
 
-    `strict` adds the last row at half of the checkpoint, without the GiB for what runs it.
+    There is a row with all techniques for each way to overlap. `strict` adds the quickest of them at half
+    of the checkpoint, without the GiB for what runs it.
     """
-    rows = [job.naive()]
+    measured: list[Row] = []
+
+    def ring(name: str, techniques: tuple[str, ...], settings: dict[str, str], streams: bool = False) -> None:
+        measured.append(job.ring(name, techniques, settings, streams=streams))
+        add(measured[-1])
+
+    add(job.naive())
     if not job.has_predictors:
-        rows.append(job.ring("hybrid", ("hybrid",), {"predictor.kind": "all"}, streams=True))
+        ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all"}, streams=True)
     else:
-        dense = {"predictor.kind": "all", "predictor.lookahead": "0"}
-        rows.append(job.ring("hybrid", ("hybrid",), dense, streams=True))
-        rows += [
-            job.ring(name, TECHNIQUES[: number + 2], settings)
-            for number, (name, settings) in enumerate(SPARSE)
-        ]
-        if not job.quick and job.resolved().predictor.lookahead and job.resolved().predictor.refine:
-            rows.append(job.ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"}))
-    if strict:
-        techniques = TECHNIQUES if job.has_predictors else ("hybrid",)
-        rows.append(job.ring("all techniques at a strict 50 %", techniques, budget="50%"))
-    return rows
+        ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", "predictor.lookahead": "0"}, streams=True)
+        for number, (name, settings) in enumerate(SPARSE):
+            ring(name, TECHNIQUES[: number + 2], settings)
+        default = job.resolved().predictor
+        if not job.quick and default.lookahead and default.refine:
+            ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"})
+        if job.store.predictors(EARLY).is_file():
+            ring("overlap of attention", TECHNIQUES, {"model.predictor": EARLY, "predictor.lookahead": "0"})
+    quickest = best([row for row in measured if complete(job, row)])
+    if strict and quickest is not None:
+        add(job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%"))
 
 
-def complete(rows: list[Row]) -> list[Row]:
-    """The rings with all techniques at the full budget; without predictors, the only one there is."""
-    rings = [row for row in rows if not row.error and row.name != "naive" and "strict" not in row.name]
-    most = max((len(row.techniques) for row in rings), default=0)
-    return [row for row in rings if len(row.techniques) == most]
+def complete(job: Job, row: Row) -> bool:
+    """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
+    wanted = TECHNIQUES if job.has_predictors else TECHNIQUES[:1]
+    return not row.error and row.techniques == wanted and row.name != STRICT
 
 
 def best(rows: list[Row]) -> Row | None:
     """The quickest ring at the full budget; None when none could be measured."""
-    rings = [row for row in rows if not row.error and row.name != "naive" and "strict" not in row.name]
+    rings = [row for row in rows if not row.error and row.name not in ("naive", STRICT)]
     return min(rings, key=lambda row: row.total_ms, default=None)

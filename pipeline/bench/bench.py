@@ -31,12 +31,14 @@ class Bench:
 
     job: Job
     out: Path
+    parts: Sequence[str]
     draw: bool
     conditions: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
     rows: list[Row] = field(default_factory=list)
     curve: list[Row] = field(default_factory=list)
     tries: list[Throughput] = field(default_factory=list)
+    ceilings: dict[str, tuple[Throughput, Throughput]] = field(default_factory=dict)  # row → disk's
     bandwidth: dict[str, float] = field(default_factory=dict)
     roofs: list[Roofline] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
@@ -133,7 +135,7 @@ def measure(
     say: Callable[[str], None],
 ) -> Bench:
     """Measure the parts, in their order; writes into `out` after each."""
-    bench = Bench(job, out, draw, conditions.take(job.store.path))
+    bench = Bench(job, out, parts, draw, conditions.take(job.store.path))
     for caveat in conditions.caveats(bench.conditions):
         say(caveat)
     for part in PARTS:
@@ -149,7 +151,19 @@ def measure(
 
 
 def _ablation(bench: Bench, strict: bool) -> None:
-    bench.rows = ablation.measure(bench.job, strict=strict)
+    def add(row: Row) -> None:
+        bench.rows.append(row)
+        if "roofline" in bench.parts and _has_roof(bench.job, row):
+            bench.ceilings[row.name] = roofline.ceilings(bench.job, row)
+        bench.write()
+
+    ablation.measure(bench.job, add, strict=strict)
+
+
+def _has_roof(job: Job, row: Row) -> bool:
+    """Rings with all techniques have one and, but for a quick run, the naive row."""
+    naive = row.name == "naive" and not row.error and not job.quick
+    return naive or (ablation.complete(job, row) and row.bytes_per_token > 0)
 
 
 def _curve(bench: Bench, strict: bool) -> None:
@@ -163,17 +177,21 @@ def _disk(bench: Bench, strict: bool) -> None:
 
 
 def _roofline(bench: Bench, strict: bool) -> None:
-    """Of the rings with all techniques and, but for a quick run, of the naive row, where measured."""
+    """Of the rows whose ceilings have been taken."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
     memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
-    rows = [row for row in bench.rows if row.name == "naive" and not row.error and not job.quick]
-    bench.roofs = [roofline.of_naive(job, row, memory) for row in rows]
-    sequential = roofline.sequential(job).bytes_per_second
-    for row in ablation.complete(bench.rows):
-        bench.prefills.append(prefill.measure(job, row, sequential, bench.bandwidth))
-        if row.bytes_per_token:
-            bench.roofs.append(roofline.measure(job, row, memory))
+    rows = {row.name: row for row in bench.rows}
+    bench.roofs = [
+        roofline.measure(job, rows[name], memory, ceilings) for name, ceilings in bench.ceilings.items()
+    ]
+    naive = bench.ceilings.get("naive")
+    sequential = (naive[0] if naive else roofline.sequential(job)).bytes_per_second
+    bench.prefills = [
+        prefill.measure(job, row, sequential, bench.bandwidth)
+        for row in bench.rows
+        if ablation.complete(job, row)
+    ]
     if not job.quick:
         bench.fio = disk.beside_fio(job.store, job.store.layout.stride)
 

@@ -115,28 +115,27 @@ def bandwidth(job: Job) -> dict[str, float]:
     }
 
 
-def measure(job: Job, row: Row, memory: float) -> Roofline:
-    """The roof of one ring's row."""
+def ceilings(job: Job, row: Row) -> tuple[Throughput, Throughput]:
+    """The most that the disk gives at a row's request size: idle, and while the kernels run.
+
+    To be taken right after the row: shared disks change within minutes.
+    """
+    idle, loaded = (_ceiling(job, row, dtype) for dtype in (None, job.store.layout.dtype))
+    return idle, loaded
+
+
+def _ceiling(job: Job, row: Row, dtype: str | None) -> Throughput:
+    if row.name == "naive" or row.settings.get("predictor.kind") == "all":
+        return sequential(job, dtype)
     stride = job.store.layout.stride
     request = max(stride, round(row.request_bytes / stride) * stride)
-    dtype = job.store.layout.dtype
-    idle = disk.ceiling(job.store, request, quick=job.quick)
-    loaded = disk.ceiling(job.store, request, quick=job.quick, dtype=dtype)
-    return Roofline(
-        row=row.name,
-        request_bytes=request,
-        disk_idle=idle.bytes_per_second,
-        disk_loaded=loaded.bytes_per_second,
-        memory=memory,
-        flash_bytes=row.bytes_per_token,
-        memory_bytes=memory_bytes(job, row),
-        total_ms=row.total_ms,
-    )
+    return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype)
 
 
-def of_naive(job: Job, row: Row, memory: float) -> Roofline:
-    """The naive baseline's: sequential reads, and every weight."""
-    idle, loaded = sequential(job), sequential(job, job.store.layout.dtype)
+def measure(job: Job, row: Row, memory: float, rates: tuple[Throughput, Throughput]) -> Roofline:
+    """The roof of a row: `memory` in bytes a second, and its `ceilings`."""
+    idle, loaded = rates
+    naive = row.name == "naive"
     return Roofline(
         row=row.name,
         request_bytes=idle.request_bytes,
@@ -144,7 +143,7 @@ def of_naive(job: Job, row: Row, memory: float) -> Roofline:
         disk_loaded=loaded.bytes_per_second,
         memory=memory,
         flash_bytes=row.bytes_per_token,
-        memory_bytes=float(planner.checkpoint_bytes(job.store)),
+        memory_bytes=float(planner.checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
         total_ms=row.total_ms,
     )
 
