@@ -7,6 +7,7 @@ they need torch: `launch.run_module` tells them under which name they were start
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import typer
 
@@ -17,6 +18,13 @@ from pipeline.launch import PROGRAM
 def make() -> typer.Typer:
     """A program without commands yet."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def single(main: Callable[..., None]) -> int:
+    """Run a program of one command; returns the exit status."""
+    app = make()
+    app.command()(main)
+    return run(app)
 
 
 def run(app: typer.Typer) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable
 from contextlib import closing
 
@@ -257,6 +258,7 @@ class Scheduler:
         except FlashringError as error:
             self._call(self._hand_over, job, Error(request, code_of(error), str(error)))
         except Exception as error:  # a bug: this request fails, the server goes on with a new ring
+            traceback.print_exc()  # for whoever looks after the server; the client gets one sentence
             self.ring.close()
             self._call(self._hand_over, job, Error(request, INTERNAL, f"internal error: {error!r}"))
 

@@ -406,12 +406,13 @@ def test_deaths_that_are_far_apart_are_not_the_end(tmp_path):
         assert client.health().status in ("ready", "restarting", "busy")
 
 
-def test_a_bug_ends_one_request_only(tmp_path):
+def test_a_bug_ends_one_request_only(tmp_path, capfd):
     sessions = [BuggySession(), FastSession()]
     with served(tmp_path, lambda: sessions.pop(0)) as server, Client(server.endpoint) as client:
         with pytest.raises(ServingError, match="ZeroDivisionError"):
             client.generate("x").read()
         assert client.generate("x", max_new_tokens=2).read() == text_of("x", max_new_tokens=2)
+    assert "ZeroDivisionError: a bug" in capfd.readouterr().err, "who runs the server is told where"
 
 
 def test_a_client_connects_again_to_a_new_server(tmp_path):

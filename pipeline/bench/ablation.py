@@ -45,6 +45,8 @@ def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> No
             ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"})
         if job.store.predictors(EARLY).is_file():
             ring("overlap of attention", TECHNIQUES, {"model.predictor": EARLY, "predictor.lookahead": "0"})
+        elif job.store.architecture.block == "parallel" and not job.quick:
+            ring("overlap of attention", TECHNIQUES, IN_LAYER)  # the FFN's input is attention's, too
     quickest = best([row for row in measured if complete(job, row)])
     if strict and quickest is not None:
         add(job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%"))

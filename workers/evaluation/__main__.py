@@ -194,9 +194,7 @@ def _print(found: _Found, config: Config) -> None:
 
 def run() -> int:
     """The command line's exit status."""
-    app = program.make()
-    app.command()(main)
-    return program.run(app)
+    return program.single(main)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ def draw(layers: list[dict[str, Any]], out: Path) -> None:
 
 def run() -> int:
     """The command line's exit status."""
-    app = program.make()
-    app.command()(main)
-    return program.run(app)
+    return program.single(main)
 
 
 if __name__ == "__main__":

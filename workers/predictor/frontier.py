@@ -215,9 +215,7 @@ def _numbers(text: str, least: int, most: int) -> list[int]:
 
 def run() -> int:
     """The command line's exit status."""
-    app = program.make()
-    app.command()(main)
-    return program.run(app)
+    return program.single(main)
 
 
 if __name__ == "__main__":

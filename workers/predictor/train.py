@@ -291,9 +291,7 @@ def main(
 
 def run() -> int:
     """The command line's exit status."""
-    app = program.make()
-    app.command()(main)
-    return program.run(app)
+    return program.single(main)
 
 
 if __name__ == "__main__":
