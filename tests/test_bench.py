@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,37 @@ def test_the_best_row_is_a_ring_at_the_full_budget():
     assert best is not None
     assert best.name == "+ overlap"
     assert ablation.best([found[0], found[2]]) is None
+
+
+def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, monkeypatch: Any) -> None:
+    job = replace(job, quick=False)
+    times = {"+ overlap": 30.0, "overlap without refinement": 20.0, "overlap of attention": 10.0}
+
+    def ring(self: Job, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Row:
+        return Row(name, techniques, total_ms=times.get(name, 5.0), settings={**settings, **other})
+
+    monkeypatch.setattr(Job, "ring", ring)
+    monkeypatch.setattr(Job, "naive", lambda self: Row("naive", total_ms=1.0))
+    early = job.store.predictors(ablation.EARLY)
+
+    def measured() -> list[Row]:
+        found: list[Row] = []
+        ablation.measure(job, found.append, strict=True)
+        return found
+
+    names = ["naive", "hybrid", "+ predictor", "+ window", "+ bundling"]
+    without = measured()
+    assert [row.name for row in without] == [*names, *list(times)[:2], ablation.STRICT]
+    assert without[-1].settings["predictor.refine"] == "false"
+    early.write_bytes(job.store.predictors("default").read_bytes())
+    try:
+        found = measured()
+    finally:
+        early.unlink()
+    assert [row.name for row in found] == [*names, *times, ablation.STRICT]
+    assert [row.name for row in found if ablation.complete(job, row)] == list(times)
+    assert found[-1].settings["model.predictor"] == ablation.EARLY
+    assert found[-1].settings["budget"] == "50%"
 
 
 # -- roofline -------------------------------------------------------------------------------------
