@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 from pipeline.console import say, write
-from storage.errors import FlashringError
+from storage.errors import FlashringError, reason
 
 FAILED = 1
 WRONG_USE = 2
@@ -84,5 +84,5 @@ def _usage(error: Exception) -> str:
 
 
 def _describe(error: OSError) -> str:
-    what = error.strerror or str(error)
+    what = reason(error)
     return f"{error.filename}: {what}" if error.filename else what

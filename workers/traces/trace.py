@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import StoreError, StoreMissing
+from storage.errors import StoreError, StoreMissing, reason
 
 Bits = npt.NDArray[np.uint8]
 VERSION = 1
@@ -82,7 +82,7 @@ class Trace:
             d_ff, stride = int(meta.pop("d_ff")), int(meta.pop("stride"))
             shape = (*arrays["active"].shape[:2], -(-d_ff // 8))
         except OSError as error:
-            raise StoreMissing(f"{path} cannot be read: {error.strerror or error}") from error
+            raise StoreMissing(f"{path} cannot be read: {reason(error)}") from error
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise StoreMissing(f"{path} is not a trace") from error
         if any(array.shape != shape or array.dtype != np.uint8 for array in arrays.values()):
