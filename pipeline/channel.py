@@ -62,9 +62,11 @@ class Channel:
     def receive(self, inbox: str, timeout: float | None = None) -> Message | None:
         """Wait up to `timeout` seconds (None: for ever) for the next message; None on time-out."""
         socket = self._inboxes[inbox]
-        if timeout is not None and not socket.poll(int(timeout * 1000)):
+        socket.rcvtimeo = -1 if timeout is None else int(timeout * 1000)
+        try:
+            return decode(socket.recv())
+        except zmq.Again:
             return None
-        return decode(socket.recv())
 
     def on_message(self, inbox: str, handle: Callable[[Message], None]) -> None:
         """Call `handle` for every message from now on, on the running event loop.

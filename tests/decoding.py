@@ -57,8 +57,8 @@ class LocalDecoder:
         x = self.token.embed(token)
         for index, bundles in enumerate(self.bundles):
             residual, hidden = before_ffn(self.architecture, self.token, index, x, lambda _: None)
-            ffn = TokenFfn(self.token, index, hidden, bundles)
-            ffn.add(self.ids, self.ids)
+            ffn = TokenFfn(self.token, index, hidden, bundles, np.stack([self.ids, self.ids]))
+            ffn.add(self.ids.size)
             ffn.close()
             x = after_ffn(self.architecture, self.token, index, residual, ffn.output)
         self.length += 1

@@ -79,8 +79,28 @@ def test_accumulate(dtype, slots, width, padding, seed):
     a = np.maximum(normal(seed + 1, slots), 0)
     y = normal(seed + 2, width)
     expected = y + a.astype(np.float64) @ exact[where, width : 2 * width]
-    kernels.accumulate(bundles, where, a, y, dtype, 2)
+    ids = np.random.default_rng(seed + 3).permutation(2 * slots)[:slots].astype(np.int32)
+    active = kernels.accumulate(bundles, ids, where, a, y, dtype, 2)
+    assert active == np.count_nonzero(a)
     assert np.allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 60), width=sizes, sparse=st.booleans(), seed=st.integers(0, 99))
+def test_sums_run_by_ascending_ids_whatever_the_order_of_the_parts(dtype, count, width, sparse, seed):
+    rng = np.random.default_rng(seed)
+    bundles, _ = stored(normal(seed, 70, 2 * width), dtype)
+    ids = np.sort(rng.choice(4096, count, replace=False)).astype(np.int32)
+    slots = rng.choice(70, count, replace=False).astype(np.int32)
+    a = normal(seed + 1, count)
+    if sparse:
+        a = np.maximum(a, 0)
+    whole, parts = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    kernels.accumulate(bundles, ids, slots, a, whole, dtype, 1)
+    order = rng.permutation(count)
+    kernels.accumulate(bundles, ids[order], slots[order], a[order], parts, dtype, 2)
+    assert whole.tobytes() == parts.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +143,7 @@ def test_threads_do_not_change_a_bit(dtype, width):
     for threads in (1, 2):
         a = kernels.activate(bundles, ids, ids, h, kernels.NO_BIAS, dtype, "relu", threads)
         y = h.copy()
-        kernels.accumulate(bundles, ids, a, y, dtype, threads)
+        kernels.accumulate(bundles, ids, ids, a, y, dtype, threads)
         product = kernels.matvec(bundles, np.concatenate([h, h]), dtype, threads)
         results.append(b"".join(array.tobytes() for array in (a, y, product)))
     assert results[0] == results[1]
@@ -135,10 +155,10 @@ def test_the_division_of_the_columns_does_not_change_a_bit(count, width):
     bundles, _ = stored(normal(1, count, 2 * width), "bfloat16")
     slots, a = np.arange(count, dtype=np.int32), normal(2, count)
     whole, alone = normal(3, width), normal(3, width)
-    kernels.accumulate(bundles, slots, a, whole, "bfloat16", 1)
+    kernels.accumulate(bundles, slots, slots, a, whole, "bfloat16", 1)
     for column in range(width):  # each by itself
         pair = np.ascontiguousarray(bundles[:, [column, width + column]])
-        kernels.accumulate(pair, slots, a, alone[column : column + 1], "bfloat16", 1)
+        kernels.accumulate(pair, slots, slots, a, alone[column : column + 1], "bfloat16", 1)
     assert whole.tobytes() == alone.tobytes()
 
 
@@ -152,7 +172,7 @@ def test_segments_and_slots_do_not_change_a_bit(dtype, width, cuts, seed):
     h, bias = normal(seed + 1, width), normal(seed + 2, 60)
     whole = np.zeros(width, np.float32)
     a = kernels.activate(bundles, ids, ids, h, bias, dtype, "relu", 1)
-    kernels.accumulate(bundles, ids, a, whole, dtype, 1)
+    kernels.accumulate(bundles, ids, ids, a, whole, dtype, 1)
 
     slots = rng.permutation(60).astype(np.int32)
     moved = np.empty_like(bundles)
@@ -161,7 +181,7 @@ def test_segments_and_slots_do_not_change_a_bit(dtype, width, cuts, seed):
     for some in np.split(ids, sorted(cuts)):
         part = kernels.activate(moved, some, slots[some], h, bias, dtype, "relu", 2)
         assert part.tobytes() == a[some].tobytes()
-        kernels.accumulate(moved, slots[some], part, y, dtype, 2)
+        kernels.accumulate(moved, some, slots[some], part, y, dtype, 2)
     assert y.tobytes() == whole.tobytes()
 
 
@@ -173,8 +193,8 @@ def test_neurons_that_are_zero_may_be_left_out(dtype):
     active = ids[a > 0]
     assert 0 < active.size < 50
     whole, sparse = normal(3, 65), normal(3, 65)
-    kernels.accumulate(bundles, ids, a, whole, dtype, 1)
-    kernels.accumulate(bundles, active, a[active], sparse, dtype, 1)
+    kernels.accumulate(bundles, ids, ids, a, whole, dtype, 1)
+    kernels.accumulate(bundles, active, active, a[active], sparse, dtype, 1)
     assert whole.tobytes() == sparse.tobytes()
 
 
@@ -199,19 +219,61 @@ def test_a_products_sign_is_the_activations():
     seed=st.integers(0, 99),
 )
 def test_attention(kv_heads, group, width, length, biased, dtype, seed):
-    heads, context = kv_heads * group, 40
+    heads, context, position = kv_heads * group, 40, length - 1
     queries, keys = normal(seed, heads, width), normal(seed + 1, kv_heads, context, width)
     values, scores = normal(seed + 2, kv_heads, context, width), np.empty((heads, context), np.float32)
     bias = normal(seed + 3, heads, context) if biased else np.zeros((0, 0), np.float32)
-    stored = narrow(keys, dtype), narrow(values, dtype)
-    result = kernels.attend(queries, *stored, length, bias, scores, dtype, 2)
-    keys, values = (widen(array, dtype) for array in stored)
+    expected_caches = narrow(keys, dtype), narrow(values, dtype)
+    caches = [cache.copy() for cache in expected_caches]
+    for cache in caches:
+        cache[:, position] = 1  # until the kernel puts the token's own there
+    projected = np.concatenate([queries, keys[:, position], values[:, position]]).reshape(-1)
+    none = kernels.NO_BIAS
+    result = kernels.attend(projected, none, none, *caches, position, bias, scores, dtype, 2)
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert cache.tobytes() == expected_cache.tobytes()
+    keys, values = (widen(array, dtype) for array in caches)
     for head in range(heads):
         k, v = (array[head // group, :length].astype(np.float64) for array in (keys, values))
         weights = k @ queries[head] / math.sqrt(width) + (bias[head, :length] if biased else 0)
         weights = np.exp(weights - weights.max())
         expected = weights @ v / weights.sum()
         assert np.allclose(result[head * width : (head + 1) * width], expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 3), half=st.integers(1, 40), seed=st.integers(0, 99))
+def test_rotary(kv_heads, group, half, seed):
+    """Queries and keys are turned, values are not."""
+    heads, width = kv_heads * group, 2 * half
+    vectors, angles = normal(seed, heads + 2 * kv_heads, width), normal(seed + 1, half)
+    turned = (vectors[:, :half] + 1j * vectors[:, half:]) * np.exp(1j * angles.astype(np.float64))
+    expected = np.concatenate([turned.real, turned.imag], axis=1)
+    expected[heads + kv_heads :] = vectors[heads + kv_heads :]
+    keys, values = (np.zeros((kv_heads, 1, width), np.float32) for _ in range(2))
+    projected, scores = vectors.reshape(-1).copy(), np.empty((heads, 1), np.float32)
+    no_bias = np.zeros((0, 0), np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    kernels.attend(projected, cos, sin, keys, values, 0, no_bias, scores, "float32", 1)
+    assert np.allclose(projected.reshape(-1, width), expected, atol=1e-5)
+    assert keys[:, 0].tobytes() == projected.reshape(-1, width)[heads : heads + kv_heads].tobytes()
+    assert values[:, 0].tobytes() == vectors[heads + kv_heads :].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_is_that_of_narrow(dtype):
+    """Of every sixteenth exponent's floats, of those around every half, and of what is out of range."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = halves[np.isfinite(halves)]
+    ties = halves[:, None].view(np.uint32) + np.array([-1, 0, 1, 0xFFF, 0x1000, 0x1001, 0x8000], np.int64)
+    spread = np.arange(0, 1 << 32, 40_503, dtype=np.int64)
+    values = np.concatenate([ties.reshape(-1), spread]).astype(np.uint32).view(np.float32)
+    values = np.concatenate([values[~np.isnan(values)], np.float32([0, -0.0, np.inf, -np.inf, 65_520])])
+    width = 1024
+    values = np.resize(values, (-(-values.size // width), width))
+    cache = np.zeros((values.shape[0], 1, width), np.uint16)
+    kernels._put(values, 0, cache, kernels.KINDS[dtype])
+    assert np.array_equal(cache[:, 0], narrow(values, dtype))
 
 
 @pytest.mark.parametrize(("weighted", "biased"), [(True, True), (True, False), (False, False)])
@@ -225,15 +287,6 @@ def test_layer_norm(weighted, biased, width, seed):
     expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
     expected = expected * (weight if weighted else 1) + (bias if biased else 0)
     assert np.allclose(kernels.layer_norm(x, weight, bias, 1e-5), expected, rtol=1e-4, atol=1e-4)
-
-
-@settings(max_examples=20, deadline=None)
-@given(heads=st.integers(1, 5), half=st.integers(1, 40), seed=st.integers(0, 99))
-def test_rotary(heads, half, seed):
-    vectors, angles = normal(seed, heads, 2 * half), normal(seed + 1, half)
-    turned = (vectors[:, :half] + 1j * vectors[:, half:]) * np.exp(1j * angles.astype(np.float64))
-    kernels.rotate(vectors, np.cos(angles), np.sin(angles))
-    assert np.allclose(vectors, np.concatenate([turned.real, turned.imag], axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -258,9 +311,9 @@ def test_a_neuron_is_the_same_bits_whichever_neurons_are_computed_with_it(dtype)
     a = random.standard_normal(count).astype(np.float32)
     a[[2, 7]] = 0
     whole, parts = np.zeros(width, np.float32), np.zeros(width, np.float32)
-    kernels.accumulate(bundles, every, a, whole, dtype, 1)
+    kernels.accumulate(bundles, every, every, a, whole, dtype, 1)
     for cut in (every[:3], every[3:4], every[4:10], every[10:]):
-        kernels.accumulate(bundles, cut, a[cut], parts, dtype, 1)
+        kernels.accumulate(bundles, cut, cut, a[cut], parts, dtype, 1)
     assert parts.tobytes() == whole.tobytes()
 
 

@@ -68,6 +68,19 @@ _as_float: Any = _bits  # called by compiled code with the bits alone
 
 
 @intrinsic
+def _bits_of(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+_as_bits: Any = _bits_of
+
+
+@intrinsic
 def _native_half(typing_context: Any, bits: Any) -> Any:
     """float16 → float32 by the processor's own instruction, sixteen at a time where there is AVX-512."""
 
@@ -99,6 +112,31 @@ _half: Any = _native_half if _converts_halves() else _integer_half
 def _brain(bits: Any) -> Any:
     """bfloat16 → float32."""
     return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
+
+
+@njit(inline="always")
+def _to_half(value: Any) -> Any:
+    """float32 → float16, to the nearest, ties to even; what is beyond its range becomes its largest."""
+    bits = _as_bits(value)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = bits & np.uint32(0x7FFFFFFF)
+    if size > np.uint32(0x7F800000):  # NaN
+        return np.uint16(sign | np.uint32(0x7E00))
+    size = min(size, np.uint32(0x477FE000))  # 65,504
+    if size < np.uint32(0x38800000):  # below the least normal: adding ½ leaves units of 2⁻²⁴ in the last bits
+        small = _as_bits(_as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+        return np.uint16(sign | np.uint32(small))
+    tie = (size >> np.uint32(13)) & np.uint32(1)
+    rounded = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + tie) >> np.uint32(13)
+    return np.uint16(sign | np.uint32(rounded))
+
+
+@njit(inline="always")
+def _to_brain(value: Any) -> Any:
+    """float32 → bfloat16, to the nearest, ties to even."""
+    bits = _as_bits(value)
+    tie = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + tie) >> np.uint32(16))
 
 
 @njit(fastmath=_FAST)
@@ -365,6 +403,79 @@ def _rotate(vectors: Any, cos: Any, sin: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _put(vectors: Any, position: Any, cache: Any, kind: Any) -> None:
+    """Round `vectors` [heads, head_dim] into row `position` of `cache` [heads, context, head_dim]."""
+    for head in range(vectors.shape[0]):
+        row = cache[head, position]
+        for j in range(row.shape[0]):
+            if kind == 2:
+                row[j] = _to_brain(vectors[head, j])
+            elif kind == 1:
+                row[j] = _to_half(vectors[head, j])
+            else:
+                row[j] = vectors[head, j]
+
+
+@njit(cache=True, nogil=True)
+def _keep_and_attend(
+    projected: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    position: Any,
+    bias: Any,
+    scores: Any,
+    out: Any,
+    kind: Any,
+) -> None:
+    heads, width = scores.shape[0], keys.shape[2]
+    vectors = projected.reshape(-1, width)
+    shared = heads + keys.shape[0]
+    _rotate(vectors[:shared], cos, sin)
+    _put(vectors[heads:shared], position, keys, kind)
+    _put(vectors[shared:], position, values, kind)
+    scale = np.float32(1 / math.sqrt(width))
+    _attend(vectors[:heads], keys, values, position + 1, scale, bias, scores, out, kind)
+
+
+@njit(cache=True, nogil=True)
+def _ascending(ids: Any, a: Any) -> Any:
+    """Places of the activations that are not zero, by ascending id."""
+    places = np.empty(ids.shape[0], np.int64)
+    count = 0
+    last = -1
+    ordered = True
+    for i in range(ids.shape[0]):
+        if a[i] != 0:
+            places[count] = i
+            count += 1
+            ordered = ordered and ids[i] > last
+            last = max(last, ids[i])
+    places = places[:count]
+    if ordered:
+        return places
+    place_of = np.full(last + 1, -1, np.int64)
+    for place in places:
+        place_of[ids[place]] = place
+    count = 0
+    for place in place_of:
+        if place >= 0:
+            places[count] = place
+            count += 1
+    return places
+
+
+@njit(cache=True, nogil=True)
+def _sum(
+    bundles: Any, ids: Any, slots: Any, a: Any, first: Any, y: Any, kind: Any, chunk: Any, threads: Any
+) -> Any:
+    places = _ascending(ids, a)
+    _accumulate(bundles, slots[places], first, a[places], y, kind, chunk, np.zeros(1, np.int64), threads)
+    return places.shape[0]
+
+
+@njit(cache=True, nogil=True)
 def _gather(bundles: Any, slots: Any, start: Any, out: Any, kind: Any) -> None:
     for i in range(slots.shape[0]):
         row = bundles[slots[i], start : start + out.shape[1]]
@@ -399,33 +510,38 @@ def matvec(
 
 
 def activate(
-    bundles: Carrier, ids: I32, slots: I32, h: F32, bias: F32, dtype: str, function: str, threads: int
+    bundles: Carrier,
+    ids: I32,
+    slots: I32,
+    h: F32,
+    bias: F32,
+    dtype: str,
+    function: str,
+    threads: int,
+    out: F32 | None = None,
 ) -> F32:
     """Activations [n] of the neurons `ids` [n], whose bundles lie in `slots` [n].
 
     `bundles` is [slots, stride in elements]: the up-projection row, the down-projection column,
     padding. `bias` [d_ff] is indexed by id, or empty.
     """
-    result = np.empty(slots.shape[0], np.float32)
+    result = np.empty(slots.shape[0], np.float32) if out is None else out
     launched = _launch(threads, slots.shape[0] * h.shape[0] * bundles.itemsize)
     counter = np.zeros(1, np.int64)
     _activate(bundles, ids, slots, h, bias, result, KINDS[dtype], ACTIVATIONS[function], counter, launched)
     return result
 
 
-def accumulate(bundles: Carrier, slots: I32, a: F32, y: F32, dtype: str, threads: int) -> None:
-    """y [d_model] += Σ a[i] · down-projection column of slots[i], in the given order.
+def accumulate(bundles: Carrier, ids: I32, slots: I32, a: F32, y: F32, dtype: str, threads: int) -> int:
+    """y [d_model] += Σ a[i] · down-projection column of slots[i], by ascending ids[i]; all [n].
 
     Each column is summed strictly in that order, so that a sum may be continued by another call.
-    Zero activations are skipped: for ReLU they change nothing.
+    Zero activations are skipped: for ReLU they change nothing. Returns the number of the others.
     """
-    active = np.flatnonzero(a)
-    if active.size < a.size:
-        slots, a = slots[active], a[active]
     launched = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
     first = y.shape[0]  # columns lie behind up-projection rows of the same width
-    counter = np.zeros(1, np.int64)
-    _accumulate(bundles, slots, first, a, y, KINDS[dtype], _COLUMNS, counter, launched)
+    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], _COLUMNS, launched)
+    return active
 
 
 def combine(rows: Carrier, a: F32, bias: F32, dtype: str) -> F32:
@@ -441,25 +557,29 @@ def combine(rows: Carrier, a: F32, bias: F32, dtype: str) -> F32:
 
 
 def attend(
-    queries: F32,
+    projected: F32,
+    cos: F32,
+    sin: F32,
     keys: Carrier,
     values: Carrier,
-    length: int,
+    position: int,
     bias: F32,
     scores: F32,
     dtype: str,
     threads: int,
 ) -> F32:
-    """Attention of one token over `length` cached ones; returns [heads · head_dim].
+    """Attention of the token at `position`; returns [heads · head_dim].
 
-    queries [heads, head_dim]; keys, values [kv_heads, context, head_dim] of `dtype`'s carrier; bias
-    [heads, context] is added to the scaled scores, or has no rows; scores [heads, context] is scratch.
+    projected [(heads + 2 · kv_heads) · head_dim]: its queries, keys and values, of which the first two
+    are rotated in place by cos and sin [head_dim / 2], or not where these are empty. Keys and values go
+    into the caches, [kv_heads, context, head_dim] of `dtype`'s carrier, before they are attended to.
+    bias [heads, context] is added to the scaled scores, or has no rows; scores [heads, context] is scratch.
     """
-    heads, width = queries.shape
+    heads, width = scores.shape[0], keys.shape[2]
     out = np.empty(heads * width, np.float32)
-    _launch(threads, heads * length * width * 2 * keys.itemsize)
-    scale = np.float32(1 / math.sqrt(width))
-    _attend(queries, keys, values, length, scale, bias, scores, out, KINDS[dtype])
+    _launch(threads, heads * (position + 1) * width * 2 * keys.itemsize)
+    kind = KINDS[dtype]
+    _keep_and_attend(projected, cos, sin, keys, values, position, bias, scores, out, kind)
     return out
 
 
@@ -468,11 +588,6 @@ def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float) -> F32:
     out = np.empty_like(x)
     _layer_norm(x, weight, bias, np.float32(epsilon), out)
     return out
-
-
-def rotate(vectors: F32, cos: F32, sin: F32) -> None:
-    """Rotary embedding, in place: vectors [n, head_dim], cos and sin [head_dim / 2], halves rotated."""
-    _rotate(vectors, cos, sin)
 
 
 def gather(bundles: Carrier, slots: I32, start: int, width: int, dtype: str, out: F32) -> None:
@@ -488,18 +603,17 @@ def warm(dtype: str, cache_dtype: str = "float32") -> None:
     """Compile, or load from the cache, every kernel for stores of `dtype` and keys of `cache_dtype`."""
     carrier = np.float32 if dtype == "float32" else np.uint16
     weights = np.zeros((2, 128), carrier)
-    ids = np.zeros(2, np.int32)
+    ids = np.zeros(1, np.int32)
     x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
     matvec(weights, np.zeros(128, np.float32), dtype, 1)
     a = activate(weights, ids, ids, x, NO_BIAS, dtype, "relu", 1)
-    accumulate(weights, ids, a, y, dtype, 1)
-    queries = np.zeros((2, 64), np.float32)
+    accumulate(weights, ids, ids, a, y, dtype, 1)
     cache = np.zeros((1, 2, 64), np.float32 if cache_dtype == "float32" else np.uint16)
-    no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((2, 2), np.float32)
-    attend(queries, cache, cache, 1, no_bias, scores, cache_dtype, 1)
+    projected, angles = np.zeros(3 * 64, np.float32), x[:32]
+    no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
+    attend(projected, angles, angles, cache, cache, 0, no_bias, scores, cache_dtype, 1)
     layer_norm(x, x, x, 1e-5)
-    rotate(queries, x[:32], x[:32])
-    gather(weights, ids, 0, 64, dtype, np.zeros((2, 64), np.float32))
+    gather(weights, ids, 0, 64, dtype, np.zeros((2, 64), np.float32)[:1])
 
 
 def notes() -> str:

@@ -266,7 +266,7 @@ class StreamedOperations(TokenOperations):
                 active = kernels.activate(
                     bundles, ids, slots, x, up_bias, self.weights.dtype, a.activation, self.threads
                 )
-                kernels.accumulate(bundles, slots, active, y, self.weights.dtype, self.threads)
+                kernels.accumulate(bundles, slots, slots, active, y, self.weights.dtype, self.threads)
                 done += piece.rows
         return y
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.segments import ID, SLOT
 from storage.families.architecture import (
     EMBED,
     FINAL_NORM,
@@ -34,8 +35,10 @@ class TokenOperations:
         self.cache = KeyValueCache(
             architecture.layers, architecture.kv_heads, context, architecture.head_dim, cache_dtype
         )
+        self.activations = np.empty(architecture.d_ff, np.float32)  # of one layer at a time
         self._scores = np.empty((architecture.heads, context), np.float32)
         self._bias = np.zeros((0, 0), np.float32)
+        self._cos = self._sin = np.zeros((context, 0), np.float32)
         if architecture.positions == "alibi":
             self._bias = positions.alibi(architecture.heads, architecture.head_dim, context)
         elif architecture.positions == "rotary":
@@ -56,17 +59,13 @@ class TokenOperations:
         return kernels.layer_norm(x, weight, bias, self.architecture.norm_epsilon)
 
     def attention(self, index: int, x: F32) -> F32:
-        a = self.architecture
-        heads = self._linear(layer(index, "qkv"), x).reshape(-1, a.head_dim)
-        if a.positions == "rotary":
-            kernels.rotate(heads[: a.heads + a.kv_heads], self._cos[self.position], self._sin[self.position])
-        keys, values = np.split(heads[a.heads :, None], 2)
-        self.cache.put(index, self.position, keys, values)
         mixed = kernels.attend(
-            heads[: a.heads],
+            self._linear(layer(index, "qkv"), x),
+            self._cos[self.position],
+            self._sin[self.position],
             self.cache.keys[index],
             self.cache.values[index],
-            self.position + 1,
+            self.position,
             self._bias,
             self._scores,
             self.cache.dtype,
@@ -100,44 +99,55 @@ class TokenFfn:
     """
 
     def __init__(
-        self, operations: TokenOperations, index: int, ffn_input: F32, bundles: npt.NDArray[np.generic]
+        self,
+        operations: TokenOperations,
+        index: int,
+        ffn_input: F32,
+        bundles: npt.NDArray[np.generic],
+        table: npt.NDArray[np.int32],
     ) -> None:
+        """`bundles` [slots, stride in elements]; `table` [2, d_ff]: neurons and slots, part behind part."""
         self._input = ffn_input
-        self._bundles = bundles  # [slots, stride in elements]
+        self._bundles = bundles
+        self._ids, self._slots = table[ID], table[SLOT]
+        self._activations = operations.activations
         self._function = operations.architecture.activation
         self._dtype = operations.weights.dtype
         self._threads = operations.threads
         self._up_bias = operations.weights.vector(layer(index, "up.bias"))
         down_bias = operations.weights.vector(layer(index, "down.bias"))
         self.output = down_bias.copy() if down_bias.size else np.zeros_like(ffn_input)
-        self._open: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], F32]] = []
+        self._summed = self._activated = 0  # neurons of the table
         self.active = 0  # neurons so far whose activation is not zero
 
-    def add(self, ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
-        """Compute the activations of a part (ids ascending)."""
-        if ids.size:
-            a = kernels.activate(
+    def add(self, count: int) -> None:
+        """Compute the activations of the table's next `count` neurons: a part."""
+        part = slice(self._activated, self._activated + count)
+        self._activated += count
+        if count:
+            kernels.activate(
                 self._bundles,
-                ids,
-                slots,
+                self._ids[part],
+                self._slots[part],
                 self._input,
                 self._up_bias,
                 self._dtype,
                 self._function,
                 self._threads,
+                self._activations[part],
             )
-            self.active += int(np.count_nonzero(a))
-            self._open.append((ids, slots, a))
 
     def close(self) -> None:
         """Sum the segment: the parts since the last `close`."""
-        parts, self._open = self._open, []
-        if not parts:
-            return
-        _, slots, a = parts[0]
-        if len(parts) > 1:
-            # Stable: numpy's merges the ascending runs that the parts are.
-            order = np.argsort(np.concatenate([part[0] for part in parts]), kind="stable")
-            slots = np.concatenate([part[1] for part in parts])[order]
-            a = np.concatenate([part[2] for part in parts])[order]
-        kernels.accumulate(self._bundles, slots, a, self.output, self._dtype, self._threads)
+        segment = slice(self._summed, self._activated)
+        self._summed = self._activated
+        if segment.stop > segment.start:
+            self.active += kernels.accumulate(
+                self._bundles,
+                self._ids[segment],
+                self._slots[segment],
+                self._activations[segment],
+                self.output,
+                self._dtype,
+                self._threads,
+            )
