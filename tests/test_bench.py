@@ -140,10 +140,12 @@ def test_the_best_row_is_a_ring_at_the_full_budget():
 
 def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, monkeypatch: Any) -> None:
     job = replace(job, quick=False)
-    times = {"+ overlap": 30.0, "overlap without refinement": 20.0, "overlap of attention": 10.0}
+    times = {"+ overlap": 30.0, "overlap without refinement": 20.0}
+    early_times = {"overlap of attention": 10.0, "overlap of attention, guesses": 15.0}
 
     def ring(self: Job, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Row:
-        return Row(name, techniques, total_ms=times.get(name, 5.0), settings={**settings, **other})
+        total = {**times, **early_times}.get(name, 5.0)
+        return Row(name, techniques, total_ms=total, settings={**settings, **other})
 
     monkeypatch.setattr(Job, "ring", ring)
     monkeypatch.setattr(Job, "naive", lambda self: Row("naive", total_ms=1.0))
@@ -156,16 +158,17 @@ def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, 
 
     names = ["naive", "hybrid", "+ predictor", "+ window", "+ bundling"]
     without = measured()
-    assert [row.name for row in without] == [*names, *list(times)[:2], ablation.STRICT]
+    assert [row.name for row in without] == [*names, *times, ablation.STRICT]
     assert without[-1].settings["predictor.refine"] == "false"
     early.write_bytes(job.store.predictors("default").read_bytes())
     try:
         found = measured()
     finally:
         early.unlink()
-    assert [row.name for row in found] == [*names, *times, ablation.STRICT]
-    assert [row.name for row in found if ablation.complete(job, row)] == list(times)
+    assert [row.name for row in found] == [*names, *times, *early_times, ablation.STRICT]
+    assert [row.name for row in found if ablation.complete(job, row)] == [*times, *early_times]
     assert found[-1].settings["model.predictor"] == ablation.EARLY
+    assert found[-1].settings["predictor.lookahead"] == "0"
     assert found[-1].settings["budget"] == "50%"
 
 

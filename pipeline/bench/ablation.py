@@ -45,6 +45,7 @@ def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> No
             ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"})
         if job.store.predictors(EARLY).is_file():
             ring("overlap of attention", TECHNIQUES, {"model.predictor": EARLY, "predictor.lookahead": "0"})
+            ring("overlap of attention, guesses", TECHNIQUES, {"model.predictor": EARLY})
         elif job.store.architecture.block == "parallel" and not job.quick:
             ring("overlap of attention", TECHNIQUES, IN_LAYER)  # the FFN's input is attention's, too
     quickest = best([row for row in measured if complete(job, row)])
