@@ -39,7 +39,7 @@ from pipeline.process import WorkerSpec
 from pipeline.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
-from workers.prefetcher.backend import Backend, BackendUnavailable, Results, Tags, open_backend
+from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.requests import Planner, Requests
@@ -199,9 +199,9 @@ def test_a_part_is_spread_over_the_readers(store: Store) -> None:
     submitted: list[int] = []
 
     class Counting(Faulty):
-        def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        def submit(self, prepared: Any, start: int, stop: int) -> None:
             submitted.append(stop - start)
-            super().submit(requests, start, stop, tags)
+            super().submit(prepared, start, stop)
 
     async def body(bench: Bench) -> None:
         await bench.pool.read(requests_for(bench, 0, list(range(0, 24, 2)), list(range(12))))
@@ -220,12 +220,16 @@ class Faulty:
         self.inner = inner
         self.faults = 0
 
-    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        self.inner.submit(requests, start, stop, tags)
+    def on_completed(self, tell: Callable[[Completed], None]) -> None:
+        self.inner.on_completed(
+            lambda completed: tell([(serial, row, self.result(result)) for serial, row, result in completed])
+        )
 
-    async def completed(self) -> tuple[Tags, Results]:
-        tags, results = await self.inner.completed()
-        return tags, np.array([self.result(int(result)) for result in results], np.int64)
+    def prepare(self, requests: Requests, serial: int, row: int = 0) -> Any:
+        return self.inner.prepare(requests, serial, row)
+
+    def submit(self, prepared: Any, start: int, stop: int) -> None:
+        self.inner.submit(prepared, start, stop)
 
     def result(self, result: int) -> int:
         return result
