@@ -34,10 +34,12 @@ SETUP, ENTER, REGISTER = 425, 426, 427
 OFF_SQ_RING, OFF_CQ_RING, OFF_SQES = 0, 0x8000000, 0x10000000
 SETUP_CLAMP = 1 << 4
 SETUP_COOP_TASKRUN = 1 << 8  # Linux 5.19: no interrupt to deliver a completion
+SETUP_TASKRUN_FLAG = 1 << 9  # 5.19: the ring's flags say whether there is something to deliver
 SETUP_SINGLE_ISSUER = 1 << 12  # 6.0
 SETUP_DEFER_TASKRUN = 1 << 13  # 6.1: completions are delivered in io_uring_enter alone, in batches
 FEAT_SINGLE_MMAP, FEAT_SUBMIT_STABLE = 1 << 0, 1 << 2  # 5.4, 5.5: iovecs are copied at submission
 ENTER_GETEVENTS = 1
+SQ_TASKRUN = 1 << 2
 REGISTER_FILES, REGISTER_EVENTFD, REGISTER_PROBE = 2, 4, 8
 PROBE_SUPPORTED = 1
 OP_READV, OP_READ = 1, 22  # 5.1, 5.6
@@ -45,7 +47,7 @@ FIXED_FILE = 1  # in an entry's flags: `file` is an index of the registered file
 WORD = 0xFFFFFFFF  # ring positions count modulo 2^32
 
 # From the best there is to what the first kernels had.
-SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, SETUP_COOP_TASKRUN, 0)
+SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG, SETUP_COOP_TASKRUN, 0)
 
 SUBMISSION = np.dtype(
     [
@@ -145,7 +147,8 @@ def _has_read(ring: int) -> bool:
 class _Memory:
     """The mapped rings. Views of bytes: for a few entries they cost a fraction of what arrays do."""
 
-    sq_tail: memoryview  # one unsigned number, as the two that follow
+    sq_tail: memoryview  # one unsigned number, as the three that follow
+    sq_flags: memoryview
     cq_head: memoryview
     cq_tail: memoryview
     submissions: memoryview  # bytes of [power of two] of SUBMISSION
@@ -167,6 +170,7 @@ class _Memory:
         np.frombuffer(rings, np.uint32, entries, sq.seventh)[:] = np.arange(entries)
         return cls(
             sq_tail=word(sq.tail),
+            sq_flags=word(sq.fifth),
             cq_head=word(cq.head),
             cq_tail=word(cq.tail),
             submissions=memoryview(table),
@@ -181,7 +185,6 @@ class IoUring:
         """Raises BackendUnavailable where the kernel has no io_uring, or forbids it."""
         self._ring, parameters = _set_up(depth)
         assert parameters.sq_entries >= depth, "the configuration allows no more than the kernel does"
-        self._deferred = bool(parameters.flags & SETUP_DEFER_TASKRUN)
         self._read = OP_READ if _has_read(self._ring) else OP_READV
         self._memory = _Memory.map(self._ring, parameters)
         self._mask = parameters.sq_entries - 1
@@ -246,8 +249,13 @@ class IoUring:
                 raise OSError(-result, os.strerror(-result))
 
     def _wake(self) -> None:
-        os.eventfd_read(self._event)
-        if self._deferred and self._in_flight:
+        self._deliver()
+        os.eventfd_read(self._event)  # only now, for to enter the ring signals again
+        self._deliver()  # what came in between
+
+    def _deliver(self) -> None:
+        """Tell all completions that there are."""
+        if self._memory.sq_flags[0] & SQ_TASKRUN:
             self._enter(0)
         while completed := self._reap():
             self._tell(completed)
