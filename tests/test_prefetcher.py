@@ -222,7 +222,7 @@ class Faulty:
 
     def on_completed(self, tell: Callable[[Completed], None]) -> None:
         self.inner.on_completed(
-            lambda completed: tell([(serial, row, self.result(result)) for serial, row, result in completed])
+            lambda completed: tell([(row, serial, self.result(result)) for row, serial, result in completed])
         )
 
     def prepare(self, requests: Requests, serial: int, row: int = 0) -> Any:

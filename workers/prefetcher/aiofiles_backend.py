@@ -51,7 +51,7 @@ class AioFiles:
         except OSError as error:
             result = -(error.errno or errno.EIO)
         if self._tell is not None:
-            self._tell([(serial, row, result)])
+            self._tell([(row, serial, result)])
 
     async def _fill(self, offset: int, vector: list[tuple[int, int]]) -> int:
         """Bytes that arrived."""

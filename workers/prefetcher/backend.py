@@ -9,7 +9,7 @@ from storage.errors import ConfigError
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.requests import Requests
 
-Completed = Iterable[tuple[int, int, int]]  # (serial, row, result) of each read
+Completed = Iterable[tuple[int, int, int]]  # (row, serial, result) of each read
 
 
 class Backend(Protocol):

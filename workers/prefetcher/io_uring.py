@@ -26,7 +26,7 @@ import numpy as np
 
 from workers.prefetcher.backend import BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import IOVEC, Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests
 
 # System call numbers, the same on every architecture (io_uring is younger than their unification).
 SETUP, ENTER, REGISTER = 425, 426, 427
@@ -43,29 +43,18 @@ SQ_TASKRUN = 1 << 2
 REGISTER_FILES, REGISTER_EVENTFD, REGISTER_PROBE = 2, 4, 8
 PROBE_SUPPORTED = 1
 OP_READV, OP_READ = 1, 22  # 5.1, 5.6
-FIXED_FILE = 1  # in an entry's flags: `file` is an index of the registered files
+FIXED_FILE = 1 << 8  # in an entry's first word: the file is an index of the registered ones
 WORD = 0xFFFFFFFF  # ring positions count modulo 2^32
 
 # From the best there is to what the first kernels had.
 SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG, SETUP_COOP_TASKRUN, 0)
 
-SUBMISSION = np.dtype(
-    [
-        ("opcode", np.uint8),
-        ("flags", np.uint8),
-        ("priority", np.uint16),
-        ("file", np.int32),
-        ("offset", np.uint64),
-        ("address", np.uint64),
-        ("length", np.uint32),
-        ("rw_flags", np.uint32),
-        ("serial", np.int32),  # this and `row` are the 64 bits that come back with the result
-        ("row", np.int32),
-        ("rest", np.uint64, 3),
-    ]
-)
-ENTRY = SUBMISSION.itemsize
-COMPLETION = struct.Struct("=iii4x")  # serial, row, result and flags
+# An entry of submissions is eight words. Their parts, from the least significant bits: opcode 8 bits,
+# flags 8, priority 16, index of the file 32; offset; address; length 32, flags of the read 32; what comes
+# back with the result, here row 32 and serial 32; the rest is 0.
+ENTRY = 64  # bytes
+HEAD, OFFSET, ADDRESS, LENGTH, NAME = range(5)
+COMPLETION = struct.Struct("<iii4x")  # row, serial, result and flags
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -116,6 +105,8 @@ def _set_up(depth: int) -> tuple[int, _Parameters]:
     """A ring's descriptor and what the kernel made of it. Raises BackendUnavailable."""
     if sys.platform != "linux":
         raise BackendUnavailable("io_uring is Linux's")
+    if sys.byteorder != "little":
+        raise BackendUnavailable("its entries are written for little-endian processors")
     result = -errno.ENOSYS
     for flags in SETUP_FLAGS:
         parameters = _Parameters(flags=flags | SETUP_CLAMP)
@@ -151,7 +142,7 @@ class _Memory:
     sq_flags: memoryview
     cq_head: memoryview
     cq_tail: memoryview
-    submissions: memoryview  # bytes of [power of two] of SUBMISSION
+    submissions: memoryview  # bytes of [power of two] of ENTRY
     completions: memoryview  # bytes of [power of two] of COMPLETION
 
     @classmethod
@@ -209,20 +200,19 @@ class IoUring:
             raise BackendUnavailable(f"io_uring refuses a registration ({os.strerror(-result)})")
 
     def prepare(self, requests: Requests, serial: int, row: int = 0) -> memoryview:
-        entries = np.zeros(len(requests), SUBMISSION)
-        entries["flags"] = FIXED_FILE
-        entries["offset"] = requests.offsets
-        entries["serial"] = serial
-        entries["row"] = np.arange(row, row + len(requests))
+        count = len(requests)
+        entries = np.zeros((count, ENTRY // 8), np.int64)
         if self._read == OP_READV:  # for everything
-            entries["opcode"] = OP_READV
-            entries["address"] = requests.iovecs.ctypes.data + requests.firsts * IOVEC.itemsize
-            entries["length"] = requests.counts
+            entries[:, HEAD] = FIXED_FILE | OP_READV
+            entries[:, ADDRESS] = requests.iovecs.ctypes.data + requests.firsts * IOVEC_BYTES
+            entries[:, LENGTH] = requests.counts
         else:
-            entries["opcode"] = np.where(requests.scattered, OP_READV, OP_READ)
-            entries["address"] = requests.targets
-            entries["length"] = requests.widths
-        return entries.view(np.uint8).data
+            entries[:, HEAD] = np.where(requests.scattered, FIXED_FILE | OP_READV, FIXED_FILE | OP_READ)
+            entries[:, ADDRESS] = requests.targets
+            entries[:, LENGTH] = requests.widths
+        entries[:, OFFSET] = requests.offsets
+        entries[:, NAME] = np.arange(count) + (serial << 32 | row)
+        return entries.data.cast("B")
 
     def submit(self, prepared: memoryview, start: int, stop: int) -> None:
         place = self._tail & self._mask

@@ -163,7 +163,7 @@ class ReaderPool:
         self.counters.wakes += 1
         finished = []
         places = 0
-        for serial, row, result in completed:
+        for row, serial, result in completed:
             transfer = self._transfers[serial]
             if result != transfer.wanted[row]:
                 self._recover(reader, serial, row, result)

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 from workers.prefetcher.backend import Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests
 
 MAX_THREADS = 64  # more only fight for the interpreter
 
@@ -25,7 +25,7 @@ class Threads:
         self._loop = asyncio.get_running_loop()
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._done: list[tuple[int, int, int]] = []  # (serial, row, result), guarded by the lock
+        self._done: list[tuple[int, int, int]] = []  # (row, serial, result), guarded by the lock
         self._tell: Callable[[Completed], None] | None = None
         libc = ctypes.CDLL(None, use_errno=True)
         self._preadv = libc.preadv
@@ -42,7 +42,7 @@ class Threads:
         self._tell = tell
 
     def prepare(self, requests: Requests, serial: int, row: int = 0) -> list[Work]:
-        vectors = requests.iovecs.ctypes.data + requests.firsts * requests.iovecs.itemsize
+        vectors = requests.iovecs.ctypes.data + requests.firsts * IOVEC_BYTES
         reads = zip(requests.offsets.tolist(), vectors.tolist(), requests.counts.tolist(), strict=True)
         return [(serial, row + index, *read) for index, read in enumerate(reads)]
 
@@ -58,7 +58,7 @@ class Threads:
 
     def _finish(self, serial: int, row: int, result: int) -> None:
         with self._lock:
-            self._done.append((serial, row, result))
+            self._done.append((row, serial, result))
             first = len(self._done) == 1
         if first:  # the loop has been told of the others already
             self._loop.call_soon_threadsafe(self._deliver)
