@@ -152,7 +152,7 @@ async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("readers", "depth"), [(1, 1), (3, 4), (2, 64)])
+@pytest.mark.parametrize(("readers", "depth"), [(1, 1), (1, 3), (3, 4), (2, 64)])
 def test_every_backend_brings_the_bytes(store: Store, backend: str, readers: int, depth: int) -> None:
     with_pool(store, backend, lambda bench: read_and_check(bench, store), readers, depth)
 
@@ -292,6 +292,19 @@ def test_an_early_end_of_file_names_the_bundle(store: Store, backend: str, tmp_p
 
     with pytest.raises(StoreCorrupt, match=f"reading bundle {2 * d_ff + 7} met an unexpected end of file"):
         with_pool(store, backend, body, path=cut)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_finished_part_raises_ends_the_pool(store: Store, backend: str) -> None:
+    async def body(bench: Bench) -> None:
+        def fail() -> None:
+            raise ValueError("told of the last byte")
+
+        bench.pool.submit(requests_for(bench, 1, [1, 5], [0, 1]), fail)
+        await asyncio.Event().wait()
+
+    with pytest.raises(ValueError, match="told of the last byte"):
+        with_pool(store, backend, body)
 
 
 # -- opening ----------------------------------------------------------------------------------

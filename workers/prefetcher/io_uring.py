@@ -1,7 +1,8 @@
 """A queue of reads by Linux's io_uring, without a thread or a copy.
 
-The rings are mapped memory; a batch of submissions is a few numpy assignments over the mapped
-entries and one system call, so a read costs a few microseconds of CPU although this is Python.
+The rings are mapped memory; the entries of a whole transfer are made at once, and a batch of submissions
+is a copy of some of them and one system call, so a read costs a few microseconds of CPU although this is
+Python.
 
 Completions wake the event loop through an eventfd. Where the kernel can (6.1), they are delivered only
 when the ring is entered, so that one signal stands for all that came since the last look. (A timer
@@ -26,7 +27,7 @@ import numpy as np
 
 from workers.prefetcher.backend import BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import IOVEC_BYTES, Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests, address
 
 # System call numbers, the same on every architecture (io_uring is younger than their unification).
 SETUP, ENTER, REGISTER = 425, 426, 427
@@ -204,7 +205,7 @@ class IoUring:
         entries = np.zeros((count, ENTRY // 8), np.int64)
         if self._read == OP_READV:  # for everything
             entries[:, HEAD] = FIXED_FILE | OP_READV
-            entries[:, ADDRESS] = requests.iovecs.ctypes.data + requests.firsts * IOVEC_BYTES
+            entries[:, ADDRESS] = requests.firsts * IOVEC_BYTES + address(requests.iovecs)
             entries[:, LENGTH] = requests.counts
         else:
             entries[:, HEAD] = np.where(requests.scattered, FIXED_FILE | OP_READV, FIXED_FILE | OP_READ)
@@ -240,7 +241,7 @@ class IoUring:
 
     def _wake(self) -> None:
         self._deliver()
-        os.eventfd_read(self._event)  # only now, for to enter the ring signals again
+        os.eventfd_read(self._event)  # only now: entering the ring signals, too
         self._deliver()  # what came in between
 
     def _deliver(self) -> None:

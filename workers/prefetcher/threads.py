@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 from workers.prefetcher.backend import Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import IOVEC_BYTES, Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests, address
 
 MAX_THREADS = 64  # more only fight for the interpreter
 
@@ -42,7 +42,7 @@ class Threads:
         self._tell = tell
 
     def prepare(self, requests: Requests, serial: int, row: int = 0) -> list[Work]:
-        vectors = requests.iovecs.ctypes.data + requests.firsts * IOVEC_BYTES
+        vectors = requests.firsts * IOVEC_BYTES + address(requests.iovecs)
         reads = zip(requests.offsets.tolist(), vectors.tolist(), requests.counts.tolist(), strict=True)
         return [(serial, row + index, *read) for index, read in enumerate(reads)]
 
