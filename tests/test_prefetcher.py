@@ -39,7 +39,7 @@ from pipeline.process import WorkerSpec
 from pipeline.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
-from workers.prefetcher.backend import Backend, BackendUnavailable, Results, Tags, open_backend
+from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.requests import Planner, Requests
@@ -152,7 +152,7 @@ async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("readers", "depth"), [(1, 1), (3, 4), (2, 64)])
+@pytest.mark.parametrize(("readers", "depth"), [(1, 1), (1, 3), (3, 4), (2, 64)])
 def test_every_backend_brings_the_bytes(store: Store, backend: str, readers: int, depth: int) -> None:
     with_pool(store, backend, lambda bench: read_and_check(bench, store), readers, depth)
 
@@ -199,9 +199,9 @@ def test_a_part_is_spread_over_the_readers(store: Store) -> None:
     submitted: list[int] = []
 
     class Counting(Faulty):
-        def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
+        def submit(self, prepared: Any, start: int, stop: int) -> None:
             submitted.append(stop - start)
-            super().submit(requests, start, stop, tags)
+            super().submit(prepared, start, stop)
 
     async def body(bench: Bench) -> None:
         await bench.pool.read(requests_for(bench, 0, list(range(0, 24, 2)), list(range(12))))
@@ -220,12 +220,16 @@ class Faulty:
         self.inner = inner
         self.faults = 0
 
-    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        self.inner.submit(requests, start, stop, tags)
+    def on_completed(self, tell: Callable[[Completed], None]) -> None:
+        self.inner.on_completed(
+            lambda completed: tell([(row, serial, self.result(result)) for row, serial, result in completed])
+        )
 
-    async def completed(self) -> tuple[Tags, Results]:
-        tags, results = await self.inner.completed()
-        return tags, np.array([self.result(int(result)) for result in results], np.int64)
+    def prepare(self, requests: Requests, serial: int, row: int = 0) -> Any:
+        return self.inner.prepare(requests, serial, row)
+
+    def submit(self, prepared: Any, start: int, stop: int) -> None:
+        self.inner.submit(prepared, start, stop)
 
     def result(self, result: int) -> int:
         return result
@@ -288,6 +292,19 @@ def test_an_early_end_of_file_names_the_bundle(store: Store, backend: str, tmp_p
 
     with pytest.raises(StoreCorrupt, match=f"reading bundle {2 * d_ff + 7} met an unexpected end of file"):
         with_pool(store, backend, body, path=cut)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_finished_part_raises_ends_the_pool(store: Store, backend: str) -> None:
+    async def body(bench: Bench) -> None:
+        def fail() -> None:
+            raise ValueError("told of the last byte")
+
+        bench.pool.submit(requests_for(bench, 1, [1, 5], [0, 1]), fail)
+        await asyncio.Event().wait()
+
+    with pytest.raises(ValueError, match="told of the last byte"):
+        with_pool(store, backend, body)
 
 
 # -- opening ----------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import asyncio
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 import aiofiles
-import numpy as np
 
-from workers.prefetcher.backend import Results, Tags
+from workers.prefetcher.backend import Completed
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.requests import Requests
 
@@ -30,22 +30,28 @@ class AioFiles:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._opened: list[Any] = []
         self._reads: set[asyncio.Task[None]] = set()
-        self._done: list[tuple[int, int]] = []
-        self._arrived = asyncio.Event()
+        self._tell: Callable[[Completed], None] | None = None
 
-    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        for index, tag in zip(range(start, stop), tags.tolist(), strict=True):
-            read = asyncio.ensure_future(self._read(requests, index, tag))
+    def on_completed(self, tell: Callable[[Completed], None]) -> None:
+        self._tell = tell
+
+    def prepare(self, requests: Requests, serial: int, row: int = 0) -> tuple[Requests, int, int]:
+        return requests, serial, row
+
+    def submit(self, prepared: tuple[Requests, int, int], start: int, stop: int) -> None:
+        requests, serial, row = prepared
+        for index in range(start, stop):
+            read = asyncio.ensure_future(self._read(requests, index, serial, row + index))
             self._reads.add(read)
             read.add_done_callback(self._reads.discard)
 
-    async def _read(self, requests: Requests, index: int, tag: int) -> None:
+    async def _read(self, requests: Requests, index: int, serial: int, row: int) -> None:
         try:
             result = await self._fill(int(requests.offsets[index]), requests.vector(index))
         except OSError as error:
             result = -(error.errno or errno.EIO)
-        self._done.append((tag, result))
-        self._arrived.set()
+        if self._tell is not None:
+            self._tell([(row, serial, result)])
 
     async def _fill(self, offset: int, vector: list[tuple[int, int]]) -> int:
         """Bytes that arrived."""
@@ -72,14 +78,8 @@ class AioFiles:
             return self._opened[place]
         return await self._idle.get()
 
-    async def completed(self) -> tuple[Tags, Results]:
-        await self._arrived.wait()
-        self._arrived.clear()
-        table = np.array(self._done, np.int64).reshape(-1, 2)
-        self._done = []
-        return table[:, 0], table[:, 1]
-
     async def close(self) -> None:
+        self._tell = None
         await asyncio.gather(*self._reads, return_exceptions=True)
         for handle in self._opened:
             if handle is not None:

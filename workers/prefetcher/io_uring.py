@@ -1,7 +1,8 @@
 """A queue of reads by Linux's io_uring, without a thread or a copy.
 
-The rings are mapped memory; a batch of submissions is a few numpy assignments over the mapped
-entries and one system call, so a read costs a few microseconds of CPU although this is Python.
+The rings are mapped memory; the entries of a whole transfer are made at once, and a batch of submissions
+is a copy of some of them and one system call, so a read costs a few microseconds of CPU although this is
+Python.
 
 Completions wake the event loop through an eventfd. Where the kernel can (6.1), they are delivered only
 when the ring is entered, so that one signal stands for all that came since the last look. (A timer
@@ -13,21 +14,20 @@ Layouts and numbers: io_uring_setup(2), io_uring_enter(2), io_uring_register(2),
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from workers.prefetcher.backend import BackendUnavailable, Results, Tags
+from workers.prefetcher.backend import BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import IOVEC, Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests, address
 
 # System call numbers, the same on every architecture (io_uring is younger than their unification).
 SETUP, ENTER, REGISTER = 425, 426, 427
@@ -35,34 +35,27 @@ SETUP, ENTER, REGISTER = 425, 426, 427
 OFF_SQ_RING, OFF_CQ_RING, OFF_SQES = 0, 0x8000000, 0x10000000
 SETUP_CLAMP = 1 << 4
 SETUP_COOP_TASKRUN = 1 << 8  # Linux 5.19: no interrupt to deliver a completion
+SETUP_TASKRUN_FLAG = 1 << 9  # 5.19: the ring's flags say whether there is something to deliver
 SETUP_SINGLE_ISSUER = 1 << 12  # 6.0
 SETUP_DEFER_TASKRUN = 1 << 13  # 6.1: completions are delivered in io_uring_enter alone, in batches
 FEAT_SINGLE_MMAP, FEAT_SUBMIT_STABLE = 1 << 0, 1 << 2  # 5.4, 5.5: iovecs are copied at submission
 ENTER_GETEVENTS = 1
+SQ_TASKRUN = 1 << 2
 REGISTER_FILES, REGISTER_EVENTFD, REGISTER_PROBE = 2, 4, 8
 PROBE_SUPPORTED = 1
 OP_READV, OP_READ = 1, 22  # 5.1, 5.6
-FIXED_FILE = 1  # in an entry's flags: `file` is an index of the registered files
+FIXED_FILE = 1 << 8  # in an entry's first word: the file is an index of the registered ones
 WORD = 0xFFFFFFFF  # ring positions count modulo 2^32
 
 # From the best there is to what the first kernels had.
-SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, SETUP_COOP_TASKRUN, 0)
+SETUP_FLAGS = (SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG, SETUP_COOP_TASKRUN, 0)
 
-SUBMISSION = np.dtype(
-    [
-        ("opcode", np.uint8),
-        ("flags", np.uint8),
-        ("priority", np.uint16),
-        ("file", np.int32),
-        ("offset", np.uint64),
-        ("address", np.uint64),
-        ("length", np.uint32),
-        ("rw_flags", np.uint32),
-        ("tag", np.uint64),
-        ("rest", np.uint64, 3),
-    ]
-)
-COMPLETION = np.dtype([("tag", np.uint64), ("result", np.int32), ("flags", np.uint32)])
+# An entry of submissions is eight words. Their parts, from the least significant bits: opcode 8 bits,
+# flags 8, priority 16, index of the file 32; offset; address; length 32, flags of the read 32; what comes
+# back with the result, here row 32 and serial 32; the rest is 0.
+ENTRY = 64  # bytes
+HEAD, OFFSET, ADDRESS, LENGTH, NAME = range(5)
+COMPLETION = struct.Struct("<iii4x")  # row, serial, result and flags
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -113,6 +106,8 @@ def _set_up(depth: int) -> tuple[int, _Parameters]:
     """A ring's descriptor and what the kernel made of it. Raises BackendUnavailable."""
     if sys.platform != "linux":
         raise BackendUnavailable("io_uring is Linux's")
+    if sys.byteorder != "little":
+        raise BackendUnavailable("its entries are written for little-endian processors")
     result = -errno.ENOSYS
     for flags in SETUP_FLAGS:
         parameters = _Parameters(flags=flags | SETUP_CLAMP)
@@ -142,34 +137,36 @@ def _has_read(ring: int) -> bool:
 
 @dataclass(slots=True)
 class _Memory:
-    """The mapped rings as arrays."""
+    """The mapped rings. Views of bytes: for a few entries they cost a fraction of what arrays do."""
 
-    sq_tail: npt.NDArray[np.uint32]
-    cq_head: npt.NDArray[np.uint32]
-    cq_tail: npt.NDArray[np.uint32]
-    submissions: npt.NDArray[np.void]  # [power of two] of SUBMISSION
-    completions: npt.NDArray[np.void]  # [power of two] of COMPLETION
+    sq_tail: memoryview  # one unsigned number, as the three that follow
+    sq_flags: memoryview
+    cq_head: memoryview
+    cq_tail: memoryview
+    submissions: memoryview  # bytes of [power of two] of ENTRY
+    completions: memoryview  # bytes of [power of two] of COMPLETION
 
     @classmethod
     def map(cls, ring: int, parameters: _Parameters) -> _Memory:
         sq, cq = parameters.sq_offsets, parameters.cq_offsets
         entries, room = parameters.sq_entries, parameters.cq_entries
-        size = max(sq.seventh + entries * 4, cq.sixth + room * COMPLETION.itemsize)
+        size = max(sq.seventh + entries * 4, cq.sixth + room * COMPLETION.size)
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         rings = mmap.mmap(ring, size, flags=flags, offset=OFF_SQ_RING)
-        table = mmap.mmap(ring, entries * SUBMISSION.itemsize, flags=flags, offset=OFF_SQES)
+        table = mmap.mmap(ring, entries * ENTRY, flags=flags, offset=OFF_SQES)
 
-        def word(offset: int) -> npt.NDArray[np.uint32]:
-            return np.frombuffer(rings, np.uint32, 1, offset)
+        def word(offset: int) -> memoryview:
+            return memoryview(rings)[offset : offset + 4].cast("I")
 
         # The kernel reads entries through an index; entry i always stands at place i.
         np.frombuffer(rings, np.uint32, entries, sq.seventh)[:] = np.arange(entries)
         return cls(
             sq_tail=word(sq.tail),
+            sq_flags=word(sq.fifth),
             cq_head=word(cq.head),
             cq_tail=word(cq.tail),
-            submissions=np.frombuffer(table, SUBMISSION),
-            completions=np.frombuffer(rings, COMPLETION, room, cq.sixth),
+            submissions=memoryview(table),
+            completions=memoryview(rings)[cq.sixth : cq.sixth + room * COMPLETION.size],
         )
 
 
@@ -180,25 +177,20 @@ class IoUring:
         """Raises BackendUnavailable where the kernel has no io_uring, or forbids it."""
         self._ring, parameters = _set_up(depth)
         assert parameters.sq_entries >= depth, "the configuration allows no more than the kernel does"
-        self._deferred = bool(parameters.flags & SETUP_DEFER_TASKRUN)
         self._read = OP_READ if _has_read(self._ring) else OP_READV
         self._memory = _Memory.map(self._ring, parameters)
         self._mask = parameters.sq_entries - 1
         self._cq_mask = parameters.cq_entries - 1
-        self._tail = int(self._memory.sq_tail[0])
-        self._head = int(self._memory.cq_head[0])
+        self._tail = self._memory.sq_tail[0]
+        self._head = self._memory.cq_head[0]
         self._in_flight = 0
         self._register(REGISTER_FILES, file.descriptor)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._register(REGISTER_EVENTFD, self._event)
-        entries = self._memory.submissions
-        entries["flags"] = FIXED_FILE
-        entries["file"] = 0
-        names = ("opcode", "address", "length", "offset", "tag")
-        self._opcode, self._address, self._length, self._offset, self._tag = (entries[n] for n in names)
         self._loop = asyncio.get_running_loop()
-        self._woken: asyncio.Future[None] | None = None
-        self._signalled = False
+
+    def on_completed(self, tell: Callable[[Completed], None]) -> None:
+        self._tell = tell
         self._loop.add_reader(self._event, self._wake)
 
     def _register(self, what: int, descriptor: int) -> None:
@@ -208,38 +200,38 @@ class IoUring:
             os.close(self._ring)
             raise BackendUnavailable(f"io_uring refuses a registration ({os.strerror(-result)})")
 
-    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        place = self._tail & self._mask
-        room = self._mask + 1 - place
-        if stop - start > room:  # around the ring's end
-            self._fill(place, requests, start, start + room, tags[:room])
-            self._fill(0, requests, start + room, stop, tags[room:])
-        else:
-            self._fill(place, requests, start, stop, tags)
-        self._tail = (self._tail + stop - start) & WORD
-        self._memory.sq_tail[0] = self._tail
-        self._in_flight += stop - start
-        self._enter(stop - start)
-
-    def _fill(self, place: int, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        entries = slice(place, place + stop - start)
-        rows = slice(start, stop)
-        self._offset[entries] = requests.offsets[rows]
-        self._tag[entries] = tags
+    def prepare(self, requests: Requests, serial: int, row: int = 0) -> memoryview:
+        count = len(requests)
+        entries = np.zeros((count, ENTRY // 8), np.int64)
         if self._read == OP_READV:  # for everything
-            self._opcode[entries] = OP_READV
-            self._address[entries] = requests.iovecs.ctypes.data + requests.firsts[rows] * IOVEC.itemsize
-            self._length[entries] = requests.counts[rows]
-            return
-        self._opcode[entries] = OP_READ
-        self._opcode[entries][requests.scattered[rows]] = OP_READV
-        self._address[entries] = requests.targets[rows]
-        self._length[entries] = requests.widths[rows]
+            entries[:, HEAD] = FIXED_FILE | OP_READV
+            entries[:, ADDRESS] = requests.firsts * IOVEC_BYTES + address(requests.iovecs)
+            entries[:, LENGTH] = requests.counts
+        else:
+            entries[:, HEAD] = np.where(requests.scattered, FIXED_FILE | OP_READV, FIXED_FILE | OP_READ)
+            entries[:, ADDRESS] = requests.targets
+            entries[:, LENGTH] = requests.widths
+        entries[:, OFFSET] = requests.offsets
+        entries[:, NAME] = np.arange(count) + (serial << 32 | row)
+        return entries.data.cast("B")
 
-    def _enter(self, count: int) -> None:
-        """Submit `count` entries and let the kernel deliver what is complete."""
+    def submit(self, prepared: memoryview, start: int, stop: int) -> None:
+        place = self._tail & self._mask
+        count = stop - start
+        room = min(count, self._mask + 1 - place)  # up to the ring's end
+        entries = self._memory.submissions
+        entries[place * ENTRY : (place + room) * ENTRY] = prepared[start * ENTRY : (start + room) * ENTRY]
+        if room < count:
+            entries[: (count - room) * ENTRY] = prepared[(start + room) * ENTRY : stop * ENTRY]
+        self._tail = (self._tail + count) & WORD
+        self._memory.sq_tail[0] = self._tail
+        self._in_flight += count
+        self._enter(count)
+
+    def _enter(self, count: int, wait: int = 0) -> None:
+        """Submit `count` entries and let the kernel deliver what is complete, at least `wait` reads."""
         while True:
-            result = _call(ENTER, self._ring, count, 0, ENTER_GETEVENTS)
+            result = _call(ENTER, self._ring, count, wait, ENTER_GETEVENTS)
             if result >= 0:
                 count -= result
                 if count <= 0:
@@ -247,45 +239,38 @@ class IoUring:
             elif -result not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                 raise OSError(-result, os.strerror(-result))
 
-    async def completed(self) -> tuple[Tags, Results]:
-        while True:
-            if int(self._memory.cq_tail[0]) == self._head:
-                await self._wakeup()
-            tags, results = self._reap()
-            if tags.size:
-                return tags, results
-
-    async def _wakeup(self) -> None:
-        if not self._signalled:
-            self._woken = self._loop.create_future()
-            await self._woken
-        self._signalled = False
-
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
-        self._signalled = True  # also for a wait that has not begun yet
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
+        self._deliver()
+        os.eventfd_read(self._event)  # only now: entering the ring signals, too
+        self._deliver()  # what came in between
 
-    def _reap(self) -> tuple[Tags, Results]:
-        """Take all completions; maybe none."""
-        if self._deferred and self._in_flight:
+    def _deliver(self) -> None:
+        """Tell all completions that there are."""
+        if self._memory.sq_flags[0] & SQ_TASKRUN:
             self._enter(0)
-        count = (int(self._memory.cq_tail[0]) - self._head) & WORD
+        while completed := self._reap():
+            self._tell(completed)
+
+    def _reap(self) -> list[tuple[int, int, int]]:
+        """Take all completions; maybe none."""
+        count = (self._memory.cq_tail[0] - self._head) & WORD
+        if count == 0:
+            return []
         place = self._head & self._cq_mask
-        batch = self._memory.completions[place : place + count]
-        if batch.size < count:  # around the ring's end
-            batch = np.concatenate((batch, self._memory.completions[: count - batch.size]))
-        tags, results = batch["tag"].astype(np.int64), batch["result"].astype(np.int64)
+        room = min(count, self._cq_mask + 1 - place)  # up to the ring's end
+        entries, size = self._memory.completions, COMPLETION.size
+        completed = list(COMPLETION.iter_unpack(entries[place * size : (place + room) * size]))
+        if room < count:
+            completed += COMPLETION.iter_unpack(entries[: (count - room) * size])
         self._head = (self._head + count) & WORD
         self._memory.cq_head[0] = self._head
         self._in_flight -= count
-        return tags, results
+        return completed
 
     async def close(self) -> None:
-        while self._in_flight:
-            await self.completed()
         self._loop.remove_reader(self._event)
+        while self._in_flight:
+            self._enter(0, self._in_flight)
+            self._reap()
         os.close(self._event)
         os.close(self._ring)

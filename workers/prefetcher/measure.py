@@ -20,7 +20,7 @@ from workers.prefetcher.backend import open_backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
-from workers.prefetcher.requests import IOVEC, Requests
+from workers.prefetcher.requests import Requests
 
 BUFFER_BYTES = 64 << 20  # destinations, used in turn
 
@@ -101,10 +101,10 @@ async def _measure(
 def _requests(
     blocks: np.ndarray[tuple[int], np.dtype[np.int64]], at: int, base: int, slots: int, size: int
 ) -> Requests:
-    iovecs = np.empty(blocks.size, IOVEC)
-    iovecs["base"] = base + (np.arange(at, at + blocks.size) % slots) * size
-    iovecs["length"] = size
-    return Requests.scatter(blocks * size, np.arange(blocks.size), iovecs, bundles=blocks.size)
+    iovecs = np.empty((blocks.size, 2), np.int64)
+    iovecs[:, 0] = base + (np.arange(at, at + blocks.size) % slots) * size
+    iovecs[:, 1] = size
+    return Requests.scatter(blocks * size, np.arange(blocks.size + 1), iovecs, bundles=blocks.size)
 
 
 async def _read_all(

@@ -1,8 +1,12 @@
 """Several queues that share one backlog of reads, first come, first served, guesses last.
 
-Each reader is an asyncio task with a queue of its own. A new set of requests is spread over the
-readers that have room; what does not fit waits in the backlog, and whichever reader completes reads
-takes the next from there: no queue idles while a later part is already asked for.
+Each reader has a queue of its own. A new set of requests is spread over the readers that have room;
+what does not fit waits in the backlog, and whichever reader completes reads takes the next from
+there: no queue idles while a later part is already asked for.
+
+Completions come about twenty at a time, a thousand times a token, to a core whose caches the kernels
+have filled meanwhile: every operation between a completion and the next submission is then slow, array
+operations most of all. So they are prepared for a whole transfer, and what is left is plain numbers.
 """
 
 from __future__ import annotations
@@ -11,19 +15,20 @@ import asyncio
 import errno
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from functools import partial
+from typing import Any
 
 from storage.errors import StoreCorrupt, StoreError
-from workers.prefetcher.backend import Backend, Results, Tags
+from workers.prefetcher.backend import Backend, Completed
 from workers.prefetcher.requests import Requests
 
 TRY_AGAIN = (errno.EAGAIN, errno.EINTR, errno.EBUSY)
 MAX_TRIES = 1000  # of one read that is refused, a millisecond apart
 RETRY_SECONDS = 0.001
+SERIALS = 1 << 31  # then they begin again
 
 Describe = Callable[[int], str]  # file offset → the bundle there, for errors
 
@@ -33,9 +38,12 @@ class Transfer:
     """Requests on their way, and what to call when the last byte is there."""
 
     requests: Requests
+    prepared: Any  # the same for the queues
+    wanted: list[int]  # [n] bytes that each read should bring
     when_done: Callable[[], None]
+    open: int  # reads not yet complete
     next: int = 0  # first read not yet submitted
-    open: int = 0  # reads not yet complete
+    patched: dict[int, tuple[Requests, int]] = field(default_factory=dict)  # row → what it reads again, tries
 
 
 @dataclass(slots=True)
@@ -69,36 +77,10 @@ class Counters:
 
 @dataclass(slots=True)
 class Reader:
-    """One queue, and which read each of its tags stands for."""
+    """One queue, and how many more reads it takes."""
 
     backend: Backend
-    depth: int
-    free: Tags = field(init=False)  # [depth], the first `idle` of them are free tags
-    idle: int = field(init=False)
-    serial: Tags = field(init=False)  # [depth] of the tag's transfer
-    index: Tags = field(init=False)  # [depth] of the tag's read in its transfer
-    wanted: Tags = field(init=False)  # [depth] bytes that its submission should bring
-    patched: dict[int, tuple[Requests, int]] = field(default_factory=dict)  # tag → what it reads again, tries
-
-    def __post_init__(self) -> None:
-        self.free = np.arange(self.depth)
-        self.idle = self.depth
-        self.serial, self.index, self.wanted = (np.zeros(self.depth, np.int64) for _ in range(3))
-
-    def take(self, serial: int, transfer: Transfer, count: int) -> None:
-        """Submit the next `count` reads of a transfer."""
-        start, stop = transfer.next, transfer.next + count
-        self.idle -= count
-        tags = self.free[self.idle : self.idle + count].copy()
-        self.serial[tags] = serial
-        self.index[tags] = np.arange(start, stop)
-        self.wanted[tags] = transfer.requests.lengths[start:stop]
-        transfer.next = stop
-        self.backend.submit(transfer.requests, start, stop, tags)
-
-    def give_back(self, tags: Tags) -> None:
-        self.free[self.idle : self.idle + tags.size] = tags
-        self.idle += tags.size
+    idle: int
 
 
 class ReaderPool:
@@ -111,33 +93,38 @@ class ReaderPool:
         self._size = size
         self._describe = describe
         self._transfers: dict[int, Transfer] = {}
-        # Serials of transfers that are not wholly submitted: those that are waited for, and guesses.
-        self._backlogs: tuple[deque[int], deque[int]] = (deque(), deque())
+        # Transfers that are not wholly submitted: those that are waited for, and guesses.
+        self._backlogs: tuple[deque[Transfer], deque[Transfer]] = (deque(), deque())
         self._serial = 0
         self._turn = 0  # the reader that is offered the next transfer first
-        self._retries: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._drained.set()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for reader in self._readers:
+            reader.backend.on_completed(partial(self._unless_ended, self._arrived, reader))
 
     @property
     def backlog(self) -> int:
         """Reads that wait for a place in a queue."""
-        transfers = (self._transfers[serial] for backlog in self._backlogs for serial in backlog)
-        return sum(len(transfer.requests) - transfer.next for transfer in transfers)
+        transfers = (transfer for backlog in self._backlogs for transfer in backlog)
+        return sum(len(transfer.wanted) - transfer.next for transfer in transfers)
 
     def submit(self, requests: Requests, when_done: Callable[[], None], guess: bool = False) -> None:
         """Begin; `when_done` is called on the event loop after the last byte has arrived.
 
         A guess is begun when nothing else waits.
         """
-        if len(requests) == 0:
+        count = len(requests)
+        if count == 0:
             when_done()
             return
-        self._serial += 1
-        self._transfers[self._serial] = Transfer(requests, when_done, open=len(requests))
-        self._backlogs[guess].append(self._serial)
+        self._serial = (self._serial + 1) % SERIALS
+        prepared = self._readers[0].backend.prepare(requests, self._serial)
+        transfer = Transfer(requests, prepared, requests.lengths.tolist(), when_done, open=count)
+        self._transfers[self._serial] = transfer
+        self._backlogs[guess].append(transfer)
         self._drained.clear()
-        share = -(-len(requests) // len(self._readers))
+        share = -(-count // len(self._readers))
         self._turn = (self._turn + 1) % len(self._readers)
         for limit in (share, share * len(self._readers)):  # evenly, then wherever there is room
             for reader in self._readers[self._turn :] + self._readers[: self._turn]:
@@ -155,104 +142,83 @@ class ReaderPool:
 
     async def run(self) -> None:
         """Serve until cancelled. Raises StoreError for a read that failed, StoreCorrupt for an early end."""
-        tasks = [asyncio.ensure_future(self._serve(reader)) for reader in self._readers]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            tasks.extend(self._retries)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._ended
 
     async def close(self) -> None:
+        self._ended.cancel()
         for reader in self._readers:
             await reader.backend.close()
 
-    async def _serve(self, reader: Reader) -> None:
-        while True:
-            tags, results = await reader.backend.completed()
-            self.counters.wakes += 1
-            finished = self._settle(reader, tags, results)
-            self._fill(reader, reader.idle)
-            for transfer in finished:
-                transfer.when_done()
+    def _unless_ended(self, act: Callable[..., None], *given: Any) -> None:
+        """Act; what that raises ends the pool."""
+        if self._ended.done():
+            return
+        try:
+            act(*given)
+        except Exception as error:
+            self._ended.set_exception(error)
 
-    def _fill(self, reader: Reader, limit: int) -> None:
-        """Give a reader up to `limit` reads of the backlog, as far as it has room."""
-        while reader.idle and limit > 0:
-            backlog = self._backlogs[0] or self._backlogs[1]
-            if not backlog:
-                return
-            serial = backlog[0]
-            transfer = self._transfers[serial]
-            count = min(len(transfer.requests) - transfer.next, reader.idle, limit)
-            self.counters.entered(count)
-            reader.take(serial, transfer, count)
-            limit -= count
-            if transfer.next == len(transfer.requests):
-                backlog.popleft()
-
-    def _settle(self, reader: Reader, tags: Tags, results: Results) -> Iterable[Transfer]:
-        """Account for completed reads; returns the transfers that they finished."""
-        good = results == reader.wanted[tags]
-        if not good.all():
-            for tag, result in zip(tags[~good].tolist(), results[~good].tolist(), strict=True):
-                self._recover(reader, tag, result)
-            tags = tags[good]
-        if reader.patched:
-            for tag in tags.tolist():
-                reader.patched.pop(tag, None)
-        reader.give_back(tags)
-        self.counters.left(tags.size)
-        return self._count_off(reader.serial[tags])
-
-    def _count_off(self, serials: Tags) -> list[Transfer]:
+    def _arrived(self, reader: Reader, completed: Completed) -> None:
+        """Account for completed reads, give their places to others, tell those who waited for them."""
+        self.counters.wakes += 1
         finished = []
-        for serial, count in Counter(serials.tolist()).items():
+        places = 0
+        for row, serial, result in completed:
             transfer = self._transfers[serial]
-            transfer.open -= count
+            if result != transfer.wanted[row]:
+                self._recover(reader, serial, row, result)
+                continue
+            places += 1
+            transfer.open -= 1
             if transfer.open == 0:
                 del self._transfers[serial]
                 finished.append(transfer)
+        self.counters.left(places)
+        reader.idle += places
+        self._fill(reader, reader.idle)
         if not self._transfers:
             self._drained.set()
-        return finished
+        for transfer in finished:
+            transfer.when_done()
 
-    def _recover(self, reader: Reader, tag: int, result: int) -> None:
+    def _fill(self, reader: Reader, limit: int) -> None:
+        """Give a reader up to `limit` reads of the backlog, as far as it has room."""
+        limit = min(limit, reader.idle)
+        while limit > 0:
+            backlog = self._backlogs[0] or self._backlogs[1]
+            if not backlog:
+                return
+            transfer = backlog[0]
+            start = transfer.next
+            stop = min(start + limit, len(transfer.wanted))
+            if stop == len(transfer.wanted):
+                backlog.popleft()
+            transfer.next = stop
+            limit -= stop - start
+            reader.idle -= stop - start
+            self.counters.entered(stop - start)
+            reader.backend.submit(transfer.prepared, start, stop)
+
+    def _recover(self, reader: Reader, serial: int, row: int, result: int) -> None:
         """Read again what was refused or came short. Raises for what will not get better."""
         self.counters.retries += 1
-        transfer = self._transfers[int(reader.serial[tag])]
-        requests, row = transfer.requests, int(reader.index[tag])
-        tries = 0
-        if tag in reader.patched:
-            (requests, tries), row = reader.patched[tag], 0
-        offset = int(requests.offsets[row])
+        transfer = self._transfers[serial]
+        requests, index, tries = transfer.requests, row, 0
+        if row in transfer.patched:
+            (requests, tries), index = transfer.patched[row], 0
+        offset = int(requests.offsets[index])
         if result < 0:
             if -result not in TRY_AGAIN or tries >= MAX_TRIES:
                 raise StoreError(f"reading {self._describe(offset)} failed: {os.strerror(-result)}")
-            rest, tries = requests.remainder(row, 0), tries + 1
+            rest, tries = requests.remainder(index, 0), tries + 1
         else:
             if result == 0 or offset + result >= self._size:
                 raise StoreCorrupt(f"reading {self._describe(offset + result)} met an unexpected end of file")
-            rest, tries = requests.remainder(row, result), 0
-        reader.patched[tag] = (rest, tries)
-        reader.wanted[tag] = rest.lengths[0]
-
-        def again() -> None:
-            reader.backend.submit(rest, 0, 1, np.array([tag], np.int64))
-
+            rest, tries = requests.remainder(index, result), 0
+        transfer.patched[row] = (rest, tries)
+        transfer.wanted[row] = int(rest.lengths[0])
+        again = partial(reader.backend.submit, reader.backend.prepare(rest, serial, row), 0, 1)
         if result < 0:
-            self._later(again)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._unless_ended, again)
         else:
             again()
-
-    def _later(self, again: Callable[[], None]) -> None:
-        """Call after a pause, unless the pool has ended by then."""
-
-        async def pause() -> None:
-            await asyncio.sleep(RETRY_SECONDS)
-            again()
-
-        task = asyncio.ensure_future(pause())
-        self._retries.add(task)
-        task.add_done_callback(self._retries.discard)

@@ -3,6 +3,9 @@
 Neighbouring bundles become one read, as do bundles that a small gap separates; the gap's bytes go
 to a sink and are counted. Slots need not be contiguous, since a read scatters over iovecs; where
 they are, iovecs merge too, so that a streamed layer is read in large plain reads.
+
+A part of decode is a few hundred bundles, and what planning it costs is the number of array operations:
+with the caches full of the kernels' data, ten microseconds each.
 """
 
 from __future__ import annotations
@@ -14,9 +17,15 @@ import numpy.typing as npt
 
 IOV_MAX = 1024  # most iovecs of one read, Linux's limit
 DIRECT_UNIT = 512  # bytes; the least that direct I/O reads on any disk
-IOVEC = np.dtype([("base", np.uint64), ("length", np.uint64)])  # struct iovec of 64-bit systems
+IOVEC_BYTES = 16  # struct iovec of 64-bit systems: address and length
 
 Integers = npt.NDArray[np.int64]
+
+
+def address(array: Integers) -> int:
+    """Of the first element. (`array.ctypes.data` costs more than two array operations.)"""
+    data: tuple[int, bool] = array.__array_interface__["data"]
+    return data[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +37,9 @@ class Requests:
     firsts: Integers  # [n] first iovec of the read
     counts: Integers  # [n] iovecs of the read
     scattered: npt.NDArray[np.bool_]  # [n] whether it has several iovecs
-    targets: npt.NDArray[np.uint64]  # [n] where a single iovec points, else the first iovec's address
+    targets: Integers  # [n] where a single iovec points, else the first iovec's address
     widths: Integers  # [n] bytes of a single iovec, else `counts`
-    iovecs: npt.NDArray[np.void]  # [m] of IOVEC
+    iovecs: Integers  # [m, 2] addresses and bytes
     bundles: int
     gap_bytes: int
 
@@ -38,24 +47,24 @@ class Requests:
     def scatter(
         cls,
         offsets: Integers,
-        firsts: Integers,
-        iovecs: npt.NDArray[np.void],
+        bounds: Integers,
+        iovecs: Integers,
         bundles: int = 0,
         gap_bytes: int = 0,
     ) -> Requests:
-        """Read i starts at `offsets[i]` and fills `iovecs[firsts[i] : firsts[i + 1]]`."""
-        counts = np.diff(firsts, append=iovecs.size)
-        sizes = iovecs["length"].astype(np.int64)
-        lengths = np.add.reduceat(sizes, firsts) if firsts.size else sizes
+        """Read i starts at `offsets[i]` and fills `iovecs[bounds[i] : bounds[i + 1]]`."""
+        firsts = bounds[:-1]
+        counts = bounds[1:] - firsts
+        lengths = np.add.reduceat(iovecs[:, 1], firsts) if firsts.size else firsts
         scattered = counts > 1
-        vectors = np.uint64(iovecs.ctypes.data) + firsts.astype(np.uint64) * np.uint64(IOVEC.itemsize)
+        vectors = firsts * IOVEC_BYTES + address(iovecs)
         return cls(
             offsets=offsets,
             lengths=lengths,
             firsts=firsts,
             counts=counts,
             scattered=scattered,
-            targets=np.where(scattered, vectors, iovecs["base"][firsts]),
+            targets=np.where(scattered, vectors, iovecs[firsts, 0]),
             widths=np.where(scattered, counts, lengths),
             iovecs=iovecs,
             bundles=bundles,
@@ -74,7 +83,7 @@ class Requests:
         """(address, length) of read `index`'s iovecs."""
         first = int(self.firsts[index])
         part = self.iovecs[first : first + int(self.counts[index])]
-        return [(int(base), int(length)) for base, length in part]
+        return [(base, length) for base, length in part.tolist()]
 
     def remainder(self, index: int, done: int) -> Requests:
         """What is left of read `index` after its first `done` bytes."""
@@ -86,7 +95,7 @@ class Requests:
                 left.append((base + skip, length - skip))
             skip = max(0, skip - length)
         offset = np.array([int(self.offsets[index]) + done], np.int64)
-        return Requests.scatter(offset, np.zeros(1, np.int64), np.array(left, IOVEC))
+        return Requests.scatter(offset, np.array([0, len(left)]), np.array(left, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +133,12 @@ class Planner:
             return self.plan(layer, positions, slots)
         offsets = (layer * self.d_ff + positions.astype(np.int64)) * self.stride
         bases = self.base + slots.astype(np.int64) * self.stride
-        iovecs = np.empty(2 * positions.size, IOVEC)
-        iovecs["base"] = np.concatenate((bases, bases + cut))
-        iovecs["length"] = np.repeat((cut, self.stride - cut), positions.size)
+        iovecs = np.empty((2 * positions.size, 2), np.int64)
+        iovecs[:, 0] = np.concatenate((bases, bases + cut))
+        iovecs[:, 1] = np.repeat((cut, self.stride - cut), positions.size)
         return Requests.scatter(
             offsets=np.concatenate((offsets, offsets + cut)),
-            firsts=np.arange(iovecs.size),
+            bounds=np.arange(len(iovecs) + 1),
             iovecs=iovecs,
             bundles=positions.size,
         )
@@ -138,45 +147,54 @@ class Planner:
         """Reads that bring the bundle at file position `positions[i]` of `layer` into `slots[i]`."""
         assert positions.shape == slots.shape
         if positions.size == 0:
-            nothing = np.empty(0, np.int64)
-            return Requests.scatter(nothing, nothing, np.empty(0, IOVEC))
-        order = np.argsort(positions, kind="stable")
-        position = positions[order].astype(np.int64)
-        slot = slots[order].astype(np.int64)
-        step = np.diff(position)
+            return Requests.scatter(np.empty(0, np.int64), np.zeros(1, np.int64), np.empty((0, 2), np.int64))
+        both = np.array((positions, slots), np.int64)[:, positions.argsort(kind="stable")]
+        position, slot = both
+        step, slot_step = both[:, 1:] - both[:, :-1]
         assert 0 <= position[0] <= position[-1] < self.d_ff, "a neuron outside the layer"
-        assert (step > 0).all(), "a neuron is asked for twice"
+        assert step.min(initial=1) > 0, "a neuron is asked for twice"
         assert 0 <= slot.min() <= slot.max() < self.slots, "a slot outside the segment"
 
         starts = self._starts(position, step)
-        gap = np.zeros(position.size, np.int64)  # bundles between this one and the one before
-        gap[1:] = step - 1
-        gap[starts] = 0
-        has_gap = gap > 0
-        opens = starts | has_gap  # this bundle does not extend the iovec before it
-        opens[1:] |= slot[1:] != slot[:-1] + 1
-
-        place = np.cumsum(opens.astype(np.int64) + has_gap) - 1  # index of each bundle's iovec
-        iovecs = np.empty(int(place[-1]) + 1, IOVEC)
+        opens = starts.copy()  # whether this bundle does not extend the iovec before it
+        opens[1:-1] |= slot_step != 1
+        if self.max_gap:
+            gap = np.zeros(position.size, np.int64)  # bundles between this one and the one before
+            gap[1:] = np.where(starts[1:-1], 0, step - 1)
+            opens[:-1] |= gap > 0
         heads = np.flatnonzero(opens)
-        iovecs["base"][place[heads]] = self.base + slot[heads] * self.stride
-        iovecs["length"][place[heads]] = np.diff(heads, append=position.size) * self.stride
-        iovecs["base"][place[has_gap] - 1] = self.sink
-        iovecs["length"][place[has_gap] - 1] = gap[has_gap] * self.stride
+        iovecs = np.empty((heads.size - 1, 2), np.int64)
+        iovecs[:, 0] = slot[heads[:-1]] * self.stride + self.base
+        iovecs[:, 1] = (heads[1:] - heads[:-1]) * self.stride
+        bounds = np.flatnonzero(starts[heads])
+        gaps = 0
+        if self.max_gap and (gaps := int(gap.sum())):
+            iovecs, bounds = self._with_sinks(iovecs, bounds, gap[heads[:-1]])
         return Requests.scatter(
-            offsets=(layer * self.d_ff + position[starts]) * self.stride,
-            firsts=place[starts],
+            offsets=(position[starts[:-1]] + layer * self.d_ff) * self.stride,
+            bounds=bounds,
             iovecs=iovecs,
             bundles=position.size,
-            gap_bytes=int(gap.sum()) * self.stride,
+            gap_bytes=gaps * self.stride,
         )
 
     def _starts(self, position: Integers, step: Integers) -> npt.NDArray[np.bool_]:
-        """Which bundles begin a read."""
-        starts = np.ones(position.size, np.bool_)
-        starts[1:] = (step - 1) * self.stride > self.max_gap
-        # Runs that are too long are cut into windows of equal length from their beginning.
-        run = np.cumsum(starts) - 1
-        window = (position - position[starts][run]) // self._bundles_per_read
-        starts[1:] |= window[1:] != window[:-1]
+        """Which bundles begin a read, and after them the end: [bundles + 1]."""
+        starts = np.ones(position.size + 1, np.bool_)
+        reach = 1 + self.max_gap // self.stride  # the largest step within a read
+        starts[1:-1] = step > reach
+        joined = starts.size - np.count_nonzero(starts)
+        if joined * reach >= self._bundles_per_read:  # else no run is too long
+            # Runs that are too long are cut into windows of equal length from their beginning.
+            run = np.cumsum(starts[:-1]) - 1
+            window = (position - position[starts[:-1]][run]) // self._bundles_per_read
+            starts[1:-1] |= window[1:] != window[:-1]
         return starts
+
+    def _with_sinks(self, iovecs: Integers, bounds: Integers, gap: Integers) -> tuple[Integers, Integers]:
+        """Insert an iovec into the sink before each of `iovecs` that has a gap before it."""
+        before = np.flatnonzero(gap)
+        sinks = np.empty((before.size, 2), np.int64)
+        sinks[:, 0] = self.sink
+        sinks[:, 1] = gap[before] * self.stride
+        return np.insert(iovecs, before, sinks, axis=0), bounds + np.searchsorted(before, bounds)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 
-import numpy as np
-
-from workers.prefetcher.backend import Results, Tags
+from workers.prefetcher.backend import Completed
 from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.requests import Requests
+from workers.prefetcher.requests import IOVEC_BYTES, Requests, address
 
 MAX_THREADS = 64  # more only fight for the interpreter
+
+Work = tuple[int, int, int, int, int]  # serial, row, offset, iovecs' address, iovecs
 
 
 class Threads:
@@ -22,10 +23,10 @@ class Threads:
     def __init__(self, file: BundleFile, depth: int) -> None:
         self._descriptor = file.descriptor
         self._loop = asyncio.get_running_loop()
-        self._work: SimpleQueue[tuple[int, int, int, int] | None] = SimpleQueue()
+        self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._done: list[tuple[int, int]] = []  # (tag, result), guarded by the lock
-        self._arrived = asyncio.Event()
+        self._done: list[tuple[int, int, int]] = []  # (row, serial, result), guarded by the lock
+        self._tell: Callable[[Completed], None] | None = None
         libc = ctypes.CDLL(None, use_errno=True)
         self._preadv = libc.preadv
         self._preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
@@ -37,40 +38,39 @@ class Threads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, requests: Requests, start: int, stop: int, tags: Tags) -> None:
-        vectors = requests.iovecs.ctypes.data + requests.firsts[start:stop] * requests.iovecs.itemsize
-        work = zip(
-            tags.tolist(),
-            requests.offsets[start:stop].tolist(),
-            vectors.tolist(),
-            requests.counts[start:stop].tolist(),
-            strict=True,
-        )
-        for item in work:
+    def on_completed(self, tell: Callable[[Completed], None]) -> None:
+        self._tell = tell
+
+    def prepare(self, requests: Requests, serial: int, row: int = 0) -> list[Work]:
+        vectors = requests.firsts * IOVEC_BYTES + address(requests.iovecs)
+        reads = zip(requests.offsets.tolist(), vectors.tolist(), requests.counts.tolist(), strict=True)
+        return [(serial, row + index, *read) for index, read in enumerate(reads)]
+
+    def submit(self, prepared: list[Work], start: int, stop: int) -> None:
+        for item in prepared[start:stop]:
             self._work.put(item)
 
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
-            tag, offset, vector, count = item
+            serial, row, offset, vector, count = item
             result = self._preadv(self._descriptor, vector, count, offset)  # without the interpreter's lock
-            self._finish(tag, result if result >= 0 else -ctypes.get_errno())
+            self._finish(serial, row, result if result >= 0 else -ctypes.get_errno())
 
-    def _finish(self, tag: int, result: int) -> None:
+    def _finish(self, serial: int, row: int, result: int) -> None:
         with self._lock:
-            self._done.append((tag, result))
+            self._done.append((row, serial, result))
             first = len(self._done) == 1
         if first:  # the loop has been told of the others already
-            self._loop.call_soon_threadsafe(self._arrived.set)
+            self._loop.call_soon_threadsafe(self._deliver)
 
-    async def completed(self) -> tuple[Tags, Results]:
-        await self._arrived.wait()
-        self._arrived.clear()
+    def _deliver(self) -> None:
         with self._lock:
             done, self._done = self._done, []
-        table = np.array(done, np.int64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
+        if self._tell is not None:
+            self._tell(done)
 
     async def close(self) -> None:
+        self._tell = None
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:
