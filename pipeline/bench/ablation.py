@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.bench.job import Job
-from pipeline.bench.rows import TECHNIQUES, Row
+from pipeline.bench.rows import NAIVE, TECHNIQUES, Row
 
 STRICT = "all techniques at a strict 50 %"
 EARLY = "early"  # the name of predictors that are asked before attention (train-predictor --early)
@@ -34,10 +34,10 @@ def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> No
         add(measured[-1])
 
     add(job.naive())
-    if not job.has_predictors:
-        ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all"}, streams=True)
-    else:
-        ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", "predictor.lookahead": "0"}, streams=True)
+    # Nothing overlaps before the row that says so; without predictors there is none but this.
+    apart = {"predictor.lookahead": "0"} if job.has_predictors else {}
+    ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", **apart}, streams=True)
+    if job.has_predictors:
         for number, (name, settings) in enumerate(SPARSE):
             ring(name, TECHNIQUES[: number + 2], settings)
         default = job.resolved().predictor
@@ -61,5 +61,5 @@ def complete(job: Job, row: Row) -> bool:
 
 def best(rows: list[Row]) -> Row | None:
     """The quickest ring at the full budget; None when none could be measured."""
-    rings = [row for row in rows if not row.error and row.name not in ("naive", STRICT)]
+    rings = [row for row in rows if not row.error and row.name not in (NAIVE, STRICT)]
     return min(rings, key=lambda row: row.total_ms, default=None)

@@ -17,7 +17,7 @@ from pipeline.bench.disk import Throughput
 from pipeline.bench.job import Job
 from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
-from pipeline.bench.rows import Row
+from pipeline.bench.rows import NAIVE, Row
 
 FORMAT = 1  # of results.json
 RESULTS, REPORT = "results.json", "results.md"
@@ -162,7 +162,7 @@ def _ablation(bench: Bench, strict: bool) -> None:
 
 def _has_roof(job: Job, row: Row) -> bool:
     """Rings with all techniques have one and, but for a quick run, the naive row."""
-    naive = row.name == "naive" and not row.error and not job.quick
+    naive = row.name == NAIVE and not row.error and not job.quick
     return naive or (ablation.complete(job, row) and row.bytes_per_token > 0)
 
 
@@ -185,7 +185,7 @@ def _roofline(bench: Bench, strict: bool) -> None:
     bench.roofs = [
         roofline.measure(job, rows[name], memory, ceilings) for name, ceilings in bench.ceilings.items()
     ]
-    naive = bench.ceilings.get("naive")
+    naive = bench.ceilings.get(NAIVE)
     sequential = (naive[0] if naive else roofline.sequential(job)).bytes_per_second
     bench.prefills = [
         prefill.measure(job, row, sequential, bench.bandwidth)

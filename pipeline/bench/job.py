@@ -99,7 +99,7 @@ class Job:
             module = "workers.compute.naive"
             runs = [children.run_module(module, line, limit) for _ in range(self.repeats)]
         except ChildFailed as error:
-            return Row(name="naive", error=str(error), budget_bytes=limit)
+            return Row(name=rows.NAIVE, error=str(error), budget_bytes=limit)
         return rows.of_naive(runs, limit)
 
 

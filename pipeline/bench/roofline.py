@@ -13,7 +13,7 @@ from pipeline import planner
 from pipeline.bench import children, disk
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import Job
-from pipeline.bench.rows import Row
+from pipeline.bench.rows import NAIVE, Row
 from pipeline.config import Config
 from storage.format import ITEMSIZE, RESIDENT, Store
 
@@ -125,7 +125,7 @@ def ceilings(job: Job, row: Row) -> tuple[Throughput, Throughput]:
 
 
 def _ceiling(job: Job, row: Row, dtype: str | None) -> Throughput:
-    if row.name == "naive" or row.settings.get("predictor.kind") == "all":
+    if row.name == NAIVE or row.settings.get("predictor.kind") == "all":
         return sequential(job, dtype)
     stride = job.store.layout.stride
     request = max(stride, round(row.request_bytes / stride) * stride)
@@ -135,7 +135,7 @@ def _ceiling(job: Job, row: Row, dtype: str | None) -> Throughput:
 def measure(job: Job, row: Row, memory: float, rates: tuple[Throughput, Throughput]) -> Roofline:
     """The roof of a row: `memory` in bytes a second, and its `ceilings`."""
     idle, loaded = rates
-    naive = row.name == "naive"
+    naive = row.name == NAIVE
     return Roofline(
         row=row.name,
         request_bytes=idle.request_bytes,

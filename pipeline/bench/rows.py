@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.bench.children import Ran
 
+NAIVE = "naive"  # the row of the baseline that keeps nothing
 TECHNIQUES = ("hybrid", "predictor", "window", "bundling", "overlap")
 
 
@@ -122,7 +123,7 @@ def of_naive(runs: Sequence[Ran], budget: int | None) -> Row:
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     waiting = 1e3 * median("waiting_seconds_per_token")
     return Row(
-        name="naive",
+        name=NAIVE,
         budget_bytes=budget,
         dram_bytes=max(peaks) if peaks else max(result["memory_bytes"] for result in results),
         dram_by="cgroup" if peaks else "proportional set size",

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.bench.disk import Throughput
 from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
-from pipeline.bench.rows import TECHNIQUES, Row
+from pipeline.bench.rows import NAIVE, TECHNIQUES, Row
 
 # arXiv 2312.11514, tables 2 and 3: OPT-6.7B in 16 bits, half of it in memory. Its first two I/O times are
 # computed, not measured.
@@ -61,7 +61,7 @@ def _ablation_line(row: Row, columns: int) -> list[str]:
 def speedups(rows: Sequence[Row], peers: Sequence[Row]) -> str:
     """Every measured row's total ÷ the quickest ring's."""
     measured = [row for row in (*rows, *peers) if not row.error and row.total_ms]
-    rings = [row for row in rows if row in measured and row.name != "naive"]
+    rings = [row for row in rows if row in measured and row.name != NAIVE]
     if not rings:
         return "No ring could be measured."
     best = min(rings, key=lambda row: row.total_ms)
