@@ -61,6 +61,8 @@ class Prefetcher(Section):
     queue_depth: Annotated[int, Field(ge=1, le=4096)] = 64  # reads in flight per queue
     backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
     direct: bool = True  # O_DIRECT; false: through the page cache
+    # Bytes in flight in all queues: of long reads, more only delay the first of them.
+    in_flight: Annotated[int, Field(ge=4096)] = 8 << 20
     max_gap: Annotated[int, Field(ge=0, le=1 << 20)] = 0  # bytes read and dropped to join two reads
     max_read: Annotated[int, Field(ge=4096)] = 1 << 20  # bytes of one read
     split: bool = False  # in decode, a bundle by two reads, as without bundling; only comparisons want that

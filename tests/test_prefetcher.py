@@ -95,6 +95,7 @@ def with_pool(
     max_gap: int = 0,
     path: Path | None = None,
     direct: bool = True,
+    in_flight: int | None = None,
 ) -> None:
     """Run `body` with a pool; what a reader raises is raised."""
 
@@ -110,7 +111,7 @@ def with_pool(
         )
         with BundleFile.open(path or store.path / BUNDLES, layout.stride, direct) as file:
             queues = [wrap(open_backend(backend, file, depth)[0]) for _ in range(readers)]
-            pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}")
+            pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}", in_flight)
             tasks = [
                 asyncio.ensure_future(pool.run()),
                 asyncio.ensure_future(body(Bench(pool, planner, slots))),
@@ -161,6 +162,24 @@ def test_every_backend_brings_the_bytes(store: Store, backend: str, readers: int
 def test_the_page_cache_and_gaps_bring_the_same(store: Store, backend: str) -> None:
     gap = 3 * store.layout.stride
     with_pool(store, backend, lambda bench: read_and_check(bench, store), max_gap=gap, direct=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bundles", "most"), [(1, 2), (6, 6), (200, 16)])
+def test_bytes_in_flight_are_limited(store: Store, backend: str, bundles: int, most: int) -> None:
+    """At least one read for each of two readers, at most their depth of 8."""
+
+    async def body(bench: Bench) -> None:
+        await read_and_check(bench, store)
+        before = bench.pool.counters.peak_in_flight
+        for half in range(2):  # neither neighbours nor gaps: every bundle is a read
+            ids = list(range(half, store.layout.d_ff, 4))
+            bench.pool.submit(requests_for(bench, 1, ids, ids), lambda: None)
+        assert bench.pool.counters.in_flight == most
+        await bench.pool.drained()
+        assert max(before, most) == bench.pool.counters.peak_in_flight
+
+    with_pool(store, backend, body, 2, 8, in_flight=bundles * store.layout.stride)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -123,7 +123,8 @@ async def main(worker: Worker) -> None:
     with BundleFile.open(path, stride, settings.direct) as file:
         opened = [open_backend(settings.backend, file, settings.queue_depth) for _ in range(settings.readers)]
         describe = Describer(path, worker.store.layout, worker.store.positions())
-        pool = ReaderPool([queue for queue, _ in opened], settings.queue_depth, file.size, describe)
+        queues = [queue for queue, _ in opened]
+        pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
         bundles = worker.segments.bundles
         planner = Planner(
             base=bundles.ctypes.data,

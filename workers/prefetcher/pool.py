@@ -41,6 +41,7 @@ class Transfer:
     prepared: Any  # the same for the queues
     wanted: list[int]  # [n] bytes that each read should bring
     when_done: Callable[[], None]
+    at_once: int  # most reads that a queue may have in flight when it takes another of these
     open: int  # reads not yet complete
     next: int = 0  # first read not yet submitted
     patched: dict[int, tuple[Requests, int]] = field(default_factory=dict)  # row → what it reads again, tries
@@ -86,10 +87,22 @@ class Reader:
 class ReaderPool:
     """`read` and `submit` requests while `run` runs."""
 
-    def __init__(self, backends: Sequence[Backend], depth: int, size: int, describe: Describe) -> None:
-        """`depth` reads in flight for each backend, of a file of `size` bytes."""
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        depth: int,
+        size: int,
+        describe: Describe,
+        in_flight: int | None = None,
+    ) -> None:
+        """`depth` reads in flight for each backend, of a file of `size` bytes.
+
+        With `in_flight` no more than about so many bytes, and one read for each backend.
+        """
         self.counters = Counters()
         self._readers = [Reader(backend, depth) for backend in backends]
+        self._depth = depth
+        self._bytes_each = None if in_flight is None else in_flight // len(backends)
         self._size = size
         self._describe = describe
         self._transfers: dict[int, Transfer] = {}
@@ -120,7 +133,10 @@ class ReaderPool:
             return
         self._serial = (self._serial + 1) % SERIALS
         prepared = self._readers[0].backend.prepare(requests, self._serial)
-        transfer = Transfer(requests, prepared, requests.lengths.tolist(), when_done, open=count)
+        at_once = self._depth
+        if self._bytes_each is not None:
+            at_once = max(1, self._bytes_each * count // requests.total_bytes)
+        transfer = Transfer(requests, prepared, requests.lengths.tolist(), when_done, at_once, open=count)
         self._transfers[self._serial] = transfer
         self._backlogs[guess].append(transfer)
         self._drained.clear()
@@ -190,7 +206,10 @@ class ReaderPool:
                 return
             transfer = backlog[0]
             start = transfer.next
-            stop = min(start + limit, len(transfer.wanted))
+            room = min(limit, transfer.at_once - (self._depth - reader.idle))
+            if room <= 0:
+                return
+            stop = min(start + room, len(transfer.wanted))
             if stop == len(transfer.wanted):
                 backlog.popleft()
             transfer.next = stop
