@@ -262,7 +262,7 @@ def test_rotary(kv_heads, group, half, seed):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounding_is_that_of_narrow(dtype):
-    """Of every sixteenth exponent's floats, of those around every half, and of what is out of range."""
+    """Of every half, of the floats around it, of floats of every size, and of what is out of range."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     halves = halves[np.isfinite(halves)]
     ties = halves[:, None].view(np.uint32) + np.array([-1, 0, 1, 0xFFF, 0x1000, 0x1001, 0x8000], np.int64)
