@@ -29,12 +29,11 @@ KERNEL_BLOCK = 256  # neurons; staging halves are a multiple of it, so that kern
 F32 = 4  # bytes
 
 # Proportional set size of each process without what the plan's other parts count, in bytes. Measured
-# on Linux 6.18, Python 3.11, torch 2.13: on a tiny model compute 227 MiB, predictor 83 (30 for kind
-# `all`), cache 30, prefetcher 31, supervisor 36; on Falcon-7B's shape compute 450, whose matrix
-# products pack the prompt's weights, predictor 105, cache 49, prefetcher 31, supervisor 110 with the
-# large tokenizer.
+# on Linux 6.18, Python 3.11: on a tiny model compute 110 MiB, predictor 93 (30 for kind `all`), cache
+# 30, prefetcher 31, supervisor 36; on OPT-6.7B's shape compute less than 120, predictor 93, cache 46,
+# prefetcher 32, supervisor 83, on Falcon-7B's with its larger tokenizer 110.
 BASES: Final = {
-    "compute": 460 << 20,
+    "compute": 140 << 20,
     "predictor": 110 << 20,
     "cache": 50 << 20,
     "prefetcher": 40 << 20,
@@ -236,14 +235,13 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
 
     Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
     and values before and after rotation, and the FFN activations of eight blocks of neurons. Per
-    thread: a widened tile of weights and, with ALiBi, the mask of a key-value head's group.
+    thread: a widened tile of weights and its product with the prompt, or the scores of half as many tokens.
     """
     a = store.architecture
     threads = config.compute.threads or os.cpu_count() or 1
     heads = (a.heads + 2 * a.kv_heads) * a.head_dim
-    per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK) + a.heads
-    mask = a.heads // a.kv_heads * divided.context**2 if a.positions == "alibi" else 0
-    per_thread = 2 * KERNEL_BLOCK * a.d_model + mask
+    per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK)
+    per_thread = 2 * KERNEL_BLOCK * (a.d_model + divided.context)
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 

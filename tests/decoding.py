@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from storage.format import Store
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
@@ -30,21 +29,21 @@ class LocalDecoder:
         self.ids = np.arange(store.layout.d_ff, dtype=np.int32)
         self.length = 0
 
-    def _keep(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _keep(self, index: int, keys: np.ndarray, values: np.ndarray) -> None:
         tokens = keys.shape[2]
-        self.token.cache.keys[index, :, :tokens] = keys[0].numpy()
-        self.token.cache.values[index, :, :tokens] = values[0].numpy()
+        self.token.cache.keys[index, :, :tokens] = keys[0]
+        self.token.cache.values[index, :, :tokens] = values[0]
 
     def prefill(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of all tokens, [tokens, vocabulary]."""
-        x = self.batch.embed(torch.tensor([list(prompt)]))
+        x = self.batch.embed(np.array([list(prompt)]))
         for index, bundles in enumerate(self.bundles):
             residual, hidden = before_ffn(self.architecture, self.batch, index, x, lambda _: None)
             ffn = BatchFfn(self.batch, index, hidden[0])
             ffn.add(self.ids, self.ids, bundles)
             x = after_ffn(self.architecture, self.batch, index, residual, ffn.finish()[None])
         self.length = len(prompt)
-        return self.batch.logits(x)[0].numpy()
+        return self.batch.logits(x)[0]
 
     def steps(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of all tokens, [tokens, vocabulary], decoded one by one from an empty cache."""

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from storage.convert import convert
 from storage.format import RESIDENT, Store
+from workers.compute import batch
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.dense import DenseModel
 from workers.compute.weights import Weights
@@ -134,6 +135,27 @@ def test_threads_do_not_change_a_bit(tmp_path, variant):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("variant", ["opt", "falcon-7b", "falcon-rw", "falcon-40b"])
+def test_attention_does_not_depend_on_how_a_prompt_is_cut(tmp_path, variant, monkeypatch):
+    """Into queries computed at once, and into tokens that are known already and new ones."""
+    store = _store(tmp_path, variant, "float32")
+    kept = []
+    x = np.random.default_rng(0).standard_normal((2, 12, store.layout.d_model), np.float32)
+    workers = Workers(2)
+    operations = BatchOperations(
+        Weights(store), workers, lambda *one: kept.append(one[1:]), lambda _: (kept[1][0], kept[1][1])
+    )
+    whole = operations.attention(0, x)
+    monkeypatch.setattr(batch, "QUERIES", 3)
+    first = operations.attention(0, x[:, :7])
+    operations.past = 7
+    rest = operations.attention(0, x[:, 7:])
+    workers.close()
+    assert whole.std() > 0.01
+    assert np.allclose(np.concatenate((first, rest), axis=1), whole, atol=1e-5)
+    assert np.allclose(np.concatenate((kept[1][0], kept[2][0]), axis=2), kept[0][0], atol=1e-5)
+
+
 def test_the_dense_model_is_the_decoder(tmp_path):
     store = _store(tmp_path, "falcon-rw", "float16")
     other = PROMPT[::-1]
@@ -167,7 +189,7 @@ def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
 def test_a_prefill_does_not_depend_on_its_parts(cuts):
     rng = np.random.default_rng(0)
     weights = FakeWeights(d_model=96, d_ff=700, seed=0)
-    hidden = torch.from_numpy(rng.standard_normal((5, 96), np.float32))
+    hidden = rng.standard_normal((5, 96), np.float32)
     ids = np.arange(700, dtype=np.int32)
     outputs = []
     workers = Workers(1)
@@ -178,7 +200,7 @@ def test_a_prefill_does_not_depend_on_its_parts(cuts):
             staging = weights.bundles[part].copy()
             ffn.add(part, np.arange(part.size, dtype=np.int32), staging)
             staging[...] = np.nan
-        outputs.append(ffn.finish().numpy().tobytes())
+        outputs.append(ffn.finish().tobytes())
     workers.close()
     assert outputs[0] == outputs[1]
 

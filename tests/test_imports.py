@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {"storage": {"pipeline", "workers", "run"}, "pipeline": {"workers", "run"}, "workers": {"run"}}
 LIGHT = ("pipeline", "storage/families", "workers/cache", "workers/prefetcher")
+HEAVIER = ("workers.predictor.__main__", "workers.predictor.lowrank", "workers.compute.__main__")  # numba
 
 # Imports the modules named by its arguments, in a fresh interpreter, and tells what came of it.
 PROBE = """
@@ -74,6 +75,11 @@ def test_no_torch_and_nothing_happens_at_import(folder: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"torch": False, "threads": ["MainThread"], "environment": True}
+
+
+def test_no_process_of_the_ring_takes_the_memory_that_torch_costs() -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, *HEAVIER], cwd=ROOT, capture_output=True, check=True)
+    assert json.loads(done.stdout)["torch"] is False
 
 
 @pytest.mark.parametrize("folder", ["pipeline", "storage", "workers"])

@@ -371,6 +371,20 @@ def _attend(
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
+def _activate_all(x: Any, function: Any) -> None:
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.shape[0]):
+            row[j] = _activation(row[j], function)
+
+
+@njit(cache=True, nogil=True)
+def _layer_norms(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
+    for i in range(x.shape[0]):
+        _layer_norm(x[i], weight, bias, epsilon, out[i])
+
+
+@njit(fastmath=_FAST, nogil=True)
 def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
     width = x.shape[0]
     mean = np.float32(0)
@@ -584,10 +598,19 @@ def attend(
 
 
 def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float) -> F32:
-    """Normalised x [d]; weight and bias [d] may be empty."""
-    out = np.empty_like(x)
-    _layer_norm(x, weight, bias, np.float32(epsilon), out)
+    """Normalised x [..., d]; weight and bias [d] may be empty."""
+    out = np.empty(x.shape, np.float32)
+    width = x.shape[-1]
+    _layer_norms(x.reshape(-1, width), weight, bias, np.float32(epsilon), out.reshape(-1, width))
     return out
+
+
+def activations(x: F32, function: str) -> None:
+    """Apply the activation function to x [n, m], in place. One thread, without the interpreter's lock."""
+    if function == "relu":
+        np.maximum(x, 0, out=x)
+    else:
+        _activate_all(x, ACTIVATIONS[function])
 
 
 def gather(bundles: Carrier, slots: I32, start: int, width: int, dtype: str, out: F32) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
-
 import asyncio
 import os
 import queue
@@ -12,6 +10,7 @@ import threading
 from pipeline.channel import Channel
 from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.process import Worker, run
+from workers import kernels
 from workers.compute.audit import Audit
 from workers.compute.engine import Engine, Stopped
 from workers.compute.weights import Weights

@@ -1,8 +1,8 @@
 """What a layer is, for any family: the three blocks of `storage/families/architecture.py`.
 
-Written once, over whatever computes a norm and an attention: one token with numba, or many with
-torch. A layer is cut where the FFN's bundles are needed: `before_ffn` makes the FFN's input and
-announces it as early as the block allows; `after_ffn` adds the FFN's output.
+Written once, over whatever computes a norm and an attention: for one token or for many. A layer is cut
+where the FFN's bundles are needed: `before_ffn` makes the FFN's input and announces it as early as the
+block allows; `after_ffn` adds the FFN's output.
 """
 
 from __future__ import annotations

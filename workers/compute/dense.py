@@ -1,7 +1,8 @@
 """The whole model without a ring: for predictor training, evaluation and tests.
 
 Layers are read from the store one at a time, so memory stays at the resident weights, one layer and
-the activations. The mathematics is the ring's own (`blocks.py`, `batch.py`).
+the activations. The mathematics is the ring's own (`blocks.py`, `batch.py`); what goes in and out are
+torch tensors, which share the arrays' memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.weights import Weights
 
+F32 = npt.NDArray[np.float32]
 Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
@@ -34,7 +36,7 @@ class DenseModel:
 
     def embed(self, tokens: npt.ArrayLike) -> torch.Tensor:
         """The residual stream before layer 0 of token ids [sequences, tokens]."""
-        return self._operations.embed(torch.as_tensor(np.asarray(tokens), dtype=torch.int64))
+        return torch.from_numpy(self._operations.embed(np.asarray(tokens)))
 
     def layer(
         self,
@@ -50,16 +52,20 @@ class DenseModel:
         neurons are summed, as if a predictor had chosen them from what was `announced`, which is the
         FFN's input unless `early`. `bundles` saves reading the layer again (`Store.read_layer`).
         """
-        kept: list[torch.Tensor] = []
-        residual, ffn_input = before_ffn(self.architecture, self._operations, index, x, kept.append, early)
-        flat = ffn_input.flatten(0, 1)
-        chosen = mask(index, kept[0].flatten(0, 1), flat) if mask is not None else None
-        ffn = BatchFfn(self._operations, index, flat, chosen)
+        kept: list[F32] = []
+        operations = self._operations
+        residual, ffn_input = before_ffn(self.architecture, operations, index, x.numpy(), kept.append, early)
+        flat = ffn_input.reshape(-1, ffn_input.shape[-1])
+        chosen = None
+        if mask is not None:
+            chosen = mask(index, torch.from_numpy(kept[0].reshape(flat.shape)), torch.from_numpy(flat))
+        ffn = BatchFfn(operations, index, flat, None if chosen is None else chosen.numpy())
         layer = self.store.read_layer(index) if bundles is None else bundles
         ids = np.arange(self.architecture.d_ff, dtype=np.int32)
         ffn.add(ids, ids, layer.reshape(layer.shape[0], -1))
         y = ffn.finish().reshape(ffn_input.shape)
-        return ffn_input, after_ffn(self.architecture, self._operations, index, residual, y)
+        x = torch.from_numpy(after_ffn(self.architecture, operations, index, residual, y))
+        return torch.from_numpy(ffn_input), x
 
     def layers(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Every layer's index and FFN input [sequences, tokens, d_model], in order."""
@@ -70,7 +76,7 @@ class DenseModel:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[sequences, tokens, vocabulary] from the last layer's output."""
-        return self._operations.logits(x)
+        return torch.from_numpy(self._operations.logits(x.numpy()))
 
     def forward(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> torch.Tensor:
         """Logits of all tokens, [sequences, tokens, vocabulary]."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.channel import Channel
 from pipeline.messages import (
@@ -197,15 +196,15 @@ class Engine:
         operations = self._batch
         operations.past = cached
         started = time.monotonic()
-        x = operations.embed(torch.tensor([prompt[cached:]]))
-        self._announce(EMBEDDING, x[0].numpy(), stream=True)
+        x = operations.embed(np.array([prompt[cached:]]))
+        self._announce(EMBEDDING, x[0], stream=True)
         for index in range(self._plan.layers):
             residual, ffn_input = before_ffn(
                 self._architecture,
                 operations,
                 index,
                 x,
-                lambda hidden, index=index: self._announce(index, hidden[0].numpy(), stream=True),  # type: ignore[misc]
+                lambda hidden, index=index: self._announce(index, hidden[0], stream=True),  # type: ignore[misc]
                 self._plan.early,
             )
             ffn = BatchFfn(operations, index, ffn_input[0])
@@ -222,19 +221,19 @@ class Engine:
             if self._cancelled == self._run:
                 self._drain(index)
                 raise _Cancelled
-        logits = self._token.logits(x[0, -1].numpy())
+        logits = self._token.logits(x[0, -1])
         self.seconds["prefill"] += time.monotonic() - started
         self.counts["prefill_tokens"] += len(prompt) - cached
         return logits
 
-    def _keep(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _keep(self, index: int, keys: F32, values: F32) -> None:
         """Put a prompt's keys and values, [1, kv_heads, tokens, head_dim], into the cache."""
-        self._token.cache.put(index, self._batch.past, keys[0].numpy(), values[0].numpy())
+        self._token.cache.put(index, self._batch.past, keys[0], values[0])
 
-    def _kept(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _kept(self, index: int) -> tuple[F32, F32]:
         """The cache's keys and values before the batch, [1, kv_heads, past, head_dim] each."""
         keys, values = self._token.cache.past(index, self._batch.past)
-        return torch.from_numpy(keys)[None], torch.from_numpy(values)[None]
+        return keys[None], values[None]
 
     # -- the ring -------------------------------------------------------------------------------
 

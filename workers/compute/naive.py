@@ -9,8 +9,6 @@ mathematics is the ring's own (`blocks.py`, `token.py`), over every neuron.
 
 from __future__ import annotations
 
-from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
-
 import argparse
 import json
 import mmap
@@ -32,9 +30,10 @@ from pipeline.memory import proportional_bytes
 from storage.errors import StoreError
 from storage.families.architecture import EMBED, HEAD, PROJECT_OUT, layer
 from storage.format import BUNDLES, CARRIER, ITEMSIZE, RESIDENT, Store
+from workers import kernels
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.token import TokenOperations
-from workers.compute.weights import as_tensor, widen
+from workers.compute.weights import widen
 
 CHUNK = 8 << 20  # bytes of one read, about
 DEPTH = 4  # reads in flight, and buffers
@@ -195,10 +194,6 @@ class Vectors:
 
     def matrix(self, name: str) -> Any:
         return _Rows(self, name)
-
-    def tensor(self, name: str) -> Any:
-        _, shape = self._header.places[name]
-        return as_tensor(self.rows(name, 0, shape[0]).copy(), self.dtype)
 
     def has(self, name: str) -> bool:
         return name in self._header.places

@@ -6,16 +6,17 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from workers.compute.weights import narrow, widen
 
 F32 = npt.NDArray[np.float32]
 
 
 def rotary(base: float, head_dim: int, context: int) -> tuple[F32, F32]:
     """cos and sin, [context, head_dim / 2] each."""
-    inverse = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * inverse
-    return angles.cos().numpy(), angles.sin().numpy()
+    inverse = 1 / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    angles = np.arange(context, dtype=np.float32)[:, None] * inverse
+    return np.cos(angles), np.sin(angles)
 
 
 def alibi(heads: int, head_dim: int, context: int) -> F32:
@@ -29,10 +30,15 @@ def alibi(heads: int, head_dim: int, context: int) -> F32:
     if power != heads:
         rest = min(power, heads - power)
         base = 2 ** -(2 ** -(math.log2(2 * power) - 3))
-        slopes = torch.cat([slopes, _slopes(base, range(1, 1 + 2 * rest, 2))])
-    bias = slopes[:, None].bfloat16() * torch.arange(context)[None, :]
-    return (bias.float() / math.sqrt(head_dim)).numpy()
+        slopes = np.concatenate((slopes, _slopes(base, range(1, 1 + 2 * rest, 2))))
+    bias = _rounded(_rounded(slopes)[:, None] * _rounded(np.arange(context, dtype=np.float32)))
+    return bias / np.float32(math.sqrt(head_dim))
 
 
-def _slopes(base: float, powers: range) -> torch.Tensor:
-    return torch.pow(torch.tensor(base, dtype=torch.float32), torch.tensor(powers, dtype=torch.int32))
+def _slopes(base: float, powers: range) -> F32:
+    return np.float32(base) ** np.array(powers, np.float32)
+
+
+def _rounded(x: F32) -> F32:
+    """To bfloat16 and back."""
+    return widen(narrow(x, "bfloat16"), "bfloat16")

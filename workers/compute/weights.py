@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from storage.errors import StoreError
 from storage.families.architecture import Architecture
@@ -18,8 +17,6 @@ from storage.format import CARRIER, ITEMSIZE, RESIDENT, Store
 _ALIGNMENT = 64  # bytes of a cache line; a vector load that crosses one counts twice
 _CHUNK = 64 << 20  # bytes read, and then dropped from the page cache, at once
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 LARGEST_HALF = 65_504.0
 
@@ -64,10 +61,6 @@ class Weights:
         """[out, in] of the carrier type."""
         return self._matrices[name]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The same memory as a torch tensor of the store's dtype."""
-        return as_tensor(self._matrices[name], self.dtype)
-
     def has(self, name: str) -> bool:
         return name in self._matrices or name in self._vectors
 
@@ -77,13 +70,6 @@ class Weights:
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-def as_tensor(array: npt.NDArray[Any], dtype: str) -> torch.Tensor:
-    """A torch view of an array of `dtype`'s carrier."""
-    if dtype == "float32":
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(np.int16)).view(_TORCH[dtype])
 
 
 def widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
