@@ -31,7 +31,7 @@ F32 = 4  # bytes
 # Proportional set size of each process without what the plan's other parts count, in bytes. Measured
 # on Linux 6.18, Python 3.11: on a tiny model compute 110 MiB, predictor 93 (30 for kind `all`), cache
 # 30, prefetcher 31, supervisor 36; on OPT-6.7B's shape compute less than 120, predictor 93, cache 46,
-# prefetcher 32, supervisor 83, on Falcon-7B's with its larger tokenizer 110.
+# prefetcher 32, supervisor 83; on Falcon-7B's compute 130, supervisor 110 with its larger tokenizer.
 BASES: Final = {
     "compute": 140 << 20,
     "predictor": 110 << 20,
