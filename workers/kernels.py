@@ -636,6 +636,7 @@ def warm(dtype: str, cache_dtype: str = "float32") -> None:
     no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
     attend(projected, angles, angles, cache, cache, 0, no_bias, scores, cache_dtype, 1)
     layer_norm(x, x, x, 1e-5)
+    activations(np.zeros((1, 64), np.float32), "gelu")
     gather(weights, ids, 0, 64, dtype, np.zeros((2, 64), np.float32)[:1])
 
 
