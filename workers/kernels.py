@@ -50,8 +50,10 @@ NO_BIAS: F32 = np.zeros(0, np.float32)
 _FAST = {"reassoc", "contract"}
 _SMALL = 1 << 18  # bytes of weights below which a second thread costs more than it saves
 _CHUNK = 32  # rows that a thread takes at a time, a multiple of four
-_COLUMNS = 512  # of a sum, likewise
-_LONG_COLUMNS = 4096  # where one thread sums: long pieces of rows, and sums that stay in the L1 cache
+_BLOCK = 128  # elements of a row between two looks ahead, a multiple of a cache line's
+_LINE = 32  # 16-bit elements of a cache line
+_FEWEST_COLUMNS = 512  # of a sum that a thread takes at a time
+_MOST_COLUMNS = 4096  # of them stay in the L1 cache
 
 
 @intrinsic
@@ -139,32 +141,84 @@ def _to_brain(value: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + tie) >> np.uint32(16))
 
 
-@njit(fastmath=_FAST)
-def _dots(r0: Any, r1: Any, r2: Any, r3: Any, x: Any, kind: Any) -> Any:
-    """Four sums of row[j] · x[j] at once, for rows that lie anywhere: more of them are on their way.
+@intrinsic
+def _fetch(typing_context: Any, row: Any, index: Any) -> Any:
+    """Ask for the cache line of row[index], without waiting for it."""
 
-    A row's sum is the same bits whichever rows are its neighbours.
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        read, near, data_cache = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
+        builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, near, data_cache])
+        return context.get_dummy_value()
+
+    return types.void(row, types.int64), generate
+
+
+_prefetch: Any = _fetch
+
+
+@njit(inline="always")
+def _single(value: Any) -> Any:
+    """float32, as it is."""
+    return np.float32(value)
+
+
+def _dots_of(widen: Any) -> Any:
+    """`_dots` for one dtype."""
+
+    @njit(fastmath=_FAST)
+    def dots(rows: Any, following: Any, x: Any) -> Any:
+        r0, r1, r2, r3 = rows
+        n0, n1, n2, n3 = following
+        t0 = t1 = t2 = t3 = np.float32(0)
+        for start in range(0, x.shape[0], _BLOCK):
+            stop = min(start + _BLOCK, x.shape[0])
+            for j in range(start, stop, _LINE):
+                _prefetch(n0, j)
+                _prefetch(n1, j)
+                _prefetch(n2, j)
+                _prefetch(n3, j)
+            b0, b1, b2, b3, some = r0[start:stop], r1[start:stop], r2[start:stop], r3[start:stop], x[start:stop]
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for j in range(some.shape[0]):
+                s0 += widen(b0[j]) * some[j]
+                s1 += widen(b1[j]) * some[j]
+                s2 += widen(b2[j]) * some[j]
+                s3 += widen(b3[j]) * some[j]
+            t0 += s0
+            t1 += s1
+            t2 += s2
+            t3 += s3
+        return t0, t1, t2, t3
+
+    return dots
+
+
+_dots_of_singles, _dots_of_halves, _dots_of_brains = _dots_of(_single), _dots_of(_half), _dots_of(_brain)
+
+
+@njit(fastmath=_FAST)
+def _dots(rows: Any, following: Any, x: Any, kind: Any) -> Any:
+    """Sums of row[j] · x[j] for each of four rows at once, while the four `following` rows are asked for.
+
+    The rows may lie anywhere. A row's sum is the same bits whichever rows are its neighbours. Rows are
+    shorter than what the processor's own look-ahead needs to get going: asking for the next ones brings
+    activations from 9 to 11 GB/s on one core and from 17 to 20 on two, products from 12 to 13.6 and 23.
     """
-    t0 = t1 = t2 = t3 = np.float32(0)
     if kind == 2:
-        for j in range(x.shape[0]):
-            t0 += _brain(r0[j]) * x[j]
-            t1 += _brain(r1[j]) * x[j]
-            t2 += _brain(r2[j]) * x[j]
-            t3 += _brain(r3[j]) * x[j]
-    elif kind == 1:
-        for j in range(x.shape[0]):
-            t0 += _half(r0[j]) * x[j]
-            t1 += _half(r1[j]) * x[j]
-            t2 += _half(r2[j]) * x[j]
-            t3 += _half(r3[j]) * x[j]
-    else:
-        for j in range(x.shape[0]):
-            t0 += np.float32(r0[j]) * x[j]
-            t1 += np.float32(r1[j]) * x[j]
-            t2 += np.float32(r2[j]) * x[j]
-            t3 += np.float32(r3[j]) * x[j]
-    return t0, t1, t2, t3
+        return _dots_of_brains(rows, following, x)
+    if kind == 1:
+        return _dots_of_halves(rows, following, x)
+    return _dots_of_singles(rows, following, x)
+
+
+@njit(inline="always")
+def _four(i: Any, last: Any) -> Any:
+    """The four places from `i` on. At the end the last one several times: its result is the same bits."""
+    return min(i, last), min(i + 1, last), min(i + 2, last), min(i + 3, last)
 
 
 # Without reassociation: y must be summed in the order of the calls, however they are grouped.
@@ -237,23 +291,25 @@ _next: Any = _take  # called by compiled code with the counter alone
 @njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _matvec(weights: Any, x: Any, bias: Any, out: Any, kind: Any, counter: Any, threads: Any) -> None:
     biased = bias.shape[0] > 0
-    rows = weights.shape[0]
+    last = weights.shape[0] - 1
     for _ in prange(threads):
         while True:
             start = _next(counter) * _CHUNK
-            if start >= rows:
+            if start > last:
                 break
-            # Four rows at a time keep more of the memory under way than one: 12 GB/s a thread, not 9.5.
-            for i in range(start, min(start + _CHUNK, rows), 4):
-                # The last rows may be fewer: one of them is then multiplied several times, to the same bits.
-                i1, i2, i3 = min(i + 1, rows - 1), min(i + 2, rows - 1), min(i + 3, rows - 1)
-                t0, t1, t2, t3 = _dots(weights[i], weights[i1], weights[i2], weights[i3], x, kind)
+            # Four rows at a time keep more of the memory under way than one.
+            for i in range(start, min(start + _CHUNK, last + 1), 4):
+                i0, i1, i2, i3 = _four(i, last)
+                n0, n1, n2, n3 = _four(i + 4, last)
+                rows = (weights[i0], weights[i1], weights[i2], weights[i3])
+                following = (weights[n0], weights[n1], weights[n2], weights[n3])
+                t0, t1, t2, t3 = _dots(rows, following, x, kind)
                 if biased:
-                    t0 += bias[i]
+                    t0 += bias[i0]
                     t1 += bias[i1]
                     t2 += bias[i2]
                     t3 += bias[i3]
-                out[i] = t0
+                out[i0] = t0
                 out[i1] = t1
                 out[i2] = t2
                 out[i3] = t3
@@ -273,29 +329,24 @@ def _activate(
     threads: Any,
 ) -> None:
     biased = bias.shape[0] > 0
-    width = h.shape[0]
-    count = slots.shape[0]
+    last = slots.shape[0] - 1
     for _ in prange(threads):
         while True:
             start = _next(counter) * _CHUNK
-            if start >= count:
+            if start > last:
                 break
-            for i in range(start, min(start + _CHUNK, count), 4):
-                i1, i2, i3 = min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
-                t0, t1, t2, t3 = _dots(
-                    bundles[slots[i], :width],
-                    bundles[slots[i1], :width],
-                    bundles[slots[i2], :width],
-                    bundles[slots[i3], :width],
-                    h,
-                    kind,
-                )
+            for i in range(start, min(start + _CHUNK, last + 1), 4):
+                i0, i1, i2, i3 = _four(i, last)
+                n0, n1, n2, n3 = _four(i + 4, last)
+                rows = (bundles[slots[i0]], bundles[slots[i1]], bundles[slots[i2]], bundles[slots[i3]])
+                following = (bundles[slots[n0]], bundles[slots[n1]], bundles[slots[n2]], bundles[slots[n3]])
+                t0, t1, t2, t3 = _dots(rows, following, h, kind)
                 if biased:
-                    t0 += bias[ids[i]]
+                    t0 += bias[ids[i0]]
                     t1 += bias[ids[i1]]
                     t2 += bias[ids[i2]]
                     t3 += bias[ids[i3]]
-                out[i] = _activation(t0, function)
+                out[i0] = _activation(t0, function)
                 out[i1] = _activation(t1, function)
                 out[i2] = _activation(t2, function)
                 out[i3] = _activation(t3, function)
@@ -342,9 +393,11 @@ def _attend(
         query, score = queries[head], scores[head]
         key, value = keys[shared], values[shared]
         for t in range(0, length, 4):  # as in _matvec
-            t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
-            s0, s1, s2, s3 = _dots(key[t], key[t1], key[t2], key[t3], query, kind)
-            score[t] = s0
+            t0, t1, t2, t3 = _four(t, last)
+            n0, n1, n2, n3 = _four(t + 4, last)
+            rows, following = (key[t0], key[t1], key[t2], key[t3]), (key[n0], key[n1], key[n2], key[n3])
+            s0, s1, s2, s3 = _dots(rows, following, query, kind)
+            score[t0] = s0
             score[t1] = s1
             score[t2] = s2
             score[t3] = s3
@@ -513,6 +566,15 @@ def _launch(threads: int, weight_bytes: int) -> int:
     return wanted
 
 
+def _columns(width: int, threads: int) -> int:
+    """Columns of a sum that a thread takes at a time: two pieces for each, as long as they may be.
+
+    Long pieces of rows come faster: at 4,096 columns and two threads 1,024 at a time brought 13 GB/s, 512 10.
+    """
+    even = width // (2 * threads) // _LINE * _LINE
+    return max(_FEWEST_COLUMNS, min(even, _MOST_COLUMNS))
+
+
 def matvec(
     weights: Carrier, x: F32, dtype: str, threads: int, bias: F32 = NO_BIAS, out: F32 | None = None
 ) -> F32:
@@ -554,7 +616,7 @@ def accumulate(bundles: Carrier, ids: I32, slots: I32, a: F32, y: F32, dtype: st
     """
     launched = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
     first = y.shape[0]  # columns lie behind up-projection rows of the same width
-    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], _COLUMNS, launched)
+    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], _columns(y.shape[0], launched), launched)
     return active
 
 
@@ -566,7 +628,7 @@ def combine(rows: Carrier, a: F32, bias: F32, dtype: str) -> F32:
     y = bias.copy()
     _launch(1, 0)
     every = np.arange(rows.shape[0], dtype=np.int32)
-    _accumulate(rows, every, 0, a, y, KINDS[dtype], _LONG_COLUMNS, np.zeros(1, np.int64), 1)
+    _accumulate(rows, every, 0, a, y, KINDS[dtype], _columns(y.shape[0], 1), np.zeros(1, np.int64), 1)
     return y
 
 
