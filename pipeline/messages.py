@@ -116,6 +116,7 @@ class NeuronsPredicted(Message):
     """predictor → cache: the neurons that `layer` will need.
 
     `count` ids stand ascending in the segment's row (layer, guess); EVERY neuron needs no ids.
+    A decode set may hold an id's complement: that neuron is wanted only where it is resident.
     A `guess` only starts reads early: the set that is computed is the one that follows without it.
     """
 

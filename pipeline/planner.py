@@ -112,9 +112,12 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
     try:
         with safe_open(path, "numpy") as file:
             trained = int((file.metadata() or {}).get("lookahead", "0"))
-            own = trained == 0 or any(name.startswith("inlayer.") for name in list(file.keys()))
+            names = list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"the predictors {path} cannot be read: {reason(error)}") from error
+    own = trained == 0 or any(name.startswith("inlayer.") for name in names)
+    if config.predictor.cache_aware and not any(name.endswith(".absent") for name in names):
+        raise ConfigError(f"{whose} have no thresholds by residency, predictor.cache_aware: train others")
     if not own and (wanted or lookahead != trained):
         raise ConfigError(
             f"{whose} are for look-ahead {trained} "

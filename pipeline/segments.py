@@ -29,7 +29,7 @@ class Segments:
     hidden: npt.NDArray[
         np.float32
     ]  # [1 + layers, hidden_rows, d_model], row 0: the embedding; compute → predictor
-    predicted: npt.NDArray[np.int32]  # [layers, 2, d_ff] ids, row 1: guesses; predictor → cache
+    predicted: npt.NDArray[np.int32]  # [layers, 2, d_ff] ids (or ~ids), row 1: guesses; predictor → cache
     active: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT of every part in turn; cache → compute
     reads: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT to read; cache → prefetcher
 

@@ -130,6 +130,23 @@ def test_a_wrong_guess_is_still_a_part():
     assert bench.tell(1, 0, 5) == [part0(1, 0, (1, 0), (False, True))]
 
 
+def test_a_doubtful_neuron_is_wanted_only_where_it_is_resident():
+    bench = Bench(plan((6,)))
+    bench.tell(0, 0, 2, 5)
+    instructions = bench.tell(1, 0, 1, ~2, 3, ~4, 5)
+    assert instructions == [read(1, 0, 1, 0, 2), part0(1, 0, (2, 2), (False, True))]
+    assert bench.parts(0, instructions[-1]) == [[(2, 0), (5, 1)], [(1, 2), (3, 3)]]
+    assert bench.tell(2, 0, ~4) == [part0(2, 0, (0,), (True,))]
+
+
+def test_a_doubtful_neuron_is_wanted_where_a_guess_is_reading_it():
+    bench = Bench(plan((6,)))
+    bench.guess(0, 0, 2, 4)
+    instructions = bench.tell(0, 0, 1, ~2, ~3)
+    assert instructions == [read(0, 0, 2, 2, 1), part0(0, 0, (0, 1, 1), (False, False, True))]
+    assert bench.parts(0, instructions[-1]) == [[], [(2, 0)], [(1, 2)]]
+
+
 def test_a_guess_of_residents_asks_for_nothing_and_protects_them():
     bench = Bench(plan((2,)))
     bench.tell(0, 0, 1, 2)
@@ -285,6 +302,7 @@ class World:
     outstanding: list = field(default_factory=list)  # (ReadBundles, its rows)
     arrived: dict = field(default_factory=dict)  # (step, layer) → {part: LayerPart}
     sets: dict = field(default_factory=dict)  # (step, layer) → ids
+    doubtful: dict = field(default_factory=dict)  # (step, layer) → ids that may be left out
     done: int = -1
     bundles_read: int = 0
 
@@ -303,6 +321,10 @@ class World:
             keep = (EVERY if self.random.random() < 0.3 else chosen.size) if every else 0
             if not target.guess:
                 self.sets[step, target.layer] = range(self.plan.d_ff) if every else chosen.tolist()
+                if not every and not stream:
+                    left = np.array([self.random.random() < 0.3 for _ in chosen], np.bool_)
+                    self.doubtful[step, target.layer] = chosen[left].tolist()
+                    chosen[left] = ~chosen[left]
             message = NeuronsPredicted(RUN, step, target.layer, count, keep, target.guess, stream, self.done)
             self.predictions.append((message, chosen))
 
@@ -324,6 +346,9 @@ class World:
                 continue
             rows = self.bench.asked(instruction)
             self.bundles_read += len(rows)
+            if not instruction.guess:
+                doubtful = self.doubtful.get((instruction.step, instruction.layer), [])
+                assert not {neuron for neuron, _ in rows} & set(doubtful), "a doubtful neuron is read"
             for _, slot in rows:
                 assert self.memory.get(slot) != "garbage", "two reads into one slot"
                 self.memory[slot] = "garbage"
@@ -369,7 +394,8 @@ class World:
                 segment = []
                 if announced.staged:
                     self.credits.append(PartDone(RUN, step, layer, part))
-        assert computed == list(self.sets[step, layer])
+        wanted, doubtful = list(self.sets[step, layer]), self.doubtful.get((step, layer), [])
+        assert computed == [one for one in wanted if one not in doubtful or one in computed]
         assert len(self.arrived.pop((step, layer))) == len(tables)
         self.done = step * self.plan.layers + layer
 

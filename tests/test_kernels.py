@@ -107,7 +107,7 @@ def test_sums_run_by_ascending_ids_whatever_the_order_of_the_parts(dtype, count,
 @settings(max_examples=15, deadline=None)
 @given(count=sizes, seed=st.integers(0, 99))
 def test_combine(dtype, count, seed):
-    width = kernels._LONG_COLUMNS + 7 * seed  # more than one piece
+    width = kernels._MOST_COLUMNS + 7 * seed  # more than one piece
     rows, exact = stored(normal(seed, count, width), dtype)
     a, bias = normal(seed + 1, count), normal(seed + 2, width)
     got = kernels.combine(rows, a, bias, dtype)

@@ -68,6 +68,29 @@ def test_maps_may_share_the_matrices_of_the_layers_own(store):
         assert scorer.maps[False][layer].up is scorer.maps[True][layer].up
 
 
+def test_doubtful_neurons_are_told_as_complements(store):
+    tensors = both(store)
+    for layer in LAYERS:
+        tensors[f"inlayer.{layer}.resident"] = np.array([-0.6], np.float32)
+        tensors[f"inlayer.{layer}.absent"] = np.array([0.9], np.float32)
+    predictors.write(store, tensors)
+    x = hidden(store)
+    scorer = lowrank.load(store, "default", 1, refines=True, threshold=0.2, cache_aware=True)
+    plain = lowrank.load(store, "default", 1, refines=True, threshold=0.2)
+    for layer in LAYERS:
+        listed = scorer.wanted(layer, x, True)
+        doubtful = listed < 0
+        assert 0 < doubtful.sum() < doubtful.size
+        ids = np.where(doubtful, ~listed, listed)
+        assert ids.tolist() == np.flatnonzero(expected(tensors, "inlayer", layer, x, 0.2 - 0.6)).tolist()
+        sure = np.flatnonzero(expected(tensors, "inlayer", layer, x, 0.2 + 0.9))
+        assert listed[~doubtful].tolist() == sure.tolist()
+        assert (
+            scorer.wanted(layer, x, False).tolist() == np.flatnonzero(plain.active(layer, x, False)).tolist()
+        )
+        assert plain.wanted(layer, x, True).tolist() == np.flatnonzero(plain.active(layer, x, True)).tolist()
+
+
 def test_guesses_have_a_threshold_of_their_own(store):
     tensors = both(store)
     for layer in LAYERS:

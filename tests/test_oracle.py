@@ -8,6 +8,7 @@ import pytest
 from pipeline.messages import EMBEDDING, EVERY, HiddenReady, NeuronsPredicted
 from workers.predictor.oracle import Oracle
 from workers.predictor.prediction import Prediction
+from workers.predictor.scorer import Scorer
 from workers.predictor.targets import Mode
 
 LAYERS, D_FF, D_MODEL = 3, 40, 16
@@ -52,7 +53,7 @@ def test_a_neuron_within_rounding_of_zero_is_taken():
     assert oracle.active(0, np.array([1.0, 1.000001], np.float32), own=True).tolist() == [True, True, False]
 
 
-class OneOfLayer:
+class OneOfLayer(Scorer):
     """Predicts neuron `layer` always, `10 + own` likewise, and the neuron that the row names."""
 
     notes = ()

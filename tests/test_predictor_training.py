@@ -101,6 +101,18 @@ def test_regression_finds_a_planted_low_rank_map() -> None:
     assert float(regression.strengths[-6:].sum()) == pytest.approx(len(matrix), rel=0.02)
 
 
+def test_every_threshold_misses_its_share() -> None:
+    samples, matrix = planted(rank=6)
+    bias = torch.full((len(matrix),), -1.28)
+    recipe = fit.Recipe(false_negatives=0.05, guesses_miss=0.3, resident_miss=0.02, absent_miss=0.1)
+    found = fit.calibrated(svd.decompose(matrix, bias, 3), samples, recipe)
+    inputs, active = samples.rows(slice(None))
+    scores = found.scores(inputs)
+    for least, share in ((found.resident, 0.02), (0.0, 0.05), (found.absent, 0.1), (found.guess, 0.3)):
+        counts = report.Counts.of(scores > least, active)
+        assert counts.false_negatives == pytest.approx(share, abs=1e-3)
+
+
 def test_training_learns_from_a_start_that_knows_nothing() -> None:
     samples, matrix = planted(rank=6)
     generator = torch.Generator().manual_seed(0)
@@ -167,7 +179,7 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
     for one in reports:
         if one.lookahead == 0:
             assert one.recall > one.predicted + 0.2  # chance has as much recall as it predicts
-    scorer = lowrank.load(store, "file", 1, True, 0.0)
+    scorer = lowrank.load(store, "file", 1, True, 0.0, cache_aware=True)
     recorded = activations.Activations(tmp_path / "activations", store)
     for own in (True, False):
         samples = recorded.samples(1, 0 if own else 1)
@@ -179,6 +191,10 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
         mask = scorer.active(1, row[0].numpy() / samples.scale, own)
         sure = np.abs(scores) > 1e-2
         assert np.array_equal(mask[sure], (scores > 0)[sure])
+        if own:
+            assert found.resident < 0 < found.absent
+            listed = scorer.wanted(1, row[0].numpy() / samples.scale, own)
+            assert np.count_nonzero(listed >= 0) < np.count_nonzero(mask) < listed.size
     with safe_open(store.path / PREDICTORS / "file.safetensors", "np") as file:
         told = json.loads(file.metadata()["report"])
     assert [one["layer"] for one in told["layers"]] == list(range(store.layout.layers)) * 2

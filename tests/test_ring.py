@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import predictors
 import pytest
 from checkpoints import write_checkpoint
 from ring import PROMPT, config, generate, outcome, plan_for, tap
@@ -209,3 +211,35 @@ def kernel_bytes(pid: int) -> int:
         if line.startswith("read_bytes:"):
             return int(line.split()[1])
     raise AssertionError("no read_bytes in /proc/PID/io")
+
+
+@pytest.fixture(scope="module")
+def doubting(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A small model whose random predictors have thresholds by residency, the same in every layer."""
+    base = tmp_path_factory.mktemp("doubting")
+    made = convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
+    layers = range(made.layout.layers)
+    maps = predictors.maps(made, "layers", layers) | predictors.maps(made, "inlayer", layers, seed=2)
+    for layer in layers:
+        maps[f"inlayer.{layer}.resident"] = np.array([-0.5], np.float32)
+        maps[f"inlayer.{layer}.absent"] = np.array([0.75], np.float32)
+    predictors.write(made, maps)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("share", "keep", "threshold"), [(1.0, True, -0.5), (0.5, False, 0.75)], ids=["all", "nothing"]
+)
+def test_cache_aware_is_one_threshold_where_all_or_nothing_is_resident(doubting, share, keep, threshold):
+    cache = {"share": share, "keep": keep}
+    aware = config(predictor={"kind": "lowrank", "lookahead": 0, "cache_aware": True}, cache=cache)
+    plain = config(predictor={"kind": "lowrank", "lookahead": 0, "threshold": threshold}, cache=cache)
+    found = outcome(doubting, aware)
+    assert found == outcome(doubting, plain)
+    assert found != outcome(doubting, config(predictor={"kind": "lowrank", "lookahead": 0}, cache=cache))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_cache_aware_is_repeatable(doubting, lookahead):
+    chosen = config(predictor={"kind": "lowrank", "lookahead": lookahead, "cache_aware": True})
+    assert outcome(doubting, chosen, slots=60) == outcome(doubting, chosen, slots=60)

@@ -181,7 +181,8 @@ def _dots_of(widen: Any) -> Any:
                 _prefetch(n1, j)
                 _prefetch(n2, j)
                 _prefetch(n3, j)
-            b0, b1, b2, b3, some = r0[start:stop], r1[start:stop], r2[start:stop], r3[start:stop], x[start:stop]
+            b0, b1, b2, b3 = r0[start:stop], r1[start:stop], r2[start:stop], r3[start:stop]
+            some = x[start:stop]
             s0 = s1 = s2 = s3 = np.float32(0)
             for j in range(some.shape[0]):
                 s0 += widen(b0[j]) * some[j]
@@ -616,7 +617,8 @@ def accumulate(bundles: Carrier, ids: I32, slots: I32, a: F32, y: F32, dtype: st
     """
     launched = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
     first = y.shape[0]  # columns lie behind up-projection rows of the same width
-    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], _columns(y.shape[0], launched), launched)
+    columns = _columns(y.shape[0], launched)
+    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], columns, launched)
     return active
 
 

@@ -10,6 +10,7 @@ from pipeline.bench.rows import NAIVE, TECHNIQUES, Row
 STRICT = "all techniques at a strict 50 %"
 EARLY = "early"  # the name of predictors that are asked before attention (train-predictor --early)
 BY_HALVES = {"prefetcher.split": "true"}
+CACHE_AWARE = {"predictor.cache_aware": "true"}
 IN_LAYER = {"predictor.kind": "lowrank", "predictor.lookahead": "0", "predictor.refine": "false"}
 
 # Name → what it adds to the settings of the row; techniques grow by one from row to row.
@@ -24,7 +25,8 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> None:
     """`add` naive, hybrid and, where the store has predictors, each technique, as they are measured.
 
-    There is a row with all techniques for each way to overlap. `strict` adds the quickest of them at half
+    There is a row with all techniques for each way to overlap, and one that asks for less of what is
+    absent than of what is resident. `strict` adds the quickest of them at half
     of the checkpoint, without the GiB for what runs it.
     """
     measured: list[Row] = []
@@ -40,17 +42,27 @@ def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> No
     if job.has_predictors:
         for number, (name, settings) in enumerate(SPARSE):
             ring(name, TECHNIQUES[: number + 2], settings)
-        default = job.resolved().predictor
-        if not job.quick and default.lookahead and default.refine:
-            ring("overlap without refinement", TECHNIQUES, {"predictor.refine": "false"})
-        if job.store.predictors(EARLY).is_file():
-            ring("overlap of attention", TECHNIQUES, {"model.predictor": EARLY, "predictor.lookahead": "0"})
-            ring("overlap of attention, guesses", TECHNIQUES, {"model.predictor": EARLY})
-        elif job.store.architecture.block == "parallel" and not job.quick:
-            ring("overlap of attention", TECHNIQUES, IN_LAYER)  # the FFN's input is attention's, too
+        for name, settings in overlaps(job):
+            ring(name, TECHNIQUES, settings)
+            if job.knows({**settings, **CACHE_AWARE}):
+                ring(f"{name}, cache-aware", TECHNIQUES, {**settings, **CACHE_AWARE})
     quickest = best([row for row in measured if complete(job, row)])
     if strict and quickest is not None:
         add(job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%"))
+
+
+def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
+    """Further ways to overlap that the store's predictors allow."""
+    ways = []
+    default = job.resolved().predictor
+    if not job.quick and default.lookahead and default.refine:
+        ways.append(("overlap without refinement", {"predictor.refine": "false"}))
+    if job.store.predictors(EARLY).is_file():
+        ways.append(("overlap of attention", {"model.predictor": EARLY, "predictor.lookahead": "0"}))
+        ways.append(("overlap of attention, guesses", {"model.predictor": EARLY}))
+    elif job.store.architecture.block == "parallel" and not job.quick:
+        ways.append(("overlap of attention", IN_LAYER))  # the FFN's input is attention's, too
+    return ways
 
 
 def complete(job: Job, row: Row) -> bool:

@@ -14,7 +14,7 @@ from pipeline.bench.children import ChildFailed
 from pipeline.bench.rows import Row
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
-from storage.errors import UsageError, reason
+from storage.errors import ConfigError, UsageError, reason
 from storage.format import Store
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -48,6 +48,14 @@ class Job:
     def resolved(self, settings: Mapping[str, str] | None = None) -> Config:
         """The configuration of a ring with these settings and no budget."""
         return planner.resolve(self.store, Config.load(None, self.arguments_of(settings or {})))
+
+    def knows(self, settings: Mapping[str, str]) -> bool:
+        """Whether the store's predictors can do what these settings ask for."""
+        try:
+            self.resolved(settings)
+        except ConfigError:
+            return False
+        return True
 
     def arguments_of(self, settings: Mapping[str, str]) -> list[str]:
         """`section.key=value`, the given settings last."""

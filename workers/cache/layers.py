@@ -64,7 +64,7 @@ class LayerCache:
         """What to send, in this order; the tables are written by then.
 
         `ids`, ascending, are those of the prediction's row: `count` of them or, with EVERY, `keep`.
-        They are not kept beyond the call.
+        Of a set, complements of ids count where they are resident. They are not kept beyond the call.
         """
         if isinstance(message, PartDone):
             return list(self._staging.done(message))
@@ -116,8 +116,15 @@ class LayerCache:
     # -- sets -------------------------------------------------------------------------------------
 
     def _set(self, layer: _Layer, message: NeuronsPredicted, ids: Ids) -> list[Instruction]:
-        """Hits, guessed neurons, and slots for the missing ones while there are any."""
+        """Hits, guessed neurons, and slots for the missing ones while there are any.
+
+        `ids` may be complements: those neurons only where they are resident, or a guess is reading them.
+        """
         residency = layer.residency
+        doubtful = ids < 0
+        if doubtful.any():
+            ids = np.where(doubtful, ~ids, ids)
+            ids = ids[~doubtful | residency.holds(ids)]
         slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight[slots]

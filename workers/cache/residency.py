@@ -45,6 +45,11 @@ class Residency:
             expired = self._policy.expired(self.id_of[occupied], step)
             self.dropped += self._vacate(occupied[expired])
 
+    def holds(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which of `ids` have a slot, be it that their read is in flight."""
+        found: npt.NDArray[np.bool_] = self.slot_of[ids] != NOWHERE
+        return found
+
     def lease(self, ids: Ids) -> Ids:
         """Protect the resident ones among `ids`; returns all their slots, NOWHERE for the others."""
         slots: Ids = self.slot_of[ids]

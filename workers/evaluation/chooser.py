@@ -17,6 +17,7 @@ import torch
 from pipeline.config import Config
 from pipeline.messages import EMBEDDING
 from pipeline.planner import pinned_layers, predicts_early, resolve
+from storage.errors import ConfigError
 from storage.format import Store
 from workers.predictor import activations, lowrank
 from workers.predictor.lowrank import LowRank
@@ -114,6 +115,8 @@ def make_chooser(store: Store, config: Config) -> RingChooser | None:
     """
     config = resolve(store, config)
     kind = config.predictor.kind
+    if kind == "lowrank" and config.predictor.cache_aware:
+        raise ConfigError("predictor.cache_aware chooses by what is resident, which only a ring knows")
     pinned = pinned_layers(store, config)
     mode = Mode(
         store.layout.layers, config.predictor.lookahead, bool(config.predictor.refine), pinned, kind == "all"

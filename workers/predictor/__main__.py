@@ -24,8 +24,16 @@ def load_scorer(worker: Worker, kind: str, mode: Mode) -> Scorer | None:
     if kind == "lowrank":
         from workers.predictor import lowrank
 
-        name, threshold = worker.config.model.predictor, worker.config.predictor.threshold
-        return lowrank.load(worker.store, name, mode.lookahead, mode.refines, threshold, mode.pinned)
+        name, settings = worker.config.model.predictor, worker.config.predictor
+        return lowrank.load(
+            worker.store,
+            name,
+            mode.lookahead,
+            mode.refines,
+            settings.threshold,
+            mode.pinned,
+            settings.cache_aware,
+        )
     return None
 
 

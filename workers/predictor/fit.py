@@ -44,6 +44,8 @@ class Recipe:
     patience: int = 5  # evaluations without gain before stopping
     false_negatives: float = 0.05  # share of the active neurons that the threshold may miss
     guesses_miss: float = 0.2  # likewise, of guesses: what they miss is read later, what they waste is not
+    resident_miss: float = 0.03  # likewise, where residency is looked at: a resident neuron costs little
+    absent_miss: float = 0.1  # and an absent one a read
     seed: int = 0
 
 
@@ -201,13 +203,24 @@ def _selection(candidate: LowMap, watched: tuple[Tensor, Tensor], recipe: Recipe
 
 
 def calibrated(candidate: LowMap, validation: Samples, recipe: Recipe) -> LowMap:
-    """Rounded to the file's precision, with the threshold folded in that misses the recipe's share."""
+    """Rounded to the file's precision, with the threshold folded in that misses the recipe's share.
+
+    The other thresholds are relative to that one.
+    """
     rounded = candidate.rounded()
     inputs, active = validation.part(0, CALIBRATION_ROWS).rows(slice(None))
     scores = rounded.scores(inputs)
     threshold = report.threshold(scores, active, recipe.false_negatives)
-    guess = report.threshold(scores, active, max(recipe.false_negatives, recipe.guesses_miss))
-    return replace(rounded.shifted(threshold), guess=guess - threshold)
+
+    def missing(share: float) -> float:
+        return report.threshold(scores, active, share) - threshold
+
+    return replace(
+        rounded.shifted(threshold),
+        guess=missing(max(recipe.false_negatives, recipe.guesses_miss)),
+        resident=missing(min(recipe.false_negatives, recipe.resident_miss)),
+        absent=missing(max(recipe.false_negatives, recipe.absent_miss)),
+    )
 
 
 def quality(candidate: LowMap, held_out: Samples) -> report.Counts:

@@ -31,6 +31,8 @@ class LowMap:
     bias: Tensor  # [d_ff]
     scale: float = 1.0  # of the input; training sees inputs that are scaled already
     guess: float = 0.0  # the score above which a guess is worth reading early
+    resident: float = 0.0  # above which a resident neuron is worth computing
+    absent: float = 0.0  # above which an absent one is worth reading
 
     @property
     def rank(self) -> int:
@@ -59,21 +61,27 @@ class LowMap:
             f"{prefix}.down": self.down.half(),
             f"{prefix}.up": self.up.half(),
             f"{prefix}.bias": self.bias.float(),
-            f"{prefix}.scale": torch.tensor([self.scale], dtype=torch.float32),
-            f"{prefix}.guess": torch.tensor([self.guess], dtype=torch.float32),
+            **{
+                f"{prefix}.{name}": torch.tensor([value], dtype=torch.float32)
+                for name, value in zip(_SCALARS, self._scalars, strict=True)
+            },
         }
+
+    @property
+    def _scalars(self) -> tuple[float, ...]:
+        return self.scale, self.guess, self.resident, self.absent
 
     @classmethod
     def read(cls, file: Tensors, prefix: str) -> LowMap:
         """Inverse of `tensors`. Raises StoreError."""
-        names = ("down", "up", "bias", "scale", "guess")
-        down, up, bias, scale, guess = (
+        down, up, bias, *scalars = (
             torch.from_numpy(file.read(f"{prefix}.{name}").view(_KINDS[file.dtype(f"{prefix}.{name}")]))
-            for name in names
+            for name in ("down", "up", "bias", *_SCALARS)
         )
-        return cls(down.float(), up.float(), bias, float(scale[0]), float(guess[0]))
+        return cls(down.float(), up.float(), bias, *(float(one[0]) for one in scalars))
 
 
+_SCALARS = ("scale", "guess", "resident", "absent")
 _KINDS = {"float16": np.float16, "float32": np.float32}
 _NAMES = {torch.float16: "F16", torch.float32: "F32"}
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from storage.errors import StoreError
 from storage.format import Store
 from workers import kernels
-from workers.predictor.scorer import F32, Mask
+from workers.predictor.scorer import F32, Ids, Mask, Scorer
 from workers.predictor.tensors import Tensors
 
 AHEAD, OWN = "layers", "inlayer"  # prefixes: trained for the file's look-ahead, and for 0
@@ -31,6 +31,8 @@ class LowRank:
     bias: F32  # [d_ff]
     scale: np.float32  # of the input
     guess: float = 0.0  # what the score of a guess must exceed
+    resident: float = 0.0  # what a resident neuron's score must exceed, where that is looked at
+    absent: float = 0.0  # and that of one that would have to be read
 
     @classmethod
     def read(
@@ -50,12 +52,16 @@ class LowRank:
         bias = file.vector(f"{prefix}.bias", (d_ff,))
         scaled = f"{prefix}.scale" in file
         scale = file.vector(f"{prefix}.scale", (1,))[0] if scaled else np.float32(1)
-        guess = file.vector(f"{prefix}.guess", (1,))[0] if f"{prefix}.guess" in file else 0.0
-        return cls(down, up, bias, np.float32(scale), float(guess))
+        thresholds = {
+            name: float(file.vector(f"{prefix}.{name}", (1,))[0])
+            for name in ("guess", "resident", "absent")
+            if f"{prefix}.{name}" in file
+        }
+        return cls(down, up, bias, np.float32(scale), **thresholds)
 
     def guessing(self) -> LowRank:
         """The map for guesses, which should waste few reads: a set follows them."""
-        return replace(self, bias=self.bias - np.float32(self.guess), guess=0.0)
+        return replace(self, bias=self.bias - np.float32(self.guess), guess=0.0, resident=0.0, absent=0.0)
 
     def scores(self, x: F32) -> F32:
         """[d_ff] for one hidden row x [d_model]."""
@@ -70,7 +76,7 @@ def _half(file: Tensors, name: str, shape: tuple[int, ...] | None = None) -> npt
     return tensor
 
 
-class LowRankScorer:
+class LowRankScorer(Scorer):
     """All layers' maps: for guesses and early sets `ahead`, for a layer's own input `own`."""
 
     def __init__(
@@ -78,15 +84,25 @@ class LowRankScorer:
         ahead: Mapping[int, LowRank],
         own: Mapping[int, LowRank],
         threshold: float = 0.0,
+        cache_aware: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.notes = notes
         self.maps = (ahead, own)
         self._threshold = np.float32(threshold)
+        self._cache_aware = cache_aware
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
         mask: Mask = self.maps[own][layer].scores(hidden) > self._threshold
         return mask
+
+    def wanted(self, layer: int, hidden: F32, own: bool) -> Ids:
+        if not self._cache_aware:
+            return super().wanted(layer, hidden, own)
+        one = self.maps[own][layer]
+        scores = one.scores(hidden) - self._threshold
+        ids = np.flatnonzero(scores > one.resident)
+        return np.where(scores[ids] > one.absent, ids, ~ids)
 
 
 def load(
@@ -96,6 +112,7 @@ def load(
     refines: bool,
     threshold: float,
     skip: frozenset[int] = frozenset(),
+    cache_aware: bool = False,
 ) -> LowRankScorer:
     """The store's predictors `name`, for a ring of this look-ahead; `skip`: layers that need none.
 
@@ -120,7 +137,7 @@ def load(
     early = {**own, **ahead}
     if refines:
         early = {layer: one.guessing() for layer, one in early.items()}
-    return LowRankScorer(early, sets, threshold, notes)
+    return LowRankScorer(early, sets, threshold, cache_aware, notes)
 
 
 def open_file(store: Store, name: str) -> Tensors:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from storage.families import architecture
 from storage.format import RESIDENT, Store
 from workers import kernels
-from workers.predictor.scorer import F32, Mask
+from workers.predictor.scorer import F32, Mask, Scorer
 from workers.predictor.tensors import Tensors
 
 # Compute may sum a product in another order than this process does. A neuron this close to zero,
@@ -22,7 +22,7 @@ from workers.predictor.tensors import Tensors
 MARGIN = 1e-3
 
 
-class Oracle:
+class Oracle(Scorer):
     """Scores of a layer are its pre-activations; with look-ahead, those of an earlier hidden state."""
 
     def __init__(self, ups: Sequence[npt.NDArray[Any]], biases: Sequence[F32], dtype: str) -> None:

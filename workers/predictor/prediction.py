@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.messages import EVERY, HiddenReady, NeuronsPredicted
-from workers.predictor.scorer import Mask, Scorer
+from workers.predictor.scorer import Ids, Scorer
 from workers.predictor.targets import Mode, Target, targets
 
 
@@ -44,7 +44,7 @@ class Prediction:
     def _answer(self, message: HiddenReady, target: Target) -> NeuronsPredicted:
         count = keep = EVERY
         if self._scorer is not None and target.layer not in self._mode.pinned:
-            listed = self._write(target, self._union(message, target))
+            listed = self._write(target, self._ids(message, target))
             count, keep = (EVERY, listed) if target.every else (listed, 0)
         if not target.guess and not message.stream:
             self._totals[target.layer] += self._predicted.shape[2] if count == EVERY else count
@@ -52,19 +52,20 @@ class Prediction:
             message.run, message.step, target.layer, count, keep, target.guess, message.stream, message.done
         )
 
-    def _union(self, message: HiddenReady, target: Target) -> Mask:
-        """The neurons that any of the message's rows predicts, [d_ff]."""
+    def _ids(self, message: HiddenReady, target: Target) -> Ids:
+        """What the message's row wants, or, in prefill, the neurons that any of its rows predicts."""
         assert self._scorer is not None
         rows = self._hidden[message.layer + 1, : message.rows]
         own = target.layer == message.layer
+        if not message.stream:
+            return self._scorer.wanted(target.layer, rows[0], own)
         mask = self._scorer.active(target.layer, rows[0], own)
         for row in rows[1:]:
             mask |= self._scorer.active(target.layer, row, own)
-        return mask
+        return np.flatnonzero(mask)
 
-    def _write(self, target: Target, mask: Mask) -> int:
+    def _write(self, target: Target, ids: Ids) -> int:
         """Put the ids into the target's row; returns their number."""
-        ids = np.flatnonzero(mask)
         self._predicted[target.layer, int(target.guess), : ids.size] = ids
         return int(ids.size)
 

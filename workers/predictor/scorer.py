@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.intp]
 
 
 class Scorer(Protocol):
@@ -22,3 +23,7 @@ class Scorer(Protocol):
         `hidden` [d_model] is the layer's own FFN input, or, unless `own`, a source look-ahead
         layers before it.
         """
+
+    def wanted(self, layer: int, hidden: F32, own: bool) -> Ids:
+        """The same as ids, ascending; the complement of an id wants it only where it is resident."""
+        return np.flatnonzero(self.active(layer, hidden, own))

@@ -36,7 +36,7 @@ from workers.predictor.tensors import Tensors
 
 METHODS = ("trained", "regression", "svd")
 LEAST_SHARE = 0.05  # of the text, for validation (and again for the report without --held-out)
-FORMAT = "2"  # of the work directory's maps: raise it when the same options would make other maps
+FORMAT = "3"  # of the work directory's maps: raise it when the same options would make other maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class Job:
         for share, option in (
             (self.recipe.false_negatives, "--false-negatives"),
             (self.recipe.guesses_miss, "--guesses-miss"),
+            (self.recipe.resident_miss, "--resident-miss"),
+            (self.recipe.absent_miss, "--absent-miss"),
         ):
             if not 0 <= share < 1:
                 raise UsageError(f"{option} is a share, from 0 to below 1")
@@ -246,6 +248,12 @@ def main(
     guesses_miss: Annotated[
         float, typer.Option(help="The same of guesses, which refine completes: fewer wasted reads.")
     ] = 0.2,
+    resident_miss: Annotated[
+        float, typer.Option(help="The same with predictor.cache_aware, of neurons that are resident.")
+    ] = 0.03,
+    absent_miss: Annotated[
+        float, typer.Option(help="And of neurons that would have to be read: fewer reads.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     work: Annotated[
@@ -255,7 +263,14 @@ def main(
     """Train the predictors of a converted ReLU model on a text."""
     if not rank.isdecimal() and rank != "auto":
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
-    recipe = fit.Recipe(epochs=epochs, false_negatives=false_negatives, guesses_miss=guesses_miss, seed=seed)
+    recipe = fit.Recipe(
+        epochs=epochs,
+        false_negatives=false_negatives,
+        guesses_miss=guesses_miss,
+        resident_miss=resident_miss,
+        absent_miss=absent_miss,
+        seed=seed,
+    )
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe)
     store = Store.open(store_path)
     store.predictors(name)  # a name that is none is refused before the work
