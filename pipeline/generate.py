@@ -260,7 +260,6 @@ class Session:
                 "prefill": done.finished.prefill_seconds,
                 "decode": decode,
             },
-            "nll": -sum(done.logprobs) / tokens if tokens else None,  # nats a token
             "token_seconds": [round(b - a, 6) for a, b in pairwise(done.moments)],
             "tokens_per_second": (tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
             "flash": {

@@ -14,7 +14,7 @@ import numpy as np
 import predictors
 import pytest
 from checkpoints import write_checkpoint
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pipeline import planner
 from pipeline.bench import ablation, children, curve, peers, rows, table
@@ -170,6 +170,23 @@ def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, 
     assert found[-1].settings["model.predictor"] == ablation.EARLY
     assert found[-1].settings["predictor.lookahead"] == "0"
     assert found[-1].settings["budget"] == "50%"
+
+
+def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, monkeypatch: Any) -> None:
+    tensors, metadata = {"layers.0.absent": np.ones(1, np.float32)}, {"lookahead": "1", "kind": "lowrank"}
+    early = job.store.predictors(ablation.EARLY)
+    assert not job.knows(ablation.CACHE_AWARE)
+    save_file(tensors, early, metadata)
+    monkeypatch.setattr(Job, "ring", lambda self, name, techniques, settings, **other: Row(name, techniques))
+    monkeypatch.setattr(Job, "naive", lambda self: Row("naive"))
+    found: list[Row] = []
+    try:
+        assert job.knows({"model.predictor": ablation.EARLY, **ablation.CACHE_AWARE})
+        ablation.measure(job, found.append)
+    finally:
+        early.unlink()
+    aware = [row.name for row in found if row.name.endswith("cache-aware")]
+    assert aware == ["overlap of attention, guesses, cache-aware"]
 
 
 # -- roofline -------------------------------------------------------------------------------------

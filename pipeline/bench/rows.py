@@ -44,7 +44,6 @@ class Row:
     run_ms: tuple[float, ...] = ()  # each run's median
     hit_rate: float = 0.0
     prefill_seconds: float = 0.0
-    nll: float = 0.0  # mean negative log-likelihood of the forced tokens, nats
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -109,7 +108,6 @@ def of_rings(
         run_ms=timed.runs,
         hit_rate=statistics.median(result["cache"]["hit_rate"] for result in results),
         prefill_seconds=statistics.median(result["seconds"]["prefill"] for result in results),
-        nll=statistics.median(result["nll"] for result in results),
         settings=settings,
     )
 
