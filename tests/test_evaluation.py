@@ -6,6 +6,7 @@ import bz2
 import json
 import lzma
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ import torch
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 from ring import generate as decode
+from safetensors.numpy import load_file
 
 from pipeline.cli import main
 from pipeline.generate import Session, load_tokenizer
-from pipeline.messages import EMBEDDING
+from pipeline.messages import EMBEDDING, NeuronsPredicted
+from pipeline.segments import ID
 from storage.convert import convert
-from storage.errors import UsageError
+from storage.errors import ConfigError, UsageError
 from storage.format import Store
+from workers.cache.frequency import make_policy
+from workers.cache.layers import LayerCache
 from workers.compute.dense import DenseModel
 from workers.evaluation import evaluate, scoring
 from workers.evaluation.chooser import make_chooser
@@ -243,6 +248,53 @@ def test_scores_equal_the_rings_own_decoding_over_2000_tokens(store, model, chan
     assert np.quantile(apart, 0.99) < 1e-4
     from_dense = np.abs(ring - np.array([one.logprobs for one in dense])[:, 1:])
     assert np.quantile(from_dense, 0.05) > 1e-3
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_cache_aware_choice_is_the_rings_caches(store, lookahead):
+    """Token after token, the chosen sets are those that the ring's own cache makes of the same scores."""
+    tensors = load_file(store.predictors("default"))
+    for layer in range(3):
+        tensors[f"inlayer.{layer}.resident"] = np.array([-0.4], np.float32)
+        tensors[f"inlayer.{layer}.absent"] = np.array([0.6], np.float32)
+    predictors.write(store, tensors, "aware")
+    chosen = config(
+        predictor={"kind": "lowrank", "lookahead": lookahead, "cache_aware": True},
+        model={"predictor": "aware"},
+        cache={"share": 0.5, "half_life": 4.0},
+    )
+    with pytest.raises(ConfigError, match="tokens in their order"):
+        make_chooser(store, chosen)
+    chooser = make_chooser(store, chosen, in_order=True)
+    divided = plan_for(store, chosen)
+    shape = (3, 2, divided.d_ff)
+    active = np.zeros(shape, np.int32)
+    policy = partial(make_policy, divided.d_ff, 0, 4.0)
+    cache = LayerCache(divided, active, np.zeros(shape, np.int32), lambda layer: policy())
+    source = torch.from_numpy(np.random.default_rng(4).normal(size=(40, store.layout.d_model))).float()
+    guessed = chooser.guess(1, source)
+    found = torch.cat([chooser.choose(1, rows, some) for rows, some in blocks(source, guessed)])
+    likely, sure = chooser.scores.graded(1, source, True)
+    doubtful = 0
+    for step in range(40):
+        if guessed is not None:
+            cache.handle(*asked(step, np.flatnonzero(guessed[step]), guess=True))
+        ids = np.flatnonzero(likely[step])
+        *_, parts = cache.handle(*asked(step, np.where(sure[step, ids], ids, ~ids), guess=False))
+        computed = np.sort(active[1, ID, : sum(parts.counts)])
+        assert computed.tolist() == np.flatnonzero(found[step]).tolist()
+        doubtful += int((found[step] & ~sure[step]).sum())
+    assert doubtful > 100
+
+
+def blocks(source, guessed):
+    for rows in (slice(0, 15), slice(15, 40)):
+        yield source[rows], None if guessed is None else guessed[rows]
+
+
+def asked(step: int, ids: np.ndarray, guess: bool) -> tuple[NeuronsPredicted, np.ndarray]:
+    message = NeuronsPredicted(0, step, 1, ids.size, 0, guess, False, 3 * step - 1)
+    return message, ids.astype(np.int32)
 
 
 def test_text_is_cut_into_chunks_with_the_prefix(store):

@@ -121,10 +121,7 @@ class LayerCache:
         `ids` may be complements: those neurons only where they are resident, or a guess is reading them.
         """
         residency = layer.residency
-        doubtful = ids < 0
-        if doubtful.any():
-            ids = np.where(doubtful, ~ids, ids)
-            ids = ids[~doubtful | residency.holds(ids)]
+        ids = residency.settle(ids)
         slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight[slots]

@@ -45,10 +45,14 @@ class Residency:
             expired = self._policy.expired(self.id_of[occupied], step)
             self.dropped += self._vacate(occupied[expired])
 
-    def holds(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which of `ids` have a slot, be it that their read is in flight."""
-        found: npt.NDArray[np.bool_] = self.slot_of[ids] != NOWHERE
-        return found
+    def settle(self, ids: Ids) -> Ids:
+        """`ids`, and of the complements of ids those whose neuron has a slot, be it in flight, as ids."""
+        doubtful = ids < 0
+        if not doubtful.any():
+            return ids
+        plain = np.where(doubtful, ~ids, ids)
+        settled: Ids = plain[~doubtful | (self.slot_of[plain] != NOWHERE)]
+        return settled
 
     def lease(self, ids: Ids) -> Ids:
         """Protect the resident ones among `ids`; returns all their slots, NOWHERE for the others."""

@@ -7,7 +7,7 @@ only start reads: traces count what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,13 +16,16 @@ import torch
 
 from pipeline.config import Config
 from pipeline.messages import EMBEDDING
-from pipeline.planner import pinned_layers, predicts_early, resolve
+from pipeline.planner import pinned_layers, plan, predicts_early, resolve
 from storage.errors import ConfigError
 from storage.format import Store
+from workers.cache.frequency import make_policy
+from workers.cache.residency import Residency
 from workers.predictor import activations, lowrank
 from workers.predictor.lowrank import LowRank
 from workers.predictor.oracle import MARGIN
 from workers.predictor.targets import Mode
+from workers.traces.replay import turn
 
 
 class Scores(Protocol):
@@ -43,6 +46,12 @@ class LowRankScores:
     def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
         return self._maps[own][layer].scores(source) > self.threshold
 
+    def graded(self, layer: int, source: torch.Tensor, own: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is wanted where it is resident, and of it what is wanted in any case; `[n, d_ff]` each."""
+        one = self._maps[own][layer]
+        scores = one.scores(source) - self.threshold
+        return scores > one.resident, scores > one.absent
+
 
 @dataclass(frozen=True, slots=True)
 class _Wide:
@@ -52,11 +61,13 @@ class _Wide:
     up: torch.Tensor
     bias: torch.Tensor
     scale: float
+    resident: float
+    absent: float
 
     @classmethod
     def of(cls, one: LowRank) -> _Wide:
         down, up = (torch.from_numpy(part.view(np.float16)).float() for part in (one.down, one.up))
-        return cls(down, up, torch.from_numpy(one.bias), float(one.scale))
+        return cls(down, up, torch.from_numpy(one.bias), float(one.scale), one.resident, one.absent)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias, (x * self.scale) @ self.down.T, self.up)
@@ -96,7 +107,10 @@ class RingChooser:
         """Where the early prediction of a layer comes from."""
         return layer - self.mode.lookahead if layer >= self.mode.lookahead else EMBEDDING
 
-    def choose(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
+    def choose(
+        self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The layer's set for each source row; None: every neuron. What was `guessed` does not matter."""
         if layer in self.mode.pinned:
             return None
         return self.scores.active(layer, source, self.from_own_input)
@@ -108,15 +122,44 @@ class RingChooser:
         return self.scores.active(layer, source, own=False)
 
 
-def make_chooser(store: Store, config: Config) -> RingChooser | None:
+class CacheAwareChooser(RingChooser):
+    """Chooses by what is resident, too: its source rows are the tokens of one ring's life, in their order."""
+
+    def __init__(
+        self, mode: Mode, scores: LowRankScores, early: bool, residencies: Sequence[Residency]
+    ) -> None:
+        """`residencies`: every layer's, as a ring starts with them."""
+        super().__init__(mode, scores, early)
+        self._graded = scores
+        self._residencies = residencies
+        self._steps = [0] * mode.layers
+
+    def choose(
+        self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        if layer in self.mode.pinned:
+            return None
+        likely, sure = (mask.numpy() for mask in self._graded.graded(layer, source, self.from_own_input))
+        residency = self._residencies[layer]
+        chosen = np.zeros_like(likely)
+        for row in range(len(source)):
+            listed = np.flatnonzero(likely[row])
+            listed = np.where(sure[row, listed], listed, ~listed)
+            guess = None if guessed is None else np.flatnonzero(guessed[row].numpy())
+            turn(residency, self._steps[layer], listed, guess)
+            chosen[row, residency.settle(listed)] = True  # a doubtful one that was resident still is
+            self._steps[layer] += 1
+        return torch.from_numpy(chosen)
+
+
+def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingChooser | None:
     """What the ring of this configuration would choose; None: every neuron (kind `all`).
 
+    `in_order`: source rows will come as the tokens of one ring's life, which cache-aware choice needs.
     Raises ConfigError and StoreError as the ring's start does.
     """
     config = resolve(store, config)
     kind = config.predictor.kind
-    if kind == "lowrank" and config.predictor.cache_aware:
-        raise ConfigError("predictor.cache_aware chooses by what is resident, which only a ring knows")
     pinned = pinned_layers(store, config)
     mode = Mode(
         store.layout.layers, config.predictor.lookahead, bool(config.predictor.refine), pinned, kind == "all"
@@ -127,4 +170,14 @@ def make_chooser(store: Store, config: Config) -> RingChooser | None:
         return RingChooser(mode, OracleScores(store))
     scorer = lowrank.load(store, config.model.predictor, mode.lookahead, mode.refines, 0.0, pinned)
     early = predicts_early(store, config)
-    return RingChooser(mode, LowRankScores(scorer.maps, config.predictor.threshold), early)
+    scores = LowRankScores(scorer.maps, config.predictor.threshold)
+    if not config.predictor.cache_aware:
+        return RingChooser(mode, scores, early)
+    if not in_order:
+        raise ConfigError("predictor.cache_aware needs tokens in their order: evaluate it by --point")
+    divided = plan(store, config).plan
+    residencies = [
+        Residency(divided.d_ff, slots, make_policy(divided.d_ff, config.cache.window, config.cache.half_life))
+        for slots in divided.slots
+    ]
+    return CacheAwareChooser(mode, scores, early, residencies)

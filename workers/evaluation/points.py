@@ -92,7 +92,7 @@ def measure(
     found = []
     for number, (name, chosen, settings) in enumerate(points):
         progress("points", number + 1, len(points) + 1)
-        chooser = make_chooser(model.store, chosen)
+        chooser = make_chooser(model.store, chosen, in_order=True)
         scored, trace, counts = (dense, active, Counts()) if chooser is None else run(model, chooser, rows)
         found.append(_point(model, name, chosen, settings, dense, scored, trace, counts, seed))
     progress("points", len(points) + 1, len(points) + 1)

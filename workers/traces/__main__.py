@@ -72,7 +72,7 @@ def record_command(
         bar = bars.add_task("tokens", total=some.size)
         trace = record.record(
             dense,
-            make_chooser(store, config),
+            make_chooser(store, config, in_order=True),
             some,
             meta,
             lambda done, total: bars.update(bar, completed=done),

@@ -47,8 +47,8 @@ def run_block(
         states[layer] = announced
         chosen = guessed = None
         if chooser is not None:
-            chosen = chooser.choose(layer, states[chooser.sources(layer)])
             guessed = chooser.guess(layer, states[chooser.guess_source(layer)])
+            chosen = chooser.choose(layer, states[chooser.sources(layer)], guessed)
         see(layer, Sets(truth.active(layer, ffn_input, own=True), chosen, guessed))
         if chosen is None:
             return None

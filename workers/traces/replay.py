@@ -56,7 +56,7 @@ def replay(trace: Trace, slots: int, make: Make, warm_up: int = 0) -> Outcome:
 def turn(residency: Residency, step: int, wanted: Ids, guess: Ids | None) -> tuple[int, int, int]:
     """One token of one layer, as `workers/cache/layers.py` does it: hits, reads, wasted reads.
 
-    What does not fit is read and dropped.
+    What does not fit is read and dropped. `wanted` may hold complements, for `Residency.settle`.
     """
     residency.begin(step)
     guessed = 0
@@ -66,6 +66,7 @@ def turn(residency: Residency, step: int, wanted: Ids, guess: Ids | None) -> tup
         residency.admit(admitted)
         residency.use(admitted, step)
         guessed = admitted.size
+    wanted = residency.settle(wanted)
     slots = residency.lease(wanted)
     absent = wanted[slots == NOWHERE]
     useful = int(np.count_nonzero(residency.in_flight[slots]))
