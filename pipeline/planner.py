@@ -117,7 +117,7 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
         raise StoreError(f"the predictors {path} cannot be read: {reason(error)}") from error
     own = trained == 0 or any(name.startswith("inlayer.") for name in names)
     if config.predictor.cache_aware and not any(name.endswith(".absent") for name in names):
-        raise ConfigError(f"{whose} have no thresholds by residency, predictor.cache_aware: train others")
+        raise ConfigError(f"{whose} have no thresholds for predictor.cache_aware: train others")
     if not own and (wanted or lookahead != trained):
         raise ConfigError(
             f"{whose} are for look-ahead {trained} "

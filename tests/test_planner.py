@@ -226,7 +226,7 @@ def test_cache_aware_needs_predictors_with_thresholds_by_residency(tmp_path: Pat
     model, chosen = store(path=tmp_path), configured(predictor={"cache_aware": True})
     assert planner.resolve(model, chosen).predictor.kind == "all"  # there is nothing to be aware with
     file = write_predictors(tmp_path, 1, "layers")
-    with pytest.raises(ConfigError, match=r"no thresholds by residency, predictor\.cache_aware"):
+    with pytest.raises(ConfigError, match=r"no thresholds for predictor\.cache_aware"):
         planner.resolve(model, chosen)
     save_file({"layers.0.absent": np.ones(1, np.float32)}, file, metadata={"lookahead": "1"})
     assert planner.resolve(model, chosen).predictor.cache_aware

@@ -25,9 +25,9 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> None:
     """`add` naive, hybrid and, where the store has predictors, each technique, as they are measured.
 
-    There is a row with all techniques for each way to overlap, and one that asks for less of what is
-    absent than of what is resident. `strict` adds the quickest of them at half
-    of the checkpoint, without the GiB for what runs it.
+    There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
+    cache-aware. `strict` adds the quickest of them at half of the checkpoint, without the GiB for what
+    runs it.
     """
     measured: list[Row] = []
 
