@@ -42,8 +42,8 @@ class Predictor(Section):
     threshold: Annotated[float, Field(allow_inf_nan=False)] = (
         0.0  # added to what a score must exceed; lower: more neurons
     )
-    # Compute a resident neuron at a lower score than an absent one is read at: fewer reads at the same
-    # recall. What is answered then depends on what is resident.
+    # Compute a resident neuron at a lower score than an absent one is read at: fewer reads for the recall.
+    # What is answered then depends on what is resident.
     cache_aware: bool = False
 
 
