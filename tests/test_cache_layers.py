@@ -16,6 +16,7 @@ from pipeline.plan import Plan
 from pipeline.segments import ID, SLOT
 from workers.cache.layers import LayerCache
 from workers.cache.policy import WindowThenOldest
+from workers.cache.residency import NOWHERE
 from workers.predictor.targets import Mode, targets
 
 RUN = 7
@@ -332,11 +333,20 @@ class World:
         """What may happen next besides compute's own steps."""
         found = []
         if self.predictions:
-            found.append(lambda: self.carry_out(self.bench.cache.handle(*self.predictions.popleft())))
+            found.append(lambda: self.carry_out(self.predict(*self.predictions.popleft())))
         if self.credits:
             found.append(lambda: self.carry_out(self.bench.cache.handle(self.credits.popleft())))
         found.extend(lambda at=at: self.complete(at) for at in range(len(self.outstanding)))
         return found
+
+    def predict(self, message: NeuronsPredicted, ids: np.ndarray) -> list:
+        """Tell the cache; of a set's doubtful neurons, those that have a slot are to be computed."""
+        instructions = self.bench.cache.handle(message, ids)
+        key = (message.step, message.layer)
+        if not message.guess and (doubtful := self.doubtful.get(key)):
+            slot_of = self.bench.cache.layers[message.layer].residency.slot_of
+            self.sets[key] = [one for one in self.sets[key] if one not in doubtful or slot_of[one] != NOWHERE]
+        return instructions
 
     def carry_out(self, instructions: list) -> None:
         self.bench.cache.validate()
@@ -394,8 +404,7 @@ class World:
                 segment = []
                 if announced.staged:
                     self.credits.append(PartDone(RUN, step, layer, part))
-        wanted, doubtful = list(self.sets[step, layer]), self.doubtful.get((step, layer), [])
-        assert computed == [one for one in wanted if one not in doubtful or one in computed]
+        assert computed == list(self.sets[step, layer])
         assert len(self.arrived.pop((step, layer))) == len(tables)
         self.done = step * self.plan.layers + layer
 

@@ -62,14 +62,10 @@ class LowMap:
             f"{prefix}.up": self.up.half(),
             f"{prefix}.bias": self.bias.float(),
             **{
-                f"{prefix}.{name}": torch.tensor([value], dtype=torch.float32)
-                for name, value in zip(_SCALARS, self._scalars, strict=True)
+                f"{prefix}.{name}": torch.tensor([getattr(self, name)], dtype=torch.float32)
+                for name in _SCALARS
             },
         }
-
-    @property
-    def _scalars(self) -> tuple[float, ...]:
-        return self.scale, self.guess, self.resident, self.absent
 
     @classmethod
     def read(cls, file: Tensors, prefix: str) -> LowMap:
@@ -81,6 +77,7 @@ class LowMap:
         return cls(down.float(), up.float(), bias, *(float(one[0]) for one in scalars))
 
 
+# In the order of the class's fields.
 _SCALARS = ("scale", "guess", "resident", "absent")
 _KINDS = {"float16": np.float16, "float32": np.float32}
 _NAMES = {torch.float16: "F16", torch.float32: "F32"}
