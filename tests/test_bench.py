@@ -17,12 +17,14 @@ from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from pipeline import planner
-from pipeline.bench import ablation, children, curve, peers, rows, table
+from pipeline.bench import ablation, bench, children, curve, peers, rows, table
 from pipeline.bench.children import ChildFailed, Ran
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import TEXT, Job, make_job, quick_budget
 from pipeline.bench.roofline import Roofline, memory_bytes, resident_bytes
+from pipeline.bench.roofline import measure as measure_roof
 from pipeline.bench.rows import TECHNIQUES, Row
+from pipeline.bench.series import Series
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
 from storage.format import PREDICTORS, RESIDENT, Store
@@ -78,6 +80,11 @@ def ran(token_seconds: list[float], peak: int | None = 9_000, **counters: dict[s
         "seconds": {"prefill": 2.0},
     }
     return Ran(result, peak, limited=peak is not None, cold=True)
+
+
+def made_of(row: Row) -> Series:
+    """A series whose runs make this row."""
+    return Series(row.name, lambda: ran([0.001]), lambda _: row, row.techniques)
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -143,18 +150,19 @@ def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, 
     times = {"+ overlap": 30.0, "overlap without refinement": 20.0}
     early_times = {"overlap of attention": 10.0, "overlap of attention, guesses": 15.0}
 
-    def ring(self: Job, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Row:
+    def ring(self: Job, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Series:
         total = {**times, **early_times}.get(name, 5.0)
-        return Row(name, techniques, total_ms=total, settings={**settings, **other})
+        return made_of(Row(name, techniques, total_ms=total, settings={**settings, **other}))
 
     monkeypatch.setattr(Job, "ring", ring)
-    monkeypatch.setattr(Job, "naive", lambda self: Row("naive", total_ms=1.0))
+    monkeypatch.setattr(Job, "naive", lambda self: made_of(Row("naive", total_ms=1.0)))
     early = job.store.predictors(ablation.EARLY)
 
     def measured() -> list[Row]:
-        found: list[Row] = []
-        ablation.measure(job, found.append, strict=True)
-        return found
+        found = [series.again() for series in ablation.series(job)]
+        half = ablation.strict(job, found)
+        assert half is not None
+        return [*found, half.again()]
 
     names = ["naive", "hybrid", "+ predictor", "+ window", "+ bundling"]
     without = measured()
@@ -177,16 +185,68 @@ def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, mon
     early = job.store.predictors(ablation.EARLY)
     assert not job.knows(ablation.CACHE_AWARE)
     save_file(tensors, early, metadata)
-    monkeypatch.setattr(Job, "ring", lambda self, name, techniques, settings, **other: Row(name, techniques))
-    monkeypatch.setattr(Job, "naive", lambda self: Row("naive"))
-    found: list[Row] = []
     try:
         assert job.knows({"model.predictor": ablation.EARLY, **ablation.CACHE_AWARE})
-        ablation.measure(job, found.append)
+        names = [series.name for series in ablation.series(job)]
     finally:
         early.unlink()
-    aware = [row.name for row in found if row.name.endswith("cache-aware")]
-    assert aware == ["overlap of attention, guesses, cache-aware"]
+    aware = "overlap of attention, guesses, cache-aware"
+    assert [name for name in names if name.endswith("cache-aware")] == [aware]
+
+
+def test_only_some_rows(job: Job) -> None:
+    chosen = ["+ bundling", "naive"]
+    assert [series.name for series in ablation.series(job, chosen)] == ["naive", "+ bundling"]
+    with pytest.raises(UsageError, match=r"no row 'all'; its rows are naive; hybrid; \+ predictor"):
+        ablation.series(job, ["all"])
+
+
+def test_a_series_grows_by_a_run_and_stays_failed() -> None:
+    runs = iter([ran([0.010]), ran([0.030])])
+
+    def run() -> Ran:
+        try:
+            return next(runs)
+        except StopIteration:
+            raise ChildFailed("no more") from None
+
+    def row(found: Any) -> Row:
+        return rows.of_rings("x", TECHNIQUES, found, stride=2, settings={})
+
+    series = Series("x", run, row, TECHNIQUES, 10_000)
+    assert [series.again().run_ms for _ in range(2)] == [pytest.approx((10,)), pytest.approx((10, 30))]
+    failed = series.again()
+    runs = iter([ran([0.050])])
+    assert series.again() == failed == Row("x", TECHNIQUES, error="no more", budget_bytes=10_000)
+
+
+def test_rows_and_peers_take_turns(job: Job, tmp_path: Path, monkeypatch: Any) -> None:
+    order: list[str] = []
+
+    def series(name: str) -> Series:
+        row = Row(name, TECHNIQUES, total_ms=1.0, cold=True, limited=True)
+        one = made_of(row)
+        one.run = lambda: order.append(name) or ran([0.001])  # type: ignore[func-returns-value]
+        return one
+
+    monkeypatch.setattr(bench.ablation, "series", lambda job, only: [series("a"), series("b")])
+    monkeypatch.setattr(bench.ablation, "strict", lambda job, found: series(f"strict of {len(found)}"))
+    monkeypatch.setattr(bench.peers, "series", lambda *_: [series("peer")])
+    done = bench.measure(
+        replace(job, repeats=2),
+        tmp_path / "out",
+        parts=["ablation"],
+        draw=False,
+        only=(),
+        strict=True,
+        interpreters={},
+        checkpoint=tmp_path,
+        say=lambda _: None,
+    )
+    assert order == [*["a", "b", "peer"] * 2, *["strict of 2"] * 2]
+    assert (list(done.rows), list(done.peers)) == (["a", "b", "strict of 2"], ["peer"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in results["peers"]] == ["peer"]
 
 
 # -- roofline -------------------------------------------------------------------------------------
@@ -246,6 +306,15 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
     assert slots(budgets[2]) == {layout.d_ff}
     assert budgets[1] == (budgets[0] + budgets[2]) // 2
     assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
+
+
+def test_a_roof_is_the_median_of_the_ceilings_after_each_run(job: Job) -> None:
+    def ceiling(rate: float) -> Throughput:
+        return Throughput(512, 1, 8, rate, 1.0)
+
+    rates = [(ceiling(idle), ceiling(idle / 2)) for idle in (3e9, 1e9, 2e9)]
+    roof = measure_roof(job, Row("x", total_ms=10, bytes_per_token=1e6), 5e9, rates)
+    assert (roof.request_bytes, roof.disk_idle, roof.disk_loaded) == (512, 2e9, 1e9)
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -333,6 +402,11 @@ class Throughput_free:  # noqa: N801 - stands for shutil's usage tuple
     [
         (["--parts", "ablation,speed"], "unknown part 'speed'"),
         (["--parts", ""], "nothing to measure"),
+        (
+            ["--prompt-tokens", "8", "--tokens", "4", "--row", "fast"],
+            "no row 'fast'; its rows are naive; hybrid; + predictor",
+        ),
+        (["--parts", "disk", "--row", "naive"], "--row names rows of the ablation, which --parts leaves out"),
         (["--peers", "accelerate", "--peer-python", f"accelerate={sys.executable}"], "needs --checkpoint"),
         (["--peer-python", "accelerate"], "takes NAME=PATH"),
     ],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from pipeline.bench.job import Job
 from pipeline.bench.rows import NAIVE, TECHNIQUES, Row
+from pipeline.bench.series import Series
+from storage.errors import UsageError
 
 STRICT = "all techniques at a strict 50 %"
 EARLY = "early"  # the name of predictors that are asked before attention (train-predictor --early)
@@ -22,33 +24,39 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def measure(job: Job, add: Callable[[Row], None], *, strict: bool = False) -> None:
-    """`add` naive, hybrid and, where the store has predictors, each technique, as they are measured.
+def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
+    """Naive, hybrid and, where the store has predictors, each technique: the table's rows, in its order.
+
+    `only` those of some names, if any are given; UsageError for a name that is none of theirs.
 
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
-    cache-aware. `strict` adds the quickest of them at half of the checkpoint, without the GiB for what
-    runs it.
+    cache-aware.
     """
-    measured: list[Row] = []
-
-    def ring(name: str, techniques: tuple[str, ...], settings: dict[str, str], streams: bool = False) -> None:
-        measured.append(job.ring(name, techniques, settings, streams=streams))
-        add(measured[-1])
-
-    add(job.naive())
     # Nothing overlaps before the row that says so; without predictors there is none but this.
     apart = {"predictor.lookahead": "0"} if job.has_predictors else {}
-    ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", **apart}, streams=True)
+    rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", **apart}, streams=True)]
     if job.has_predictors:
         for number, (name, settings) in enumerate(SPARSE):
-            ring(name, TECHNIQUES[: number + 2], settings)
+            rows.append(job.ring(name, TECHNIQUES[: number + 2], settings))
         for name, settings in overlaps(job):
-            ring(name, TECHNIQUES, settings)
-            if job.knows({**settings, **CACHE_AWARE}):
-                ring(f"{name}, cache-aware", TECHNIQUES, {**settings, **CACHE_AWARE})
-    quickest = best([row for row in measured if complete(job, row)])
-    if strict and quickest is not None:
-        add(job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%"))
+            rows.append(job.ring(name, TECHNIQUES, settings))
+            aware = {**settings, **CACHE_AWARE}
+            if job.knows(aware):
+                rows.append(job.ring(f"{name}, cache-aware", TECHNIQUES, aware))
+    known = [row.name for row in rows]
+    for name in only:
+        if name not in known:
+            raise UsageError(f"this store has no row {name!r}; its rows are {'; '.join(known)}")
+    return [row for row in rows if row.name in only or not only]
+
+
+def strict(job: Job, rows: list[Row]) -> Series | None:
+    """The quickest of the rows with all techniques, at half of the checkpoint, without the GiB for what
+    runs it."""
+    quickest = best([row for row in rows if complete(job, row)])
+    if quickest is None:
+        return None
+    return job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%")
 
 
 def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:

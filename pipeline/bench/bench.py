@@ -18,10 +18,10 @@ from pipeline.bench.job import Job
 from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
 from pipeline.bench.rows import NAIVE, Row
+from pipeline.bench.series import Series
 
 FORMAT = 1  # of results.json
 RESULTS, REPORT = "results.json", "results.md"
-PARTS = ("ablation", "curve", "disk", "roofline")
 CURVE_POINTS, QUICK_POINTS = 6, 2
 
 
@@ -35,15 +35,15 @@ class Bench:
     draw: bool
     conditions: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(default_factory=list)
+    rows: dict[str, Row] = field(default_factory=dict)  # of the ablation
     curve: list[Row] = field(default_factory=list)
     tries: list[Throughput] = field(default_factory=list)
-    ceilings: dict[str, tuple[Throughput, Throughput]] = field(default_factory=dict)  # row → disk's
+    ceilings: dict[str, list[tuple[Throughput, Throughput]]] = field(default_factory=dict)  # row → disk's
     bandwidth: dict[str, float] = field(default_factory=dict)
     roofs: list[Roofline] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     fio: list[Throughput] = field(default_factory=list)  # the prefetcher's and fio's tries in turn
-    peers: list[Row] = field(default_factory=list)
+    peers: dict[str, Row] = field(default_factory=dict)
 
     def write(self) -> None:
         """Results, report and plots of everything so far."""
@@ -61,8 +61,9 @@ class Bench:
     def results(self) -> dict[str, Any]:
         store, job = self.job.store, self.job
         synthetic = is_synthetic(store.manifest.parameters)
-        cold = [row for row in (*self.rows, *self.curve, *self.peers) if not row.error and not row.cold]
-        free = [row for row in (*self.rows, *self.curve, *self.peers) if not row.error and not row.limited]
+        measured = [row for row in (*self.rows.values(), *self.curve, *self.peers.values()) if not row.error]
+        cold = [row for row in measured if not row.cold]
+        free = [row for row in measured if not row.limited]
         return {
             "format": FORMAT,
             "title": f"{store.manifest.name}{' (synthetic)' if synthetic else ''}, {job.budget}",
@@ -81,27 +82,28 @@ class Bench:
             "prompt_tokens": job.prompt_tokens,
             "tokens": job.count,
             "repeats": job.repeats,
-            "ablation": [row.to_json() for row in self.rows],
+            "ablation": [row.to_json() for row in self.rows.values()],
             "curve": [row.to_json() for row in self.curve],
             "disk": [one.to_json() for one in self.tries],
             "memory_bandwidth": self.bandwidth,
             "roofline": [roof.to_json() for roof in self.roofs],
             "prefill": [one.to_json() for one in self.prefills],
             "fio": [one.to_json() for one in self.fio],
-            "peers": [row.to_json() for row in self.peers],
+            "peers": [row.to_json() for row in self.peers.values()],
         }
 
     def sections(self) -> dict[str, str]:
         """Title → Markdown of what has been measured."""
         found = {}
-        if self.rows:
-            found["What each technique brings"] = table.ablation(self.rows)
-        if self.rows and self.job.store.architecture.family == "opt":
+        rows, others = list(self.rows.values()), list(self.peers.values())
+        if rows:
+            found["What each technique brings"] = table.ablation(rows)
+        if rows and self.job.store.architecture.family == "opt":
             found["The paper's figures"] = table.PAPER
-        if self.peers:
-            found["Peers"] = table.ablation(self.peers)
-        if self.rows:
-            found["Ratios"] = table.speedups(self.rows, self.peers)
+        if others:
+            found["Peers"] = table.ablation(others)
+        if rows:
+            found["Ratios"] = table.speedups(rows, others)
         if self.roofs:
             found["Roofline"] = table.roofline(self.roofs)
         if self.prefills:
@@ -115,8 +117,9 @@ class Bench:
         return found
 
     def _draw(self, title: str) -> None:
-        if any(not row.error for row in (*self.rows, *self.peers)):
-            plots.ablation(self.out / "ablation.png", [*self.rows, *self.peers], title)
+        rows = [*self.rows.values(), *self.peers.values()]
+        if any(not row.error for row in rows):
+            plots.ablation(self.out / "ablation.png", rows, title)
         if any(not row.error for row in self.curve):
             plots.curve(self.out / "curve.png", self.curve, title)
         if self.tries:
@@ -129,35 +132,57 @@ def measure(
     *,
     parts: Sequence[str],
     draw: bool,
+    only: Sequence[str],
     strict: bool,
     interpreters: Mapping[str, Path],
     checkpoint: Path | None,
     say: Callable[[str], None],
 ) -> Bench:
-    """Measure the parts, in their order; writes into `out` after each."""
+    """Measure the ablation's rows (`only` those named, if any) and the peers in turn, then the other parts.
+
+    Writes into `out` after each row and part.
+    """
+    own = ablation.series(job, only) if "ablation" in parts else []
+    out.mkdir(parents=True, exist_ok=True)
+    others = peers.series(job, interpreters, checkpoint, out) if checkpoint is not None else []
     bench = Bench(job, out, parts, draw, conditions.take(job.store.path))
     for caveat in conditions.caveats(bench.conditions):
         say(caveat)
-    for part in PARTS:
+    _take_turns(bench, own, others)
+    if own and strict:
+        _half_memory(bench)
+    for part, take in _PARTS.items():
         if part in parts:
             say(f"== {part}")
-            _PARTS[part](bench, strict)
+            take(bench)
             bench.write()
-    if interpreters and checkpoint is not None:
-        say("== peers")
-        bench.peers = peers.measure(job, interpreters, checkpoint, out)
-        bench.write()
     return bench
 
 
-def _ablation(bench: Bench, strict: bool) -> None:
-    def add(row: Row) -> None:
-        bench.rows.append(row)
-        if "roofline" in bench.parts and _has_roof(bench.job, row):
-            bench.ceilings[row.name] = roofline.ceilings(bench.job, row)
-        bench.write()
+def _take_turns(bench: Bench, own: Sequence[Series], others: Sequence[Series]) -> None:
+    """Each row once, the peers' after ours, and so on: what disturbs the machine for minutes disturbs all."""
+    repeats = bench.job.repeats if own or others else 0
+    for number in range(1, repeats + 1):
+        bench.job.say(f"== run {number} of {repeats}")
+        for series in own:
+            _measure(bench, series, bench.rows)
+        for series in others:
+            _measure(bench, series, bench.peers)
 
-    ablation.measure(bench.job, add, strict=strict)
+
+def _half_memory(bench: Bench) -> None:
+    series = ablation.strict(bench.job, list(bench.rows.values()))
+    if series is not None:
+        for _ in range(bench.job.repeats):
+            _measure(bench, series, bench.rows)
+
+
+def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
+    bench.job.say(f"measuring {series.name}")
+    row = rows[series.name] = series.again()
+    if "roofline" in bench.parts and _has_roof(bench.job, row):
+        bench.ceilings.setdefault(row.name, []).append(roofline.ceilings(bench.job, row))
+    bench.write()
 
 
 def _has_roof(job: Job, row: Row) -> bool:
@@ -166,42 +191,38 @@ def _has_roof(job: Job, row: Row) -> bool:
     return naive or (ablation.complete(job, row) and row.bytes_per_token > 0)
 
 
-def _curve(bench: Bench, strict: bool) -> None:
-    best = ablation.best(bench.rows)
+def _curve(bench: Bench) -> None:
+    best = ablation.best(list(bench.rows.values()))
     points = QUICK_POINTS if bench.job.quick else CURVE_POINTS
     bench.curve = curve.measure(bench.job, best.settings if best else {}, points)
 
 
-def _disk(bench: Bench, strict: bool) -> None:
+def _disk(bench: Bench) -> None:
     bench.tries = disk.sweep(bench.job.store, quick=bench.job.quick)
 
 
-def _roofline(bench: Bench, strict: bool) -> None:
+def _roofline(bench: Bench) -> None:
     """Of the rows whose ceilings have been taken."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
     memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
-    rows = {row.name: row for row in bench.rows}
+    whole = [row for row in bench.rows.values() if not row.error]
     bench.roofs = [
-        roofline.measure(job, rows[name], memory, ceilings) for name, ceilings in bench.ceilings.items()
+        roofline.measure(job, row, memory, bench.ceilings[row.name])
+        for row in whole
+        if row.name in bench.ceilings
     ]
-    naive = bench.ceilings.get(NAIVE)
-    sequential = (naive[0] if naive else roofline.sequential(job)).bytes_per_second
+    naive = next((roof for roof in bench.roofs if roof.row == NAIVE), None)
+    sequential = naive.disk_idle if naive else roofline.sequential(job).bytes_per_second
     bench.prefills = [
-        prefill.measure(job, row, sequential, bench.bandwidth)
-        for row in bench.rows
-        if ablation.complete(job, row)
+        prefill.measure(job, row, sequential, bench.bandwidth) for row in whole if ablation.complete(job, row)
     ]
     if not job.quick:
         bench.fio = disk.beside_fio(job.store, job.store.layout.stride)
 
 
-_PARTS: dict[str, Callable[[Bench, bool], None]] = {
-    "ablation": _ablation,
-    "curve": _curve,
-    "disk": _disk,
-    "roofline": _roofline,
-}
+_PARTS: dict[str, Callable[[Bench], None]] = {"curve": _curve, "disk": _disk, "roofline": _roofline}
+PARTS = ("ablation", *_PARTS)  # the first one in turn with the peers, the others after it
 
 
 def is_synthetic(parameters: Mapping[str, Any]) -> bool:

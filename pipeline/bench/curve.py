@@ -20,6 +20,6 @@ def budgets(job: Job, settings: Mapping[str, str], points: int) -> list[int]:
 def measure(job: Job, settings: Mapping[str, str], points: int) -> list[Row]:
     """One row a budget, with the settings of the best row."""
     return [
-        job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B", repeats=1)
+        job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B").again()
         for budget in budgets(job, settings, points)
     ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline import planner
 from pipeline.bench import children, rows
-from pipeline.bench.children import ChildFailed
+from pipeline.bench.children import Ran
 from pipeline.bench.rows import Row
+from pipeline.bench.series import Series
 from pipeline.config import Config
 from pipeline.generate import load_tokenizer
 from storage.errors import ConfigError, UsageError, reason
@@ -68,47 +70,40 @@ class Job:
         techniques: tuple[str, ...] = (),
         settings: Mapping[str, str] | None = None,
         budget: str | None = None,
-        repeats: int | None = None,
         streams: bool = False,
-    ) -> Row:
-        """Measure the main job under a budget; a run that fails becomes a row that says why.
+    ) -> Series:
+        """Runs of the main job under a budget.
 
         A row that `streams` reads most of the model for every token: a few of them tell all.
         """
-        if streams and not self.quick and self.count > FEW:
-            with first_tokens(self.tokens, FEW) as few:
-                return replace(self, tokens=few, count=FEW).ring(name, techniques, settings, budget, repeats)
-        settings = settings or {}
-        memory = budget or self.budget
+        settings, memory = settings or {}, budget or self.budget
         line = ["--model", str(self.store.path), "--prompt", self.prompt, "--memory", memory]
-        line += ["--force-tokens", str(self.tokens)]
         line += [f"--set={one}" for one in self.arguments_of(settings)]
         limit = planner.parse_budget(memory, self.store)
-        self.say(f"measuring {name}")
-        try:
-            runs = [children.run_main(line, limit) for _ in range(repeats or self.repeats)]
-        except ChildFailed as error:
-            return Row(name=name, techniques=techniques, error=str(error), budget_bytes=limit)
-        return rows.of_rings(name, techniques, runs, self.store.layout.stride, settings)
 
-    def naive(self) -> Row:
-        """Measure the baseline that keeps nothing."""
-        self.say("measuring naive")
-        line = [str(self.store.path), "--tokens", str(self.tokens), "--position", str(self.prompt_tokens)]
-        line += ["--threads", str(self.threads)]
+        def run() -> Ran:
+            with self._tokens(few=streams) as tokens:
+                return children.run_main([*line, "--force-tokens", str(tokens)], limit)
+
+        def row(runs: Sequence[Ran]) -> Row:
+            return rows.of_rings(name, techniques, runs, self.store.layout.stride, settings)
+
+        return Series(name, run, row, techniques, limit)
+
+    def naive(self) -> Series:
+        """Runs of the baseline that keeps nothing; all of its tokens take the same."""
+        line = [str(self.store.path), "--position", str(self.prompt_tokens), "--threads", str(self.threads)]
         limit = planner.parse_budget(self.budget, self.store)
-        if not self.quick:  # a naive token takes seconds, and all take the same
-            with first_tokens(self.tokens, FEW) as few:
-                return self._naive([*line, "--tokens", str(few)], limit)
-        return self._naive(line, limit)
 
-    def _naive(self, line: list[str], limit: int | None) -> Row:
-        try:
-            module = "workers.compute.naive"
-            runs = [children.run_module(module, line, limit) for _ in range(self.repeats)]
-        except ChildFailed as error:
-            return Row(name=rows.NAIVE, error=str(error), budget_bytes=limit)
-        return rows.of_naive(runs, limit)
+        def run() -> Ran:
+            with self._tokens(few=True) as tokens:
+                module = "workers.compute.naive"
+                return children.run_module(module, [*line, "--tokens", str(tokens)], limit)
+
+        return Series(rows.NAIVE, run, partial(rows.of_naive, budget=limit), budget_bytes=limit)
+
+    def _tokens(self, *, few: bool) -> AbstractContextManager[Path]:
+        return first_tokens(self.tokens, FEW) if few and not self.quick else nullcontext(self.tokens)
 
 
 @contextmanager

@@ -7,15 +7,18 @@ JSON object like our own.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline import directories, planner
 from pipeline.bench import children
-from pipeline.bench.children import ChildFailed
+from pipeline.bench.children import Ran
 from pipeline.bench.job import Job, first_tokens
-from pipeline.bench.rows import Row, of_peer
+from pipeline.bench.rows import of_peer
+from pipeline.bench.series import Series
 from pipeline.console import size
 from pipeline.launch import module_environment
 from storage.errors import DiskFull, UsageError
@@ -50,25 +53,35 @@ def check_space(names: Sequence[str], checkpoint: Path, work: Path) -> None:
         raise DiskFull(f"{work} has {size(free)} free, and airllm writes {size(needed)} there")
 
 
-def measure(job: Job, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Row]:
-    """One row a peer, under the cgroup that the rows at half memory had."""
-    return [_measure(job, name, path, checkpoint, work) for name, path in python.items()]
+def series(job: Job, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Series]:
+    """One row a peer, under the cgroup that the rows at half memory have; `work` is there.
+
+    Raises DiskFull.
+    """
+    check_space(list(python), checkpoint, work)
+    return [_series(job, name, path, checkpoint, work) for name, path in python.items()]
 
 
-def _measure(job: Job, name: str, python: Path, checkpoint: Path, work: Path) -> Row:
-    job.say(f"measuring {name}")
+def _series(job: Job, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
     limit = planner.parse_budget(job.budget, job.store)
-    scratch = work / f"peer-{name}"
-    scratch.mkdir(parents=True, exist_ok=True)
     environment = {**module_environment(), "HF_HUB_OFFLINE": "1"}
+    line = [str(python), "-m", f"workers.peers.run_{name}", str(checkpoint), "--limit", str(limit)]
+    line += ["--prompt-tokens", str(job.prompt_tokens)]
+
+    def run() -> Ran:
+        with first_tokens(job.tokens, TOKENS) as tokens, scratch(work / f"peer-{name}") as directory:
+            return children.run(
+                [*line, "--tokens", str(tokens), "--scratch", str(directory)], limit, environment
+            )
+
+    return Series(name, run, partial(of_peer, name, budget=limit), budget_bytes=limit)
+
+
+@contextlib.contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A directory that is gone afterwards."""
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        with first_tokens(job.tokens, TOKENS) as tokens:
-            line = [str(python), "-m", f"workers.peers.run_{name}", str(checkpoint)]
-            line += ["--tokens", str(tokens), "--prompt-tokens", str(job.prompt_tokens)]
-            line += ["--scratch", str(scratch), "--limit", str(limit)]
-            runs = [children.run(line, limit, environment) for _ in range(job.repeats)]
-    except ChildFailed as error:
-        return Row(name=name, error=str(error), budget_bytes=limit)
+        yield directory
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return of_peer(name, runs, limit)
+        shutil.rmtree(directory, ignore_errors=True)

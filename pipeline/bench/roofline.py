@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,7 +120,7 @@ def bandwidth(job: Job) -> dict[str, float]:
 def ceilings(job: Job, row: Row) -> tuple[Throughput, Throughput]:
     """The most that the disk gives at a row's request size: idle, and while the kernels run.
 
-    To be taken right after the row: shared disks change within minutes.
+    To be taken right after each of its runs: shared disks change within minutes.
     """
     idle, loaded = (_ceiling(job, row, dtype) for dtype in (None, job.store.layout.dtype))
     return idle, loaded
@@ -132,15 +134,14 @@ def _ceiling(job: Job, row: Row, dtype: str | None) -> Throughput:
     return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype)
 
 
-def measure(job: Job, row: Row, memory: float, rates: tuple[Throughput, Throughput]) -> Roofline:
-    """The roof of a row: `memory` in bytes a second, and its `ceilings`."""
-    idle, loaded = rates
+def measure(job: Job, row: Row, memory: float, rates: Sequence[tuple[Throughput, Throughput]]) -> Roofline:
+    """The roof of a row: `memory` in bytes a second, and the median of its `ceilings`, one after each run."""
     naive = row.name == NAIVE
     return Roofline(
         row=row.name,
-        request_bytes=idle.request_bytes,
-        disk_idle=idle.bytes_per_second,
-        disk_loaded=loaded.bytes_per_second,
+        request_bytes=rates[0][0].request_bytes,
+        disk_idle=statistics.median(idle.bytes_per_second for idle, _ in rates),
+        disk_loaded=statistics.median(loaded.bytes_per_second for _, loaded in rates),
         memory=memory,
         flash_bytes=row.bytes_per_token,
         memory_bytes=float(planner.checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),

@@ -112,7 +112,7 @@ def of_rings(
     )
 
 
-def of_naive(runs: Sequence[Ran], budget: int | None) -> Row:
+def of_naive(runs: Sequence[Ran], *, budget: int | None) -> Row:
     """Runs of `workers.compute.naive`, at least one."""
     results = [run.result for run in runs]
     timed = _Timed.of([result["token_seconds"] for result in results])
@@ -141,7 +141,7 @@ def of_naive(runs: Sequence[Ran], budget: int | None) -> Row:
     )
 
 
-def of_peer(name: str, runs: Sequence[Ran], budget: int | None) -> Row:
+def of_peer(name: str, runs: Sequence[Ran], *, budget: int | None) -> Row:
     """Runs of another package: times, and what the kernel says of memory and reads."""
     results = [run.result for run in runs]
     timed = _Timed.of([result["token_seconds"] for result in results])

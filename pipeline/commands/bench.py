@@ -22,6 +22,10 @@ def command(
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
     ] = "ablation,curve,disk,roofline",
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this row of the ablation; may be repeated.", metavar="NAME"),
+    ] = None,
     peers: Annotated[
         str, typer.Option(help="Also measure accelerate,airllm; needs --checkpoint.", metavar="LIST")
     ] = "",
@@ -60,15 +64,14 @@ def command(
         raise UsageError("--peers needs --checkpoint, the directory that the store was converted from")
     if not wanted and not names:
         raise UsageError("nothing to measure: --parts and --peers are both empty")
+    if row and "ablation" not in wanted:
+        raise UsageError("--row names rows of the ablation, which --parts leaves out")
     source, config = models.configure(model, None, settings or ())
     store = source.open_store()
     fixed = tuple(settings or ()) + _preset_settings(config.prefetcher.queue_depth, settings)
     if quick:
         prompt_tokens, tokens, repeats, strict = min(prompt_tokens, 16), min(tokens, 12), 1, False
         memory = job.quick_budget(store, fixed, prompt_tokens + tokens, threads)
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is not None:
-        peers_part.check_space(names, checkpoint, out)
     with job.make_job(
         store,
         text=text or job.TEXT,
@@ -86,6 +89,7 @@ def command(
             out,
             parts=wanted,
             draw=draw,
+            only=row or (),
             strict=strict,
             interpreters=interpreters,
             checkpoint=checkpoint,
