@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.launch import SERVE_EXTRA
 from storage.errors import UsageError, reason
 
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -30,7 +31,7 @@ class ChatTemplate:
             import jinja2.ext
             import jinja2.sandbox
         except ImportError as error:
-            raise UsageError("chat needs the package jinja2: pip install 'flashring[serve]'") from error
+            raise UsageError(f"chat needs the package jinja2: {SERVE_EXTRA}") from error
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
         )

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FILE_WIDTH = 160  # columns of a table in a file or a pipe, where a terminal's 80 would cut words
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -20,6 +25,14 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def tables() -> Console:
+    """Rich's console on standard output, wide enough for every table where that is no terminal."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=FILE_WIDTH)
 
 
 def size(count: float) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from storage.errors import UsageError
 
 PROGRAM = "FLASHRING_PROGRAM"  # in a program's environment: its name, as the user typed it
+SERVE_EXTRA = "pip install -c constraints.txt -e '.[serve]'"  # in flashring's own directory
 ROOT = Path(__file__).resolve().parent.parent  # where `pipeline`, `storage` and `workers` stand
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.endpoint import CurveKeys
+from pipeline.launch import SERVE_EXTRA
 from pipeline.observer import Observer
 from pipeline.opening import OpenRing
 from pipeline.scheduler import Scheduler
@@ -69,7 +70,7 @@ def _observer(*, with_metrics: bool) -> Observer:
     try:
         from pipeline.prometheus import PrometheusObserver
     except ImportError as error:
-        raise UsageError(f"--http needs more packages: pip install 'flashring[serve]' ({error})") from error
+        raise UsageError(f"--http needs more packages: {SERVE_EXTRA} ({error})") from error
     return PrometheusObserver()
 
 

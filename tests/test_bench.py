@@ -194,6 +194,19 @@ def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, mon
     assert [name for name in names if name.endswith("cache-aware")] == [aware]
 
 
+def test_predictors_that_must_look_ahead_overlap_in_every_row(store: Store, job: Job) -> None:
+    default = store.predictors("default")
+    kept = default.read_bytes()
+    predictors.write(store, predictors.maps(store, "layers", range(1, store.layout.layers)))
+    try:
+        found = ablation.series(job)
+    finally:
+        default.write_bytes(kept)
+    assert [series.name for series in found] == ["naive", "hybrid", "+ predictor", "+ window", "+ bundling"]
+    assert [series.techniques[-1] for series in found[2:]] == ["overlap"] * 3
+    assert found[-1].techniques == TECHNIQUES
+
+
 def test_only_some_rows(job: Job) -> None:
     chosen = ["+ bundling", "naive"]
     assert [series.name for series in ablation.series(job, chosen)] == ["naive", "+ bundling"]

@@ -15,12 +15,11 @@ BY_HALVES = {"prefetcher.split": "true"}
 CACHE_AWARE = {"predictor.cache_aware": "true"}
 IN_LAYER = {"predictor.kind": "lowrank", "predictor.lookahead": "0", "predictor.refine": "false"}
 
-# Name → what it adds to the settings of the row; techniques grow by one from row to row.
+# Name → what is still turned off; techniques grow by one from row to row.
 SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
-    ("+ predictor", {**IN_LAYER, **BY_HALVES, "cache.keep": "false"}),
-    ("+ window", {**IN_LAYER, **BY_HALVES}),
-    ("+ bundling", IN_LAYER),
-    ("+ overlap", {}),
+    ("+ predictor", {**BY_HALVES, "cache.keep": "false"}),
+    ("+ window", BY_HALVES),
+    ("+ bundling", {}),
 )
 
 
@@ -30,14 +29,18 @@ def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
     `only` those of some names, if any are given; UsageError for a name that is none of theirs.
 
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
-    cache-aware.
+    cache-aware. Predictors that must look ahead overlap in every row.
     """
     # Nothing overlaps before the row that says so; without predictors there is none but this.
-    apart = {"predictor.lookahead": "0"} if job.has_predictors else {}
-    rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], {"predictor.kind": "all", **apart}, streams=True)]
+    every = {"predictor.kind": "all", **({"predictor.lookahead": "0"} if job.has_predictors else {})}
+    rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
     if job.has_predictors:
+        own_layer = job.knows(IN_LAYER)  # otherwise there is no way not to overlap
+        apart, also = (IN_LAYER, ()) if own_layer else ({}, TECHNIQUES[-1:])
         for number, (name, settings) in enumerate(SPARSE):
-            rows.append(job.ring(name, TECHNIQUES[: number + 2], settings))
+            rows.append(job.ring(name, (*TECHNIQUES[: number + 2], *also), {**apart, **settings}))
+        if own_layer:
+            rows.append(job.ring("+ overlap", TECHNIQUES, {}))
         for name, settings in overlaps(job):
             rows.append(job.ring(name, TECHNIQUES, settings))
             aware = {**settings, **CACHE_AWARE}

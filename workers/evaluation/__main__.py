@@ -17,6 +17,7 @@ from rich.progress import Progress, TaskID
 from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Config
+from pipeline.console import tables
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
 from storage.format import Store
@@ -74,7 +75,7 @@ def main(
         if as_json:
             print(json.dumps({"model": store.manifest.name, "points": [asdict(one) for one in compared]}))
         else:
-            Console().print(table(compared))
+            tables().print(table(compared))
         return
     found = _evaluate(store, config, names, data, text, limit, tokens, seed, threads)
     if as_json:
@@ -180,7 +181,7 @@ def _evaluate(
 
 
 def _print(found: _Found, config: Config) -> None:
-    console = Console()
+    console = tables()
     sparse = config.predictor
     console.print(
         f"sparse: kind {sparse.kind}, look-ahead {sparse.lookahead}, "

@@ -12,14 +12,21 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
 from pipeline import ending
+from pipeline.console import say
 from workers.evaluation.harness import Harness
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    say(f"this needs more packages: pip install -c constraints.txt -e '.[lm-eval]' ({error})")
+    sys.exit(2)
 
 # Context and continuation as text, and each as token ids.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]

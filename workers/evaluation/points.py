@@ -149,6 +149,7 @@ def table(points: Sequence[Point]) -> Table:
         "predicted",
         "false neg.",
         "false pos.",
+        "hit rate",
         "KB a token",
         "wasted",
     )
@@ -160,6 +161,7 @@ def table(points: Sequence[Point]) -> Table:
             f"{one.predicted:.1%}",
             f"{one.false_negatives:.1%}",
             f"{one.false_positives:.1%}",
+            f"{one.hit_rate:.1%}",
             f"{one.bytes_per_token / 1e3:,.0f}",
             f"{one.wasted_bytes_per_token / 1e3:,.0f}",
         )

@@ -60,7 +60,18 @@ def _lambada(record: dict[str, Any]) -> Item:
 
 
 def _each_line(parse: Callable[[dict[str, Any]], Item]) -> Callable[[list[str]], list[Item]]:
-    return lambda lines: [parse(json.loads(line)) for line in lines]
+    def parse_all(lines: list[str]) -> list[Item]:
+        items = []
+        for number, line in enumerate(lines, 1):
+            try:
+                items.append(parse(json.loads(line)))
+            except KeyError as error:
+                raise ValueError(f"item {number} has no {error}") from error
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"item {number}: {error}") from error
+        return items
+
+    return parse_all
 
 
 TASKS: dict[str, Callable[[list[str]], list[Item]]] = {
@@ -79,7 +90,7 @@ def load(task: str, path: Path, limit: int | None = None) -> list[Item]:
     lines = [line for line in read_text(path).split("\n") if line.strip()]
     try:
         items = TASKS[task](lines)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not a {task} file: {error}") from error
     bad = next((item for item in items if not 0 <= item.gold < len(item.choices)), None)
     if bad is not None:

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pipeline import program
+from pipeline.console import tables
 from storage.errors import UsageError
 from storage.format import Store
 from workers.predictor import activations, texts
@@ -202,7 +203,7 @@ def main(
     if as_json:
         print(json.dumps({"offsets": OFFSETS.tolist(), "curves": [asdict(one) for one in curves]}))
     else:
-        Console().print(table(curves))
+        tables().print(table(curves))
 
 
 def _numbers(text: str, least: int, most: int) -> list[int]:

@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from pipeline import program
 from pipeline.config import Predictor
+from pipeline.console import tables
 from storage.errors import UsageError
 from storage.format import Store
 from workers.predictor import activations, fit, report, svd, texts
@@ -90,7 +91,10 @@ class Split:
         share = max(1, round(rows * LEAST_SHARE))
         train = rows - (share if held_out_rows else 2 * share)
         if train < 1:
-            raise UsageError(f"the text has only {rows} rows of {length} tokens: give more of it")
+            raise UsageError(
+                f"{rows} rows of {length} tokens are too few to train, to calibrate and to report on: "
+                "raise --tokens, or give a longer text"
+            )
         validation = train + share
         return cls(train * length, validation * length, (rows + held_out_rows) * length)
 
@@ -293,7 +297,7 @@ def main(
         )
     if work is None:
         shutil.rmtree(place)
-    Console().print(report.table(reports))
+    tables().print(report.table(reports))
     settings = [f"model.predictor={name}"] if name != "default" else []
     settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []
     console.print(

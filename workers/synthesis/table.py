@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from pipeline.console import tables
 from workers.synthesis.measure import PAPER, WINDOW, WINDOWS, LayerReport
 from workers.synthesis.sources import Weights
 
@@ -18,8 +18,7 @@ def print_table(
     """Print to standard output; every table of a synthetic model says so in its title."""
     kind = "SYNTHETIC " if weights.synthetic else ""
     title = f"{kind}{weights.name}, {tokens} tokens, SVD of rank {rank}"
-    # Piped into a file, a table must not be cut to 80 columns.
-    console = Console(width=None if Console().is_terminal else 120)
+    console = tables()
     console.print(_by_layer(title, reports))
     console.print(_by_window(f"{title}: windows", reports))
     console.print(_against_paper(f"{title}: means", PAPER.get(weights.architecture.family, {}), summary))

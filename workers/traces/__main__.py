@@ -18,6 +18,7 @@ from rich.progress import Progress
 from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Cache
+from pipeline.console import tables
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
 from workers.cache.policy import Policy
@@ -123,7 +124,7 @@ def replay_command(
     if as_json:
         print(json.dumps(report.to_json(results, counted, trace)))
     else:
-        console = Console()
+        console = tables()
         console.print(report.policy_table(results, trace))
         console.print(report.window_table(counted))
 
@@ -141,7 +142,7 @@ def activity_command(
     layers, mean = activity.activity(trace, LONGEST_WINDOW), count_windows(trace, LONGEST_WINDOW)
     if picture:
         activity.draw(layers, mean, picture)
-    console = Console()
+    console = tables()
     console.print(activity.table(layers, mean, window))
     console.print(report.window_table(mean))
 
@@ -201,7 +202,7 @@ def placement_command(
     if as_json:
         print(json.dumps([{**asdict(one), "run": one.run} for one in found]))
     else:
-        Console().print(placement.table(found))
+        tables().print(placement.table(found))
 
 
 def _numbers(text: str) -> list[float]:
