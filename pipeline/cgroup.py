@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,14 @@ class MemoryCgroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _attempt in range(50):  # the kernel lets go of exited processes a moment after their death
+        """Remove the group; what still runs in it is killed."""
+        for _attempt in range(250):  # the kernel lets go of exited processes a moment after their death
             with contextlib.suppress(OSError):
                 self.path.rmdir()
                 return
+            for pid in _read(self.path / "cgroup.procs"):
+                with contextlib.suppress(OSError):
+                    os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.02)
 
 

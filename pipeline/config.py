@@ -65,9 +65,9 @@ class Prefetcher(Section):
     backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
     direct: bool = True  # O_DIRECT; false: through the page cache
     # Bytes in flight in all queues: of long reads, more only delay the first of them.
-    in_flight: Annotated[int, Field(ge=4096)] = 8 << 20
+    in_flight: Annotated[int, Field(ge=4096, le=1 << 40)] = 8 << 20
     max_gap: Annotated[int, Field(ge=0, le=1 << 20)] = 0  # bytes read and dropped to join two reads
-    max_read: Annotated[int, Field(ge=4096)] = 1 << 20  # bytes of one read
+    max_read: Annotated[int, Field(ge=4096, le=1 << 30)] = 1 << 20  # bytes of one read
     split: bool = False  # in decode, a bundle by two reads, as without bundling; only comparisons want that
     staging: Annotated[int, Field(ge=1)] = 16 << 20  # bytes of one staging half
 

@@ -23,6 +23,14 @@ def user_cache() -> Path:
     return Path(os.environ.get("HOME") or _listed_home()) / ".cache"
 
 
+def check_writable(file: Path) -> None:
+    """Raise UsageError, before the work, where its result could not be written to `file` after it."""
+    if not file.parent.is_dir():
+        raise UsageError(f"{file} cannot be written: there is no directory {file.parent}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{file} cannot be written: the directory {file.parent} is not writable")
+
+
 def _listed_home() -> str:
     """The home that the system's list of users gives: HOME may be unset, or empty."""
     try:

@@ -30,10 +30,11 @@ COMMAND_LINE_ERROR: type[Exception] = next(
 def exit_status(work: Callable[[], object]) -> int:
     """Do `work`; returns its own status where it returns one, and what its failure deserves else.
 
-    SIGTERM ends it like Ctrl-C: everything that was opened is closed on the way out.
+    SIGTERM, and SIGHUP where it is not ignored, end it like Ctrl-C: everything that was opened is closed on
+    the way out.
     """
     _usable_streams()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _terminate) for number in asked_to_end()}
     try:
         result = work()
         write("")  # what is still in the buffer
@@ -53,7 +54,14 @@ def exit_status(work: Callable[[], object]) -> int:
     except OSError as error:
         return _refuse(_describe(error), FAILED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_end() -> tuple[signal.Signals, ...]:
+    """The signals, beside Ctrl-C, by which somebody wants the program gone; nohup ignores the second."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
 
 
 def _usable_streams() -> None:

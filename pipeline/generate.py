@@ -137,6 +137,7 @@ class Session:
             raise UsageError("the prompt is empty")
         ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
         check_prompt(ids, self.store, self.plan)
+        check_forced(params.forced, self.store)
         return self._stream(ids, params, cancelled)
 
     def _stream(
@@ -309,8 +310,7 @@ def check_prompt(ids: Sequence[int], store: Store, plan: Plan) -> None:
     """Raises UsageError for a prompt that is empty or that the model or the plan cannot hold."""
     if not ids:
         raise UsageError("the prompt is empty")
-    if not all(0 <= one < store.architecture.vocabulary for one in ids):
-        raise UsageError("the prompt holds token ids outside the model's vocabulary")
+    _check_vocabulary("the prompt holds", ids, store)
     if len(ids) >= plan.context:
         raise UsageError(
             f"the prompt has {len(ids):,} tokens, and the context of {plan.context:,} "
@@ -318,11 +318,26 @@ def check_prompt(ids: Sequence[int], store: Store, plan: Plan) -> None:
         )
 
 
+def check_forced(ids: Sequence[int], store: Store) -> None:
+    """Raises UsageError for tokens to be decoded that are none of the model's."""
+    _check_vocabulary("the tokens to decode hold", ids, store)
+
+
+def _check_vocabulary(whose: str, ids: Sequence[int], store: Store) -> None:
+    vocabulary = store.architecture.vocabulary
+    bad = next((one for one in ids if not 0 <= one < vocabulary), None)
+    if bad is not None:
+        raise UsageError(f"{whose} token id {bad}, and the model's vocabulary has {vocabulary:,}")
+
+
 def load_tokenizer(store: Store) -> Tokenizer:
-    """The store's tokenizer. Raises StoreError when it has none."""
+    """The store's tokenizer. Raises StoreError when it has none, or a damaged one."""
     path = store.path / TOKENIZER
     if not path.is_file():
         raise StoreError(
             f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
         )
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise StoreError(f"{path} is damaged: {error}") from error

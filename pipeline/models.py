@@ -24,7 +24,7 @@ from pipeline import directories
 from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
-from storage.errors import CheckpointError, UsageError
+from storage.errors import CheckpointError, StoreError, UsageError, reason
 from storage.format import MANIFEST, Store
 
 BUILTIN = "builtin"
@@ -207,8 +207,15 @@ def install_predictors(store: Store) -> None:
         return
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, target)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"{target} cannot be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def resolve(store: Store, config: Config) -> Config:
     if context > limit:
         raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
     kind, name = config.predictor.kind, config.model.predictor
-    has_predictors = predictor_bytes(store, config) > 0
+    has_predictors = store.predictors(name).is_file()
     if not has_predictors and (kind == "lowrank" or (kind == "auto" and name != Model().predictor)):
         others = ", ".join(sorted(file.stem for file in store.predictors(name).parent.glob("*.safetensors")))
         raise ConfigError(
@@ -95,6 +95,8 @@ def resolve(store: Store, config: Config) -> Config:
             "predictor.kind oracle needs a ReLU model, "
             f"and {store.manifest.name} has {store.architecture.activation}"
         )
+    if config.predictor.cache_aware and kind != "lowrank":
+        raise ConfigError(f"predictor.cache_aware needs trained predictors, and predictor.kind is {kind}")
     refine = _refines(store, config, kind)
     if kind == "oracle" and config.predictor.lookahead and not refine:
         raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
@@ -116,8 +118,6 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
     except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"the predictors {path} cannot be read: {reason(error)}") from error
     own = trained == 0 or any(name.startswith("inlayer.") for name in names)
-    if config.predictor.cache_aware and not any(name.endswith(".absent") for name in names):
-        raise ConfigError(f"{whose} have no thresholds for predictor.cache_aware: train others")
     if not own and (wanted or lookahead != trained):
         raise ConfigError(
             f"{whose} are for look-ahead {trained} "
@@ -129,6 +129,12 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
             f"{whose} are for look-ahead {trained}, "
             f"not {lookahead}: set predictor.lookahead={trained} or predictor.refine=true, or train others"
         )
+    if config.predictor.cache_aware:
+        in_layer = (refine or not lookahead) and any(name.startswith("inlayer.") for name in names)
+        sets = "inlayer." if in_layer else "layers."  # guesses need no such thresholds
+        maps = [name[: -len(".bias")] for name in names if name.startswith(sets) and name.endswith(".bias")]
+        if not maps or not all(f"{one}.absent" in names for one in maps):
+            raise ConfigError(f"{whose} have no thresholds for predictor.cache_aware: train others")
     return refine
 
 
@@ -291,6 +297,8 @@ def parse_budget(text: str, store: Store) -> int | None:
             raise ConfigError(f"memory.budget takes a size such as 7GiB or 50%, not {text!r}")
         number, unit = float(match[1]), match[2].upper()
         total += number / 100 * checkpoint_bytes(store) if unit == "%" else number * _UNITS[unit]
+    if not math.isfinite(total):
+        raise ConfigError(f"memory.budget cannot be as large as {text[:20]}…")
     return int(total)
 
 

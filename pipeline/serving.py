@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.ending import asked_to_end
 from pipeline.endpoint import CurveKeys
 from pipeline.launch import SERVE_EXTRA
 from pipeline.observer import Observer
@@ -37,7 +38,7 @@ async def serve(opened: OpenRing, options: ServingOptions, say: Callable[[str], 
     """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *asked_to_end()):
         loop.add_signal_handler(number, stopped.set)
     scheduler = Scheduler(
         opened.ring,

@@ -8,7 +8,6 @@ the tokenizer; write the manifest; rename. Memory is bounded by one layer's two 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -51,6 +50,7 @@ from storage.format import (
     Store,
     fsync_directory,
 )
+from storage.lock import locked
 
 PROGRESS = "progress.json"
 TEMPORARY = ".tmp"
@@ -125,7 +125,7 @@ def convert(
     partial = out.with_name(out.name + ".partial")
     with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial, "conversion"):
             _write(plan, partial, name, progress or (lambda stage, done, total: None))
             os.rename(partial, out)
             fsync_directory(out.parent)
@@ -241,20 +241,6 @@ def _existing(out: Path, plan: Plan) -> Store | None:
             "choose another directory"
         )
     return store
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """One conversion at a time: a lock on the directory, gone with the process."""
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another conversion is writing {partial}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -134,8 +134,12 @@ class Manifest:
                 files={name: FileEntry(**entry) for name, entry in data["files"].items()},
                 parameters=data["parameters"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} is damaged: {error}") from error
+        if lacking := {BUNDLES, RESIDENT} - manifest.files.keys():
+            raise StoreError(f"{where} is damaged: it does not list {min(lacking)}")
+        if not isinstance(layout.alignment, int) or layout.alignment < 1:
+            raise StoreError(f"{where} is damaged: an alignment of {layout.alignment!r} bytes")
         if layout.dtype not in ITEMSIZE or layout.rows != ROWS or layout.stride != data["stride"]:
             raise StoreError(f"{where} describes a layout that this flashring does not read")
         return manifest

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.families.architecture import Architecture
-from storage.format import BUNDLES, MANIFEST, ORDER, FileEntry, Layout, Manifest, Store
+from storage.format import BUNDLES, MANIFEST, ORDER, RESIDENT, FileEntry, Layout, Manifest, Store
 
 
 def architecture(layers: int, d_ff: int, d_model: int) -> Architecture:
@@ -55,7 +55,8 @@ def bundle_store(
     layout = Layout(layers, d_ff, d_model, "float16", alignment)
     path.mkdir(parents=True)
     generator.integers(0, 256, layout.total_bytes, np.uint8).tofile(path / BUNDLES)
-    files = {BUNDLES: FileEntry(layout.total_bytes, "0" * 32)}
+    (path / RESIDENT).touch()
+    files = {BUNDLES: FileEntry(layout.total_bytes, "0" * 32), RESIDENT: FileEntry(0, "0" * 32)}
     if shuffled:
         order = np.array([generator.permutation(d_ff) for _ in range(layers)], np.int32)
         order.tofile(path / ORDER)

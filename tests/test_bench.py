@@ -422,6 +422,7 @@ class Throughput_free:  # noqa: N801 - stands for shutil's usage tuple
         (["--parts", "disk", "--row", "naive"], "--row names rows of the ablation, which --parts leaves out"),
         (["--peers", "accelerate", "--peer-python", f"accelerate={sys.executable}"], "needs --checkpoint"),
         (["--peer-python", "accelerate"], "takes NAME=PATH"),
+        (["--quick", "--memory", "1MiB"], "--quick has a budget of its own"),
     ],
 )
 def test_wrong_use_is_one_sentence(store: Store, tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,19 @@ def test_a_run_stays_within_its_budget(store):
     assert result["generated_tokens"] == 40
     assert 0 < result["memory"]["peak_bytes"] <= budget
     assert peak <= budget
+
+
+def test_a_group_leaves_nothing_behind():
+    try:
+        group = MemoryCgroup(64 << 20)
+    except CgroupUnavailable as reason:
+        pytest.skip(str(reason))
+    with group, subprocess.Popen(group.command(["sleep", "60"]), stdin=subprocess.DEVNULL) as sleeping:
+        while str(sleeping.pid) not in (group.path / "cgroup.procs").read_text().split():
+            time.sleep(0.01)
+        group.__exit__(None, None, None)
+        assert sleeping.wait() == -signal.SIGKILL
+    assert not group.path.exists()
 
 
 def test_a_process_beyond_the_cgroup_is_stopped():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,40 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
     assert "where its manifest says" in sentence
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("tokenizer.json", lambda data: b"?" + data[1:], "tokenizer.json is damaged"),
+        ("resident.safetensors", lambda data: data[:20] + b"?" * 20 + data[40:], "safetensors is damaged"),
+        ("manifest.json", lambda data: _without(data, "bundles.bin"), "does not list bundles.bin"),
+        ("manifest.json", lambda data: _without(data, "resident.safetensors"), "list resident.safetensors"),
+        ("manifest.json", lambda data: _changed(data, files=[]), "manifest.json is damaged"),
+        ("manifest.json", lambda data: _changed(data, alignment=0), "an alignment of 0 bytes"),
+        ("manifest.json", lambda data: _changed(data, alignment="x"), "an alignment of 'x' bytes"),
+    ],
+)
+def test_what_is_damaged_is_named(
+    store: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], words: str
+) -> None:
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    (damaged / file).write_bytes(damage((store / file).read_bytes()))
+    done = run("--prompt", "x", "--model", damaged)
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def _changed(manifest: bytes, **entries: object) -> bytes:
+    return json.dumps({**json.loads(manifest), **entries}).encode()
+
+
+def _without(manifest: bytes, file: str) -> bytes:
+    files = json.loads(manifest)["files"]
+    del files[file]
+    return _changed(manifest, files=files)
+
+
 def test_help_is_no_mistake() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -249,7 +285,18 @@ def test_forced_tokens_are_what_is_decoded(store: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["generated_tokens"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tokens", ["0 1 99999999", "5 -5 7", f"1 {'9' * 25}"])
+def test_forced_tokens_that_are_none_of_the_models_are_refused(
+    store: Path, tmp_path: Path, tokens: str
+) -> None:
+    file = tmp_path / "tokens.txt"
+    file.write_text(tokens)
+    status, sentence = refused("--prompt", "x", "--model", store, "--force-tokens", file)
+    assert status == 2
+    assert sentence.startswith("the tokens to decode hold token id ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_generation_ends_in_one_sentence(store: Path, number: signal.Signals) -> None:
     arguments = ("--prompt", "x", "--model", store, "--max-new-tokens", "120", "--ignore-eos")
     with subprocess.Popen(

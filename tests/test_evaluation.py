@@ -89,7 +89,7 @@ def test_lambada_is_one_continuation(tmp_path):
     ("task", "text", "reason"),
     [
         ("hellaswag", "a\n1\nb\n", "not a multiple of six"),
-        ("piqa", '{"query": "a", "choices": ["b"]}', "not a piqa file"),
+        ("piqa", '{"query": "a", "choices": ["b"]}', "not a piqa file: item 1 has no 'gold'"),
         ("piqa", '{"query": "a", "choices": ["b"], "gold": 1}', "out of range"),
         ("piqa", "[1]", "not a piqa file"),
         ("sudoku", "", "unknown task"),
@@ -338,6 +338,8 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
         (("--text", "missing.txt"), "missing.txt cannot be read: No such file or directory"),
         (("--point", "a: predictor.kind=all"), "give --text"),
         (("--point", "all", "--text", "a"), "--point takes"),
+        (("--text", "a", "--tokens", "1"), "--tokens 1 is too few"),
+        (("--text", "a", "--picture", "/nowhere/dial.png"), "there is no directory /nowhere"),
     ],
 )
 def test_wrong_use_is_one_sentence(store, monkeypatch, capfd, arguments, reason):

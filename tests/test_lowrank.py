@@ -52,6 +52,15 @@ def test_guesses_and_sets_use_their_own_maps(store, threshold):
     assert scorer.notes == ()
 
 
+@pytest.mark.parametrize("name", ["layers.1.bias", "layers.1.scale"])
+def test_numbers_that_are_none_are_refused(store, name):
+    tensors = both(store)
+    tensors[name][0] = np.nan
+    predictors.write(store, tensors)
+    with pytest.raises(StoreError, match=r"is damaged: layers\.1 holds numbers that are none"):
+        lowrank.load(store, "default", 1, refines=True, threshold=0.0)
+
+
 def test_maps_may_share_the_matrices_of_the_layers_own(store):
     tensors = both(store)
     for layer in LAYERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from checkpoints import write_checkpoint
 
 from pipeline import models
-from storage.errors import CheckpointError, StoreIncomplete, UsageError
+from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
 from storage.format import PREDICTORS
 
 
@@ -149,6 +150,22 @@ def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
         assert (store.path / PREDICTORS / "default.safetensors").read_bytes() == data
         assert [file.name for file in (store.path / PREDICTORS).iterdir()] == ["default.safetensors"]
     assert len(list(store.path.parent.glob("builtin-*/"))) == 1
+
+
+def test_predictors_that_cannot_be_installed_leave_nothing(
+    builtin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = models.configure("builtin", None, ())
+    store = source.open_store()
+    (builtin / models.BUILTIN_PREDICTORS).write_bytes(b"new")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models.os, "fsync", full)
+    with pytest.raises(StoreError, match=r"default\.safetensors cannot be written: No space left"):
+        models.install_predictors(store)
+    assert list((store.path / PREDICTORS).iterdir()) == []
 
 
 def test_a_missing_builtin_model_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,11 @@ def test_other_budgets_are_refused(text: str) -> None:
         planner.parse_budget(text, store())
 
 
+def test_a_budget_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.budget cannot be as large as 9999"):
+        planner.parse_budget(f"{'9' * 400}GiB", store())
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "d_ff", "expected"),
     [(16 * MIB, 16384, 16384, 1024), (5 * MIB, 18432, 18176, 256), (1 * MIB, 16384, 16384, 64),
@@ -224,16 +229,23 @@ def test_predictors_that_do_not_fit_are_refused_before_the_ring_starts(
 
 def test_cache_aware_needs_predictors_with_thresholds_by_residency(tmp_path: Path) -> None:
     model, chosen = store(path=tmp_path), configured(predictor={"cache_aware": True})
-    assert planner.resolve(model, chosen).predictor.kind == "all"  # there is nothing to be aware with
+    with pytest.raises(ConfigError, match=r"cache_aware needs trained predictors, .*kind is all"):
+        planner.resolve(model, chosen)
     file = write_predictors(tmp_path, 1, "layers")
     with pytest.raises(ConfigError, match=r"no thresholds for predictor\.cache_aware"):
         planner.resolve(model, chosen)
-    save_file({"layers.0.absent": np.ones(1, np.float32)}, file, metadata={"lookahead": "1"})
+    one = np.ones(1, np.float32)
+    maps = {"layers.0.bias": one, "layers.0.absent": one, "layers.1.bias": one}
+    save_file(maps, file, metadata={"lookahead": "1"})
+    with pytest.raises(ConfigError, match="no thresholds"):  # of one layer
+        planner.resolve(model, chosen)
+    save_file({**maps, "layers.1.absent": one}, file, metadata={"lookahead": "1"})
     assert planner.resolve(model, chosen).predictor.cache_aware
 
 
-def test_damaged_predictors_are_refused(tmp_path: Path) -> None:
-    write_predictors(tmp_path, 1, "layers").write_bytes(b"no header")
+@pytest.mark.parametrize("data", [b"no header", b""])
+def test_damaged_predictors_are_refused(tmp_path: Path, data: bytes) -> None:
+    write_predictors(tmp_path, 1, "layers").write_bytes(data)
     with pytest.raises(StoreError, match="cannot be read"):
         planner.resolve(store(path=tmp_path), Config())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from pipeline.planner import plan
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.format import PREDICTORS, Store
+from storage.lock import locked
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
 from workers.predictor import activations, fit, lowmap, lowrank, report, svd, texts
@@ -25,6 +28,8 @@ from workers.predictor.activations import Samples
 from workers.predictor.tensors import Tensors
 from workers.predictor.train import Job, Split, make
 from workers.traces import record
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CPU = torch.device("cpu")
 
@@ -274,6 +279,54 @@ def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_pat
     make(store, tokens, split, job, "resumed", tmp_path / "part")
     assert file("resumed") == file("whole")
     assert first[0].stat().st_mtime_ns == written
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence(
+    store: Store, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    """A mapped file would end the process by SIGBUS; only a file-size limit is at hand without a disk."""
+    script = (
+        "import resource, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from storage.errors import DiskFull\n"
+        "from workers.predictor.activations import _Output\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "output = _Output(Path(sys.argv[1]) / 'rows.npy', (4096, 64))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "try:\n"
+        "    output.put(0, np.ones((4096, 64), 'f2'))\n"
+        "    output.finish()\n"
+        "except DiskFull as error:\n"
+        "    print(error)\n"
+    )
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "rows.npy.partial cannot be written (File too large); make room" in done.stdout
+
+
+def test_rows_are_written_as_numpy_reads_them(tmp_path: Path) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    output = activations._Output(tmp_path / "rows.npy", rows.shape, "f4")
+    output.put(0, rows[:4])
+    assert not (tmp_path / "rows.npy").exists()
+    output.put(4, rows[4:])
+    output.finish()
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy", mmap_mode="r"), rows)
+
+
+def test_only_one_training_writes_a_work_directory(store: Store, tmp_path: Path) -> None:
+    text, work = tmp_path / "text.txt", tmp_path / "work"
+    text.write_text("Once upon a time there was a small model. " * 200, encoding="utf-8")
+    work.mkdir()
+    line = [sys.executable, "-m", "workers.predictor.train", "--store", str(store.path), "--text", str(text)]
+    with locked(work, "training"):
+        done = subprocess.run(
+            [*line, "--work", str(work)], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"flashring: another training is writing {work}"
+    assert list(work.iterdir()) == []
 
 
 def test_auto_rank_keeps_the_budget(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:

@@ -257,6 +257,9 @@ def test_the_commands(store, tmp_path, monkeypatch, capfd):
         (("replay", "missing.npz"), "missing.npz cannot be read: No such file or directory"),
         (("replay", "text.txt"), "is not a trace"),
         (("replay", "a.npz", "--capacities", "much"), "no list of positive numbers"),
+        (("replay", "a.npz", "--capacities", "nan"), "no list of positive numbers"),
+        (("replay", "a.npz", "--windows", "inf"), "no list of positive numbers"),
+        (("record", "nowhere/a.npz", "--text", "text.txt"), "there is no directory nowhere"),
         (("replay", "a.npz", "--warm-up", "85"), "has only 90 tokens"),
     ],
 )

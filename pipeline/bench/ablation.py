@@ -32,7 +32,9 @@ def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
     cache-aware. Predictors that must look ahead overlap in every row.
     """
     # Nothing overlaps before the row that says so; without predictors there is none but this.
-    every = {"predictor.kind": "all", **({"predictor.lookahead": "0"} if job.has_predictors else {})}
+    every = {"predictor.kind": "all", "predictor.cache_aware": "false"}
+    if job.has_predictors:
+        every["predictor.lookahead"] = "0"
     rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
     if job.has_predictors:
         own_layer = job.knows(IN_LAYER)  # otherwise there is no way not to overlap

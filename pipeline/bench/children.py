@@ -18,6 +18,7 @@ from storage.errors import FlashringError
 
 MOST_WORDS = 200  # characters of a failure's reason
 CHILD_SECONDS = 3600.0  # the longest that one child may take
+END_SECONDS = 5.0  # and to end when it is told to
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -69,18 +70,32 @@ def run(command: list[str], limit: int | None = None, environment: dict[str, str
 
 
 def _run_to_its_end(line: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    with subprocess.Popen(
+        line,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            out, words = process.communicate(timeout=CHILD_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            _end(process)
+            raise ChildFailed(f"no result within {CHILD_SECONDS:.0f} s") from error
+        except BaseException:
+            _end(process)
+            raise
+    return subprocess.CompletedProcess(line, process.returncode, out, words)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Let a child close what it has opened, such as its ring; kill one that does not."""
+    process.terminate()
     try:
-        return subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            timeout=CHILD_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ChildFailed(f"no result within {CHILD_SECONDS:.0f} s") from error
+        process.communicate(timeout=END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:

@@ -12,13 +12,15 @@ from pipeline.commands.options import Memory, Model, Settings
 from pipeline.console import say
 from storage.errors import UsageError
 
+BUDGET = "50%+1GiB"
+
 
 def command(
     model: Model = "",
     out: Annotated[Path, typer.Option(help="Directory for results.json, results.md and plots.")] = Path(
         "bench-results"
     ),
-    memory: Memory = "50%+1GiB",
+    memory: Memory = BUDGET,
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
     ] = "ablation,curve,disk,roofline",
@@ -66,6 +68,8 @@ def command(
         raise UsageError("nothing to measure: --parts and --peers are both empty")
     if row and "ablation" not in wanted:
         raise UsageError("--row names rows of the ablation, which --parts leaves out")
+    if quick and memory != BUDGET:
+        raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
     source, config = models.configure(model, None, settings or ())
     store = source.open_store()
     fixed = tuple(settings or ()) + _preset_settings(config.prefetcher.queue_depth, settings)

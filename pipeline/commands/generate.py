@@ -16,6 +16,7 @@ from pipeline.audit import AUDIT_EVERY, describe_audit
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config
 from pipeline.console import say, size, write
+from pipeline.ending import asked_to_end
 from pipeline.quality import quality_settings
 from storage.errors import UsageError
 
@@ -98,6 +99,7 @@ def command(
     source, config = models.configure(model, config_file, settings)
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
+    _check_forced(forced, store)
     config = planner.resolve(store, config)
     report = planner.plan(store, config)
     if verbose or config.memory.budget:
@@ -157,7 +159,7 @@ def _abandon_when_interrupted(session: Session) -> None:
         session.abandoned = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *asked_to_end()):
         signal.signal(number, interrupt)
 
 
@@ -175,6 +177,12 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
     )
     params.check()
     return params
+
+
+def _check_forced(forced: tuple[int, ...], store: Store) -> None:
+    from pipeline.generate import check_forced
+
+    check_forced(forced, store)
 
 
 def _read_tokens(file: Path) -> tuple[int, ...]:

@@ -95,9 +95,12 @@ def _read(path: Path) -> dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]
     """name → dtype, shape, bytes. Read rather than mapped, so that the page cache keeps no second copy."""
     tensors = {}
     with open(path, "rb", buffering=0) as file:
-        (length,) = np.frombuffer(file.read(8), "<u8")
-        header = json.loads(file.read(int(length)))
-        start = 8 + int(length)
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, MemoryError, OverflowError) as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+        start = 8 + length
         for name, entry in header.items():
             if name == "__metadata__":
                 continue

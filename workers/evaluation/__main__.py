@@ -18,6 +18,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Config
 from pipeline.console import tables
+from pipeline.directories import check_writable
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
 from storage.format import Store
@@ -56,6 +57,10 @@ def main(
     """Compare the sparse model with the dense one, on the same text and questions."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     _check(names, data, text)
+    if tokens == 1:
+        raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
+    if picture:
+        check_writable(picture)
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
     config = planner.resolve(store, config)
@@ -70,12 +75,12 @@ def main(
         if text is None:
             raise UsageError("points are compared on a text: give --text FILE")
         compared = _compare(store, points, text, tokens, seed, threads)
-        if picture:
-            draw(compared, picture)
         if as_json:
             print(json.dumps({"model": store.manifest.name, "points": [asdict(one) for one in compared]}))
         else:
             tables().print(table(compared))
+        if picture:
+            draw(compared, picture)
         return
     found = _evaluate(store, config, names, data, text, limit, tokens, seed, threads)
     if as_json:

@@ -15,11 +15,13 @@ DIR/layer-L.active.npy   uint8 [n, d_ff / 8]: bit i of a row (lowest first): pre
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from storage.errors import DiskFull, UnsupportedModel
+from storage.errors import DiskFull, UnsupportedModel, reason
 from storage.families.architecture import layer as tensor_name
 from storage.format import RESIDENT, Store
 from workers.compute.dense import DenseModel
@@ -248,17 +250,38 @@ def _blocks(shape: tuple[int, ...]) -> list[tuple[int, slice]]:
 
 
 class _Output:
-    """An array file that gets its name when it is complete."""
+    """An array file that gets its name when it is complete.
+
+    Written, not mapped: of a mapped file a full disk is told by a signal that nobody can catch.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, ...], kind: str = "f2") -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._array = np.lib.format.open_memmap(self._partial, "w+", np.dtype(kind), shape)
+        self._dtype = np.dtype(kind)
+        self._row = math.prod(shape[1:]) * self._dtype.itemsize  # bytes
+        self._file = self._partial.open("wb")
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        with self._filling():
+            np.lib.format.write_array_header_1_0(self._file, header)
+        self._start = self._file.tell()
 
     def put(self, start: int, rows: npt.NDArray[Any]) -> None:
-        self._array[start : start + len(rows)] = rows
+        with self._filling():
+            self._file.seek(self._start + start * self._row)
+            self._file.write(np.ascontiguousarray(rows, self._dtype).data)
 
     def finish(self) -> None:
-        self._array.flush()
-        del self._array
+        with self._filling():
+            self._file.close()
         os.replace(self._partial, self._path)
+
+    @contextlib.contextmanager
+    def _filling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DiskFull(
+                f"{self._partial} cannot be written ({reason(error)}); make room and run the same command "
+                "again to resume"
+            ) from error

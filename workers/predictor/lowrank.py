@@ -5,6 +5,7 @@ FORMAT.md describes the file. The maps stay in float16, as they are in the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,8 @@ class LowRank:
             for name in ("guess", "resident", "absent")
             if f"{prefix}.{name}" in file
         }
+        if not (np.isfinite(bias).all() and all(map(math.isfinite, (scale, *thresholds.values())))):
+            raise StoreError(f"{file.path} is damaged: {prefix} holds numbers that are none")
         return cls(down, up, bias, np.float32(scale), **thresholds)
 
     def guessing(self) -> LowRank:

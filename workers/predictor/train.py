@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,8 +28,10 @@ from rich.progress import Progress
 from pipeline import program
 from pipeline.config import Predictor
 from pipeline.console import tables
+from pipeline.directories import check_writable
 from storage.errors import UsageError
 from storage.format import Store
+from storage.lock import locked
 from workers.predictor import activations, fit, report, svd, texts
 from workers.predictor.activations import Activations
 from workers.predictor.lowmap import LowMap, write
@@ -258,7 +261,7 @@ def main(
     absent_miss: Annotated[
         float, typer.Option(help="And of neurons that would have to be read: fewer reads.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of samples.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     work: Annotated[
         Path | None, typer.Option(help="For activations; without: beside the store, removed at the end.")
@@ -267,6 +270,8 @@ def main(
     """Train the predictors of a converted ReLU model on a text."""
     if not rank.isdecimal() and rank != "auto":
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
+    if not math.isfinite(epochs):
+        raise UsageError(f"--epochs is a number of passes, not {epochs}")
     recipe = fit.Recipe(
         epochs=epochs,
         false_negatives=false_negatives,
@@ -277,13 +282,15 @@ def main(
     )
     job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe)
     store = Store.open(store_path)
-    store.predictors(name)  # a name that is none is refused before the work
+    target = store.predictors(name)
+    check_writable(target if target.parent.is_dir() else target.parent)
     activations.require_relu(store)
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.training-{name}")
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bar:
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place, "training"), Progress(console=console, transient=True) as bar:
         stages = {what: bar.add_task(what, total=None) for what in ("activations", "predictors")}
         reports = make(
             store,
@@ -295,8 +302,8 @@ def main(
             threads or len(os.sched_getaffinity(0)),
             lambda what, done, total: bar.update(stages[what], completed=done, total=total),
         )
-    if work is None:
-        shutil.rmtree(place)
+        if work is None:
+            shutil.rmtree(place)
     tables().print(report.table(reports))
     settings = [f"model.predictor={name}"] if name != "default" else []
     settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []

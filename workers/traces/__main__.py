@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
+from pipeline.directories import check_writable
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
 from workers.cache.policy import Policy
@@ -55,6 +57,7 @@ def record_command(
     settings: Settings = None,
 ) -> None:
     """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
+    check_writable(out)
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
     if not store.architecture.relu:
@@ -211,7 +214,7 @@ def _numbers(text: str) -> list[float]:
         found = [float(word) for word in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) <= 0:
+    if not found or not all(0 < one < math.inf for one in found):
         raise UsageError(f"{text!r} is no list of positive numbers, such as 0.1,0.5")
     return found
 
