@@ -56,8 +56,7 @@ def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
 
 
 def strict(job: Job, rows: list[Row]) -> Series | None:
-    """The quickest of the rows with all techniques, at half of the checkpoint, without the GiB for what
-    runs it."""
+    """The quickest of the rows with all techniques, in half of the checkpoint; None where there is none."""
     quickest = best([row for row in rows if complete(job, row)])
     if quickest is None:
         return None

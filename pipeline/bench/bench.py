@@ -180,6 +180,8 @@ def _half_memory(bench: Bench) -> None:
 def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     bench.job.say(f"measuring {series.name}")
     row = rows[series.name] = series.again()
+    if row.error:
+        bench.job.say(f"{series.name} could not be measured: {row.error}")
     if "roofline" in bench.parts and _has_roof(bench.job, row):
         bench.ceilings.setdefault(row.name, []).append(roofline.ceilings(bench.job, row))
     bench.write()

@@ -46,7 +46,7 @@ def command(
     draw: Annotated[bool, typer.Option("--plots/--no-plots", help="PNG files, with matplotlib.")] = True,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A small model in under a minute: few tokens, one run, few points."),
+        typer.Option("--quick", help="A small model in about a minute: few tokens, one run, few points."),
     ] = False,
     settings: Settings = None,
 ) -> None:
