@@ -181,7 +181,8 @@ def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, 
 
 
 def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, monkeypatch: Any) -> None:
-    tensors, metadata = {"layers.0.absent": np.ones(1, np.float32)}, {"lookahead": "1", "kind": "lowrank"}
+    tensors = {f"layers.0.{name}": np.ones(1, np.float32) for name in ("bias", "absent")}
+    metadata = {"lookahead": "1", "kind": "lowrank"}
     early = job.store.predictors(ablation.EARLY)
     assert not job.knows(ablation.CACHE_AWARE)
     save_file(tensors, early, metadata)
