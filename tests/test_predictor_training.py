@@ -281,9 +281,7 @@ def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_pat
     assert first[0].stat().st_mtime_ns == written
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_sentence(
-    store: Store, tokens: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence(tmp_path: Path) -> None:
     """A mapped file would end the process by SIGBUS; only a file-size limit is at hand without a disk."""
     script = (
         "import resource, sys, numpy as np\n"
