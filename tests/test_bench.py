@@ -17,7 +17,8 @@ from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from pipeline import planner
-from pipeline.bench import ablation, bench, children, curve, peers, rows, table
+from pipeline.bench import ablation, bench, ceilings, children, curve, peers, rows, table
+from pipeline.bench.ceilings import Around, Ceilings
 from pipeline.bench.children import ChildFailed, Ran
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import TEXT, Job, make_job, quick_budget
@@ -267,22 +268,21 @@ def test_rows_and_peers_take_turns(job: Job, tmp_path: Path, monkeypatch: Any) -
 
 
 def test_the_roof_is_the_larger_of_disk_and_memory():
+    disk = (Ceilings(16_384, idle=1e9, loaded=8e8),)
     roof = Roofline(
         row="x",
         request_bytes=16_384,
-        disk_idle=1e9,
-        disk_loaded=8e8,
         memory=50e9,
         flash_bytes=160e6,
         memory_bytes=5e9,
-        total_ms=250,
+        run_ms=(250,),
+        ceilings=disk,
     )
     assert roof.flash_ms == pytest.approx(200)
-    assert roof.flash_idle_ms == pytest.approx(160)
     assert roof.memory_ms == pytest.approx(100)
     assert (roof.bound, roof.ratio) == ("flash", pytest.approx(1.25))
     assert roof.ratio_idle == pytest.approx(250 / 160)
-    cached = Roofline("x", 16_384, 1e9, 8e8, 50e9, 0.0, 5e9, 125)
+    cached = Roofline("x", 16_384, 50e9, 0.0, 5e9, (125,), disk)
     assert (cached.bound, cached.ratio) == ("memory", pytest.approx(1.25))
 
 
@@ -322,13 +322,43 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
     assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
 
 
-def test_a_roof_is_the_median_of_the_ceilings_after_each_run(job: Job) -> None:
-    def ceiling(rate: float) -> Throughput:
-        return Throughput(512, 1, 8, rate, 1.0)
-
-    rates = [(ceiling(idle), ceiling(idle / 2)) for idle in (3e9, 1e9, 2e9)]
-    roof = measure_roof(job, Row("x", total_ms=10, bytes_per_token=1e6), 5e9, rates)
+def test_each_run_is_held_against_the_ceilings_around_it(job: Job) -> None:
+    around = [Ceilings(512, idle, idle / 2) for idle in (3e9, 1e9, 2e9)]
+    row = Row("x", total_ms=2.4, run_ms=(1.0, 3.0, 2.4), bytes_per_token=1e6)
+    roof = measure_roof(job, row, 5e9, around)
     assert (roof.request_bytes, roof.disk_idle, roof.disk_loaded) == (512, 2e9, 1e9)
+    assert roof.ratios == pytest.approx((1.0 / (2 / 3), 3.0 / 2, 2.4 / 1))
+    assert (roof.ratio, roof.total_ms) == (pytest.approx(1.5), 2.4)
+    assert roof.ratio_idle == pytest.approx(3.0)
+
+
+def test_ceilings_before_and_after_a_run_count_by_the_time_that_they_take():
+    between = Ceilings(512, 1e9, 2e9).between(Ceilings(1024, 3e9, 2e9))
+    assert between == Ceilings(1024, pytest.approx(1.5e9), pytest.approx(2e9))
+
+
+def test_ceilings_after_a_run_are_those_before_the_next(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ceiling(store: Store, request: int, **how: Any) -> Throughput:
+        asked.append((request, how["sequential"], how["dtype"]))
+        return Throughput(request, 1, 8, 1e9 * len(asked), 1.0)
+
+    monkeypatch.setattr(ceilings.disk, "ceiling", ceiling)
+    around = Around(job)
+    stride, long = job.store.layout.stride, job.store.layout.layer_bytes
+    bundles = made_of(Row("x", bytes_per_token=3.2 * stride, reads_per_token=2))
+    first = around.now(bundles)
+    assert first == Ceilings(stride, 1e9, 2e9) == around.now(bundles)
+    bundles.again()
+    around.ran()
+    assert around.now(bundles) == Ceilings(2 * stride, 3e9, 4e9)
+    assert around.now(job.naive()).request_bytes == long
+    assert asked == [
+        (stride, False, None), (stride, False, "float16"),
+        (2 * stride, False, None), (2 * stride, False, "float16"),
+        (long, True, None), (long, True, "float16"),
+    ]  # fmt: skip
 
 
 # -- tables ---------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
     return ways
 
 
-def complete(job: Job, row: Row) -> bool:
+def complete(job: Job, row: Row | Series) -> bool:
     """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
     wanted = TECHNIQUES if job.has_predictors else TECHNIQUES[:1]
     return not row.error and row.techniques == wanted and row.name != STRICT

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
+from pipeline.bench.ceilings import Around, Ceilings
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import Job
 from pipeline.bench.prefill import Prefill
@@ -34,11 +35,12 @@ class Bench:
     parts: Sequence[str]
     draw: bool
     conditions: dict[str, Any]
+    around: Around
     started: float = field(default_factory=time.monotonic)
     rows: dict[str, Row] = field(default_factory=dict)  # of the ablation
     curve: list[Row] = field(default_factory=list)
     tries: list[Throughput] = field(default_factory=list)
-    ceilings: dict[str, list[tuple[Throughput, Throughput]]] = field(default_factory=dict)  # row → disk's
+    ceilings: dict[str, list[Ceilings]] = field(default_factory=dict)  # row → around each run
     bandwidth: dict[str, float] = field(default_factory=dict)
     roofs: list[Roofline] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
@@ -145,7 +147,7 @@ def measure(
     own = ablation.series(job, only) if "ablation" in parts else []
     out.mkdir(parents=True, exist_ok=True)
     others = peers.series(job, interpreters, checkpoint, out) if checkpoint is not None else []
-    bench = Bench(job, out, parts, draw, conditions.take(job.store.path))
+    bench = Bench(job, out, parts, draw, conditions.take(job.store.path), Around(job))
     for caveat in conditions.caveats(bench.conditions):
         say(caveat)
     _take_turns(bench, own, others)
@@ -179,18 +181,21 @@ def _half_memory(bench: Bench) -> None:
 
 def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     bench.job.say(f"measuring {series.name}")
+    roofed = "roofline" in bench.parts and _has_roof(bench.job, series)
+    before = bench.around.now(series) if roofed else None
     row = rows[series.name] = series.again()
+    bench.around.ran()
     if row.error:
         bench.job.say(f"{series.name} could not be measured: {row.error}")
-    if "roofline" in bench.parts and _has_roof(bench.job, row):
-        bench.ceilings.setdefault(row.name, []).append(roofline.ceilings(bench.job, row))
+    elif before is not None:
+        ceilings = before.between(bench.around.now(series))
+        bench.ceilings.setdefault(row.name, []).append(ceilings)
     bench.write()
 
 
-def _has_roof(job: Job, row: Row) -> bool:
+def _has_roof(job: Job, series: Series) -> bool:
     """Rings with all techniques have one and, but for a quick run, the naive row."""
-    naive = row.name == NAIVE and not row.error and not job.quick
-    return naive or (ablation.complete(job, row) and row.bytes_per_token > 0)
+    return ablation.complete(job, series) or (series.name == NAIVE and not job.quick)
 
 
 def _curve(bench: Bench) -> None:
@@ -212,10 +217,10 @@ def _roofline(bench: Bench) -> None:
     bench.roofs = [
         roofline.measure(job, row, memory, bench.ceilings[row.name])
         for row in whole
-        if row.name in bench.ceilings
+        if row.name in bench.ceilings and row.bytes_per_token > 0
     ]
     naive = next((roof for roof in bench.roofs if roof.row == NAIVE), None)
-    sequential = naive.disk_idle if naive else roofline.sequential(job).bytes_per_second
+    sequential = naive.disk_idle if naive else bench.around.now(job.naive()).idle
     bench.prefills = [
         prefill.measure(job, row, sequential, bench.bandwidth) for row in whole if ablation.complete(job, row)
     ]

@@ -88,7 +88,7 @@ class Job:
         def row(runs: Sequence[Ran]) -> Row:
             return rows.of_rings(name, techniques, runs, self.store.layout.stride, settings)
 
-        return Series(name, run, row, techniques, limit)
+        return Series(name, run, row, techniques, limit, streams)
 
     def naive(self) -> Series:
         """Runs of the baseline that keeps nothing; all of its tokens take the same."""
@@ -100,7 +100,8 @@ class Job:
                 module = "workers.compute.naive"
                 return children.run_module(module, [*line, "--tokens", str(tokens)], limit)
 
-        return Series(rows.NAIVE, run, partial(rows.of_naive, budget=limit), budget_bytes=limit)
+        row = partial(rows.of_naive, budget=limit)
+        return Series(rows.NAIVE, run, row, budget_bytes=limit, streams=True)
 
     def _tokens(self, *, few: bool) -> AbstractContextManager[Path]:
         return first_tokens(self.tokens, FEW) if few and not self.quick else nullcontext(self.tokens)

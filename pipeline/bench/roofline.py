@@ -12,14 +12,12 @@ from typing import Any
 from safetensors import safe_open
 
 from pipeline import planner
-from pipeline.bench import children, disk
-from pipeline.bench.disk import Throughput
+from pipeline.bench import children
+from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.job import Job
 from pipeline.bench.rows import NAIVE, Row
 from pipeline.config import Config
 from storage.format import ITEMSIZE, RESIDENT, Store
-
-SEQUENTIAL = 8 << 20  # bytes of one read of the naive baseline, and of its ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +26,27 @@ class Roofline:
 
     row: str
     request_bytes: int
-    disk_idle: float  # bytes a second, at that request size
-    disk_loaded: float  # while the kernels run
     memory: float  # bytes a second
     flash_bytes: float  # read a token
     memory_bytes: float  # resident weights, predictors and FFN rows that a token touches
-    total_ms: float  # achieved
+    run_ms: tuple[float, ...]  # achieved, each run's median
+    ceilings: tuple[Ceilings, ...]  # around each run
+
+    @property
+    def total_ms(self) -> float:
+        return statistics.median(self.run_ms)
+
+    @property
+    def disk_idle(self) -> float:
+        return statistics.median(one.idle for one in self.ceilings)
+
+    @property
+    def disk_loaded(self) -> float:
+        return statistics.median(one.loaded for one in self.ceilings)
 
     @property
     def flash_ms(self) -> float:
         return 1e3 * self.flash_bytes / self.disk_loaded
-
-    @property
-    def flash_idle_ms(self) -> float:
-        return 1e3 * self.flash_bytes / self.disk_idle
 
     @property
     def memory_ms(self) -> float:
@@ -52,19 +57,30 @@ class Roofline:
         return "flash" if self.flash_ms >= self.memory_ms else "memory"
 
     @property
+    def ratios(self) -> list[float]:
+        """Of each run: achieved ÷ the larger of the two, the disk's ceiling taken while the kernels run."""
+        return self._ratios([one.loaded for one in self.ceilings])
+
+    @property
     def ratio(self) -> float:
-        """Achieved ÷ the larger of the two, the disk's ceiling taken while the kernels run."""
-        roof = max(self.flash_ms, self.memory_ms)
-        return self.total_ms / roof if roof else 0.0
+        return statistics.median(self.ratios)
 
     @property
     def ratio_idle(self) -> float:
         """The same with the idle disk's ceiling, which is harder to reach."""
-        roof = max(self.flash_idle_ms, self.memory_ms)
-        return self.total_ms / roof if roof else 0.0
+        return statistics.median(self._ratios([one.idle for one in self.ceilings]))
+
+    def _ratios(self, rates: Sequence[float]) -> list[float]:
+        return [
+            achieved / max(1e3 * self.flash_bytes / rate, self.memory_ms)
+            for achieved, rate in zip(self.run_ms, rates, strict=True)
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        derived = ("flash_ms", "flash_idle_ms", "memory_ms", "bound", "ratio", "ratio_idle")
+        derived = (
+            "total_ms", "disk_idle", "disk_loaded", "flash_ms", "memory_ms", "bound", "ratios", "ratio",
+            "ratio_idle",
+        )  # fmt: skip
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -117,39 +133,15 @@ def bandwidth(job: Job) -> dict[str, float]:
     }
 
 
-def ceilings(job: Job, row: Row) -> tuple[Throughput, Throughput]:
-    """The most that the disk gives at a row's request size: idle, and while the kernels run.
-
-    To be taken right after each of its runs: shared disks change within minutes.
-    """
-    idle, loaded = (_ceiling(job, row, dtype) for dtype in (None, job.store.layout.dtype))
-    return idle, loaded
-
-
-def _ceiling(job: Job, row: Row, dtype: str | None) -> Throughput:
-    if row.name == NAIVE or row.settings.get("predictor.kind") == "all":
-        return sequential(job, dtype)
-    stride = job.store.layout.stride
-    request = max(stride, round(row.request_bytes / stride) * stride)
-    return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype)
-
-
-def measure(job: Job, row: Row, memory: float, rates: Sequence[tuple[Throughput, Throughput]]) -> Roofline:
-    """The roof of a row: `memory` in bytes a second, and the median of its `ceilings`, one after each run."""
+def measure(job: Job, row: Row, memory: float, ceilings: Sequence[Ceilings]) -> Roofline:
+    """The roof of a row: `memory` in bytes a second, and the ceilings around each of its runs."""
     naive = row.name == NAIVE
     return Roofline(
         row=row.name,
-        request_bytes=rates[0][0].request_bytes,
-        disk_idle=statistics.median(idle.bytes_per_second for idle, _ in rates),
-        disk_loaded=statistics.median(loaded.bytes_per_second for _, loaded in rates),
+        request_bytes=ceilings[-1].request_bytes,
         memory=memory,
         flash_bytes=row.bytes_per_token,
         memory_bytes=float(planner.checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
-        total_ms=row.total_ms,
+        run_ms=row.run_ms,
+        ceilings=tuple(ceilings),
     )
-
-
-def sequential(job: Job, dtype: str | None = None) -> Throughput:
-    """The disk's ceiling of long reads one after another; with `dtype`, under load."""
-    request = min(SEQUENTIAL, job.store.layout.layer_bytes)
-    return disk.ceiling(job.store, request, quick=job.quick, dtype=dtype, sequential=True)

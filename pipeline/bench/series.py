@@ -18,6 +18,7 @@ class Series:
     row: Callable[[Sequence[Ran]], Row]
     techniques: tuple[str, ...] = ()
     budget_bytes: int | None = None
+    streams: bool = False  # reads most of the model for every token, sequentially
     runs: list[Ran] = field(default_factory=list)
     error: str = ""
 

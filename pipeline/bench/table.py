@@ -160,7 +160,7 @@ def beside_fio(tries: Sequence[Throughput]) -> str:
 def roofline(roofs: Sequence[Roofline]) -> str:
     header = [
         "row", "KiB a read", "disk GB/s idle", "with kernels", "memory GB/s", "flash GB", "flash ms",
-        "memory GB", "memory ms", "bound", "achieved ms", "÷ roof", "÷ roof, idle disk",
+        "memory GB", "memory ms", "bound", "achieved ms", "÷ roof", "of each run", "÷ roof, idle disk",
     ]  # fmt: skip
     lines = [
         [
@@ -176,6 +176,7 @@ def roofline(roofs: Sequence[Roofline]) -> str:
             roof.bound,
             _ms(roof.total_ms),
             f"**{roof.ratio:.2f}**",
+            ", ".join(f"{ratio:.2f}" for ratio in roof.ratios),
             f"{roof.ratio_idle:.2f}",
         ]
         for roof in roofs
