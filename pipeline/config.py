@@ -6,6 +6,7 @@ The TOML files of `configs/` mirror it. Unknown keys are errors that name the ne
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -138,6 +139,15 @@ class Config(Section):
         for section, changes in sections.items():
             data[section] = {**data[section], **changes}
         return Config.parse(data)
+
+    def changes(self, *sections: str) -> tuple[str, ...]:
+        """`section.key=value` of all that is not the default, in these sections."""
+        given = self.model_dump(mode="json", include=set(sections), exclude_defaults=True)
+        return tuple(
+            f"{section}.{key}={json.dumps(value)}"  # as TOML has it, for there is no null among them
+            for section, keys in given.items()
+            for key, value in keys.items()
+        )
 
 
 def _read_tree(file: Path) -> dict[str, dict[str, Any]]:

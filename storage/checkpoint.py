@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import xxhash
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.families.family import Carrier
 from storage.format import CARRIER, ITEMSIZE
+from storage.header import BadHeader, Header
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -34,8 +34,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
 LFS_POINTER = b"version https://git-lfs"
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10  # of each shard, for the source's identity
 
@@ -199,33 +197,11 @@ def _directory(shard: Path) -> dict[str, Entry]:
 
 
 def _safetensors_directory(shard: Path) -> dict[str, Entry]:
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{shard} is truncated or not a safetensors file: its header does not fit")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            return {
-                name: _safetensors_entry(shard, 8 + length, size, name, item) for name, item in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{shard} has a damaged safetensors header") from error
-
-
-def _safetensors_entry(shard: Path, base: int, size: int, name: str, item: dict[str, Any]) -> Entry:
-    start, end = item["data_offsets"]
-    shape = tuple(int(extent) for extent in item["shape"])
-    dtype = SAFETENSORS_DTYPES.get(item["dtype"], str(item["dtype"]))
-    if base + end > size:
-        raise CheckpointError(f"{shard} is truncated: {name} ends beyond the end of the file")
-    if start < 0 or min(shape, default=0) < 0:
-        raise ValueError
-    if dtype in ITEMSIZE and end - start != math.prod(shape) * ITEMSIZE[dtype]:
-        raise ValueError
-    return Entry(shard, shape, dtype, base + start)
+    try:
+        places = Header.read(shard).places
+    except BadHeader as error:
+        raise CheckpointError(f"{shard} {error}") from error
+    return {name: Entry(shard, place.shape, place.dtype, place.offset) for name, place in places.items()}
 
 
 def _load_bin(shard: Path) -> dict[str, Any]:

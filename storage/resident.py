@@ -5,8 +5,6 @@ The safetensors library wants all tensors in memory at once, a third of the mode
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -17,25 +15,12 @@ from storage.checkpoint import Checkpoint
 from storage.errors import CheckpointError
 from storage.families.family import Carrier, Resident
 from storage.format import CARRIER, ITEMSIZE, FileEntry
-
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-HEADER_ALIGNMENT = 8  # bytes
+from storage.header import header_bytes
 
 
 def header(residents: tuple[Resident, ...], dtype: str) -> bytes:
     """Length and JSON of a safetensors file that holds `residents` in their order."""
-    offset, items = 0, {}
-    for resident in residents:
-        end = offset + resident.elements * ITEMSIZE[dtype]
-        items[resident.name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": list(resident.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(items, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes((resident.name, dtype, resident.shape) for resident in residents)
 
 
 def size(residents: tuple[Resident, ...], dtype: str) -> int:

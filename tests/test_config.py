@@ -36,6 +36,19 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
     assert config.prefetcher.readers == 7
 
 
+def test_what_a_configuration_changes_makes_it_again() -> None:
+    settings = [
+        "predictor.refine=false",
+        "predictor.pinned_layers=[0, -1]",
+        "cache.share=0.5",
+        "model.store=x",
+    ]
+    config = Config.load(None, [*settings, "prefetcher.readers=2"])
+    changes = config.changes("predictor", "cache", "prefetcher")
+    assert changes == ("predictor.refine=false", "predictor.pinned_layers=[0, -1]", "cache.share=0.5")
+    assert Config.load(None, [*changes, "model.store=x"]) == config
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.floats import narrow, widen
 from workers import kernels
-from workers.compute.weights import narrow, widen
 
 DTYPES = ("float32", "float16", "bfloat16")
 FUNCTIONS = ("relu", "gelu", "gelu_tanh")

@@ -21,11 +21,11 @@ from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.format import PREDICTORS, Store
 from storage.lock import locked
+from storage.tensors import Tensors
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
 from workers.predictor import activations, fit, lowmap, lowrank, report, svd, texts
 from workers.predictor.activations import Samples
-from workers.predictor.tensors import Tensors
 from workers.predictor.train import Job, Split, make
 from workers.traces import record
 

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from pipeline import models
-from pipeline.commands.options import Memory, Model, Settings
+from pipeline.commands.options import ConfigFile, Memory, Model, Settings
 from pipeline.console import say
 from storage.errors import UsageError
 
 BUDGET = "50%+1GiB"
+SECTIONS = ("predictor", "cache", "prefetcher", "compute")  # of a configuration: the rest a bench decides
 
 
 def command(
@@ -48,6 +49,7 @@ def command(
         bool,
         typer.Option("--quick", help="A small model in about a minute: few tokens, one run, few points."),
     ] = False,
+    config_file: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
     """Measure what a token costs, technique by technique, and how close that is to the hardware's limits.
@@ -70,9 +72,10 @@ def command(
         raise UsageError("--row names rows of the ablation, which --parts leaves out")
     if quick and memory != BUDGET:
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
-    source, config = models.configure(model, None, settings or ())
+    source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
-    fixed = tuple(settings or ()) + _preset_settings(config.prefetcher.queue_depth, settings)
+    # The rings are given the store, so they would not hear of a preset.
+    fixed = (f"model.predictor={config.model.predictor}", *config.changes(*SECTIONS))
     if quick:
         prompt_tokens, tokens, repeats, strict = min(prompt_tokens, 16), min(tokens, 12), 1, False
         memory = job.quick_budget(store, fixed, prompt_tokens + tokens, threads)
@@ -119,10 +122,3 @@ def _pairs(given: list[str] | tuple[str, ...]) -> dict[str, Path]:
             raise UsageError(f"--peer-python takes NAME=PATH, not {one!r}")
         found[name] = Path(path)
     return found
-
-
-def _preset_settings(queue_depth: int, settings: list[str] | None) -> tuple[str, ...]:
-    """What a preset says that children, who get the store, would not hear of."""
-    if any(one.startswith("prefetcher.queue_depth") for one in settings or ()):
-        return ()
-    return (f"prefetcher.queue_depth={queue_depth}",)

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.families.architecture import layer as tensor_name
+from storage.floats import widen
 from storage.format import BUNDLES, CARRIER, ORDER, Store
-from workers.compute.weights import Weights, widen
+from workers.compute.weights import Weights
 
 F32 = npt.NDArray[np.float32]
 _BLOCK = 1024  # bundles read at once

@@ -23,8 +23,8 @@ import torch
 from numba import njit, prange
 from torch.nn import functional
 
+from storage.floats import narrow
 from storage.format import ITEMSIZE
-from workers.compute.weights import narrow
 
 PROMPT = 128  # tokens
 WIDTH = 4096  # elements of a row, as the largest models' hidden states

@@ -29,9 +29,10 @@ from storage.families.architecture import (
     PROJECT_OUT,
     layer,
 )
+from storage.floats import widen
 from workers import kernels
 from workers.compute import positions
-from workers.compute.weights import Weights, widen
+from workers.compute.weights import Weights
 
 TILE = 512  # rows of a weight widened at once
 BLOCK = 256  # neurons of one product, at multiples of BLOCK

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from storage.floats import narrow, widen
 from storage.format import CARRIER
-from workers.compute.weights import aligned, narrow, widen
+from workers.compute.weights import aligned
 
 F32 = npt.NDArray[np.float32]
 

@@ -29,11 +29,12 @@ import numpy.typing as npt
 from pipeline.memory import proportional_bytes
 from storage.errors import StoreError
 from storage.families.architecture import EMBED, HEAD, PROJECT_OUT, layer
+from storage.floats import widen
 from storage.format import BUNDLES, CARRIER, ITEMSIZE, RESIDENT, Store
+from storage.tensors import Tensors
 from workers import kernels
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.token import TokenOperations
-from workers.compute.weights import widen
 
 CHUNK = 8 << 20  # bytes of one read, about
 DEPTH = 4  # reads in flight, and buffers
@@ -125,23 +126,7 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Where the resident tensors are: name → first byte in the file, shape."""
-
-    places: dict[str, tuple[int, tuple[int, ...]]]
-
-    @classmethod
-    def read(cls, path: Path) -> Header:
-        with open(path, "rb", buffering=0) as file:
-            (length,) = np.frombuffer(file.read(8), "<u8")
-            entries = json.loads(file.read(int(length)))
-        entries.pop("__metadata__", None)
-        start = 8 + int(length)
-        return cls({n: (start + e["data_offsets"][0], tuple(e["shape"])) for n, e in entries.items()})
-
-
-def pieces(store: Store, header: Header, resident: int, bundles: int) -> list[Piece]:
+def pieces(store: Store, file: Tensors, resident: int, bundles: int) -> list[Piece]:
     """One token's reads, in the order in which its weights are used."""
     itemsize = ITEMSIZE[store.layout.dtype]
     found: list[Piece] = []
@@ -157,8 +142,8 @@ def pieces(store: Store, header: Header, resident: int, bundles: int) -> list[Pi
             found.append(Piece(name, file, low, high - low, begin - low, first, count, width))
 
     def matrix(name: str) -> None:
-        start, shape = header.places[name]
-        cut(name, resident, start, shape)
+        place = file.place(name)
+        cut(name, resident, place.offset, place.shape)
 
     a, layout = store.architecture, store.layout
     for index in range(a.layers):
@@ -166,7 +151,7 @@ def pieces(store: Store, header: Header, resident: int, bundles: int) -> list[Pi
             matrix(layer(index, f"{part}.weight"))
         bundle = (layout.d_ff, layout.stride // itemsize)
         cut(f"{index}", bundles, layout.offset(index, 0), bundle)
-    if PROJECT_OUT in header.places:
+    if PROJECT_OUT in file:
         matrix(PROJECT_OUT)
     matrix(EMBED if a.tied_head else HEAD)
     return found
@@ -175,20 +160,20 @@ def pieces(store: Store, header: Header, resident: int, bundles: int) -> list[Pi
 class Vectors:
     """What `TokenOperations` asks of weights, with nothing but vectors in memory."""
 
-    def __init__(self, store: Store, header: Header) -> None:
+    def __init__(self, store: Store, file: Tensors) -> None:
         self.architecture = store.architecture
         self.dtype = store.layout.dtype
-        self._path, self._header = store.path / RESIDENT, header
-        names = (name for name, (_, shape) in header.places.items() if len(shape) == 1)
+        self.file = file
+        names = (name for name, place in file.places.items() if len(place.shape) == 1)
         self._vectors = {name: widen(self.rows(name, 0, 1)[0], self.dtype) for name in names}
 
     def rows(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Rows of a tensor, read now and forgotten: [count, width]."""
-        start, shape = self._header.places[name]
-        width = shape[-1]
+        place = self.file.place(name)
+        width = place.shape[-1]
         itemsize = ITEMSIZE[self.dtype]
-        with open(self._path, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), count * width * itemsize, start + first * width * itemsize)
+        with open(self.file.path, "rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), count * width * itemsize, place.offset + first * width * itemsize)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return np.frombuffer(raw, CARRIER[self.dtype]).reshape(count, width)
 
@@ -196,7 +181,7 @@ class Vectors:
         return _Rows(self, name)
 
     def has(self, name: str) -> bool:
-        return name in self._header.places
+        return name in self.file
 
     def vector(self, name: str) -> F32:
         return self._vectors.get(name, np.zeros(0, np.float32))
@@ -223,7 +208,7 @@ class StreamedOperations(TokenOperations):
 
     def _linear(self, name: str, x: F32) -> F32:
         if name == "project_in":  # before the token's stream begins
-            _, shape = self.weights._header.places["project_in.weight"]  # type: ignore[attr-defined]
+            shape = self.weights.file.place("project_in.weight").shape  # type: ignore[attr-defined]
             rows = self.weights.rows("project_in.weight", 0, shape[0])  # type: ignore[attr-defined]
             return kernels.matvec(rows, x, self.weights.dtype, self.threads)
         y = self._product(f"{name}.weight", x)
@@ -232,7 +217,7 @@ class StreamedOperations(TokenOperations):
 
     def _product(self, name: str, x: F32) -> F32:
         out: list[F32] = []
-        total = self.weights._header.places[name][1][0]  # type: ignore[attr-defined]
+        total = self.weights.file.place(name).shape[0]  # type: ignore[attr-defined]
         while sum(part.size for part in out) < total:
             for piece, rows in self._stream.take(self.weights.dtype):
                 if piece.name != name:
@@ -272,12 +257,12 @@ class NaiveModel:
     def __init__(self, store: Store, context: int, threads: int) -> None:
         self._store = store
         self._files = [_open(store.path / name) for name in (RESIDENT, BUNDLES)]
-        header = Header.read(store.path / RESIDENT)
+        resident = Tensors(store.path / RESIDENT)
         self._orders: npt.NDArray[np.int32] | None = None
         if store.manifest.order != "id":
             self._orders = np.argsort(store.positions(), axis=1).astype(np.int32)  # type: ignore[arg-type]
-        self.stream = Stream(pieces(store, header, *self._files))
-        self.operations = StreamedOperations(Vectors(store, header), context, threads, self.stream)
+        self.stream = Stream(pieces(store, resident, *self._files))
+        self.operations = StreamedOperations(Vectors(store, resident), context, threads, self.stream)
 
     def forward(self, token: int, position: int) -> F32:
         """Logits [vocabulary] after `token`, whose predecessors' keys and values are in the cache."""

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from workers.compute.weights import narrow, widen
+from storage.floats import narrow, widen
 
 F32 = npt.NDArray[np.float32]
 

@@ -15,10 +15,11 @@ from storage.families.architecture import (
     PROJECT_OUT,
     layer,
 )
+from storage.floats import widen
 from workers import kernels
 from workers.compute import positions
 from workers.compute.kv_cache import KeyValueCache
-from workers.compute.weights import Weights, widen
+from workers.compute.weights import Weights
 
 F32 = npt.NDArray[np.float32]
 

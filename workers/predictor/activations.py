@@ -33,12 +33,12 @@ from torch import Tensor
 
 from storage.errors import DiskFull, UnsupportedModel, reason
 from storage.families.architecture import layer as tensor_name
+from storage.floats import LARGEST_HALF, widen
 from storage.format import RESIDENT, Store
+from storage.tensors import Tensors
 from workers.compute.dense import DenseModel
-from workers.predictor.tensors import Tensors, widen
 
 BLOCK_TOKENS = 4_096  # that pass through a layer at once
-LARGEST_HALF = 65_504.0
 META = "meta.json"
 F16 = npt.NDArray[np.float16]
 Progress = Callable[[int, int], None]  # layers done, of all

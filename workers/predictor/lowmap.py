@@ -5,9 +5,7 @@ The runtime's side is `lowrank.py`; FORMAT.md describes the file.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.floats import LARGEST_HALF
 from storage.format import fsync_directory
-from workers.predictor.tensors import Tensors
-
-LARGEST_HALF = 65_504.0
+from storage.header import header_bytes
+from storage.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +78,18 @@ class LowMap:
 # In the order of the class's fields.
 _SCALARS = ("scale", "guess", "resident", "absent")
 _KINDS = {"float16": np.float16, "float32": np.float32}
-_NAMES = {torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {torch.float16: "float16", torch.float32: "float32"}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; the same contents give the same bytes.
-
-    The safetensors library orders metadata by a hash that differs from process to process.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Write a safetensors file atomically; the same contents give the same bytes."""
+    header = header_bytes(
+        ((name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()), metadata
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for tensor in tensors.values():
             file.write(tensor.contiguous().numpy().tobytes())
         file.flush()

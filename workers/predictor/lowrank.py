@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from storage.errors import StoreError
 from storage.format import Store
+from storage.tensors import Tensors
 from workers import kernels
 from workers.predictor.scorer import F32, Ids, Mask, Scorer
-from workers.predictor.tensors import Tensors
 
 AHEAD, OWN = "layers", "inlayer"  # prefixes: trained for the file's look-ahead, and for 0
 REMEDY = "make predictors with `run.py train-predictor`"

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from storage.families import architecture
 from storage.format import RESIDENT, Store
+from storage.tensors import Tensors
 from workers import kernels
 from workers.predictor.scorer import F32, Mask, Scorer
-from workers.predictor.tensors import Tensors
 
 # Compute may sum a product in another order than this process does. A neuron this close to zero,
 # relative to the layer's scores, is taken as well: with ReLU one too many adds exactly zero.

@@ -32,11 +32,11 @@ from pipeline.directories import check_writable
 from storage.errors import UsageError
 from storage.format import Store
 from storage.lock import locked
+from storage.tensors import Tensors
 from workers.predictor import activations, fit, report, svd, texts
 from workers.predictor.activations import Activations
 from workers.predictor.lowmap import LowMap, write
 from workers.predictor.lowrank import AHEAD, OWN
-from workers.predictor.tensors import Tensors
 
 METHODS = ("trained", "regression", "svd")
 LEAST_SHARE = 0.05  # of the text, for validation (and again for the report without --held-out)

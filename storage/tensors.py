@@ -1,0 +1,67 @@
+"""Single tensors of a store's safetensors files, in the types that kernels take.
+
+16-bit floats come as uint16, which is what numba can hold (and numpy has no bfloat16).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import StoreError, reason
+from storage.floats import F32, widen
+from storage.format import CARRIER
+from storage.header import BadHeader, Header, Place
+
+
+class Tensors:
+    """The header of one file; tensors are read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StoreError for a file that is missing or not of this format."""
+        self.path = path
+        try:
+            header = Header.read(path)
+        except FileNotFoundError:
+            raise StoreError(f"{path} does not exist") from None
+        except BadHeader as error:
+            raise StoreError(f"{path} is damaged: it {error}") from error
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {reason(error)}") from error
+        self.metadata = header.metadata
+        self.places: dict[str, Place] = header.places
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    def place(self, name: str) -> Place:
+        """Raises StoreError for a tensor that is absent, or of a dtype that kernels do not take."""
+        if name not in self.places:
+            raise StoreError(f"{self.path} lacks {name}")
+        place = self.places[name]
+        if place.dtype not in CARRIER:
+            raise StoreError(f"{self.path} holds {name} as {place.dtype}, which is not supported")
+        return place
+
+    def dtype(self, name: str) -> str:
+        """As the kernels name it. Raises StoreError like `place`."""
+        return self.place(name).dtype
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+        """A tensor in its carrier type. Raises StoreError when it is absent or has not this shape."""
+        place = self.place(name)
+        if shape is not None and place.shape != shape:
+            raise StoreError(f"{self.path} holds {name} as {place.shape}, not {shape}")
+        kind = np.dtype(CARRIER[place.dtype])
+        return np.fromfile(self.path, kind, place.elements, offset=place.offset).reshape(place.shape)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> F32:
+        """A tensor widened to float32."""
+        return widen(self.read(name, shape), self.dtype(name))
