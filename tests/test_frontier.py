@@ -78,3 +78,10 @@ def test_wrong_numbers_are_one_sentence(store, monkeypatch, capsys, option, valu
     assert "no list of whole numbers" in capsys.readouterr().err
     with pytest.raises(UsageError):
         frontier._numbers(value, 1, 2)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(store, monkeypatch, capsys):
+    arguments = ["--store", str(store.path), "--text", "x", "--picture", "/nowhere/frontier.png"]
+    monkeypatch.setattr("sys.argv", ["frontier", *arguments])
+    assert frontier.run() == ending.WRONG_USE
+    assert "there is no directory /nowhere" in capsys.readouterr().err

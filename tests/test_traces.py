@@ -12,6 +12,7 @@ import torch
 from checkpoints import write_checkpoint
 from ring import config
 
+from pipeline import ending
 from pipeline.cli import main
 from pipeline.messages import NeuronsPredicted
 from pipeline.plan import Plan
@@ -24,6 +25,7 @@ from workers.cache.policy import WindowThenOldest
 from workers.cache.residency import Residency
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
+from workers.traces import __main__ as traces
 from workers.traces import placement, replay
 from workers.traces.activity import activity
 from workers.traces.order import linear_order
@@ -48,6 +50,13 @@ def make_trace(seed: int = 0, guesses: bool = False) -> Trace:
     active = pack(random_masks(seed))
     guessed = pack(random_masks(seed) & random_masks(seed + 1, 8.0)) if guesses else None
     return Trace(D_FF, 512, active, active if guesses else None, guessed, {"store": "none"})
+
+
+@pytest.mark.parametrize("command", ["replay", "activity"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["trace", command, "no.npz", "--picture", "/nowhere/picture.png"])
+    assert traces.run() == ending.WRONG_USE
+    assert "there is no directory /nowhere" in capsys.readouterr().err
 
 
 # -- the file -------------------------------------------------------------------------------------

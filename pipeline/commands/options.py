@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.directories import check_writable
+
 Model = Annotated[
     str,
     typer.Option(
@@ -31,4 +33,17 @@ Settings = Annotated[
     typer.Option(
         "--set", help="Override one configuration key; may be repeated.", metavar="SECTION.KEY=VALUE"
     ),
+]
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Refuse before the work what could not be written after it."""
+    if file is not None:
+        check_writable(file)
+    return file
+
+
+Picture = Annotated[Path | None, typer.Option(help="Write a PNG.", metavar="FILE", callback=_writable)]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="Write everything there too.", metavar="FILE", callback=_writable)
 ]

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from pipeline import models, planner, program
-from pipeline.commands.options import ConfigFile, Model, Settings
+from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
-from pipeline.directories import check_writable
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
 from storage.format import Store
@@ -47,7 +46,7 @@ def main(
     thresholds: Annotated[
         str, typer.Option(help="A point for each of these predictor.threshold, by commas.")
     ] = "",
-    picture: Annotated[Path | None, typer.Option(help="Write the points as a PNG.")] = None,
+    picture: Picture = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     config_file: ConfigFile = None,
@@ -59,8 +58,6 @@ def main(
     _check(names, data, text)
     if tokens == 1:
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
-    if picture:
-        check_writable(picture)
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
     config = planner.resolve(store, config)

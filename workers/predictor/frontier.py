@@ -25,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pipeline import program
+from pipeline.commands.options import Picture
 from pipeline.console import tables
 from storage.errors import UsageError
 from storage.format import Store
@@ -169,7 +170,7 @@ def main(
     work: Annotated[
         Path | None, typer.Option(help="For activations; without: beside the store, removed at the end.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the curves as a PNG.")] = None,
+    picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure both errors of predictors over ranks and thresholds."""
@@ -198,12 +199,12 @@ def main(
         )
     if work is None:
         shutil.rmtree(place)
-    if picture:
-        draw(curves, picture)
     if as_json:
         print(json.dumps({"offsets": OFFSETS.tolist(), "curves": [asdict(one) for one in curves]}))
     else:
         tables().print(table(curves))
+    if picture:
+        draw(curves, picture)
 
 
 def _numbers(text: str, least: int, most: int) -> list[int]:

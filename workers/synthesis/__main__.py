@@ -11,6 +11,7 @@ import torch
 import typer
 
 from pipeline import program
+from pipeline.commands.options import JsonFile
 from pipeline.console import say
 from pipeline.progress import Progress
 from storage.errors import UsageError, reason
@@ -72,7 +73,7 @@ def measure(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.", min=32)] = 256,
     rank: Annotated[int, typer.Option(help="Of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write everything there too.", metavar="FILE")] = None,
+    json: JsonFile = None,
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
 ) -> None:
     """Measure a model's FFN activity on a text, beside the paper's figures."""

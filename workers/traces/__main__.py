@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline import models, planner, program
-from pipeline.commands.options import ConfigFile, Model, Settings
+from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
 from pipeline.directories import check_writable
@@ -99,7 +99,7 @@ def replay_command(
         bool, typer.Option("--active", help="Replay the active neurons, whatever was predicted.")
     ] = False,
     warm_up: Annotated[int, typer.Option(help="First tokens, which are not counted.", min=0)] = 64,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+    picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare cache policies on a trace, by the ring's own residency."""
@@ -122,32 +122,32 @@ def replay_command(
                 results.append(report.Result(name, capacity, replay.replay(trace, slots, make, warm_up)))
                 bars.advance(bar)
     counted = count_windows(trace, LONGEST_WINDOW)
-    if picture:
-        report.draw(results, counted, picture)
     if as_json:
         print(json.dumps(report.to_json(results, counted, trace)))
     else:
         console = tables()
         console.print(report.policy_table(results, trace))
         console.print(report.window_table(counted))
+    if picture:
+        report.draw(results, counted, picture)
 
 
 @app.command("activity")
 def activity_command(
     file: File,
     window: Annotated[int, typer.Option(help="Tokens.", min=1, max=LONGEST_WINDOW)] = 5,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+    picture: Picture = None,
 ) -> None:
     """How much of the FFN a token, and a window of tokens, uses in every layer."""
     trace = Trace.load(file)
     if trace.tokens <= LONGEST_WINDOW:
         raise UsageError(f"{file} has only {trace.tokens} tokens")
     layers, mean = activity.activity(trace, LONGEST_WINDOW), count_windows(trace, LONGEST_WINDOW)
-    if picture:
-        activity.draw(layers, mean, picture)
     console = tables()
     console.print(activity.table(layers, mean, window))
     console.print(report.window_table(mean))
+    if picture:
+        activity.draw(layers, mean, picture)
 
 
 @app.command("order")
