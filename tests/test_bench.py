@@ -375,8 +375,13 @@ def test_tables_are_rectangular_and_name_failures():
     assert "| hybrid | ✓ | – | – | – | – | not measured: killed, as by the memory limit |" in text
     assert "| **1500** |" in text
     assert "| 90.0–110 |" in text
-    assert "| naive | 1500 | 15.0 × |" in table.speedups(found, [])
-    assert "| airllm | 2000 | 20.0 × |" in table.speedups(found, [Row("airllm", total_ms=2000)])
+    assert table.speedups(found, []).splitlines()[::2] == [
+        "|  | MB a token | ms | than naive | ÷ roof |",
+        "| + overlap | 0 | 100 | 15.0 × |  |",
+    ]
+    roof = Roofline("+ overlap", 512, 1e9, 0.0, 8e7, (100.0,), (Ceilings(512, 1e9, 1e9),))
+    faster = table.speedups(found, [Row("airllm", total_ms=2000), Row("other", error="killed")], [roof])
+    assert faster.splitlines()[-1] == "| + overlap | 0 | 100 | 15.0 × | 20.0 × | 1.25 |"
     assert table.speedups(found[:2], []) == "No ring could be measured."
     assert {line.count("|") for line in table.curve(found).splitlines()} == {12}
 

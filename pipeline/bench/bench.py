@@ -105,7 +105,7 @@ class Bench:
         if others:
             found["Peers"] = table.ablation(others)
         if rows:
-            found["Ratios"] = table.speedups(rows, others)
+            found["How many times faster"] = table.speedups(rows, others, self.roofs)
         if self.roofs:
             found["Roofline"] = table.roofline(self.roofs)
         if self.prefills:

@@ -58,15 +58,24 @@ def _ablation_line(row: Row, columns: int) -> list[str]:
     ]
 
 
-def speedups(rows: Sequence[Row], peers: Sequence[Row]) -> str:
-    """Every measured row's total ÷ the quickest ring's."""
-    measured = [row for row in (*rows, *peers) if not row.error and row.total_ms]
-    rings = [row for row in rows if row in measured and row.name != NAIVE]
+def speedups(rows: Sequence[Row], peers: Sequence[Row], roofs: Sequence[Roofline] = ()) -> str:
+    """How many times faster than the naive row and each peer every ring is, and how far from its roof."""
+    rings = [row for row in rows if not row.error and row.name != NAIVE]
     if not rings:
         return "No ring could be measured."
-    best = min(rings, key=lambda row: row.total_ms)
-    lines = [[row.name, _ms(row.total_ms), f"{row.total_ms / best.total_ms:.1f} ×"] for row in measured]
-    return table(["", "ms a token", f"÷ {best.name}"], lines)
+    others = [row for row in (*rows, *peers) if not row.error and (row.name == NAIVE or row in peers)]
+    ratios = {roof.row: f"{roof.ratio:.2f}" for roof in roofs}
+    lines = [
+        [
+            row.name,
+            f"{row.bytes_per_token / 1e6:.0f}",
+            _ms(row.total_ms),
+            *(f"{other.total_ms / row.total_ms:.1f} ×" for other in others),
+            ratios.get(row.name, ""),
+        ]
+        for row in rings
+    ]
+    return table(["", "MB a token", "ms", *(f"than {row.name}" for row in others), "÷ roof"], lines)
 
 
 def curve(rows: Sequence[Row]) -> str:
