@@ -24,7 +24,7 @@ class Sampling(TypedDict, total=False):
     seed: int  # default 0
     stop: str | Sequence[str]  # the answer ends before the first of these
     ignore_eos: bool  # go on after an end-of-text token
-    deadline: float  # seconds, waiting included; default 0: the server's limit
+    deadline: float  # seconds, waiting included; default 0: the server's limit, in a Pipeline none
 
 
 def submission(

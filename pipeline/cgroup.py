@@ -60,9 +60,15 @@ class MemoryCgroup:
         return ["sh", "-c", script, "sh", *arguments]
 
     @property
-    def peak_bytes(self) -> int:
-        """The most that the group ever used at once, page cache and kernel memory included."""
-        return int((self.path / self._files.peak).read_text())
+    def peak_bytes(self) -> int | None:
+        """The most that the group ever used at once, page cache and kernel memory included.
+
+        None where the kernel does not tell: Linux before 5.19 under cgroup v2.
+        """
+        try:
+            return int((self.path / self._files.peak).read_text())
+        except FileNotFoundError:
+            return None
 
     def __enter__(self) -> MemoryCgroup:
         return self

@@ -39,7 +39,6 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
-        self._errors: type[Exception] = jinja2.TemplateError
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:

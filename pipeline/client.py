@@ -41,7 +41,7 @@ from pipeline.client_messages import (
     encode,
 )
 from pipeline.codec import ProtocolError
-from pipeline.endpoint import CurveKeys, default_endpoint
+from pipeline.endpoint import CurveKeys, check_server, default_endpoint
 from pipeline.errors import HELLO, ServerUnavailable, from_code
 from storage.errors import UsageError
 
@@ -206,6 +206,7 @@ class Client:
             return
         if self._context.closed:
             raise UsageError("the client is closed")
+        check_server(self.endpoint)
         self._socket = self._context.socket(zmq.DEALER)
         _open_socket(self._socket, self.endpoint, self._keys)
         inbox = self._inboxes.setdefault(NO_REQUEST, deque())
@@ -369,6 +370,7 @@ class AsyncClient:
                 return
             if self._context.closed:
                 raise UsageError("the client is closed")
+            check_server(self.endpoint)
             socket = self._context.socket(zmq.DEALER)
             _open_socket(socket, self.endpoint, self._keys)
             self._socket = socket

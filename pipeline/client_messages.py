@@ -169,6 +169,5 @@ class Health(ClientMessage):
 
 
 _CODEC = Codec(ClientMessage)
-BY_TAG = _CODEC.by_tag
 encode = _CODEC.encode
 decode = _CODEC.decode

@@ -33,17 +33,17 @@ class Codec(Generic[Kind]):
     """Encodes and decodes the messages that derive from `base`; make it after the last of them."""
 
     def __init__(self, base: type[Kind]) -> None:
-        self.by_tag: dict[int, type[Kind]] = {}
+        self._by_tag: dict[int, type[Kind]] = {}
         self._names: dict[type[Kind], tuple[str, ...]] = {}
         self._checks: dict[int, tuple[Check, ...]] = {}
         for kind in base.__subclasses__():
             if "__slots__" not in vars(kind):
                 continue  # the class that `slots=True` replaced, until it is collected
-            if kind.TAG in self.by_tag:
+            if kind.TAG in self._by_tag:
                 raise TypeError(f"two messages have tag {kind.TAG}")
             hints = typing.get_type_hints(kind)
             names = tuple(field.name for field in fields(typing.cast(Any, kind)))
-            self.by_tag[kind.TAG] = kind
+            self._by_tag[kind.TAG] = kind
             self._names[kind] = names
             self._checks[kind.TAG] = tuple(_checker(hints[name]) for name in names)
 
@@ -59,9 +59,9 @@ class Codec(Generic[Kind]):
             data = msgpack.unpackb(frame, strict_map_key=False)
         except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
             raise ProtocolError(f"not msgpack: {error}") from error
-        if not isinstance(data, list) or not data or type(data[0]) is not int or data[0] not in self.by_tag:
+        if not isinstance(data, list) or not data or type(data[0]) is not int or data[0] not in self._by_tag:
             raise ProtocolError("not a message of this protocol")
-        kind = self.by_tag[data[0]]
+        kind = self._by_tag[data[0]]
         checks = self._checks[data[0]]
         if len(data) - 1 != len(checks):
             raise ProtocolError(f"{kind.__name__} has {len(checks)} fields, got {len(data) - 1}")

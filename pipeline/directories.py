@@ -29,6 +29,10 @@ def check_writable(file: Path) -> None:
         raise UsageError(f"{file} cannot be written: there is no directory {file.parent}")
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{file} cannot be written: the directory {file.parent} is not writable")
+    if file.is_dir():
+        raise UsageError(f"{file} cannot be written: it is a directory")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UsageError(f"{file} cannot be written: it is there and not writable")
 
 
 def _listed_home() -> str:

@@ -13,14 +13,16 @@ process ends, however it ends.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
 from pipeline.answer import Answer, ChatMessage, Sampling, submission
 from pipeline.client_messages import Done, Health, Submit, Token
 from pipeline.opening import open_ring
-from pipeline.warm_ring import WarmRing
+from pipeline.warm_ring import WarmRing, allowed_seconds, deadline_passed
 from storage.errors import UsageError
 
 
@@ -62,10 +64,24 @@ class Pipeline:
     def _submit(self, submit: Submit) -> Answer:
         if self._closed:
             raise UsageError("the pipeline is closed")
+        seconds = allowed_seconds(submit)
+        end = time.monotonic() + seconds
         if self._open is not None:
             self._open.close()
-        self._open = self._ring.answer(submit)
+        self._open = self._events(submit, seconds, end)
         return Answer(self._open)
+
+    def _events(self, submit: Submit, seconds: float, end: float) -> Generator[Token | Done, None, None]:
+        """The ring's answer. Raises DeadlineExceeded once `end` has passed, as a server would."""
+
+        def late() -> bool:
+            return time.monotonic() >= end
+
+        with closing(self._ring.answer(submit, late)) as events:
+            for event in events:
+                if late():
+                    raise deadline_passed(seconds)
+                yield event
 
     def stats(self) -> dict[str, float]:
         """The workers' counters as `WORKER.NAME`."""
@@ -81,6 +97,7 @@ class Pipeline:
     def close(self) -> None:
         """Cancel what runs and stop the ring."""
         self._closed = True
+        self._ring.abandon()
         if self._open is not None:
             self._open.close()
         self._ring.close()

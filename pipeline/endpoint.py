@@ -103,6 +103,16 @@ def check_endpoint(endpoint: str, keys: CurveKeys | None) -> None:
     return None
 
 
+def check_server(endpoint: str) -> None:
+    """Whether a client may connect there. Raises UsageError.
+
+    Where sockets lie in /tmp, another user could have made the directory first, to be told every prompt.
+    """
+    if endpoint.startswith("ipc://"):
+        with contextlib.suppress(OSError):  # where it cannot be reached, neither can a socket in it
+            _check_owner(Path(endpoint.removeprefix("ipc://")).parent)
+
+
 def check_http(address: str, api_key: str) -> tuple[str, int]:
     """Host and port of an HTTP server that may listen there. Raises UsageError."""
     host, port = split_host(address)
@@ -115,12 +125,16 @@ def _check_path(path: Path) -> None:
     if len(os.fsencode(path)) > LONGEST_IPC:
         raise UsageError(f"the socket's path has more than {LONGEST_IPC} bytes: {path}")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    about = path.parent.stat()
-    if about.st_uid not in (os.getuid(), 0):
-        raise UsageError(f"{path.parent} belongs to another user")
+    _check_owner(path.parent)
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise UsageError(f"{path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
         probe.connect(str(path))
         raise UsageError(f"another server listens on {path}")
+
+
+def _check_owner(directory: Path) -> None:
+    """Raises UsageError where it, or the link to it, is another user's, and OSError where it is missing."""
+    if not {directory.lstat().st_uid, directory.stat().st_uid} <= {os.getuid(), 0}:
+        raise UsageError(f"{directory} belongs to another user")

@@ -25,7 +25,10 @@ from storage.errors import RingError, StoreError, UsageError
 from storage.format import TOKENIZER, Store
 
 CANCEL_SECONDS = 0.1  # how often a silent ring's `cancelled` is asked
-TOKEN_SECONDS = 600.0  # the longest wait for one token or the prefill before the ring counts as hung
+TOKEN_SECONDS = 600.0  # the longest silence before a token, after which the ring counts as hung
+# More of it for each token of a prompt, since compute says nothing before the answer's first one: a 40B
+# model's 80 GFLOP at the 20 GFLOP/s of a slow machine.
+PROMPT_TOKEN_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class GenerationParams:
         rules = (
             (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
             (0.0 <= self.temperature < float("inf"), "temperature must be zero or a positive number"),
-            (self.top_k >= 0, "top_k must not be negative"),
+            (0 <= self.top_k < 2**31, "top_k must be between 0 and 2**31 - 1"),
             (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
             (0 <= self.seed < 2**63, "seed must be between 0 and 2**63 - 1"),
         )
@@ -95,7 +98,7 @@ class Session:
         self.tokenizer = load_tokenizer(store)
         self.last: Generation | None = None
         self.token_seconds = TOKEN_SECONDS
-        self.abandoned = False  # set by who will close the session next: nothing is drained any more
+        self.abandoned = False  # set, from any thread, by who will close the session next: nothing is drained
         self.live: dict[str, dict[str, float]] = {}  # every worker's latest counters
         self.live_seconds = 0.0  # renew `live` this often in mid-generation; 0: only at its end
         self._live_due = 0.0
@@ -130,7 +133,7 @@ class Session:
         """Yield every token as it arrives; `generate` is its text.
 
         `cancelled` is asked at every token, and a few times a second in between: once it is true the
-        ring ends the run at its next token or prefill chunk, and the iteration ends.
+        ring ends the run at its next token, or between layers of its prefill, and the iteration ends.
         """
         params.check()
         if not prompt:
@@ -167,7 +170,7 @@ class Session:
         text = Detokenizer(self.tokenizer)
         try:
             while generation.finished is None:
-                message = self._next(cancelled)
+                message = self._next(self._patience(generation), cancelled)
                 if message is None:
                     self._cancel(generation, run)
                     return
@@ -182,9 +185,10 @@ class Session:
                     generation.finished = message
                 elif isinstance(message, Stats):
                     self.live[message.name] = message.values
-        except GeneratorExit:  # its reader has left; after an interrupt or a death nothing is waited for
-            if not self.abandoned:
-                self._cancel(generation, run)
+        except RingError:  # nothing is left to be cancelled
+            raise
+        except BaseException as error:  # its reader has left; after an interrupt nothing is waited for
+            self._cancel(generation, run, drain=isinstance(error, GeneratorExit))
             raise
         rest = text.finish()
         generation.text += rest
@@ -206,16 +210,21 @@ class Session:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(held, ids[:-1], strict=False))
         return sum(1 for _ in same)
 
-    def _next(self, cancelled: Callable[[], bool] = lambda: False) -> Message | None:
-        """The ring's next message, or None once `cancelled`. Raises RingError after a long silence."""
-        deadline = time.monotonic() + self.token_seconds
+    def _patience(self, generation: Generation) -> float:
+        """The longest silence, in seconds, that may come before the next token."""
+        awaited = 0 if generation.tokens else len(generation.prompt) - generation.cached
+        return self.token_seconds + PROMPT_TOKEN_SECONDS * awaited
+
+    def _next(self, patience: float, cancelled: Callable[[], bool]) -> Message | None:
+        """The ring's next message, or None once `cancelled`. Raises RingError after `patience` seconds."""
+        deadline = time.monotonic() + patience
         while not cancelled():
             message = self.ring.receive(CANCEL_SECONDS)
             self._ask_for_live_stats()
             if message is not None:
                 return message
             if time.monotonic() >= deadline:
-                raise RingError(f"the ring was silent for {self.token_seconds:.0f} s")
+                raise RingError(f"the ring was silent for {patience:.0f} s")
         return None
 
     def _ask_for_live_stats(self) -> None:
@@ -228,17 +237,27 @@ class Session:
         """Raises RingError if a worker has died. Only between generations."""
         self.ring.check()
 
-    def _cancel(self, generation: Generation, run: int) -> None:
-        """End the run early; on return the ring is drained and can generate again."""
-        try:
+    def _cancel(self, generation: Generation, run: int, *, drain: bool = True) -> None:
+        """End the run early; once drained, the ring can begin another at once.
+
+        Without that the next run waits for this one, and skips what it still says.
+        """
+        if self.abandoned:
+            return
+        with contextlib.suppress(RingError):  # the ring itself is gone, and the caller already has the reason
             self.ring.send("compute", Cancel(run))
-            while generation.finished is None:
-                message = self._next()
-                if isinstance(message, Finished) and message.run == run:
-                    generation.finished = message
-            self.live = self.ring.stats()
-        except RingError:
-            return  # the ring itself is gone, and the caller already has the reason
+            if drain:
+                self._drain(generation, run)
+
+    def _drain(self, generation: Generation, run: int) -> None:
+        """Wait for a cancelled run's end, unless the session is abandoned meanwhile. Raises RingError."""
+        while generation.finished is None:
+            message = self._next(self._patience(generation), lambda: self.abandoned)
+            if message is None:
+                return
+            if isinstance(message, Finished) and message.run == run:
+                generation.finished = message
+        self.live = self.ring.stats()
 
     def summary(self) -> dict[str, Any]:
         """The cost of the last completed generation, as `--json` prints it."""

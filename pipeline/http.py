@@ -208,8 +208,9 @@ class Api:
                         yield _line(begin)
                     event = opening if index == 0 else await anext(events)
                     while isinstance(event, Token):
-                        if event.text:
-                            yield _line(answers.piece(index, event))
+                        piece = answers.piece(index, event)
+                        if piece is not None:
+                            yield _line(piece)
                         event = await anext(events)
                     dones.append(event)
                     yield _line(answers.last(index, event))

@@ -86,7 +86,7 @@ class Generate(Message):
 
 @dataclass(frozen=True, slots=True)
 class Cancel(Message):
-    """supervisor → compute: end `run` at the next token (or prefill chunk)."""
+    """supervisor → compute: end `run` at the next token, or between layers of its prefill."""
 
     TAG = 11
     run: int
@@ -223,6 +223,5 @@ class Stats(Message):
 
 
 _CODEC = Codec(Message)
-BY_TAG = _CODEC.by_tag
 encode = _CODEC.encode  # Message → `[tag, *fields]` as msgpack
 decode = _CODEC.decode  # the inverse; raises ProtocolError for anything else

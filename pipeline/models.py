@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import fnmatch
 import os
@@ -25,7 +26,7 @@ from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
 from storage.errors import CheckpointError, StoreError, UsageError, reason
-from storage.format import MANIFEST, Store
+from storage.format import MANIFEST, Store, unfinished
 
 BUILTIN = "builtin"
 BUILTIN_CHECKPOINT = ROOT / "storage" / "builtin"
@@ -33,8 +34,11 @@ BUILTIN_PREDICTORS = "predictors.safetensors"  # beside the checkpoint; copied i
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
-SMALL_FILES = ("*.json", "merges.txt")
+SMALL_FILES = ("*.json", "merges.txt", "chat_template.jinja")
 SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
+FINGERPRINTED = {".json", ".jinja", ".safetensors", ".bin", ".txt"}
+# A download that this machine refuses to keep; what the network refuses has other numbers.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def presets() -> dict[str, Path]:
@@ -113,7 +117,7 @@ def find_source(model: str) -> Source:
     known = presets()
     if model in known:
         return _configured_source(Config.load(known[model]), model)
-    path = Path(model).expanduser()
+    path = _absolute(model)
     if path.is_dir() or _was_interrupted(path):
         return _directory_source(path)
     if HUB_ID.fullmatch(model):
@@ -128,7 +132,7 @@ def find_source(model: str) -> Source:
 def _configured_source(config: Config, preset: str) -> Source:
     """The source that a configuration's `model` section names."""
     if config.model.store:
-        return _directory_source(Path(config.model.store).expanduser())
+        return _directory_source(_absolute(config.model.store))
     checkpoint = config.model.checkpoint
     if checkpoint == BUILTIN:
         if not (BUILTIN_CHECKPOINT / CONFIG).is_file():
@@ -137,7 +141,7 @@ def _configured_source(config: Config, preset: str) -> Source:
                 "or name another model with --model"
             )
         return Source(name=BUILTIN, directory=BUILTIN_CHECKPOINT)
-    path = Path(checkpoint).expanduser()
+    path = _absolute(checkpoint)
     if path.is_dir():
         return _directory_source(path)
     if HUB_ID.fullmatch(checkpoint):
@@ -145,8 +149,13 @@ def _configured_source(config: Config, preset: str) -> Source:
     raise UsageError(f"model.checkpoint {checkpoint!r} is no directory and no Hugging Face id")
 
 
+def _absolute(path: str) -> Path:
+    """So that `.` has a name and a parent, too."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
 def _was_interrupted(path: Path) -> bool:
-    return path.with_name(path.name + ".partial").is_dir()
+    return unfinished(path).is_dir()
 
 
 def _directory_source(path: Path) -> Source:
@@ -169,7 +178,7 @@ def _fingerprint(directory: Path) -> str:
     """
     digest = xxhash.xxh3_64()
     for file in sorted(directory.iterdir()):
-        if file.suffix not in {".json", ".safetensors", ".bin", ".txt"} or file.name == BUILTIN_PREDICTORS:
+        if file.suffix not in FINGERPRINTED or file.name == BUILTIN_PREDICTORS:
             continue
         digest.update(file.name.encode())
         status = file.stat()
@@ -234,8 +243,8 @@ def download(hub_id: str) -> Path:
     """The checkpoint's directory in the Hugging Face cache, fetched and resumed as needed.
 
     HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own and honoured by it. Raises CheckpointError
-    with the commands that fetch the checkpoint where there is no network, and UsageError for an id
-    that the hub does not know.
+    with the commands that fetch the checkpoint where there is no network, and with what this machine
+    says where it cannot be kept, and UsageError for an id that the hub does not know.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -251,6 +260,11 @@ def download(hub_id: str) -> Path:
             "or log in with `hf auth login`"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise CheckpointError(
+                f"the checkpoint {hub_id} cannot be fetched into the Hugging Face cache, which HF_HOME "
+                f"moves: {reason(error)}"
+            ) from error
         if not _is_unreachable(error):
             raise
         return _downloaded_before(hub_id, error)

@@ -20,9 +20,6 @@ class Observer:
         self.malformed_frames = 0
         self.dropped_clients = 0  # gone, or not reading, while a request was open
 
-    def queued(self, waiting: int) -> None:
-        """A request was accepted; `waiting` are in the queue now."""
-
     def refused(self) -> None:
         """A request met a full queue."""
         self.requests["queue-full"] += 1

@@ -107,7 +107,7 @@ class CompletionRequest(Common):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None  # the ring tells the chosen token's alone
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -221,8 +221,12 @@ class Answers:
         """What a stream begins with, for each choice."""
         return self._part(index, {"role": "assistant", "content": ""}, None, None) if self._chat else None
 
-    def piece(self, index: int, token: Token) -> dict[str, Any]:
-        return self._part(index, {"content": token.text}, self._logprobs_of([token]), None)
+    def piece(self, index: int, token: Token) -> dict[str, Any] | None:
+        """A stream's part for a token; one whose text is held back has only its logprob to tell."""
+        logprobs = self._logprobs_of([token])
+        if not token.text and logprobs is None:
+            return None
+        return self._part(index, {"content": token.text}, logprobs, None)
 
     def last(self, index: int, done: Done) -> dict[str, Any]:
         return self._part(index, {} if self._chat else {"content": ""}, None, _finish_reason(done))

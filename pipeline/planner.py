@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline import segments
 from pipeline.config import Config, Model
 from pipeline.console import size
+from pipeline.cores import cores
 from pipeline.plan import Plan
 from storage.errors import BudgetError, ConfigError, StoreError, reason
 from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
@@ -247,7 +248,7 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     thread: a widened tile of weights and its product with the prompt, or the scores of half as many tokens.
     """
     a = store.architecture
-    threads = config.compute.threads or os.cpu_count() or 1
+    threads = config.compute.threads or cores()
     heads = (a.heads + 2 * a.kv_heads) * a.head_dim
     per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK)
     per_thread = 2 * KERNEL_BLOCK * (a.d_model + divided.context)

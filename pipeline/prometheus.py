@@ -88,7 +88,7 @@ class _RingCollector(Collector):
         yield read
         hits, misses = cache.get("decode_hits", 0.0), cache.get("decode_misses", 0.0)
         yield _counter("cache_hits", "Wanted neurons found in DRAM", hits)
-        yield _counter("cache_misses", "Wanted neurons read from flash", misses)
+        yield _counter("cache_misses", "Neurons read from flash, wrong guesses included", misses)
         yield _gauge("cache_hit_ratio", "Share of hits", hits / (hits + misses) if hits + misses else 0.0)
         if compute.get("audit_active", 0.0):
             recall = compute.get("audit_found", 0.0) / compute["audit_active"]

@@ -27,7 +27,7 @@ from pipeline.errors import (
 )
 from pipeline.fair_queue import FairQueue
 from pipeline.observer import Observer
-from pipeline.warm_ring import WarmRing
+from pipeline.warm_ring import WarmRing, allowed_seconds, deadline_passed
 from storage.errors import FlashringError, RingError
 
 IDLE_SECONDS = 0.5  # how often an idle ring is looked at
@@ -89,9 +89,10 @@ class Scheduler:
         return "busy" if self.running is not None else "ready"
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue. Raises QueueFull or ServerUnavailable."""
+        """Put a job into the queue. Raises QueueFull, ServerUnavailable, or UsageError for its deadline."""
         if self._stopping or self.failed.done():
             raise ServerUnavailable("the server is stopping")
+        seconds = allowed_seconds(job.submit, self.longest)
         with self._changed:
             try:
                 self._queue.push(job.client, job)
@@ -99,9 +100,7 @@ class Scheduler:
                 self.observer.refused()
                 raise
             self._changed.notify()
-        seconds = min(job.submit.deadline or self.longest, self.longest)
         job.timer = self._loop.call_later(seconds, self._expire, job, seconds)
-        self.observer.queued(self.waiting)
 
     def cancel(self, job: Job) -> None:
         """End a job at its next token; a waiting one is answered at once."""
@@ -127,9 +126,8 @@ class Scheduler:
         with self._changed:
             self._stopping = True
             self._changed.notify()
+        self.ring.abandon()
         self._refuse_all(STOPPING, "the server is stopping")
-        if self.running is not None:
-            self.running.cancelled = True
         await asyncio.to_thread(self._thread.join)
 
     # -- on the event loop ---------------------------------------------------------------------
@@ -143,8 +141,7 @@ class Scheduler:
             return
         job.cancelled = True
         self._take_out(job)
-        message = f"the request's deadline of {seconds:g} s has passed"
-        self._hand_over(job, Error(job.submit.request, DEADLINE, message))
+        self._hand_over(job, Error(job.submit.request, DEADLINE, str(deadline_passed(seconds))))
 
     def _refuse_all(self, code: str, message: str) -> None:
         while True:
@@ -244,10 +241,15 @@ class Scheduler:
         """Run one job to its end. Raises RingGaveUp, after telling the job's client."""
         job.started = time.monotonic()
         request = job.submit.request
+
+        def cancelled() -> bool:
+            # When it stops, the event loop may not know yet that this job runs.
+            return job.cancelled or self._stopping
+
         try:
             self._keep_warm()
             queued = job.started - job.submitted
-            with closing(self.ring.answer(job.submit, lambda: job.cancelled, queued)) as events:
+            with closing(self.ring.answer(job.submit, cancelled, queued)) as events:
                 for event in events:
                     self._call(self._hand_over, job, event)
         except RingError as error:

@@ -53,7 +53,8 @@ def sizes(plan: Plan) -> dict[str, int]:
 def create(plan: Plan) -> dict[str, int]:
     """Make all segments; returns a file descriptor for each name, owned by the caller.
 
-    Raises OSError when memory for the descriptors' sizes cannot be reserved.
+    Raises OSError where there are no descriptors left, or for a size beyond the system's limits. Memory is
+    not reserved: a page is taken when it is first written.
     """
     descriptors: dict[str, int] = {}
     try:

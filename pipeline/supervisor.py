@@ -35,11 +35,12 @@ from pipeline.messages import (
 from pipeline.plan import Plan
 from pipeline.process import WorkerSpec
 from storage.errors import RingError
-from storage.format import Store
+from storage.format import RESIDENT, Store
 
 WORKERS = ("predictor", "cache", "prefetcher", "compute")
 CONTROL_INBOX = {name: name for name in WORKERS} | {"compute": "control"}
-HANDSHAKE_SECONDS = 120.0  # loading 5 GB of resident weights from a slow disk takes most of it
+HANDSHAKE_SECONDS = 120.0  # for starting the processes and all that they load, but for the resident weights
+SLOW_DISK = 50e6  # bytes/s at which those may come: a disk that turns, or one that is shared with others
 STOP_SECONDS, TERMINATE_SECONDS, KILL_SECONDS = 0.6, 0.4, 2.0
 WATCH_SECONDS = 0.05  # how often the processes are looked at while waiting for a message
 DIRECTORY_PREFIX = "flashring-"
@@ -118,7 +119,7 @@ class Supervisor:
             self._channel = Channel(self.directory, ("supervisor",))
             self._start(store, config, plan)
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
-            self._handshake()
+            self._handshake(HANDSHAKE_SECONDS + store.manifest.files[RESIDENT].bytes / SLOW_DISK)
         except BaseException:
             self.stop()
             raise
@@ -148,15 +149,16 @@ class Supervisor:
             for descriptor in descriptors.values():
                 os.close(descriptor)
 
-    def _handshake(self) -> None:
+    def _handshake(self, seconds: float) -> None:
+        """Wait until all workers are ready. Raises RingError when they are not within `seconds`."""
         waiting = set(WORKERS)
-        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        deadline = time.monotonic() + seconds
         while waiting:
             message = self.receive(deadline - time.monotonic())
             if message is None:
                 raise RingError(
                     f"no sign of life from {' and '.join(sorted(waiting))} "
-                    f"within {HANDSHAKE_SECONDS:.0f} s of their start"
+                    f"within {seconds:.0f} s of their start"
                 )
             if isinstance(message, WorkerReady):
                 if message.protocol != PROTOCOL_VERSION:
@@ -208,7 +210,7 @@ class Supervisor:
         self.broadcast(ReportStats(self._serial))
 
     def stats(self, timeout: float = 10.0) -> dict[str, dict[str, float]]:
-        """Every worker's counters. Only between generations: other messages are not expected."""
+        """Every worker's counters. Only between generations: what an interrupted run says is dropped."""
         self.ask_stats()
         found: dict[str, dict[str, float]] = {}
         while len(found) < len(WORKERS):

@@ -1,11 +1,12 @@
 """One ring kept warm: answers requests one after the other, and starts again after a death.
 
 This is what serving (`scheduler.py`) and embedding (`embed.py`) have in common. All methods belong
-to one thread, except `stats` and `live_seconds`.
+to one thread, except `stats`, `abandon` and `live_seconds`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +16,7 @@ from typing import Protocol
 from pipeline.chat import ChatTemplate
 from pipeline.client_messages import Done, Submit, Token
 from pipeline.config import Sampling
-from pipeline.errors import RingGaveUp
+from pipeline.errors import DeadlineExceeded, RingGaveUp
 from pipeline.generate import Generation, GenerationParams, Piece
 from pipeline.stopping import StopStrings
 from storage.errors import RingError, UsageError
@@ -28,6 +29,7 @@ class RunningSession(Protocol):
     """What is needed of `generate.Session`."""
 
     last: Generation | None
+    abandoned: bool
     live: dict[str, dict[str, float]]
     live_seconds: float
 
@@ -188,11 +190,29 @@ class WarmRing:
         )
         return RingGaveUp(self._epitaph)
 
+    def abandon(self) -> None:
+        """`close` comes next: a run that is being ended is no longer waited for. From any thread."""
+        session = self._session
+        if session is not None:
+            session.abandoned = True
+
     def close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             self._down_since = self._clock()
             session.close()
+
+
+def allowed_seconds(submit: Submit, longest: float = math.inf) -> float:
+    """What a request may take, waiting included. Raises UsageError for a deadline that is no such time."""
+    if not submit.deadline >= 0.0:  # also for NaN
+        raise UsageError("deadline must be zero or a positive number of seconds")
+    return min(submit.deadline or longest, longest)
+
+
+def deadline_passed(seconds: float) -> DeadlineExceeded:
+    """How a request ends that has taken them all."""
+    return DeadlineExceeded(f"the request's deadline of {seconds:g} s has passed")
 
 
 def _stop_strings(submit: Submit) -> StopStrings:

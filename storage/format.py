@@ -126,6 +126,7 @@ class Manifest:
                 alignment=data["alignment"],
                 rows=data["rows"],
             )
+            stride = data["stride"]
             manifest = cls(
                 architecture=architecture,
                 layout=layout,
@@ -140,7 +141,7 @@ class Manifest:
             raise StoreError(f"{where} is damaged: it does not list {min(lacking)}")
         if not isinstance(layout.alignment, int) or layout.alignment < 1:
             raise StoreError(f"{where} is damaged: an alignment of {layout.alignment!r} bytes")
-        if layout.dtype not in ITEMSIZE or layout.rows != ROWS or layout.stride != data["stride"]:
+        if layout.dtype not in ITEMSIZE or layout.rows != ROWS or layout.stride != stride:
             raise StoreError(f"{where} describes a layout that this flashring does not read")
         return manifest
 
@@ -159,9 +160,10 @@ class Store:
         Raises StoreIncomplete for an interrupted conversion, StoreMissing where there is no store,
         StoreError for a damaged one.
         """
+        path = Path(os.path.abspath(path))  # so that `.` has a name and a parent, too
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
-            if path.with_name(path.name + ".partial").is_dir():
+            if unfinished(path).is_dir():
                 raise StoreIncomplete(
                     f"the conversion to {path} was interrupted; run the same command again to resume it"
                 )
@@ -203,16 +205,16 @@ class Store:
             raise UsageError(f"{name!r} cannot name predictors: it must be a plain file name")
         return self.path / PREDICTORS / f"{name}.safetensors"
 
-    def positions(self) -> npt.NDArray[np.int32] | None:
-        """Inverse of the neuron order, `[layers, d_ff]`: the file position of each neuron id.
-
-        None when the position is the id.
-        """
+    def order(self) -> npt.NDArray[np.int32] | None:
+        """The neuron order, `[layers, d_ff]`: the neuron at each file position. None when that is its id."""
         if self.manifest.order == "id":
             return None
-        shape = (self.layout.layers, self.layout.d_ff)
-        order = np.fromfile(self.path / ORDER, np.int32).reshape(shape)
-        return np.argsort(order, axis=1).astype(np.int32)
+        return np.fromfile(self.path / ORDER, np.int32).reshape(self.layout.layers, self.layout.d_ff)
+
+    def positions(self) -> npt.NDArray[np.int32] | None:
+        """Its inverse, `[layers, d_ff]`: the file position of each neuron id."""
+        order = self.order()
+        return None if order is None else np.argsort(order, axis=1).astype(np.int32)
 
     def read_layer(self, layer: int) -> npt.NDArray[np.generic]:
         """All bundles of a layer in neuron-id order, `[d_ff, rows, d_model]` of the carrier type.
@@ -230,6 +232,11 @@ class Store:
         bundles = bundles.reshape(self.layout.d_ff, self.layout.rows, self.layout.d_model)
         positions = self.positions()
         return bundles if positions is None else bundles[positions[layer]]
+
+
+def unfinished(path: Path) -> Path:
+    """Where a conversion into the absolute `path` is until it is done. Also of `/`, which has no name."""
+    return path.parent / f"{path.name}.partial"
 
 
 def fsync_directory(path: Path) -> None:

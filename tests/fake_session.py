@@ -32,6 +32,7 @@ class FastSession:
 
     def __init__(self) -> None:
         self.last: Generation | None = None
+        self.abandoned = False
         self.live: dict[str, dict[str, float]] = {
             "cache": {"decode_hits": 30.0, "decode_misses": 10.0},
             "prefetcher": {"decode_bytes": 1000.0, "stream_bytes": 500.0},

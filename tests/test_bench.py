@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from pipeline.bench.roofline import Roofline, memory_bytes, resident_bytes
 from pipeline.bench.roofline import measure as measure_roof
 from pipeline.bench.rows import TECHNIQUES, Row
 from pipeline.bench.series import Series
+from pipeline.commands import bench as bench_command
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
 from storage.format import PREDICTORS, RESIDENT, Store
@@ -88,6 +90,28 @@ def made_of(row: Row) -> Series:
     return Series(row.name, lambda: ran([0.001]), lambda _: row, row.techniques)
 
 
+def results_of(job: Job, out: Path, parts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a bench of these parts writes into `out`, and what it says."""
+    said: list[str] = []
+    bench.measure(
+        replace(job, say=said.append),
+        out,
+        parts=parts,
+        draw=False,
+        only=(),
+        strict=False,
+        interpreters={},
+        checkpoint=None,
+        say=said.append,
+    )
+    return json.loads((out / "results.json").read_text(encoding="utf-8")), said
+
+
+def no_luck(*_: Any, **__: Any) -> Any:
+    """Stands for whatever runs a child."""
+    raise ChildFailed("no luck")
+
+
 # -- rows -----------------------------------------------------------------------------------------
 
 
@@ -102,7 +126,7 @@ def test_a_row_has_the_medians_of_its_runs_per_decoded_token():
                 "waiting_seconds": 0.006,
                 "active": 10,
             },
-            cache={"decode_hits": 30, "decode_misses": 10, "decode_seconds": 0.002},
+            cache={"decode_hits": 30, "decode_misses": 14, "decode_wasted": 4, "decode_seconds": 0.002},
             prefetcher={"decode_bytes": 8_000 * factor, "decode_reads": 4, "decode_busy_seconds": 0.008},
             predictor={"decode_seconds": 0.001},
         )
@@ -120,7 +144,8 @@ def test_a_row_has_the_medians_of_its_runs_per_decoded_token():
     assert row.compute_ms == pytest.approx(6)
     assert row.waiting_ms == pytest.approx(3)
     assert row.other_ms == pytest.approx(30 - 6 - 3)
-    # 20 neurons predicted a token, 5 of them active: the up rows of all, the down rows of those.
+    # 20 neurons predicted a token, 5 of them active: the up rows of all, the down rows of those. Two more
+    # were read for a guess that came to nothing, and the kernels do not touch them.
     assert row.touched_bytes == pytest.approx(20 * 100 + 5 * 100)
     assert (row.dram_bytes, row.dram_by, row.limited) == (9_000, "cgroup", True)
 
@@ -216,7 +241,7 @@ def test_only_some_rows(job: Job) -> None:
         ablation.series(job, ["all"])
 
 
-def test_a_series_grows_by_a_run_and_stays_failed() -> None:
+def test_a_series_grows_by_a_run_and_keeps_the_good_ones() -> None:
     runs = iter([ran([0.010]), ran([0.030])])
 
     def run() -> Ran:
@@ -230,9 +255,115 @@ def test_a_series_grows_by_a_run_and_stays_failed() -> None:
 
     series = Series("x", run, row, TECHNIQUES, 10_000)
     assert [series.again().run_ms for _ in range(2)] == [pytest.approx((10,)), pytest.approx((10, 30))]
-    failed = series.again()
+    kept = series.again()
+    assert kept.run_ms == pytest.approx((10, 30))
+    assert (kept.error, kept.failed, kept.to_json()["failed"]) == ("", "no more", "no more")
     runs = iter([ran([0.050])])
-    assert series.again() == failed == Row("x", TECHNIQUES, error="no more", budget_bytes=10_000)
+    assert series.again() == kept, "what has failed once is not tried again"
+    runs = iter(())
+    never = Series("x", run, row, TECHNIQUES, 10_000)
+    assert never.again() == Row("x", TECHNIQUES, error="no more", budget_bytes=10_000)
+
+
+def test_a_row_with_a_failed_run_is_reported_with_it(job: Job, tmp_path: Path, monkeypatch: Any) -> None:
+    runs = iter([ran([0.010])])
+
+    def run() -> Ran:
+        return next(runs, None) or no_luck()
+
+    def row(found: Any) -> Row:
+        return rows.of_rings("x", (), found, stride=2, settings={})
+
+    monkeypatch.setattr(bench.ablation, "series", lambda job, only: [Series("x", run, row)])
+    results, said = results_of(replace(job, repeats=2), tmp_path, ["ablation"])
+    assert [one["run_ms"] for one in results["ablation"]] == [pytest.approx([10])]
+    assert "x: 1 of 2 runs: no luck." in results["caveats"]
+    assert "x could not be measured: no luck" in said
+
+
+def test_a_part_that_fails_keeps_what_it_has_and_stops_no_other(
+    job: Job, tmp_path: Path, monkeypatch: Any
+) -> None:
+    one = Throughput(512, 1, 8, 1e9, 1.0)
+    tries = iter([one])
+    monkeypatch.setattr(bench.disk, "try_once", lambda *_, **__: next(tries, None) or no_luck())
+    monkeypatch.setattr(bench.disk, "ceiling", lambda *_, **__: one)
+    monkeypatch.setattr(bench.curve, "measure", no_luck)
+    monkeypatch.setattr(bench.roofline, "bandwidth", lambda _: {"read": 1e9, "matvec": 2e9})
+    monkeypatch.setattr(bench.disk.shutil, "which", lambda _: "fio")
+    results, said = results_of(replace(job, quick=False), tmp_path, ["curve", "disk", "roofline"])
+    assert results["disk"] == [one.to_json()]
+    assert results["memory_bandwidth"]["matvec"] == 2e9
+    assert results["fio"] == []
+    for part in ("curve", "disk", "the prefetcher beside fio"):
+        assert f"{part} could not be measured: no luck" in said
+        assert f"{part} could not be measured: no luck." in results["caveats"]
+    assert not any(sentence.startswith("roofline could not") for sentence in said)
+
+
+def test_a_row_whose_ceilings_cannot_be_taken_is_kept_without_a_roof(
+    job: Job, tmp_path: Path, monkeypatch: Any
+) -> None:
+    row = Row("x", TECHNIQUES, total_ms=1.0, run_ms=(1.0,), bytes_per_token=1.0)
+    monkeypatch.setattr(bench.ablation, "series", lambda job, only: [made_of(row)])
+    monkeypatch.setattr(bench.disk, "try_once", no_luck)
+    monkeypatch.setattr(bench.roofline, "bandwidth", lambda _: {"read": 1e9, "matvec": 2e9})
+    results, said = results_of(job, tmp_path, ["ablation", "roofline"])
+    assert [one["name"] for one in results["ablation"]] == ["x"]
+    assert results["roofline"] == []
+    assert any(sentence.startswith("the disk's ceiling around x could not be measured") for sentence in said)
+
+
+def test_a_directory_that_is_not_writable_is_refused_before_the_first_row(
+    job: Job, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def run() -> Ran:
+        raise AssertionError("it was measured")
+
+    series = Series("x", run, lambda _: Row("x"))
+    monkeypatch.setattr(bench.ablation, "series", lambda job, only: [series])
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # tests may run as root
+    with pytest.raises(UsageError, match="is not writable"):
+        results_of(job, tmp_path, ["ablation"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 3), (2, 2)])
+def test_all_that_is_measured_has_the_same_threads(
+    store: Store, tmp_path: Path, monkeypatch: Any, given: int, expected: int
+) -> None:
+    """Those of the configuration where --threads does not say."""
+    made: list[Job] = []
+
+    def measure(job: Job, out: Path, **_: Any) -> None:
+        made.append(job)
+        (out / bench.REPORT).write_text("", encoding="utf-8")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    bench_command.command(
+        model=str(store.path),
+        out=tmp_path,
+        prompt_tokens=8,
+        tokens=4,
+        threads=given,
+        draw=False,
+        settings=["compute.threads=3"],
+    )
+    assert made[0].threads == made[0].resolved().compute.threads == expected
+
+
+def test_the_load_beside_a_ceiling_has_the_jobs_threads(job: Job, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def module_command(module: str, *arguments: str) -> list[str]:
+        asked.extend((module, *arguments))
+        return [sys.executable, "-c", "import sys; print('ready', flush=True); sys.stdin.read()"]
+
+    monkeypatch.setattr(children, "module_command", module_command)
+    monkeypatch.setattr(ceilings.disk, "try_once", lambda *_, **__: Throughput(512, 1, 8, 1e9, 1.0))
+    Around(replace(job, threads=3)).now(made_of(Row("x")))
+    assert asked[0] == "workers.compute.bandwidth"
+    assert asked[asked.index("--threads") + 1] == "3"
 
 
 def test_rows_and_peers_take_turns(job: Job, tmp_path: Path, monkeypatch: Any) -> None:

@@ -142,6 +142,7 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
         ("manifest.json", lambda data: _without(data, "bundles.bin"), "does not list bundles.bin"),
         ("manifest.json", lambda data: _without(data, "resident.safetensors"), "list resident.safetensors"),
         ("manifest.json", lambda data: _changed(data, files=[]), "manifest.json is damaged"),
+        ("manifest.json", lambda data: _lacking(data, "stride"), "manifest.json is damaged: 'stride'"),
         ("manifest.json", lambda data: _changed(data, alignment=0), "an alignment of 0 bytes"),
         ("manifest.json", lambda data: _changed(data, alignment="x"), "an alignment of 'x' bytes"),
     ],
@@ -160,6 +161,10 @@ def test_what_is_damaged_is_named(
 
 def _changed(manifest: bytes, **entries: object) -> bytes:
     return json.dumps({**json.loads(manifest), **entries}).encode()
+
+
+def _lacking(manifest: bytes, key: str) -> bytes:
+    return json.dumps({name: value for name, value in json.loads(manifest).items() if name != key}).encode()
 
 
 def _without(manifest: bytes, file: str) -> bytes:

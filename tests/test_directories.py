@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 from pathlib import Path
 
@@ -50,3 +51,15 @@ def test_a_user_without_any_home_is_told_what_to_set(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(UsageError, match="set HOME, or XDG_CACHE_HOME"):
         directories.home()
+
+
+def test_a_file_that_could_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    directories.check_writable(file)
+    file.touch()
+    directories.check_writable(file)
+    with pytest.raises(UsageError, match="it is a directory"):
+        directories.check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file)  # tests may run as root
+    with pytest.raises(UsageError, match=r"result\.json cannot be written: it is there and not writable"):
+        directories.check_writable(file)

@@ -19,6 +19,7 @@ from ring import generate as decode
 from safetensors.numpy import load_file
 
 from pipeline.cli import main
+from pipeline.config import Cache
 from pipeline.generate import Session, load_tokenizer
 from pipeline.messages import EMBEDDING, NeuronsPredicted
 from pipeline.segments import ID
@@ -28,7 +29,7 @@ from storage.format import Store
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
 from workers.compute.dense import DenseModel
-from workers.evaluation import evaluate, scoring
+from workers.evaluation import evaluate, points, scoring
 from workers.evaluation.chooser import make_chooser
 from workers.evaluation.report import compare_task, compare_text, judge
 from workers.evaluation.scoring import Scored, batches, score
@@ -269,7 +270,7 @@ def test_cache_aware_choice_is_the_rings_caches(store, lookahead):
     divided = plan_for(store, chosen)
     shape = (3, 2, divided.d_ff)
     active = np.zeros(shape, np.int32)
-    policy = partial(make_policy, divided.d_ff, 0, 4.0)
+    policy = partial(make_policy, divided.d_ff, Cache(half_life=4.0))
     cache = LayerCache(divided, active, np.zeros(shape, np.int32), lambda layer: policy())
     source = torch.from_numpy(np.random.default_rng(4).normal(size=(40, store.layout.d_model))).float()
     guessed = chooser.guess(1, source)
@@ -340,6 +341,13 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
         (("--point", "all", "--text", "a"), "--point takes"),
         (("--text", "a", "--tokens", "1"), "--tokens 1 is too few"),
         (("--text", "a", "--picture", "/nowhere/dial.png"), "there is no directory /nowhere"),
+        (("--text", "a", "--picture", "dial.png"), "--picture shows points"),
+        (("--text", "a", "--seed", "-1"), "-1 is not in the range"),
+        (("--text", "a", "--set", "compute.context=1"), "compute.context 1 is too little"),
+        (
+            ("--tasks", "piqa", "--data", ".", "--text", "a", "--point", "a: predictor.kind=all"),
+            "points are compared on a text alone",
+        ),
     ],
 )
 def test_wrong_use_is_one_sentence(store, monkeypatch, capfd, arguments, reason):
@@ -368,11 +376,39 @@ def test_points_compare_settings_on_one_text(store, tmp_path, monkeypatch, capfd
     streamed = layout.layers * (layout.d_ff - round(0.6 * layout.d_ff)) * layout.stride
     assert found["whole"]["bytes_per_token"] == streamed
     assert picture.stat().st_size > 10_000
+    wrong = ("--point", "wrong: model.predictor=none")
+    assert run(monkeypatch, *arguments, *wrong) == 1
+    assert "predictors 'none' of small" not in capfd.readouterr().out
     assert run(monkeypatch, *arguments, "--tokens", "100") == 0  # one row: no interval
     ratios = [one["ratio"] for one in json.loads(capfd.readouterr().out)["points"]]
     assert all(one["low"] is one["high"] is None for one in ratios)
     assert run(monkeypatch, *arguments[:-1], "--tokens", "100") == 0
     assert "+0.00%" in capfd.readouterr().out
+
+
+def test_points_read_what_their_own_cache_would(store, model):
+    rows = np.random.default_rng(5).integers(4, 260, (2, 40))
+
+    def read(**sections):
+        predictor = {"kind": "lowrank", "lookahead": 0, **sections.pop("predictor", {})}
+        chosen = config(predictor=predictor, **sections)
+        (found,) = points.measure(model, [("one", chosen, ())], rows, 0)
+        return found
+
+    share = {"cache": {"share": 0.6}}
+    usual, forgetful = read(**share), read(cache={"share": 0.6, "keep": False})
+    assert 0.0 == forgetful.hit_rate < usual.hit_rate
+    whole = read(**share, predictor={"pinned_layers": (0, 1, 2)})  # all resident after the first tokens
+    assert (whole.bytes_per_token, whole.capacity, whole.hit_rate) == (0.0, 1.0, 1.0)
+
+
+def test_an_empty_task_file_and_a_damaged_one_are_named(tmp_path):
+    (tmp_path / "piqa.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="is not a piqa file: it has no items"):
+        load("piqa", tmp_path / "piqa.jsonl")
+    (tmp_path / "piqa.jsonl.bz2").write_bytes(bz2.compress(b"x" * 1000)[:-20])
+    with pytest.raises(UsageError, match=r"piqa\.jsonl\.bz2 cannot be read"):
+        load("piqa", tmp_path / "piqa.jsonl.bz2")
 
 
 def test_tasks_score_choices_by_their_tokens(store, model, tmp_path):

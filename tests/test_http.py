@@ -134,6 +134,8 @@ def test_models(server):
         ({"echo": True}, "echo"),
         ({"tempurature": 1}, "tempurature"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
         ({"prompt": []}, "prompt"),
     ],
 )
@@ -146,6 +148,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, changes, param):
 
 def test_wrong_values_and_bodies_are_refused(server):
     assert call(server.url, "/v1/completions", {"prompt": "x", "top_p": 7})[0] == 400
+    assert call(server.url, "/v1/completions", {"prompt": "x", "top_k": 2**64})[0] == 400
     assert call(server.url, "/v1/completions", {"prompt": ""})[0] == 400
     assert call(server.url, "/v1/completions", b"{not json")[0] == 400
     assert call(server.url, "/v1/completions", b"\xff\xfe")[0] == 400
@@ -236,6 +239,27 @@ def test_curl_streams(server):
     assert lines[-2:] == ["data: [DONE]", ""]
     parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert "".join(part["choices"][0]["text"] for part in parts) == text_of(WHOLE, max_new_tokens=3)
+
+
+def test_a_token_whose_text_is_held_back_keeps_its_logprob_in_a_stream(server):
+    begun = text_of("x", max_new_tokens=1, seed=0)
+    with speak(server.url) as client:
+        pieces = list(
+            client.completions.create(
+                model="fake",
+                prompt="x",
+                max_tokens=3,
+                seed=0,
+                logprobs=1,
+                stop=f"{begun} never",
+                stream=True,
+            )
+        )
+    choices = [piece.choices[0] for piece in pieces]
+    logprobs = [one for choice in choices if choice.logprobs for one in choice.logprobs.token_logprobs]
+    assert choices[0].text == "", "held back: the stop string begins like it"
+    assert logprobs == [-0.5] * 3
+    assert "".join(choice.text for choice in choices) == text_of("x", max_new_tokens=3, seed=0)
 
 
 def test_metrics_are_prometheus_text(server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import write_checkpoint
@@ -75,6 +76,17 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
         models.find_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_directory_without_a_name_of_its_own_is_one_as_any(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    with pytest.raises(UsageError, match="neither a store"):
+        models.find_source(name)
+    monkeypatch.chdir(checkpoint)
+    assert models.find_source(".") == models.Source("tiny", directory=checkpoint.resolve())
+
+
 def test_an_interrupted_conversion_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "store.partial").mkdir()
     with pytest.raises(StoreIncomplete, match="interrupted"):
@@ -101,6 +113,12 @@ def test_a_changed_checkpoint_is_converted_again(checkpoint: Path) -> None:
     assert second.identity != first.identity
 
 
+def test_a_new_chat_template_makes_another_store(checkpoint: Path) -> None:
+    before = models.find_source(str(checkpoint)).cached_store()
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    assert models.find_source(str(checkpoint)).cached_store() != before
+
+
 def test_a_downloaded_checkpoint_needs_no_network_and_its_store_not_even_the_checkpoint(
     hub: Path, home: Path
 ) -> None:
@@ -122,6 +140,25 @@ def test_a_download_without_weights_counts_as_none(hub: Path) -> None:
     next(hub.glob("snapshots/*/model.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="hf download org/tiny"):
         models.find_source("org/tiny").open_store()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_download_that_cannot_be_kept_is_not_said_to_be_unreachable(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, "the reason")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=[]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be fetched into .* HF_HOME moves: the reason$"):
+        models.download("org/tiny")
+
+
+def test_a_chat_template_is_fetched() -> None:
+    assert "chat_template.jinja" in models._patterns(["config.json", "a.safetensors", "chat_template.jinja"])
 
 
 def test_only_one_form_of_the_weights_is_fetched() -> None:

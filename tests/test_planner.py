@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def test_parts_hold_what_the_segments_take(model: Store, config: Config) -> None
     parts = report.parts
     assert parts["slots"] + parts["staging"] + parts["tables"] == sum(segments.sizes(report.plan).values())
     assert all(1 <= slots <= report.plan.d_ff for slots in report.plan.slots)
+
+
+def test_scratch_is_for_the_threads_that_compute_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `taskset` fewer than the machine has cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 7})
+
+    def scratch(threads: int) -> int:
+        return planner.plan(store(), configured(compute={"threads": threads})).parts["activations"]
+
+    assert scratch(0) == scratch(2) < scratch(64)
 
 
 def test_pinned_layers_have_a_slot_for_every_neuron() -> None:
@@ -298,3 +310,15 @@ def test_the_disk_is_probed_with_what_is_there(tmp_path: Path) -> None:
     model = store(path=tmp_path)
     (tmp_path / BUNDLES).write_bytes(bytes(model.layout.total_bytes))
     assert planner.probe_rate(model) > 1e6
+
+
+def test_the_readmes_recipe_for_opt_6_7b_has_room_for_a_working_set() -> None:
+    """`--config configs/opt-6.7b.toml --memory 50%+1GiB --context 512`, with predictors of 8 % of the FFN."""
+    model = store(layers=32, d_model=4096, d_ff=16_384, resident=4_727_043_728)
+    file = Path(__file__).parent.parent / "configs" / "opt-6.7b.toml"
+    budget = planner.parse_budget("50%+1GiB", model)
+    assert budget is not None
+    left = budget - round(0.08 * model.layout.total_bytes)
+    settings = ["predictor.kind=all", "compute.context=512", "compute.threads=2", f"memory.budget={left}B"]
+    divided = planner.plan(model, Config.load(file, settings)).plan
+    assert min(divided.slots) > 0.15 * model.layout.d_ff

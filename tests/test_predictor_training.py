@@ -241,6 +241,7 @@ def test_early_maps_learn_from_what_is_announced_before_attention(
         for layer in range(3):
             _, x = model.layer(layer, x, lambda _, announced, __: heard.append(announced), early=True)
     np.testing.assert_allclose(recorded.inputs(2), heard[2], atol=0.01)
+    np.testing.assert_allclose(recorded.targets(2), inputs, atol=0.01)  # what the regression aims at
     assert [one.active for one in own] == [one.active for one in early]
     # Chance has as much recall as it predicts; before the first attention there is little to go by.
     assert all(one.recall > one.predicted + 0.03 for one in early)
@@ -376,3 +377,6 @@ def test_texts_plain_and_lines_and_packed(store: Store, tmp_path: Path) -> None:
         texts.rows(tmp_path / "empty.txt", store, 200)
     with pytest.raises(UsageError, match="cannot be read"):
         texts.rows(tmp_path / "absent.txt", store, 200)
+    (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(300))), encoding="utf-8")
+    whole = texts.rows(tmp_path / "numbers.txt", store, 120)[0]
+    assert texts.rows(tmp_path / "numbers.txt", store, 60, skip=20)[0].tolist() == whole[20:80].tolist()

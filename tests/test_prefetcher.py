@@ -39,10 +39,12 @@ from pipeline.process import WorkerSpec
 from pipeline.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
-from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_backend
+from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_queues
 from workers.prefetcher.bundle_file import BundleFile
+from workers.prefetcher.io_uring import IoUring
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.requests import Planner, Requests
+from workers.prefetcher.threads import Threads
 
 BACKENDS = ("io_uring", "threads", "aiofiles")
 WAIT = 30.0  # seconds; far above what anything here takes
@@ -110,7 +112,7 @@ def with_pool(
             slots.ctypes.data, slots.shape[0], layout.stride, layout.d_ff, 4096, max_gap, sink.ctypes.data
         )
         with BundleFile.open(path or store.path / BUNDLES, layout.stride, direct) as file:
-            queues = [wrap(open_backend(backend, file, depth)[0]) for _ in range(readers)]
+            queues = [wrap(queue) for queue in (await open_queues(backend, file, depth, readers))[0]]
             pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}", in_flight)
             tasks = [
                 asyncio.ensure_future(pool.run()),
@@ -357,11 +359,33 @@ def test_without_io_uring_threads_read_and_say_why(store: Store) -> None:
 
     async def main() -> None:
         with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
-            queue, note = open_backend("auto", file, 2, refused)
+            (queue,), note = await open_queues("auto", file, 2, 1, refused)
             await queue.close()
             assert note == "reads by threads, because the kernel refuses io_uring (Operation not permitted)"
             with pytest.raises(ConfigError, match="backend is io_uring, but the kernel refuses"):
-                open_backend("io_uring", file, 2, refused)
+                await open_queues("io_uring", file, 2, 1, refused)
+
+    uvloop.run(main())
+
+
+def test_where_the_kernel_refuses_a_second_ring_all_queues_are_threads(store: Store) -> None:
+    opened: list[IoUring] = []
+
+    def second_refused(file: BundleFile, depth: int) -> Backend:
+        if opened:
+            raise BackendUnavailable("the kernel refuses io_uring (Cannot allocate memory)")
+        opened.append(IoUring(file, depth))
+        return opened[0]
+
+    async def main() -> None:
+        with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
+            queues, note = await open_queues("auto", file, 2, 3, second_refused)
+            assert [type(queue) for queue in queues] == [Threads] * 3
+            assert "because the kernel refuses io_uring (Cannot allocate memory)" in note
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(opened[0]._ring)
+            for queue in queues:
+                await queue.close()
 
     uvloop.run(main())
 

@@ -35,6 +35,7 @@ from pipeline.client_messages import (
     encode,
 )
 from pipeline.config import Sampling
+from pipeline.endpoint import check_endpoint
 from pipeline.errors import (
     DeadlineExceeded,
     ProtocolMismatch,
@@ -42,6 +43,7 @@ from pipeline.errors import (
     ServerUnavailable,
     ServingError,
 )
+from pipeline.scheduler import Event, Job, Scheduler
 from pipeline.warm_ring import WarmRing
 from storage.errors import RingError, UsageError
 
@@ -208,11 +210,32 @@ def test_a_deadline_ends_a_request_wherever_it_is(tmp_path, running):
         server.until(lambda: server.scheduler.waiting == 0)
 
 
+def test_a_deadline_ends_an_answer_in_the_own_program_too():
+    with Pipeline(WarmRing(FastSession)) as pipeline:
+        late = pipeline.generate("late", max_new_tokens=4000, deadline=1e-9)
+        with pytest.raises(DeadlineExceeded, match="the request's deadline of 1e-09 s has passed"):
+            late.read()
+        assert late.done is None
+        with pytest.raises(UsageError, match="deadline"):
+            pipeline.generate("x", deadline=float("nan"))
+        in_time = pipeline.generate("x", max_new_tokens=2, deadline=3600.0)
+        assert in_time.read() == text_of("x", max_new_tokens=2)
+
+
 def test_wrong_parameters_are_usage_errors(tmp_path):
     with served(tmp_path, max_message=10_000) as server, Client(server.endpoint) as client:
-        for wrong in ({"top_p": 2.0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"seed": -1}):
-            with pytest.raises(UsageError):
+        for wrong in (
+            {"top_p": 2.0},
+            {"top_k": 2**31},
+            {"max_new_tokens": 0},
+            {"temperature": -1.0},
+            {"seed": -1},
+            {"deadline": -1.0},
+            {"deadline": float("nan")},
+        ):
+            with pytest.raises(UsageError, match=next(iter(wrong))):
                 client.generate("x", **wrong).read()
+        assert server.ask(lambda: server.scheduler.waiting) == 0
         with pytest.raises(UsageError, match="wrong kind"):
             client.generate("x", seed="one")
         with pytest.raises(UsageError, match="prompt is empty"):
@@ -433,11 +456,64 @@ def test_a_server_that_stops_ends_open_answers(tmp_path):
         waiting.read()
     assert running.text == ""
     assert session.closed
+    assert session.abandoned, "a run that does not end would hold the server up"
+
+
+def test_a_job_that_the_loop_does_not_know_to_run_is_ended_too():
+    session = GatedSession()
+
+    async def stop_at_once() -> list[Event]:
+        events: list[Event] = []
+        scheduler = Scheduler(WarmRing(lambda: session))
+        scheduler.submit(Job("client", submit(1, tokens=1000), events.append))
+        assert session.started.wait(30)  # the loop stands still meanwhile
+        assert scheduler.running is None
+        try:
+            async with asyncio.timeout(30):
+                await scheduler.stop()
+        finally:
+            session.let(1000)
+        return events
+
+    last = asyncio.run(stop_at_once())[-1]
+    assert isinstance(last, Done)
+    assert last.reason == "cancelled"
+
+
+def test_a_socket_in_another_users_directory_is_not_used(tmp_path, monkeypatch):
+    foreign, link = tmp_path / "foreign", tmp_path / "link"
+    foreign.mkdir()
+    link.symlink_to(tmp_path)
+    user = os.getuid()
+    if user:
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    else:  # what is root's is trusted
+        os.chown(foreign, 1, 1)
+        os.chown(link, 1, 1, follow_symlinks=False)
+
+    async def connect(endpoint: str) -> None:
+        client = AsyncClient(endpoint, timeout=0.05)
+        try:
+            await client.health()
+        finally:
+            await client.close()
+
+    for directory in (foreign, link):
+        endpoint = f"ipc://{directory / 'socket'}"
+        refusal = f"{directory} belongs to another user"
+        with pytest.raises(UsageError, match=refusal):
+            Client(endpoint, timeout=0.05)
+        with pytest.raises(UsageError, match=refusal):
+            asyncio.run(connect(endpoint))
+        with pytest.raises(UsageError, match=refusal):
+            check_endpoint(endpoint, None)
 
 
 def test_nobody_there_is_said_after_the_timeout(tmp_path):
     with pytest.raises(ServerUnavailable, match="no sign of life"):
         Client(f"ipc://{tmp_path / 'nobody'}", timeout=0.05)
+    with pytest.raises(ServerUnavailable, match="no sign of life"):
+        Client(f"ipc://{tmp_path / 'no' / 'socket'}", timeout=0.05)
     with pytest.raises(UsageError):
         Client("carrier-pigeon://")
 

@@ -14,6 +14,7 @@ from ring import config
 
 from pipeline import ending
 from pipeline.cli import main
+from pipeline.config import Cache
 from pipeline.messages import NeuronsPredicted
 from pipeline.plan import Plan
 from storage.convert import convert
@@ -21,7 +22,7 @@ from storage.errors import StoreError
 from storage.format import Store
 from workers.cache.frequency import RecentlyFrequent, make_policy
 from workers.cache.layers import LayerCache
-from workers.cache.policy import WindowThenOldest
+from workers.cache.policy import KeepNothing, WindowThenOldest
 from workers.cache.residency import Residency
 from workers.compute.dense import DenseModel
 from workers.evaluation.chooser import make_chooser
@@ -106,7 +107,7 @@ def test_union_and_new_neurons_are_exact():
 
 def outcomes(trace: Trace, slots: int) -> dict[str, replay.Outcome]:
     made = replay.policies(trace, make_trace(seed=5), [3], [4.0, 16.0])
-    return {name: replay.replay(trace, slots, make) for name, make in made.items()}
+    return {name: replay.replay(trace, [slots] * LAYERS, make) for name, make in made.items()}
 
 
 @pytest.mark.parametrize("slots", [14, 20, 30])
@@ -138,16 +139,17 @@ def test_belady_is_the_optimum(seed):
     masks = np.random.default_rng(seed).random((12, 8)) < 0.3
     masks[masks.sum(axis=1) > 4] = False
     trace = Trace(8, 512, pack(masks)[None], None, None, {})
-    found = replay.replay(trace, 4, lambda layer, slots: Belady(masks))
+    found = replay.replay(trace, [4] * LAYERS, lambda layer, slots: Belady(masks))
     assert found.hits == best_hits(masks, 4)
 
 
 def test_window_zero_and_a_tiny_half_life_are_lru():
     trace = make_trace()
-    lru = replay.replay(trace, 16, lambda layer, slots: WindowThenOldest(D_FF, 0))
-    tiny = replay.replay(trace, 16, lambda layer, slots: RecentlyFrequent(D_FF, 0, 1e-2))
+    lru = replay.replay(trace, [16] * LAYERS, lambda layer, slots: WindowThenOldest(D_FF, 0))
+    tiny = replay.replay(trace, [16] * LAYERS, lambda layer, slots: RecentlyFrequent(D_FF, 0, 1e-2))
     assert tiny == lru
-    assert make_policy(D_FF, 0, 0.0).__class__ is WindowThenOldest
+    assert make_policy(D_FF, Cache(half_life=0)).__class__ is WindowThenOldest
+    assert make_policy(D_FF, Cache(keep=False)).__class__ is KeepNothing
 
 
 def test_the_rarely_used_leaves_first():
@@ -178,17 +180,17 @@ def test_hot_neurons_stay_beyond_the_window():
 @pytest.mark.parametrize("half_life", [0.0, 8.0])
 def test_replay_reads_what_the_rings_cache_reads(guesses, half_life):
     """The same sets through the cache worker's own state machine: as many hits and reads."""
-    trace, slots = make_trace(guesses=guesses), 24
+    trace, slots, settings = make_trace(guesses=guesses), 24, Cache(half_life=half_life)
     plan = Plan(LAYERS, 64, D_FF, 512, (slots,) * LAYERS, D_FF, 128, 1, 1, frozenset())
     table = np.zeros((LAYERS, 2, D_FF), np.int32)
-    cache = LayerCache(plan, table, table.copy(), lambda layer: make_policy(D_FF, 0, half_life))
+    cache = LayerCache(plan, table, table.copy(), lambda layer: make_policy(D_FF, settings))
     sets = [(trace.guessed, True), (trace.used, False)] if guesses else [(trace.used, False)]
     for step, layer in itertools.product(range(TOKENS), range(LAYERS)):
         for bits, guess in sets:
             ids = np.flatnonzero(trace.masks(bits, layer)[step])
             done = (step - 1) * LAYERS + layer
             cache.handle(NeuronsPredicted(1, step, layer, ids.size, 0, guess, False, done), ids)
-    found = replay.replay(trace, slots, lambda layer, slots: make_policy(D_FF, 0, half_life))
+    found = replay.replay(trace, [slots] * LAYERS, lambda layer, slots: make_policy(D_FF, settings))
     counted = cache.stats()
     assert counted["staged"] == 0
     assert (found.hits, found.reads) == (counted["decode_hits"], counted["decode_misses"])
@@ -252,6 +254,11 @@ def test_the_commands(store, tmp_path, monkeypatch, capfd):
     assert run(monkeypatch, "record", out, *options) == 0
     assert Trace.load(tmp_path / "a.npz").tokens == 256
     assert "256 tokens (2 rows of 128), 3 layers" in capfd.readouterr().err
+    skipped = str(tmp_path / "b.npz")
+    assert run(monkeypatch, "record", skipped, *options[:-1], "128", "--skip", "100") == 0
+    assert "128 tokens (one row), 3 layers" in capfd.readouterr().err
+    assert run(monkeypatch, "record", skipped, *options, "--skip", "5000") == 2
+    assert "too few for a row" in capfd.readouterr().err
     options = ("--capacities", "0.5,0.7", "--half-lives", "8", "--picture", str(picture), "--json")
     assert run(monkeypatch, "replay", out, *options) == 0
     found = json.loads(capfd.readouterr().out)

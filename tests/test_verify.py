@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 
 from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
-from storage.errors import StoreCorrupt, StoreError
+from storage.errors import StoreCorrupt, StoreError, StoreMissing
 from storage.format import Store
 from storage.verify import verify
 
@@ -34,6 +34,15 @@ def test_a_good_store(store: Store) -> None:
     verify(store.path, lambda name, done, total: heard.update({name: (done, total)}))
     assert heard.keys() == store.manifest.files.keys()
     assert all(done == total for done, total in heard.values())
+
+
+def test_a_store_is_found_where_one_stands(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store.path)
+    verify(Path("."))
+    monkeypatch.chdir(store.path.parent)
+    for path in (".", "/"):  # neither has a name of its own
+        with pytest.raises(StoreMissing, match=r"is not a store: it has no manifest\.json"):
+            verify(Path(path))
 
 
 @pytest.mark.parametrize("byte", [0, 200, 511])  # up-projection row, down-projection column, padding

@@ -7,19 +7,22 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
 from pipeline.bench.ceilings import Around, Ceilings
+from pipeline.bench.children import ChildFailed
 from pipeline.bench.disk import Throughput
 from pipeline.bench.job import Job
 from pipeline.bench.prefill import Prefill
 from pipeline.bench.roofline import Roofline
 from pipeline.bench.rows import NAIVE, Row
 from pipeline.bench.series import Series
+from pipeline.directories import check_writable
 
 FORMAT = 1  # of results.json
 RESULTS, REPORT = "results.json", "results.md"
@@ -46,6 +49,7 @@ class Bench:
     prefills: list[Prefill] = field(default_factory=list)
     fio: list[Throughput] = field(default_factory=list)  # the prefetcher's and fio's tries in turn
     peers: dict[str, Row] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)  # of what is not a row
 
     def write(self) -> None:
         """Results, report and plots of everything so far."""
@@ -66,6 +70,7 @@ class Bench:
         measured = [row for row in (*self.rows.values(), *self.curve, *self.peers.values()) if not row.error]
         cold = [row for row in measured if not row.cold]
         free = [row for row in measured if not row.limited]
+        short = [row for row in measured if row.failed]
         return {
             "format": FORMAT,
             "title": f"{store.manifest.name}{' (synthetic)' if synthetic else ''}, {job.budget}",
@@ -79,6 +84,8 @@ class Bench:
                 *conditions.caveats(self.conditions),
                 *([f"Not from a cold page cache: {_names(cold)}."] if cold else []),
                 *([f"Without a memory cgroup: {_names(free)}."] if free else []),
+                *(f"{row.name}: {len(row.run_ms)} of {job.repeats} runs: {row.failed}." for row in short),
+                *(f"{failure}." for failure in dict.fromkeys(self.failures)),
             ],
             "budget": job.budget,
             "prompt_tokens": job.prompt_tokens,
@@ -142,10 +149,12 @@ def measure(
 ) -> Bench:
     """Measure the ablation's rows (`only` those named, if any) and the peers in turn, then the other parts.
 
-    Writes into `out` after each row and part.
+    Writes into `out` after each row and part. What fails is told, and stops nothing else. Raises UsageError
+    for a row that there is not, and for an `out` that cannot be written.
     """
     own = ablation.series(job, only) if "ablation" in parts else []
     out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / RESULTS)
     others = peers.series(job, interpreters, checkpoint, out) if checkpoint is not None else []
     bench = Bench(job, out, parts, draw, conditions.take(job.store.path), Around(job))
     for caveat in conditions.caveats(bench.conditions):
@@ -156,7 +165,8 @@ def measure(
     for part, take in _PARTS.items():
         if part in parts:
             say(f"== {part}")
-            take(bench)
+            with _told(bench, part):
+                take(bench)
             bench.write()
     return bench
 
@@ -182,15 +192,32 @@ def _half_memory(bench: Bench) -> None:
 def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     bench.job.say(f"measuring {series.name}")
     roofed = "roofline" in bench.parts and _has_roof(bench.job, series)
-    before = bench.around.now(series) if roofed else None
+    before = _ceilings(bench, series) if roofed else None
     row = rows[series.name] = series.again()
     bench.around.ran()
-    if row.error:
-        bench.job.say(f"{series.name} could not be measured: {row.error}")
-    elif before is not None:
-        ceilings = before.between(bench.around.now(series))
-        bench.ceilings.setdefault(row.name, []).append(ceilings)
+    if series.error:
+        bench.job.say(f"{series.name} could not be measured: {series.error}")
+    elif before is not None and (after := _ceilings(bench, series)) is not None:
+        bench.ceilings.setdefault(row.name, []).append(before.between(after))
     bench.write()
+
+
+def _ceilings(bench: Bench, series: Series) -> Ceilings | None:
+    """None where they cannot be taken: the row is measured without a roof then."""
+    found = None
+    with _told(bench, f"the disk's ceiling around {series.name}"):
+        found = bench.around.now(series)
+    return found
+
+
+@contextmanager
+def _told(bench: Bench, what: str) -> Iterator[None]:
+    """Tell a child's failure and go on: what has been measured stays."""
+    try:
+        yield
+    except ChildFailed as error:
+        bench.failures.append(f"{what} could not be measured: {error}")
+        bench.job.say(bench.failures[-1])
 
 
 def _has_roof(job: Job, series: Series) -> bool:
@@ -205,11 +232,12 @@ def _curve(bench: Bench) -> None:
 
 
 def _disk(bench: Bench) -> None:
-    bench.tries = disk.sweep(bench.job.store, quick=bench.job.quick)
+    for one in disk.sweep(bench.job.store, quick=bench.job.quick):
+        bench.tries.append(one)  # one by one: a later one may fail
 
 
 def _roofline(bench: Bench) -> None:
-    """Of the rows whose ceilings have been taken."""
+    """Of the rows whose ceilings have been taken around each run."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
     memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
@@ -217,7 +245,7 @@ def _roofline(bench: Bench) -> None:
     bench.roofs = [
         roofline.measure(job, row, memory, bench.ceilings[row.name])
         for row in whole
-        if row.name in bench.ceilings and row.bytes_per_token > 0
+        if len(bench.ceilings.get(row.name, ())) == len(row.run_ms) and row.bytes_per_token > 0
     ]
     naive = next((roof for roof in bench.roofs if roof.row == NAIVE), None)
     sequential = naive.disk_idle if naive else bench.around.now(job.naive()).idle
@@ -225,7 +253,8 @@ def _roofline(bench: Bench) -> None:
         prefill.measure(job, row, sequential, bench.bandwidth) for row in whole if ablation.complete(job, row)
     ]
     if not job.quick:
-        bench.fio = disk.beside_fio(job.store, job.store.layout.stride)
+        with _told(bench, "the prefetcher beside fio"):
+            bench.fio = disk.beside_fio(job.store, job.store.layout.stride)
 
 
 _PARTS: dict[str, Callable[[Bench], None]] = {"curve": _curve, "disk": _disk, "roofline": _roofline}

@@ -40,13 +40,18 @@ class Around:
     _fresh: dict[tuple[int, bool], Ceilings] = field(default_factory=dict)
 
     def now(self, series: Series) -> Ceilings:
-        """At the request size of the row's last run; before the first, a bundle's."""
+        """At the request size of the row's last run; before the first, a bundle's. Raises ChildFailed."""
         request = _request(self.job, series)
         key = request, series.streams
         if key not in self._fresh:
             idle, loaded = (
                 disk.ceiling(
-                    self.job.store, request, quick=self.job.quick, dtype=dtype, sequential=series.streams
+                    self.job.store,
+                    request,
+                    quick=self.job.quick,
+                    dtype=dtype,
+                    threads=self.job.threads,
+                    sequential=series.streams,
                 ).bytes_per_second
                 for dtype in (None, self.job.store.layout.dtype)
             )

@@ -31,7 +31,7 @@ class Ran:
     """What a child printed, and what the kernel says about it."""
 
     result: dict[str, Any]
-    peak_bytes: int | None  # of its cgroup; None without one
+    peak_bytes: int | None  # of its cgroup; None without one, and where the kernel does not tell
     limited: bool  # it ran within a cgroup of the budget
     cold: bool  # the page cache was empty at its start
 
@@ -105,10 +105,11 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @contextlib.contextmanager
-def load(dtype: str) -> Iterator[None]:
-    """Keep the kernels and the memory busy in another process meanwhile."""
+def load(dtype: str, threads: int) -> Iterator[None]:
+    """Keep the kernels and the memory busy in another process meanwhile; 0 `threads`: as many as cores."""
+    line = ["--load", "--bytes", str(256 << 20), "--dtype", dtype, "--threads", str(threads)]
     with subprocess.Popen(
-        module_command("workers.compute.bandwidth", "--load", "--bytes", str(256 << 20), "--dtype", dtype),
+        module_command("workers.compute.bandwidth", *line),
         env=module_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

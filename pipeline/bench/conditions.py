@@ -14,6 +14,7 @@ import psutil
 
 from pipeline.bench.children import DROP_CACHES
 from pipeline.cgroup import CgroupUnavailable, MemoryCgroup
+from pipeline.cores import cores
 
 PACKAGES = ("flashring", "numpy", "numba", "torch", "pyzmq", "msgpack", "uvloop", "aiofiles")
 
@@ -23,7 +24,7 @@ def take(path: Path) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "available_bytes": psutil.virtual_memory().available,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

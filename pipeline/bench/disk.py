@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from pipeline.bench import children
 from pipeline.bench.children import ChildFailed
-from storage.errors import FlashringError
 from storage.format import BUNDLES, Store
 
 SIZES = (4 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes
@@ -60,23 +60,27 @@ def try_once(
     return Throughput(request, readers, depth, rate, cpu, loaded, sequential)
 
 
-def sweep(store: Store, *, quick: bool) -> list[Throughput]:
-    """Every combination that the file is large enough for."""
+def sweep(store: Store, *, quick: bool) -> Iterator[Throughput]:
+    """Every combination that the file is large enough for. Raises ChildFailed."""
     sizes, readers, depths = QUICK if quick else (SIZES, READERS, DEPTHS)
     path = store.path / BUNDLES
-    return [
-        try_once(path, request, number, depth, quick=quick)
-        for request, number, depth in product(sizes, readers, depths)
-        if request <= store.layout.total_bytes
-    ]
+    for request, number, depth in product(sizes, readers, depths):
+        if request <= store.layout.total_bytes:
+            yield try_once(path, request, number, depth, quick=quick)
 
 
 def ceiling(
-    store: Store, request: int, *, quick: bool, dtype: str | None = None, sequential: bool = False
+    store: Store,
+    request: int,
+    *,
+    quick: bool,
+    dtype: str | None = None,
+    threads: int = 0,
+    sequential: bool = False,
 ) -> Throughput:
-    """The most that any number of readers and depth brings at this size; with `dtype`, under load.
+    """The most that any number of readers and depth brings at this size.
 
-    Raises FlashringError where nothing could be read.
+    With `dtype`, while its kernels run with `threads`. Raises ChildFailed where nothing could be read.
     """
     path = store.path / BUNDLES
     tries = CEILING_DEPTHS[:1] if quick else CEILING_DEPTHS
@@ -94,12 +98,12 @@ def ceiling(
             except ChildFailed as error:
                 reason = error
         if not found:
-            raise FlashringError(f"the disk could not be measured: {reason}")
+            raise ChildFailed(f"the disk could not be measured: {reason}")
         return max(found, key=lambda one: one.bytes_per_second)
 
     if dtype is None:
         return best()
-    with children.load(dtype):
+    with children.load(dtype, threads):
         return best()
 
 
@@ -109,7 +113,10 @@ FIO_SECONDS = 2
 
 
 def beside_fio(store: Store, request: int) -> list[Throughput]:
-    """The prefetcher and fio in turn, random direct reads of one size; nothing where fio is not installed."""
+    """The prefetcher and fio in turn, random direct reads of one size; nothing where fio is not installed.
+
+    Raises ChildFailed, such as for a file system or a kernel on which fio cannot read so.
+    """
     path = store.path / BUNDLES
     if shutil.which("fio") is None:
         return []

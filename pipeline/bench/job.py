@@ -34,7 +34,7 @@ class Job:
     tokens: Path  # file of forced token ids
     count: int  # of them
     repeats: int
-    threads: int  # of compute; 0: as many as cores
+    threads: int  # of compute, whatever the settings say; 0: as many as cores
     quick: bool
     say: Callable[[str], None]
     settings: tuple[str, ...] = field(default=())  # of the user, for every ring
@@ -61,7 +61,8 @@ class Job:
 
     def arguments_of(self, settings: Mapping[str, str]) -> list[str]:
         """`section.key=value`, the given settings last."""
-        shared = [f"compute.context={self.context}", f"compute.threads={self.threads}", *self.settings]
+        # After the user's: the baseline and the roofs are measured with the same threads.
+        shared = [f"compute.context={self.context}", *self.settings, f"compute.threads={self.threads}"]
         return [*shared, *(f"{key}={value}" for key, value in settings.items())]
 
     def ring(
@@ -156,5 +157,5 @@ def make_job(
 
 def quick_budget(store: Store, settings: tuple[str, ...], context: int, threads: int) -> str:
     """A budget that leaves a tiny model a quarter of its FFN: half of it would be less than a process."""
-    config = Config.load(None, [f"compute.context={context}", f"compute.threads={threads}", *settings])
+    config = Config.load(None, [f"compute.context={context}", *settings, f"compute.threads={threads}"])
     return f"{planner.least(store, config).total + store.layout.total_bytes // 4}B"

@@ -24,6 +24,7 @@ class Row:
     name: str
     techniques: tuple[str, ...] = ()
     error: str = ""  # why it could not be measured; everything below is 0 then
+    failed: str = ""  # why a run failed after good ones, of which the row is
     budget_bytes: int | None = None
     dram_bytes: int = 0  # most that all processes held
     dram_by: str = ""  # cgroup, or proportional set size
@@ -82,16 +83,13 @@ def of_rings(
 
     compute = 1e3 * per_token(*(("compute", f"{phase}_seconds") for phase in ("attention", "ffn", "head")))
     waiting = 1e3 * per_token(("compute", "waiting_seconds"))
-    neurons = per_token(("cache", "decode_hits"), ("cache", "decode_misses"))
-    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    # Misses are what was read: also guesses that no set wanted.
+    wasted = per_token(("cache", "decode_wasted"))
+    neurons = per_token(("cache", "decode_hits"), ("cache", "decode_misses")) - wasted
     return Row(
         name=name,
         techniques=techniques,
         budget_bytes=results[0]["memory"]["budget_bytes"],
-        dram_bytes=max(peaks) if peaks else max(result["memory"]["peak_bytes"] for result in results),
-        dram_by="cgroup" if peaks else "proportional set size",
-        limited=all(run.limited for run in runs),
-        cold=all(run.cold for run in runs),
         bytes_per_token=per_token(("prefetcher", "decode_bytes")),
         reads_per_token=per_token(("prefetcher", "decode_reads")),
         # Both rows of a bundle are needed where its neuron is active, the first row alone elsewhere.
@@ -102,13 +100,10 @@ def of_rings(
         compute_ms=compute,
         waiting_ms=waiting,
         other_ms=max(0.0, timed.mean - compute - waiting),
-        total_ms=timed.median,
-        p10_ms=timed.p10,
-        p90_ms=timed.p90,
-        run_ms=timed.runs,
         hit_rate=statistics.median(result["cache"]["hit_rate"] for result in results),
         prefill_seconds=statistics.median(result["seconds"]["prefill"] for result in results),
         settings=settings,
+        **_common(runs, timed, [result["memory"]["peak_bytes"] for result in results]),
     )
 
 
@@ -120,24 +115,16 @@ def of_naive(runs: Sequence[Ran], *, budget: int | None) -> Row:
     def median(name: str) -> float:
         return float(statistics.median(result[name] for result in results))
 
-    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     waiting = 1e3 * median("waiting_seconds_per_token")
     return Row(
         name=NAIVE,
         budget_bytes=budget,
-        dram_bytes=max(peaks) if peaks else max(result["memory_bytes"] for result in results),
-        dram_by="cgroup" if peaks else "proportional set size",
-        limited=all(run.limited for run in runs),
-        cold=all(run.cold for run in runs),
         bytes_per_token=median("bytes_per_token"),
         reads_per_token=median("reads_per_token"),
         io_ms=1e3 * median("busy_seconds_per_token"),
         compute_ms=max(0.0, timed.mean - waiting),
         waiting_ms=waiting,
-        total_ms=timed.median,
-        p10_ms=timed.p10,
-        p90_ms=timed.p90,
-        run_ms=timed.runs,
+        **_common(runs, timed, [result["memory_bytes"] for result in results]),
     )
 
 
@@ -145,20 +132,29 @@ def of_peer(name: str, runs: Sequence[Ran], *, budget: int | None) -> Row:
     """Runs of another package: times, and what the kernel says of memory and reads."""
     results = [run.result for run in runs]
     timed = _Timed.of([result["token_seconds"] for result in results])
-    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return Row(
         name=f"{name} {results[0].get('version', '')}".strip(),
         budget_bytes=budget,
-        dram_bytes=max(peaks) if peaks else max(result["memory_bytes"] for result in results),
-        dram_by="cgroup" if peaks else "resident set size",
-        limited=all(run.limited for run in runs),
-        cold=all(run.cold for run in runs),
         bytes_per_token=statistics.median(result["bytes_per_token"] for result in results),
-        total_ms=timed.median,
-        p10_ms=timed.p10,
-        p90_ms=timed.p90,
-        run_ms=timed.runs,
+        **_common(runs, timed, [result["memory_bytes"] for result in results], "resident set size"),
     )
+
+
+def _common(
+    runs: Sequence[Ran], timed: _Timed, held: Sequence[int], held_by: str = "proportional set size"
+) -> dict[str, Any]:
+    """What every row has. `held`: bytes of each run as it counted them, for want of a cgroup."""
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return {
+        "dram_bytes": max(peaks or held),
+        "dram_by": "cgroup" if peaks else held_by,
+        "limited": all(run.limited for run in runs),
+        "cold": all(run.cold for run in runs),
+        "total_ms": timed.median,
+        "p10_ms": timed.p10,
+        "p90_ms": timed.p90,
+        "run_ms": timed.runs,
+    }
 
 
 @dataclass(frozen=True, slots=True)

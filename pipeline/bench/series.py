@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.bench.children import ChildFailed, Ran
 from pipeline.bench.rows import Row
@@ -29,6 +29,6 @@ class Series:
                 self.runs.append(self.run())
             except ChildFailed as error:
                 self.error = str(error)
-        if self.error:
-            return Row(self.name, self.techniques, self.error, self.budget_bytes)
-        return self.row(self.runs)
+        if not self.runs:
+            return Row(self.name, self.techniques, self.error, budget_bytes=self.budget_bytes)
+        return replace(self.row(self.runs), failed=self.error)

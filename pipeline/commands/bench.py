@@ -42,7 +42,7 @@ def command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the text that are the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=2)] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each row.", min=1)] = 3,
-    threads: Annotated[int, typer.Option(help="Threads of compute; 0: as many as cores.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of compute; 0: the configuration's.", min=0)] = 0,
     strict: Annotated[bool, typer.Option(help="Also a row at 50 % of the checkpoint.")] = True,
     draw: Annotated[bool, typer.Option("--plots/--no-plots", help="PNG files, with matplotlib.")] = True,
     quick: Annotated[
@@ -74,6 +74,7 @@ def command(
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
+    threads = threads or config.compute.threads
     # The rings are given the store, so they would not hear of a preset.
     fixed = (f"model.predictor={config.model.predictor}", *config.changes(*SECTIONS))
     if quick:

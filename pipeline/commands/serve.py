@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,8 @@ def command(
     keys = _curve_keys(curve_keys)
     api_key = _read_key(api_key_file)
     address = endpoint or default_endpoint()
+    if math.isnan(deadline):
+        raise UsageError("--deadline takes a number of seconds")
     if http:
         check_http(http, api_key)
     check_endpoint(address, keys)  # all before anything is loaded

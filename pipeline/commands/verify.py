@@ -17,6 +17,6 @@ def command(
     from pipeline.progress import Progress
     from storage.verify import verify
 
-    with Progress(f"verifying {store.name}") as progress:
+    with Progress(f"verifying {store.absolute().name}") as progress:
         verify(store, progress)
     say(f"{store} is intact")

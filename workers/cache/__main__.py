@@ -9,7 +9,7 @@ from pipeline.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartD
 from pipeline.process import Worker, run
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
-from workers.cache.policy import KeepNothing, Policy
+from workers.cache.policy import Policy
 from workers.serving import serve
 
 NAME = "cache"
@@ -46,14 +46,12 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
 
 async def main(worker: Worker) -> None:
     """Answer messages until Stop."""
-    settings, d_ff = worker.config.cache, worker.plan.d_ff
+    plan, segments = worker.plan, worker.segments
 
     def policy(layer: int) -> Policy:
-        if not settings.keep:
-            return KeepNothing()
-        return make_policy(d_ff, settings.window, settings.half_life)
+        return make_policy(plan.d_ff, worker.config.cache)
 
-    cache = LayerCache(worker.plan, worker.segments.active, worker.segments.reads, policy)
+    cache = LayerCache(plan, segments.active, segments.reads, policy)
     await serve(worker, answering(worker, cache), cache.stats)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from workers.cache.policy import Ids, Policy, WindowThenOldest
+from pipeline.config import Cache
+from workers.cache.policy import Ids, KeepNothing, Policy, WindowThenOldest
 
 _NEVER = -1e6  # far below any level that a use gives
 _RESOLUTION = 2.0**30  # of a worth, per doubling
@@ -33,6 +34,10 @@ class RecentlyFrequent(WindowThenOldest):
         return (self._level[ids] * _RESOLUTION).astype(np.int64)
 
 
-def make_policy(d_ff: int, window: int, half_life: float) -> Policy:
+def make_policy(d_ff: int, settings: Cache) -> Policy:
     """One layer's policy of the configuration; half-life 0: the least recently used leaves first."""
-    return RecentlyFrequent(d_ff, window, half_life) if half_life else WindowThenOldest(d_ff, window)
+    if not settings.keep:
+        return KeepNothing()
+    if not settings.half_life:
+        return WindowThenOldest(d_ff, settings.window)
+    return RecentlyFrequent(d_ff, settings.window, settings.half_life)

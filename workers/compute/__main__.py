@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
 
 from pipeline.channel import Channel
+from pipeline.cores import cores
 from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.process import Worker, run
 from workers import kernels
@@ -68,7 +68,7 @@ class LayerLoop:
 
 async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
-    threads = worker.config.compute.threads or _cores()
+    threads = worker.config.compute.threads or cores()
     kernels.warm(worker.store.layout.dtype, worker.plan.cache_dtype)
     loop = LayerLoop(worker, Weights(worker.store), threads)
     stopped = asyncio.Event()
@@ -97,11 +97,6 @@ async def main(worker: Worker) -> None:
     finally:
         waiting.cancel()
         loop.close()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _values(engine: Engine) -> dict[str, float]:

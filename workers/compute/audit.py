@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from storage.families.architecture import layer as tensor_name
 from storage.floats import widen
-from storage.format import BUNDLES, CARRIER, ORDER, Store
+from storage.format import BUNDLES, CARRIER, Store
 from workers.compute.weights import Weights
 
 F32 = npt.NDArray[np.float32]
@@ -30,9 +30,7 @@ class Audit:
         self._weights = weights
         self._every = every
         self._path = store.path / BUNDLES
-        self._order: npt.NDArray[np.int32] | None = None
-        if store.manifest.order != "id":
-            self._order = np.fromfile(store.path / ORDER, np.int32).reshape(-1, self._layout.d_ff)
+        self._order = store.order()
         self._tokens = 0
         self.layer = -1  # to look at in the token at hand; -1: none
 

@@ -23,6 +23,7 @@ import torch
 from numba import njit, prange
 from torch.nn import functional
 
+from pipeline.cores import cores
 from storage.floats import narrow
 from storage.format import ITEMSIZE
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--load", action="store_true")
     given = parser.parse_args()
-    threads = given.threads or len(os.sched_getaffinity(0))
+    threads = given.threads or cores()
     if given.load:
         load(given.bytes, threads, given.dtype)
     else:

@@ -13,6 +13,7 @@ import argparse
 import json
 import mmap
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -26,9 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import ending
+from pipeline.cores import cores
 from pipeline.memory import proportional_bytes
-from storage.errors import StoreError
-from storage.families.architecture import EMBED, HEAD, PROJECT_OUT, layer
+from storage.errors import StoreCorrupt, StoreError, UsageError
+from storage.families.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, layer
 from storage.floats import widen
 from storage.format import BUNDLES, CARRIER, ITEMSIZE, RESIDENT, Store
 from storage.tensors import Tensors
@@ -55,6 +58,7 @@ class Piece:
     first: int  # row, or position of the bundle
     rows: int
     width: int  # elements of a row or bundle
+    bytes: int  # of all rows
 
 
 class Stream:
@@ -87,11 +91,11 @@ class Stream:
             self._in_flight += 1
         done = 0
         with memoryview(buffer) as view:
-            while done < piece.skip + piece.rows * piece.width:  # a file may end inside the last unit
+            while done < piece.skip + piece.bytes:  # a file may end inside the last unit
                 with view[done : piece.length] as rest:
                     count = os.preadv(piece.file, [rest], piece.start + done)
                 if count == 0:
-                    break
+                    raise StoreCorrupt(f"{piece.name} ends beyond the end of its file")
                 done += count
         with self._lock:
             self._in_flight -= 1
@@ -139,7 +143,7 @@ def pieces(store: Store, file: Tensors, resident: int, bundles: int) -> list[Pie
             begin = start + first * width * itemsize
             end = begin + count * width * itemsize
             low, high = begin // UNIT * UNIT, -(-end // UNIT) * UNIT
-            found.append(Piece(name, file, low, high - low, begin - low, first, count, width))
+            found.append(Piece(name, file, low, high - low, begin - low, first, count, width, end - begin))
 
     def matrix(name: str) -> None:
         place = file.place(name)
@@ -206,31 +210,19 @@ class StreamedOperations(TokenOperations):
         super().__init__(vectors, context, threads)  # type: ignore[arg-type]
         self._stream = stream
 
-    def _linear(self, name: str, x: F32) -> F32:
-        if name == "project_in":  # before the token's stream begins
-            shape = self.weights.file.place("project_in.weight").shape  # type: ignore[attr-defined]
-            rows = self.weights.rows("project_in.weight", 0, shape[0])  # type: ignore[attr-defined]
-            return kernels.matvec(rows, x, self.weights.dtype, self.threads)
-        y = self._product(f"{name}.weight", x)
-        bias = self.weights.vector(f"{name}.bias")
-        return y + bias if bias.size else y
-
-    def _product(self, name: str, x: F32) -> F32:
+    def _product(self, name: str, x: F32, bias: F32 = kernels.NO_BIAS) -> F32:
+        rows = self.weights.file.place(name).shape[0]  # type: ignore[attr-defined]
+        if name == PROJECT_IN:  # before the token's stream begins
+            matrix = self.weights.rows(name, 0, rows)  # type: ignore[attr-defined]
+            return kernels.matvec(matrix, x, self.weights.dtype, self.threads, bias)
         out: list[F32] = []
-        total = self.weights.file.place(name).shape[0]  # type: ignore[attr-defined]
-        while sum(part.size for part in out) < total:
-            for piece, rows in self._stream.take(self.weights.dtype):
+        while sum(part.size for part in out) < rows:
+            for piece, some in self._stream.take(self.weights.dtype):
                 if piece.name != name:
                     raise RuntimeError(f"{piece.name} came where {name} was expected")
-                out.append(kernels.matvec(rows, x, self.weights.dtype, self.threads))
-        return np.concatenate(out)
-
-    def logits(self, x: F32) -> F32:
-        if self.architecture.final_norm:
-            x = self.norm("final_norm", x)
-        if self.weights.has(PROJECT_OUT):
-            x = self._linear("project_out", x)
-        return self._product(EMBED if self.architecture.tied_head else HEAD, x)
+                out.append(kernels.matvec(some, x, self.weights.dtype, self.threads))
+        y = np.concatenate(out)
+        return y + bias if bias.size else y
 
     def ffn(self, index: int, x: F32, order: npt.NDArray[np.int32] | None) -> F32:
         """One layer's FFN over all of its neurons."""
@@ -258,9 +250,7 @@ class NaiveModel:
         self._store = store
         self._files = [_open(store.path / name) for name in (RESIDENT, BUNDLES)]
         resident = Tensors(store.path / RESIDENT)
-        self._orders: npt.NDArray[np.int32] | None = None
-        if store.manifest.order != "id":
-            self._orders = np.argsort(store.positions(), axis=1).astype(np.int32)  # type: ignore[arg-type]
+        self._orders = store.order()
         self.stream = Stream(pieces(store, resident, *self._files))
         self.operations = StreamedOperations(Vectors(store, resident), context, threads, self.stream)
 
@@ -337,9 +327,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are CPUs")
     given = parser.parse_args()
     tokens = [int(word) for word in given.tokens.read_text(encoding="utf-8").split()]
-    threads = given.threads or len(os.sched_getaffinity(0))
+    if len(tokens) < 2:
+        raise UsageError(f"{given.tokens} has fewer than two tokens")
+    threads = given.threads or cores()
     print(json.dumps(measure(Store.open(given.store), tokens, given.position, threads)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending.exit_status(main))

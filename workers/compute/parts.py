@@ -49,11 +49,6 @@ class Parts:
             number += 1
         del self._layers[key]
 
-    @property
-    def pending(self) -> int:
-        """Layers of which something has arrived that nobody has asked for yet."""
-        return len(self._layers)
-
     def _wait(self) -> None:
         message = self._receive()
         if not isinstance(message, LayerPart):

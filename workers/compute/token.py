@@ -80,17 +80,13 @@ class TokenOperations:
             x = self.norm(FINAL_NORM, x)
         if self.weights.has(PROJECT_OUT):
             x = self._linear("project_out", x)
-        head = EMBED if self.architecture.tied_head else HEAD
-        return kernels.matvec(self.weights.matrix(head), x, self.weights.dtype, self.threads)
+        return self._product(EMBED if self.architecture.tied_head else HEAD, x)
 
     def _linear(self, name: str, x: F32) -> F32:
-        return kernels.matvec(
-            self.weights.matrix(f"{name}.weight"),
-            x,
-            self.weights.dtype,
-            self.threads,
-            self.weights.vector(f"{name}.bias"),
-        )
+        return self._product(f"{name}.weight", x, self.weights.vector(f"{name}.bias"))
+
+    def _product(self, name: str, x: F32, bias: F32 = kernels.NO_BIAS) -> F32:
+        return kernels.matvec(self.weights.matrix(name), x, self.weights.dtype, self.threads, bias)
 
 
 class TokenFfn:

@@ -50,11 +50,6 @@ class Weights:
                     self._matrices[name] = array.reshape(place.shape)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(array.nbytes for array in (*self._matrices.values(), *self._vectors.values()))
-
-    @property
     def names(self) -> list[str]:
         """Names of all tensors, in the file's order within matrices and vectors."""
         return [*self._matrices, *self._vectors]

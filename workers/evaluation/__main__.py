@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
+from pipeline.cores import cores
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
 from storage.format import Store
@@ -27,7 +27,7 @@ from workers.evaluation.chooser import make_chooser
 from workers.evaluation.evaluate import chunks, evaluate_task, evaluate_text
 from workers.evaluation.points import Point, draw, measure, table
 from workers.evaluation.tasks import TASKS, read_text
-from workers.predictor.texts import rows
+from workers.predictor.texts import documents, rows
 
 LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
 
@@ -47,7 +47,7 @@ def main(
         str, typer.Option(help="A point for each of these predictor.threshold, by commas.")
     ] = "",
     picture: Picture = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
@@ -71,6 +71,8 @@ def main(
     if points:
         if text is None:
             raise UsageError("points are compared on a text: give --text FILE")
+        if names:
+            raise UsageError("points are compared on a text alone: leave out --tasks, or the points")
         compared = _compare(store, points, text, tokens, seed, threads)
         if as_json:
             print(json.dumps({"model": store.manifest.name, "points": [asdict(one) for one in compared]}))
@@ -79,6 +81,8 @@ def main(
         if picture:
             draw(compared, picture)
         return
+    if picture:
+        raise UsageError("--picture shows points: give --point or --thresholds")
     found = _evaluate(store, config, names, data, text, limit, tokens, seed, threads)
     if as_json:
         plain = {"text": found.text and asdict(found.text), "tasks": [asdict(one) for one in found.tasks]}
@@ -109,7 +113,7 @@ def _compare(
     some = rows(text, store, tokens or sys.maxsize)
     with (
         torch.no_grad(),
-        DenseModel(store, threads or len(os.sched_getaffinity(0))) as model,
+        DenseModel(store, threads or cores()) as model,
         _Bars() as bars,
     ):
         return measure(model, points, some, seed, bars.tell)
@@ -169,12 +173,16 @@ def _evaluate(
     found = _Found()
     with (
         torch.no_grad(),
-        DenseModel(store, threads or len(os.sched_getaffinity(0))) as model,
+        DenseModel(store, threads or cores()) as model,
         _Bars() as bars,
     ):
         if text is not None:
             length = min(LONGEST_CHUNK, config.compute.context)
-            sequences, size = chunks(tokenizer, read_text(text), length, tokens or None)
+            if length < 2:
+                raise UsageError("compute.context 1 is too little: perplexity is of later tokens")
+            lines = "jsonl" in text.name
+            words = "\n\n".join(documents(text)) if lines else read_text(text)
+            sequences, size = chunks(tokenizer, words, length, tokens or None)
             found.text = evaluate_text(model, chooser, sequences, size, seed, bars.tell)
         for name in names:
             assert data is not None

@@ -177,7 +177,6 @@ def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingCh
         raise ConfigError("predictor.cache_aware needs tokens in their order: evaluate it by --point")
     divided = plan(store, config).plan
     residencies = [
-        Residency(divided.d_ff, slots, make_policy(divided.d_ff, config.cache.window, config.cache.half_life))
-        for slots in divided.slots
+        Residency(divided.d_ff, slots, make_policy(divided.d_ff, config.cache)) for slots in divided.slots
     ]
     return CacheAwareChooser(mode, scores, early, residencies)

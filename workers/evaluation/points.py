@@ -87,6 +87,9 @@ def measure(
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Point]:
     """Every point, on the same tokens. `points`: name, configuration and what was set."""
+    for _, chosen, _ in points:  # what cannot be is refused before the work
+        make_chooser(model.store, chosen, in_order=True)
+        planner.plan(model.store, chosen)
     progress("points", 0, len(points) + 1)
     dense, active, _ = run(model, None, rows)
     found = []
@@ -111,30 +114,28 @@ def _point(
     seed: int,
 ) -> Point:
     text = compare_text(dense, scored, 1, seed)
-    plan = planner.plan(model.store, config).plan
-    free = [slots for layer, slots in enumerate(plan.slots) if layer not in plan.pinned]
-    slots = min(free, default=trace.d_ff)
+    slots = planner.plan(model.store, config).plan.slots
     outcome = replay(
-        trace,
-        slots,
-        lambda layer, slots: make_policy(trace.d_ff, config.cache.window, config.cache.half_life),
-        warm_up=trace.tokens // 8,
+        trace, slots, lambda layer, slots: make_policy(trace.d_ff, config.cache), warm_up=trace.tokens // 8
     )
     used = np.bitwise_count(trace.used).sum() / (trace.layers * trace.tokens * trace.d_ff)
     every = planner.resolve(model.store, config).predictor.kind == "all"
-    streamed = trace.layers * (trace.d_ff - slots) * trace.stride
+    neurons = trace.layers * trace.d_ff
+    capacity = sum(slots) / neurons
     return Point(
         name=name,
         settings=settings,
-        capacity=slots / trace.d_ff,
+        capacity=capacity,
         ratio=text.ratio,
         agreement=text.agreement,
         active=float(np.bitwise_count(trace.active).sum() / (trace.layers * trace.tokens * trace.d_ff)),
         predicted=1.0 if every else float(used),
         false_negatives=counts.false_negatives,
         false_positives=1.0 if every else counts.false_positives,
-        hit_rate=slots / trace.d_ff if every else outcome.hit_rate,
-        bytes_per_token=streamed if every else outcome.reads * trace.stride / outcome.tokens,
+        hit_rate=capacity if every else outcome.hit_rate,
+        bytes_per_token=(
+            (neurons - sum(slots)) * trace.stride if every else outcome.reads * trace.stride / outcome.tokens
+        ),
         wasted_bytes_per_token=0.0 if every else outcome.wasted * trace.stride / outcome.tokens,
         predictor_bytes=planner.predictor_bytes(model.store, config),
     )

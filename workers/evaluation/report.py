@@ -41,7 +41,7 @@ class TaskReport:
     dense: Estimate
     sparse: Estimate
     difference: Estimate  # sparse − dense, paired
-    dense_normalised: Estimate | None  # log-probability per byte of the answer, as the harness's acc_norm
+    dense_normalised: Estimate | None  # log-probability per byte of the answer
     sparse_normalised: Estimate | None
 
 

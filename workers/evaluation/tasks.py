@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
         unpack = opener.get(path.suffix)
         return (unpack(data) if unpack else data).decode("utf-8")
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, lzma.LZMAError, ValueError) as error:  # bz2 and UTF-8 raise ValueErrors
         raise UsageError(f"{path} cannot be read: {reason(error)}") from error
 
 
@@ -92,6 +92,8 @@ def load(task: str, path: Path, limit: int | None = None) -> list[Item]:
         items = TASKS[task](lines)
     except ValueError as error:
         raise UsageError(f"{path} is not a {task} file: {error}") from error
+    if not items:
+        raise UsageError(f"{path} is not a {task} file: it has no items")
     bad = next((item for item in items if not 0 <= item.gold < len(item.choices)), None)
     if bad is not None:
         raise UsageError(f"{path} is not a {task} file: an answer number is out of range")

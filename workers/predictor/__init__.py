@@ -1,5 +1,5 @@
 """The predictor: hidden states in, neurons out; and `train`, which makes predictors.
 
 Reading order: `targets.py` (what is predicted when), `scorer.py` (what predicts), `lowrank.py`,
-`oracle.py`, `tensors.py` (their weights), `prediction.py` (messages), `__main__.py`.
+`oracle.py`, `prediction.py` (messages), `__main__.py`.
 """

@@ -78,6 +78,12 @@ class Activations:
         array: F16 = np.load(self._directory / _input_name(layer), mmap_mode="r")
         return array
 
+    def targets(self, layer: int) -> F16:
+        """What the FFN of `layer` multiplies with: `[n, d_model]`, which is not what was announced early."""
+        own = self._directory / _own_name(layer)
+        array: F16 = np.load(own, mmap_mode="r") if own.is_file() else self.inputs(layer)
+        return array
+
     def samples(self, layer: int, lookahead: int) -> Samples:
         """For predicting `layer` from the input of the layer `lookahead` before it."""
         source = layer - lookahead
@@ -87,6 +93,15 @@ class Activations:
 
 def _input_name(layer: int) -> str:
     return f"layer-{layer}.input.npy" if layer >= 0 else "embedding.npy"
+
+
+def _own_name(layer: int) -> str:
+    return f"layer-{layer}.own.npy"
+
+
+def _differ(store: Store, early: bool) -> bool:
+    """Whether what is announced is not what the FFN multiplies with."""
+    return early and store.architecture.block != "parallel"
 
 
 def up_projection(store: Store, layer: int) -> tuple[Tensor, Tensor]:
@@ -134,11 +149,12 @@ def record(
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
         "shape": list(tokens.shape),
         "early": early,
+        "own": _differ(store, early),
     }
     with DenseModel(store, threads) as model, torch.no_grad():
         done = _resume(directory, meta, layers)
         if done < 0:
-            _require_space(store, directory, tokens.size)
+            _require_space(store, directory, tokens.size, early)
             _begin(model, tokens, directory, meta)
             done = 0
         for layer in range(done, layers):
@@ -164,9 +180,9 @@ def _resume(directory: Path, meta: dict[str, Any], layers: int) -> int:
     return -1
 
 
-def _require_space(store: Store, directory: Path, tokens: int) -> None:
+def _require_space(store: Store, directory: Path, tokens: int, early: bool) -> None:
     layout = store.layout
-    per_layer = 2 * layout.d_model + -(-layout.d_ff // 8)
+    per_layer = 2 * layout.d_model * (1 + _differ(store, early)) + -(-layout.d_ff // 8)
     needed = tokens * (layout.layers * per_layer + (2 + 2 * 4) * layout.d_model)
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
@@ -212,6 +228,7 @@ def _pass(
     tokens, width = rows * length, store.layout.d_model
     before = np.load(_stream(directory, layer), mmap_mode="r")
     inputs = _Output(directory / _input_name(layer), (tokens, width))
+    own = _Output(directory / _own_name(layer), (tokens, width)) if _differ(store, early) else None
     active = _Output(directory / f"layer-{layer}.active.npy", (tokens, -(-len(up) // 8)), "u1")
     last = layer + 1 == store.layout.layers  # nobody reads the stream behind it: an empty file marks it
     after = _Output(_stream(directory, layer + 1), (0 if last else tokens, width), "f4")
@@ -223,11 +240,16 @@ def _pass(
             inputs.put(start, _half(announced))
 
         ffn_input, y = model.layer(layer, x, keep, bundles, early)
-        positive = torch.addmm(bias, ffn_input.reshape(-1, width), up.T) > 0
+        ffn_input = ffn_input.reshape(-1, width)
+        if own is not None:
+            own.put(start, _half(ffn_input))
+        positive = torch.addmm(bias, ffn_input, up.T) > 0
         active.put(start, np.packbits(positive.numpy(), axis=1, bitorder="little"))
         if not last:
             after.put(start, y.reshape(-1, width).numpy())
     inputs.finish()
+    if own is not None:
+        own.finish()
     active.finish()
     after.finish()
     _stream(directory, layer).unlink()

@@ -8,7 +8,6 @@ fewer false negatives for more false positives.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +26,10 @@ from rich.table import Table
 from pipeline import program
 from pipeline.commands.options import Picture
 from pipeline.console import tables
+from pipeline.cores import cores
 from storage.errors import UsageError
 from storage.format import Store
+from storage.lock import locked
 from workers.predictor import activations, texts
 from workers.predictor.activations import Activations, Samples
 from workers.predictor.lowmap import LowMap
@@ -90,21 +91,20 @@ def measure(
     store: Store,
     recorded: Activations,
     split: Split,
-    method: str,
-    lookaheads: Sequence[int],
+    jobs: Sequence[Job],
     ranks: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Curve]:
-    """A curve for every look-ahead and rank."""
+    """A curve for every look-ahead, that is a job's, and rank."""
     layout = store.layout
     curves: list[Curve] = []
-    for lookahead in lookaheads:
-        job = Job(lookahead=lookahead, method=method)
+    for job in jobs:
+        lookahead = job.lookahead
         for rank in ranks:
             passing = Passing()
             for layer in range(layout.layers):
                 done = len(curves) * layout.layers + layer
-                progress(done, len(lookaheads) * len(ranks) * layout.layers)
+                progress(done, len(jobs) * len(ranks) * layout.layers)
                 made = fit_map(store, recorded, split, job, layer, lookahead, rank)
                 held_out = recorded.samples(layer, lookahead).part(split.validation, split.held_out)
                 passing.see(made, held_out)
@@ -175,12 +175,14 @@ def main(
 ) -> None:
     """Measure both errors of predictors over ranks and thresholds."""
     store = Store.open(store_path)
-    wanted = _numbers(lookaheads, 0, store.layout.layers - 1), _numbers(ranks, 1, store.layout.d_model)
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    jobs = [Job(lookahead=k, method=method) for k in _numbers(lookaheads, 0, store.layout.layers - 1)]
+    wanted = _numbers(ranks, 1, store.layout.d_model)
+    torch.set_num_threads(threads or cores())
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.frontier")
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place, "measurement"), Progress(console=Console(stderr=True), transient=True) as bars:
         recording, fitting = bars.add_task("activations", total=None), bars.add_task("maps", total=None)
         recorded = activations.record(
             store,
@@ -193,12 +195,12 @@ def main(
             store,
             recorded,
             split,
-            method,
-            *wanted,
+            jobs,
+            wanted,
             lambda done, total: bars.update(fitting, completed=done, total=total),
         )
-    if work is None:
-        shutil.rmtree(place)
+        if work is None:
+            shutil.rmtree(place)
     if as_json:
         print(json.dumps({"offsets": OFFSETS.tolist(), "curves": [asdict(one) for one in curves]}))
     else:

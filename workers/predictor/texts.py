@@ -10,8 +10,8 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
+from pipeline.generate import load_tokenizer
 from storage.errors import StoreError, UsageError, reason
 from storage.format import TOKENIZER, Store
 
@@ -19,34 +19,31 @@ LONGEST_ROW = 512  # tokens
 PLAIN_CHARACTERS = 1 << 16  # of plain text tokenised at once
 
 
-def load_tokenizer(store: Store) -> Tokenizer:
-    """Raises StoreError when the store has none."""
-    path = store.path / TOKENIZER
-    if not path.is_file():
-        raise StoreError(f"{store.path} has no {TOKENIZER}, which turning text into tokens needs")
-    return Tokenizer.from_file(str(path))
+def rows(path: Path, store: Store, tokens: int, skip: int = 0) -> npt.NDArray[np.int64]:
+    """At most `tokens` of the file behind its first `skip`, `[rows, length]`, documents in their order.
 
-
-def rows(path: Path, store: Store, tokens: int) -> npt.NDArray[np.int64]:
-    """At most `tokens` of the file's beginning, `[rows, length]`, documents one after the other.
-
-    Raises UsageError for a file that cannot be read or has too little text for one row.
+    Raises UsageError for a file that cannot be read or has too little text for one row, StoreError for a
+    tokenizer that is not the model's.
     """
     length = min(LONGEST_ROW, store.architecture.max_positions, tokens)
     tokenizer, ids = load_tokenizer(store), list[int]()
     try:
         for document in documents(path):
             ids += tokenizer.encode(document).ids
-            if len(ids) >= tokens:
+            if len(ids) >= skip + tokens:
                 break
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise UsageError(f"{path} cannot be read as text: {reason(error)}") from error
+    del ids[:skip]
     count = min(len(ids), tokens) // length
     if not count:
+        behind = f" behind the first {skip:,}" if skip else ""
         raise UsageError(
-            f"{path} has {len(ids)} tokens, too few for a row of {length}: "
+            f"{path} has {len(ids)} tokens{behind}, too few for a row of {length}: "
             "give a longer text, or fewer --tokens"
         )
+    if max(ids) >= store.architecture.vocabulary:
+        raise StoreError(f"{store.path / TOKENIZER} has tokens that are none of the model's")
     return np.array(ids[: count * length], np.int64).reshape(count, length)
 
 
@@ -56,8 +53,6 @@ def two(
     """Rows of a text to train on, and a sixteenth as many of a held-out one (none without it)."""
     first = rows(text, store, tokens)
     more = rows(held_out, store, max(first.size // 16, first.shape[1])) if held_out else first[:0]
-    if more.shape[1] != first.shape[1]:
-        raise UsageError(f"{held_out} is shorter than one row of {first.shape[1]} tokens")
     return first, more
 
 

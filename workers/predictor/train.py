@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from rich.progress import Progress
 from pipeline import program
 from pipeline.config import Predictor
 from pipeline.console import tables
+from pipeline.cores import cores
 from pipeline.directories import check_writable
 from storage.errors import UsageError
 from storage.format import Store
@@ -40,7 +40,7 @@ from workers.predictor.lowrank import AHEAD, OWN
 
 METHODS = ("trained", "regression", "svd")
 LEAST_SHARE = 0.05  # of the text, for validation (and again for the report without --held-out)
-FORMAT = "3"  # of the work directory's maps: raise it when the same options would make other maps
+FORMAT = "4"  # of the work directory's maps: raise it when the same options would make other maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def _ranks(store: Store, recorded: Activations, split: Split, job: Job) -> list[
 def _regression(store: Store, recorded: Activations, split: Split, layer: int, ahead: int) -> fit.Regression:
     up, bias = activations.up_projection(store, layer)
     source = recorded.inputs(layer - ahead)[: split.train]
-    return fit.Regression.of(up, bias, source, recorded.inputs(layer)[: split.train])
+    return fit.Regression.of(up, bias, source, recorded.targets(layer)[: split.train])
 
 
 def fit_map(
@@ -299,7 +299,7 @@ def main(
             job,
             name,
             place,
-            threads or len(os.sched_getaffinity(0)),
+            threads or cores(),
             lambda what, done, total: bar.update(stages[what], completed=done, total=total),
         )
         if work is None:

@@ -16,7 +16,7 @@ from pipeline.messages import LayerPart, Message, ReadBundles, ReportStats, Stat
 from pipeline.process import Worker
 from pipeline.segments import ID, SLOT
 from storage.format import BUNDLES, Layout
-from workers.prefetcher.backend import open_backend
+from workers.prefetcher.backend import open_queues
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
@@ -121,9 +121,8 @@ async def main(worker: Worker) -> None:
     sink = np.frombuffer(mmap.mmap(-1, Planner.sink_bytes(stride, settings.max_gap) + stride), np.uint8)
     path = worker.store.path / BUNDLES
     with BundleFile.open(path, stride, settings.direct) as file:
-        opened = [open_backend(settings.backend, file, settings.queue_depth) for _ in range(settings.readers)]
+        queues, chosen = await open_queues(settings.backend, file, settings.queue_depth, settings.readers)
         describe = Describer(path, worker.store.layout, worker.store.positions())
-        queues = [queue for queue, _ in opened]
         pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
         bundles = worker.segments.bundles
         planner = Planner(
@@ -136,7 +135,7 @@ async def main(worker: Worker) -> None:
             sink=sink.ctypes.data,
         )
         try:
-            note = f"{opened[0][1]}, {settings.readers} × {settings.queue_depth} deep, {file.note}"
+            note = f"{chosen}, {settings.readers} × {settings.queue_depth} deep, {file.note}"
             await serve(worker, Prefetcher(worker, pool, planner), pool, note)
         finally:
             await pool.close()

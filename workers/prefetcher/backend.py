@@ -43,28 +43,35 @@ class BackendUnavailable(Exception):
     """This system does not have what a backend needs; the text says what."""
 
 
-def open_backend(name: str, file: BundleFile, depth: int, best: Opener | None = None) -> tuple[Backend, str]:
-    """A queue of `depth` by the backend called `name` or, for "auto", by the best there is.
+async def open_queues(
+    name: str, file: BundleFile, depth: int, count: int, best: Opener | None = None
+) -> tuple[list[Backend], str]:
+    """`count` queues of `depth` by the backend called `name` or, for "auto", by the best there is.
 
-    Returns it with a sentence that says which one and why. Raises ConfigError when a backend that
-    was asked for by name cannot be had. `best` stands in for io_uring.
+    All are of one kind, since they share what is prepared. Returns them with a sentence that says which
+    one and why. Raises ConfigError when a backend that was asked for by name cannot be had. `best` stands
+    in for io_uring.
     """
     from workers.prefetcher.threads import Threads
 
     if name == "threads":
-        return Threads(file, depth), "reads by threads, as configured"
+        return [Threads(file, depth) for _ in range(count)], "reads by threads, as configured"
     if name == "aiofiles":
         from workers.prefetcher.aiofiles_backend import AioFiles
 
-        return AioFiles(file, depth), "reads by aiofiles, as configured"
+        return [AioFiles(file, depth) for _ in range(count)], "reads by aiofiles, as configured"
     assert name in ("auto", "io_uring"), f"no read backend {name}"
     from workers.prefetcher.io_uring import IoUring
 
+    queues: list[Backend] = []
     try:
-        backend = (best or IoUring)(file, depth)
+        for _ in range(count):
+            queues.append((best or IoUring)(file, depth))
     except BackendUnavailable as error:
+        for queue in queues:
+            await queue.close()
         if name != "auto":
             raise ConfigError(f"prefetcher.backend is io_uring, but {error}") from error
-        return Threads(file, depth), f"reads by threads, because {error}"
+        return [Threads(file, depth) for _ in range(count)], f"reads by threads, because {error}"
     chosen = "as configured" if name == "io_uring" else "the kernel allows it"
-    return backend, f"reads by io_uring, {chosen}"
+    return queues, f"reads by io_uring, {chosen}"

@@ -10,13 +10,16 @@ import argparse
 import asyncio
 import json
 import mmap
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import uvloop
 
-from workers.prefetcher.backend import open_backend
+from pipeline.ending import exit_status
+from storage.errors import UsageError
+from workers.prefetcher.backend import open_queues
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
@@ -42,8 +45,11 @@ def measure(
 
     `depth` is each reader's. With `part`, reads are asked for in parts of that many, `ahead` parts
     at a time, as the ring does; otherwise all at once. CPU time is this process's, user and system.
-    Raises StoreError when the file cannot be read and ConfigError for a backend that is not there.
+    Raises StoreError when the file cannot be read, UsageError when it is smaller than one read, and
+    ConfigError for a backend that is not there.
     """
+    if path.is_file() and path.stat().st_size < request_bytes:
+        raise UsageError(f"{path} is smaller than one read of {request_bytes:,} bytes")
     return uvloop.run(
         _measure(path, request_bytes, readers, depth, count, backend, seed, part, ahead, sequential, direct)
     )
@@ -74,8 +80,8 @@ async def _measure(
             _requests(chosen[at : at + (part or count)], at, view.ctypes.data, slots, request_bytes)
             for at in range(0, count, part or count)
         ]
-        opened = [open_backend(backend, file, depth) for _ in range(readers)]
-        pool = ReaderPool([queue for queue, _ in opened], depth, file.size, lambda at: f"{path} at {at}")
+        queues, chosen_backend = await open_queues(backend, file, depth, readers)
+        pool = ReaderPool(queues, depth, file.size, lambda at: f"{path} at {at}")
         serving = asyncio.ensure_future(pool.run())
         try:
             started, spent = time.perf_counter(), time.process_time()
@@ -94,7 +100,7 @@ async def _measure(
         "reads_per_wake": count / max(pool.counters.wakes, 1),
         "peak_in_flight": float(pool.counters.peak_in_flight),
         "retries": float(pool.counters.retries),
-        "note": f"{opened[0][1]}, {file.note}",
+        "note": f"{chosen_backend}, {file.note}",
     }
 
 
@@ -145,6 +151,9 @@ def main() -> None:
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--cached", action="store_true", help="through the page cache")
     given = parser.parse_args()
+    for name in ("bytes", "readers", "depth", "count", "ahead"):
+        if getattr(given, name) < 1:
+            raise UsageError(f"--{name} must be at least 1")
     be_prompt()  # as the worker is
     result = measure(
         given.file,
@@ -163,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -9,16 +9,18 @@ of the k-th layer before; layers below k have no such source and are left out.
 from __future__ import annotations
 
 import json
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from workers.predictor.report import threshold
+from workers.predictor.svd import decompose
 from workers.synthesis import block
 from workers.synthesis.activity import WARM_UP, new_per_token, union_size
 from workers.synthesis.sources import Weights
@@ -27,7 +29,6 @@ WINDOWS = range(1, 9)  # tokens
 LOOKAHEADS = (0, 1, 2)
 MISSES = 0.05  # of the active; the paper's false negatives
 WINDOW = 5  # tokens, of the summary
-POWER_ITERATIONS = 2
 
 PAPER = {
     "opt": {"active": 0.03, "predicted": 0.10, "new": 0.024, "union": 0.24, "over": 3.0, "recall": 0.95},
@@ -88,14 +89,16 @@ def measure(
 def _layer_report(
     layer: int, tensors: block.Tensors, inputs: deque[Tensor], active: Tensor, rank: int
 ) -> LayerReport:
-    scorer = _truncated(tensors, rank)
+    up = tensors["up.weight"]
+    bias = tensors.get("up.bias")
+    made = decompose(up, torch.zeros(len(up)) if bias is None else bias, rank)
     predictions: dict[int, Prediction] = {}
-    threshold = 0.0
+    first = 0.0  # look-ahead 0's threshold
     for lookahead, source in zip(LOOKAHEADS, inputs, strict=False):
-        scores = scorer(source)
-        own = calibrated(scores, active)
-        threshold = threshold if lookahead else own
-        predictions[lookahead] = _prediction(scores, active, own, threshold)
+        scores = made.scores(source)
+        own = threshold(scores, active, MISSES)
+        first = first if lookahead else own
+        predictions[lookahead] = _prediction(scores, active, own, first)
     cosine = None
     if len(inputs) > 1:
         cosine = float(torch.cosine_similarity(inputs[0], inputs[1], dim=1)[WARM_UP:].mean())
@@ -109,34 +112,8 @@ def _layer_report(
     )
 
 
-def _truncated(tensors: block.Tensors, rank: int) -> Callable[[Tensor], Tensor]:
-    """FFN inputs `[tokens, d_model]` to scores `[tokens, d_ff]` through `rank` singular directions."""
-    up = tensors["up.weight"]
-    sketch = torch.randn(up.shape[1], rank + 8, generator=torch.Generator().manual_seed(0))
-    for _ in range(POWER_ITERATIONS):
-        sketch = torch.linalg.qr(up.T @ (up @ sketch))[0]
-    left, values, right = torch.linalg.svd(up @ sketch, full_matrices=False)
-    into, out = sketch @ right[:rank].T, left[:, :rank] * values[:rank]
-    bias = tensors.get("up.bias")
-
-    def score(f: Tensor) -> Tensor:
-        scores: Tensor = (f @ into) @ out.T
-        return scores if bias is None else scores + bias
-
-    return score
-
-
-def calibrated(scores: Tensor, active: Tensor) -> float:
-    """The threshold that MISSES of the active neurons' scores do not exceed."""
-    of_active = scores[active].numpy()
-    if not of_active.size:
-        return 0.0
-    place = int(MISSES * of_active.size)
-    return float(np.nextafter(np.partition(of_active, place)[place], np.float32(-np.inf)))
-
-
-def _prediction(scores: Tensor, active: Tensor, threshold: float, same: float) -> Prediction:
-    predicted, with_same = scores > threshold, scores > same
+def _prediction(scores: Tensor, active: Tensor, own: float, same: float) -> Prediction:
+    predicted, with_same = scores > own, scores > same
     counted, truth = predicted[WARM_UP:], active[WARM_UP:]
     share = float(counted.float().mean())
     count = max(int(truth.sum()), 1)
@@ -157,7 +134,7 @@ def summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
     place = WINDOWS.index(WINDOW)
 
     def mean(values: Sequence[float]) -> float | None:
-        return float(np.mean(values)) if values else None
+        return statistics.fmean(values) if values else None
 
     def over_layers(lookahead: int, value: Callable[[Prediction], float]) -> float | None:
         found = [r.predictions[lookahead] for r in reports if lookahead in r.predictions]

@@ -20,6 +20,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
+from pipeline.cores import cores
 from pipeline.directories import check_writable
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
@@ -63,14 +64,11 @@ def record_command(
     if not store.architecture.relu:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
     config = planner.resolve(store, config)
-    some = rows(text, store, skip + tokens)
-    some = some[-(-skip // some.shape[1]) :]
-    if not some.size:
-        raise UsageError(f"{text} has fewer than {skip:,} tokens")
+    some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
     with (
         torch.no_grad(),
-        DenseModel(store, threads or len(os.sched_getaffinity(0))) as dense,
+        DenseModel(store, threads or cores()) as dense,
         Progress(console=Console(stderr=True), transient=True) as bars,
     ):
         bar = bars.add_task("tokens", total=some.size)
@@ -117,7 +115,7 @@ def replay_command(
         shares = _numbers(capacities)
         bar = bars.add_task("policies", total=len(shares) * len(made))
         for capacity in shares:
-            slots = round(capacity * trace.d_ff)
+            slots = [round(capacity * trace.d_ff)] * trace.layers
             for name, make in made.items():
                 results.append(report.Result(name, capacity, replay.replay(trace, slots, make, warm_up)))
                 bars.advance(bar)
@@ -189,10 +187,10 @@ def placement_command(
         raise UsageError(f"{earlier} and {file} are traces of different models")
     if active:
         trace, calibration = trace.only_active(), calibration.only_active()
-    slots, half_life = round(capacity * trace.d_ff), Cache().half_life
+    slots = round(capacity * trace.d_ff)
 
     def make(layer: int, slots: int) -> Policy:
-        return make_policy(trace.d_ff, 0, half_life)
+        return make_policy(trace.d_ff, Cache())
 
     order = linear_order(calibration)
     found = [

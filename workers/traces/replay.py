@@ -37,11 +37,11 @@ class Outcome:
         return self.hits / self.wanted if self.wanted else 1.0
 
 
-def replay(trace: Trace, slots: int, make: Make, warm_up: int = 0) -> Outcome:
-    """Every layer with `slots` slots; the first `warm_up` tokens fill them and are not counted."""
+def replay(trace: Trace, slots: Sequence[int], make: Make, warm_up: int = 0) -> Outcome:
+    """Every layer with its `slots`; the first `warm_up` tokens fill them and are not counted."""
     totals = np.zeros(3, np.int64)
     for layer in range(trace.layers):
-        residency = Residency(trace.d_ff, slots, make(layer, slots))
+        residency = Residency(trace.d_ff, slots[layer], make(layer, slots[layer]))
         wanted = trace.masks(trace.used, layer)
         guessed = None if trace.guessed is None else trace.masks(trace.guessed, layer)
         for step in range(trace.tokens):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from storage.errors import StoreError, StoreMissing, reason
 
 Bits = npt.NDArray[np.uint8]
 VERSION = 1
+DAMAGED = (zipfile.BadZipFile, zlib.error)
 
 
 def pack(mask: npt.NDArray[np.bool_]) -> Bits:
@@ -83,7 +85,7 @@ class Trace:
             shape = (*arrays["active"].shape[:2], -(-d_ff // 8))
         except OSError as error:
             raise StoreMissing(f"{path} cannot be read: {reason(error)}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, *DAMAGED) as error:
             raise StoreMissing(f"{path} is not a trace") from error
         if any(array.shape != shape or array.dtype != np.uint8 for array in arrays.values()):
             raise StoreError(f"{path} is damaged: its arrays do not fit together")
