@@ -342,7 +342,7 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
         (("--text", "a", "--tokens", "1"), "--tokens 1 is too few"),
         (("--text", "a", "--picture", "/nowhere/dial.png"), "there is no directory /nowhere"),
         (("--text", "a", "--picture", "dial.png"), "--picture shows points"),
-        (("--text", "a", "--seed", "-1"), "-1 is not in the range"),
+        (("--text", "a", "--seed", "-1"), "greater than or equal to 0"),
         (("--text", "a", "--set", "compute.context=1"), "compute.context 1 is too little"),
         (
             ("--tasks", "piqa", "--data", ".", "--text", "a", "--point", "a: predictor.kind=all"),
@@ -377,8 +377,9 @@ def test_points_compare_settings_on_one_text(store, tmp_path, monkeypatch, capfd
     assert found["whole"]["bytes_per_token"] == streamed
     assert picture.stat().st_size > 10_000
     wrong = ("--point", "wrong: model.predictor=none")
-    assert run(monkeypatch, *arguments, *wrong) == 1
-    assert "predictors 'none' of small" not in capfd.readouterr().out
+    assert run(monkeypatch, *arguments, *wrong) == 2
+    said = capfd.readouterr()
+    assert (said.out, "no predictors named 'none'" in said.err) == ("", True)
     assert run(monkeypatch, *arguments, "--tokens", "100") == 0  # one row: no interval
     ratios = [one["ratio"] for one in json.loads(capfd.readouterr().out)["points"]]
     assert all(one["low"] is one["high"] is None for one in ratios)
