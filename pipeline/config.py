@@ -61,8 +61,8 @@ class Cache(Section):
 class Prefetcher(Section):
     """How bundles are read."""
 
-    readers: Annotated[int, Field(ge=1, le=64)] = 2  # queues
-    queue_depth: Annotated[int, Field(ge=1, le=4096)] = 64  # reads in flight per queue
+    readers: Annotated[int, Field(ge=1, le=64)] = 1  # queues, served by one thread: more cost time, not disk
+    queue_depth: Annotated[int, Field(ge=1, le=4096)] = 128  # reads in flight per queue
     backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
     direct: bool = True  # O_DIRECT; false: through the page cache
     # Bytes in flight in all queues: of long reads, more only delay the first of them.

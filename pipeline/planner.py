@@ -41,6 +41,7 @@ BASES: Final = {
     "supervisor": 110 << 20,
 }
 PAGE_TABLES: Final = 512  # bytes that one byte of page tables maps: 8 for every 4 KiB
+PINNED_PAGES: Final = 256  # the same for io_uring's table of registered buffers: 16 for every 4 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,8 @@ def plan(store: Store, config: Config) -> PlanReport:
     if config.cache.slots_per_layer or not (open_layers := store.layout.layers - len(pinned)):
         return least
     stride = store.layout.stride
-    spare = (budget - least.total) // (open_layers * (stride + 2 * stride // PAGE_TABLES))
+    each = stride + 2 * stride // PAGE_TABLES + stride // PINNED_PAGES
+    spare = (budget - least.total) // (open_layers * each)
     return _report(store, config, pinned, _least_slots(store, config) + spare, budget)
 
 
@@ -224,6 +226,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
     mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
+    tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
     heads = architecture.kv_heads * architecture.head_dim
     cached = 2 * divided.layers * divided.context * heads * ITEMSIZE[divided.cache_dtype]
@@ -236,7 +239,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "tables": sum(shared.values()),
         "activations": _activation_bytes(store, config, divided),
         "processes": sum(BASES.values()),
-        "page tables": mapped // PAGE_TABLES,
+        "page tables": tables,
     }
 
 

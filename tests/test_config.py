@@ -43,7 +43,7 @@ def test_what_a_configuration_changes_makes_it_again() -> None:
         "cache.share=0.5",
         "model.store=x",
     ]
-    config = Config.load(None, [*settings, "prefetcher.readers=2"])
+    config = Config.load(None, [*settings, "prefetcher.readers=1"])
     changes = config.changes("predictor", "cache", "prefetcher")
     assert changes == ("predictor.refine=false", "predictor.pinned_layers=[0, -1]", "cache.share=0.5")
     assert Config.load(None, [*changes, "model.store=x"]) == config

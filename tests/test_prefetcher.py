@@ -39,6 +39,7 @@ from pipeline.process import WorkerSpec
 from pipeline.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
+from workers.prefetcher import io_uring
 from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_queues
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.io_uring import IoUring
@@ -112,7 +113,7 @@ def with_pool(
             slots.ctypes.data, slots.shape[0], layout.stride, layout.d_ff, 4096, max_gap, sink.ctypes.data
         )
         with BundleFile.open(path or store.path / BUNDLES, layout.stride, direct) as file:
-            queues = [wrap(queue) for queue in (await open_queues(backend, file, depth, readers))[0]]
+            queues = [wrap(queue) for queue in (await open_queues(backend, file, depth, readers, slots))[0]]
             pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}", in_flight)
             tasks = [
                 asyncio.ensure_future(pool.run()),
@@ -158,6 +159,56 @@ async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
 @pytest.mark.parametrize(("readers", "depth"), [(1, 1), (1, 3), (3, 4), (2, 64)])
 def test_every_backend_brings_the_bytes(store: Store, backend: str, readers: int, depth: int) -> None:
     with_pool(store, backend, lambda bench: read_and_check(bench, store), readers, depth)
+
+
+def test_reads_across_registered_buffers_bring_the_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io_uring, "BUFFER_BYTES", 5 * store.layout.stride + 512)
+    for readers in (1, 3):
+        with_pool(store, "io_uring", lambda bench: read_and_check(bench, store), readers)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_plain_reads_use_registered_buffers(store: Store, readers: int) -> None:
+    async def main() -> None:
+        memory = np.frombuffer(mmap.mmap(-1, 64 << 10), np.uint8)
+        with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
+            queues, note = await open_queues("io_uring", file, 2, readers, memory)
+            if readers > 1 and "(Invalid argument)" in note:
+                pytest.skip("several queues share registered buffers from Linux 6.12 on")
+            assert note.endswith(", registered buffers")
+            planner = Planner(
+                memory.ctypes.data, 16, store.layout.stride, store.layout.d_ff, 1 << 20, 0, memory.ctypes.data
+            )
+            ids, slots = np.array([1, 5, 6], np.int32), np.array([0, 3, 2], np.int32)
+            (prepared,) = {bytes(queue.prepare(planner.plan(0, ids, slots), 1)) for queue in queues}
+            opcodes = [prepared[at] for at in range(0, len(prepared), io_uring.ENTRY)]
+            assert opcodes == [io_uring.OP_READ_FIXED, io_uring.OP_READV]
+            for queue in queues:
+                await queue.close()
+
+    uvloop.run(main())
+
+
+@pytest.mark.parametrize(("readers", "refused"), [(1, "register"), (3, "register"), (3, "register_as")])
+def test_where_buffers_cannot_be_registered_reads_do_without(
+    store: Store, monkeypatch: pytest.MonkeyPatch, readers: int, refused: str
+) -> None:
+    monkeypatch.setattr(IoUring, refused, lambda *_: "Cannot allocate memory")
+
+    async def main() -> None:
+        with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
+            memory = np.zeros(1 << 20, np.uint8)
+            queues, note = await open_queues("io_uring", file, 2, readers, memory)
+            assert note.endswith("buffers not registered (Cannot allocate memory)")
+            for queue in queues:
+                assert isinstance(queue, IoUring)
+                assert queue._registered is None
+                await queue.close()
+
+    with_pool(store, "io_uring", lambda bench: read_and_check(bench, store), readers)
+    uvloop.run(main())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -354,16 +405,17 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_without_io_uring_threads_read_and_say_why(store: Store) -> None:
-    def refused(file: BundleFile, depth: int) -> Backend:
+    def refused(file: BundleFile, depth: int) -> IoUring:
         raise BackendUnavailable("the kernel refuses io_uring (Operation not permitted)")
 
     async def main() -> None:
+        memory = np.zeros(4096, np.uint8)
         with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
-            (queue,), note = await open_queues("auto", file, 2, 1, refused)
+            (queue,), note = await open_queues("auto", file, 2, 1, memory, refused)
             await queue.close()
             assert note == "reads by threads, because the kernel refuses io_uring (Operation not permitted)"
             with pytest.raises(ConfigError, match="backend is io_uring, but the kernel refuses"):
-                await open_queues("io_uring", file, 2, 1, refused)
+                await open_queues("io_uring", file, 2, 1, memory, refused)
 
     uvloop.run(main())
 
@@ -371,7 +423,7 @@ def test_without_io_uring_threads_read_and_say_why(store: Store) -> None:
 def test_where_the_kernel_refuses_a_second_ring_all_queues_are_threads(store: Store) -> None:
     opened: list[IoUring] = []
 
-    def second_refused(file: BundleFile, depth: int) -> Backend:
+    def second_refused(file: BundleFile, depth: int) -> IoUring:
         if opened:
             raise BackendUnavailable("the kernel refuses io_uring (Cannot allocate memory)")
         opened.append(IoUring(file, depth))
@@ -379,7 +431,7 @@ def test_where_the_kernel_refuses_a_second_ring_all_queues_are_threads(store: St
 
     async def main() -> None:
         with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
-            queues, note = await open_queues("auto", file, 2, 3, second_refused)
+            queues, note = await open_queues("auto", file, 2, 3, np.zeros(4096, np.uint8), second_refused)
             assert [type(queue) for queue in queues] == [Threads] * 3
             assert "because the kernel refuses io_uring (Cannot allocate memory)" in note
             with pytest.raises(OSError, match="Bad file descriptor"):

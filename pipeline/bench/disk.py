@@ -17,7 +17,7 @@ SIZES = (4 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes
 READERS = (1, 2, 4)
 DEPTHS = (1, 8, 32, 128)  # of each reader
 QUICK = ((16 << 10,), (1, 2), (8,))
-CEILING_DEPTHS = ((1, 32), (2, 64), (2, 128), (4, 64), (4, 128))  # readers, depth
+CEILING_DEPTHS = ((1, 32), (1, 128), (2, 64), (2, 128), (4, 128))  # readers, depth
 SECONDS_OF_READING = 0.7  # of one try, about
 ASSUMED_RATE = 1e9  # bytes a second, to choose how many reads that is
 LEAST_READS, MOST_READS = 200, 40_000
@@ -107,7 +107,7 @@ def ceiling(
         return best()
 
 
-FIO_DEPTHS = ((1, 64), (2, 64))  # readers, depth
+FIO_DEPTHS = ((1, 128), (2, 64))  # readers, depth
 FIO_ROUNDS = 3
 FIO_SECONDS = 2
 

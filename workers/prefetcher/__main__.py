@@ -121,10 +121,12 @@ async def main(worker: Worker) -> None:
     sink = np.frombuffer(mmap.mmap(-1, Planner.sink_bytes(stride, settings.max_gap) + stride), np.uint8)
     path = worker.store.path / BUNDLES
     with BundleFile.open(path, stride, settings.direct) as file:
-        queues, chosen = await open_queues(settings.backend, file, settings.queue_depth, settings.readers)
+        bundles = worker.segments.bundles
+        queues, chosen = await open_queues(
+            settings.backend, file, settings.queue_depth, settings.readers, bundles
+        )
         describe = Describer(path, worker.store.layout, worker.store.positions())
         pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
-        bundles = worker.segments.bundles
         planner = Planner(
             base=bundles.ctypes.data,
             slots=bundles.shape[0],

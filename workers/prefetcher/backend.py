@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from storage.errors import ConfigError
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.requests import Requests
+
+if TYPE_CHECKING:
+    from workers.prefetcher.io_uring import IoUring
 
 Completed = Iterable[tuple[int, int, int]]  # (row, serial, result) of each read
 
@@ -36,21 +42,23 @@ class Backend(Protocol):
         """Give everything back, and tell nothing more. Reads may still arrive in memory during this call."""
 
 
-Opener = Callable[[BundleFile, int], Backend]
-
-
 class BackendUnavailable(Exception):
     """This system does not have what a backend needs; the text says what."""
 
 
 async def open_queues(
-    name: str, file: BundleFile, depth: int, count: int, best: Opener | None = None
-) -> tuple[list[Backend], str]:
+    name: str,
+    file: BundleFile,
+    depth: int,
+    count: int,
+    memory: npt.NDArray[np.uint8],
+    best: Callable[[BundleFile, int], IoUring] | None = None,
+) -> tuple[Sequence[Backend], str]:
     """`count` queues of `depth` by the backend called `name` or, for "auto", by the best there is.
 
-    All are of one kind, since they share what is prepared. Returns them with a sentence that says which
-    one and why. Raises ConfigError when a backend that was asked for by name cannot be had. `best` stands
-    in for io_uring.
+    Reads of a single iovec fill `memory` and nothing else. All queues are of one kind, since they share
+    what is prepared. Returns them with a sentence that says which one and why. Raises ConfigError when
+    a backend that was asked for by name cannot be had. `best` stands in for io_uring.
     """
     from workers.prefetcher.threads import Threads
 
@@ -61,12 +69,12 @@ async def open_queues(
 
         return [AioFiles(file, depth) for _ in range(count)], "reads by aiofiles, as configured"
     assert name in ("auto", "io_uring"), f"no read backend {name}"
-    from workers.prefetcher.io_uring import IoUring
+    from workers.prefetcher import io_uring
 
-    queues: list[Backend] = []
+    queues: list[IoUring] = []
     try:
         for _ in range(count):
-            queues.append((best or IoUring)(file, depth))
+            queues.append((best or io_uring.IoUring)(file, depth))
     except BackendUnavailable as error:
         for queue in queues:
             await queue.close()
@@ -74,4 +82,6 @@ async def open_queues(
             raise ConfigError(f"prefetcher.backend is io_uring, but {error}") from error
         return [Threads(file, depth) for _ in range(count)], f"reads by threads, because {error}"
     chosen = "as configured" if name == "io_uring" else "the kernel allows it"
-    return queues, f"reads by io_uring, {chosen}"
+    refusal = io_uring.register(queues, memory)
+    buffers = f"buffers not registered ({refusal})" if refusal else "registered buffers"
+    return queues, f"reads by io_uring, {chosen}, {buffers}"

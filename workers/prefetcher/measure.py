@@ -1,6 +1,6 @@
 """The prefetcher alone: random reads of one size from one file, by the code that the ring uses.
 
-`python -m workers.prefetcher.measure FILE --bytes 16384 --readers 2 --depth 64` prints one JSON
+`python -m workers.prefetcher.measure FILE --bytes 16384 --readers 1 --depth 128` prints one JSON
 object. The file should be larger than a disk's cache; nothing is written.
 """
 
@@ -80,7 +80,7 @@ async def _measure(
             _requests(chosen[at : at + (part or count)], at, view.ctypes.data, slots, request_bytes)
             for at in range(0, count, part or count)
         ]
-        queues, chosen_backend = await open_queues(backend, file, depth, readers)
+        queues, chosen_backend = await open_queues(backend, file, depth, readers, view)
         pool = ReaderPool(queues, depth, file.size, lambda at: f"{path} at {at}")
         serving = asyncio.ensure_future(pool.run())
         try:
@@ -141,8 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.prefetcher.measure", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--bytes", type=int, default=16384, help="of one read")
-    parser.add_argument("--readers", type=int, default=2)
-    parser.add_argument("--depth", type=int, default=64, help="of each reader")
+    parser.add_argument("--readers", type=int, default=1)
+    parser.add_argument("--depth", type=int, default=128, help="of each reader")
     parser.add_argument("--count", type=int, default=40_000, help="reads")
     parser.add_argument("--backend", choices=("auto", "io_uring", "threads", "aiofiles"), default="auto")
     parser.add_argument("--seed", type=int, default=0)

@@ -22,7 +22,7 @@ IOVEC_BYTES = 16  # struct iovec of 64-bit systems: address and length
 Integers = npt.NDArray[np.int64]
 
 
-def address(array: Integers) -> int:
+def address(array: npt.NDArray[np.generic]) -> int:
     """Of the first element. (`array.ctypes.data` costs more than two array operations.)"""
     data: tuple[int, bool] = array.__array_interface__["data"]
     return data[0]
