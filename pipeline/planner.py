@@ -14,15 +14,14 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from safetensors import SafetensorError, safe_open
-
 from pipeline import segments
 from pipeline.config import Config, Model
 from pipeline.console import size
 from pipeline.cores import cores
 from pipeline.plan import Plan
-from storage.errors import BudgetError, ConfigError, StoreError, reason
+from storage.errors import BudgetError, ConfigError, StoreError
 from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
+from storage.tensors import Tensors
 
 DEFAULT_CONTEXT = 2048  # tokens
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -113,12 +112,12 @@ def _refines(store: Store, config: Config, kind: str) -> bool:
         return wanted is not False
     path = store.predictors(config.model.predictor)
     whose = f"the predictors {config.model.predictor!r} of {store.manifest.name}"
+    file = Tensors(path)
+    names = file.names
     try:
-        with safe_open(path, "numpy") as file:
-            trained = int((file.metadata() or {}).get("lookahead", "0"))
-            names = list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StoreError(f"the predictors {path} cannot be read: {reason(error)}") from error
+        trained = int(file.metadata.get("lookahead", "0"))
+    except ValueError:
+        raise StoreError(f"the predictors {path} are damaged: their look-ahead is not a number") from None
     own = trained == 0 or any(name.startswith("inlayer.") for name in names)
     if not own and (wanted or lookahead != trained):
         raise ConfigError(
@@ -144,8 +143,7 @@ def predicts_early(store: Store, config: Config) -> bool:
     """Whether a resolved configuration's predictors want hidden states before attention."""
     if config.predictor.kind != "lowrank":
         return False
-    with safe_open(store.predictors(config.model.predictor), "numpy") as file:
-        return (file.metadata() or {}).get("early") == "true"
+    return Tensors(store.predictors(config.model.predictor)).metadata.get("early") == "true"
 
 
 def plan(store: Store, config: Config) -> PlanReport:

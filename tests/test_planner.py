@@ -258,7 +258,14 @@ def test_cache_aware_needs_predictors_with_thresholds_by_residency(tmp_path: Pat
 @pytest.mark.parametrize("data", [b"no header", b""])
 def test_damaged_predictors_are_refused(tmp_path: Path, data: bytes) -> None:
     write_predictors(tmp_path, 1, "layers").write_bytes(data)
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="default.safetensors is damaged"):
+        planner.resolve(store(path=tmp_path), Config())
+
+
+def test_predictors_without_a_look_ahead_that_is_a_number_are_refused(tmp_path: Path) -> None:
+    file = write_predictors(tmp_path, 1, "layers")
+    save_file({"layers.0.bias": np.ones(1, np.float32)}, file, metadata={"lookahead": "far"})
+    with pytest.raises(StoreError, match="their look-ahead is not a number"):
         planner.resolve(store(path=tmp_path), Config())
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from safetensors import safe_open
 
 from pipeline import planner
 from pipeline.bench import children
@@ -18,6 +15,7 @@ from pipeline.bench.job import Job
 from pipeline.bench.rows import NAIVE, Row
 from pipeline.config import Config
 from storage.format import ITEMSIZE, RESIDENT, Store
+from storage.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +111,11 @@ def predictor_bytes(store: Store, config: Config) -> int:
         if needed
     ]
     total = 0
-    with safe_open(store.predictors(config.model.predictor), "numpy") as file:
-        known = set(file.keys())
-        for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
-            names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
-            found = next((one for one in names if one in known), None)
-            total += math.prod(file.get_slice(found).get_shape()) * 2 if found else 0
+    file = Tensors(store.predictors(config.model.predictor))
+    for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
+        names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
+        found = next((one for one in names if one in file), None)
+        total += file.place(found).bytes if found else 0
     return total
 
 
