@@ -61,7 +61,7 @@ class Cache(Section):
 class Prefetcher(Section):
     """How bundles are read."""
 
-    readers: Annotated[int, Field(ge=1, le=64)] = 1  # queues, served by one thread: more cost time, not disk
+    readers: Annotated[int, Field(ge=1, le=64)] = 1  # queues; more cost processor time and bring no bandwidth
     queue_depth: Annotated[int, Field(ge=1, le=4096)] = 128  # reads in flight per queue
     backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
     direct: bool = True  # O_DIRECT; false: through the page cache

@@ -167,7 +167,7 @@ def plan(store: Store, config: Config) -> PlanReport:
     if config.cache.slots_per_layer or not (open_layers := store.layout.layers - len(pinned)):
         return least
     stride = store.layout.stride
-    each = stride + 2 * stride // PAGE_TABLES + stride // PINNED_PAGES
+    each = math.ceil(stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
     spare = (budget - least.total) // (open_layers * each)
     return _report(store, config, pinned, _least_slots(store, config) + spare, budget)
 

@@ -54,7 +54,7 @@ def create(plan: Plan) -> dict[str, int]:
     """Make all segments; returns a file descriptor for each name, owned by the caller.
 
     Raises OSError where there are no descriptors left, or for a size beyond the system's limits. Memory is
-    not reserved: a page is taken when it is first written.
+    not reserved: a page is taken when it is first written, or registered for reads.
     """
     descriptors: dict[str, int] = {}
     try:

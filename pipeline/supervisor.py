@@ -39,8 +39,9 @@ from storage.format import RESIDENT, Store
 
 WORKERS = ("predictor", "cache", "prefetcher", "compute")
 CONTROL_INBOX = {name: name for name in WORKERS} | {"compute": "control"}
-HANDSHAKE_SECONDS = 120.0  # for starting the processes and all that they load, but for the resident weights
-SLOW_DISK = 50e6  # bytes/s at which those may come: a disk that turns, or one that is shared with others
+HANDSHAKE_SECONDS = 120.0  # for starting the processes and all that they load, but for weights and slots
+SLOW_DISK = 50e6  # bytes/s at which weights may come: a disk that turns, or one that is shared with others
+SLOW_PAGES = 100e6  # bytes/s at which the kernel may find memory for slots; 0.3e9 and more were seen
 STOP_SECONDS, TERMINATE_SECONDS, KILL_SECONDS = 0.6, 0.4, 2.0
 WATCH_SECONDS = 0.05  # how often the processes are looked at while waiting for a message
 DIRECTORY_PREFIX = "flashring-"
@@ -119,7 +120,9 @@ class Supervisor:
             self._channel = Channel(self.directory, ("supervisor",))
             self._start(store, config, plan)
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
-            self._handshake(HANDSHAKE_SECONDS + store.manifest.files[RESIDENT].bytes / SLOW_DISK)
+            loading = store.manifest.files[RESIDENT].bytes / SLOW_DISK
+            loading += plan.total_slots * plan.stride / SLOW_PAGES
+            self._handshake(HANDSHAKE_SECONDS + loading)
         except BaseException:
             self.stop()
             raise

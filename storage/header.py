@@ -61,6 +61,8 @@ class Header:
         try:
             entries = json.loads(text)
             metadata = entries.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("metadata that are no text")
             places = {name: _place(_LENGTH.size + length, entry) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadHeader("has a damaged safetensors header") from error

@@ -213,9 +213,9 @@ def test_a_missing_builtin_model_is_said_to_be(tmp_path: Path, monkeypatch: pyte
 
 def test_a_directory_has_a_presets_settings_only_where_they_are_asked_for(checkpoint: Path) -> None:
     source, config = models.configure(str(checkpoint), None, ())
-    assert config.prefetcher.queue_depth == 64
+    assert config.compute.kv_cache == "float32"
     asked, config = models.configure(str(checkpoint), models.presets()["opt-6.7b"], ())
-    assert config.prefetcher.queue_depth == 128
+    assert config.compute.kv_cache == "float16"
     assert asked == source
 
 

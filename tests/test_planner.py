@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ def store(
     activation: Activation = "relu",
     resident: int = 50 * MIB,
     path: Path = NOWHERE,
+    alignment: int = 512,
 ) -> Store:
     """A store that has only a manifest."""
     architecture = Architecture(
@@ -54,7 +57,7 @@ def store(
         bos_token=None,
         eos_tokens=(2,),
     )
-    layout = Layout(layers=layers, d_ff=d_ff, d_model=d_model, dtype="float16")
+    layout = Layout(layers=layers, d_ff=d_ff, d_model=d_model, dtype="float16", alignment=alignment)
     files = {RESIDENT: FileEntry(resident, ""), BUNDLES: FileEntry(layout.total_bytes, "")}
     return Store(path, Manifest(architecture, layout, "id", "model", files, {}))
 
@@ -69,6 +72,9 @@ stores = st.builds(
     d_model=st.sampled_from([64, 256, 4544]),
     d_ff=st.sampled_from([64, 192, 2048, 18176]),
     resident=st.integers(0, 100 * MIB),
+)
+oddly_aligned = st.builds(
+    store, d_model=st.sampled_from([12, 64, 500]), d_ff=st.just(18176), alignment=st.sampled_from([8, 64])
 )
 configurations = st.builds(
     lambda pinned, window, staging, context: configured(
@@ -105,7 +111,7 @@ def test_the_least_that_would_do_does_and_less_does_not(model: Store, config: Co
         planner.plan(model, with_budget(config, enough - MIB))
 
 
-@given(stores, configurations, st.integers(0, 8 << 30), st.integers(0, 1 << 30))
+@given(st.one_of(stores, oddly_aligned), configurations, st.integers(0, 8 << 30), st.integers(0, 1 << 30))
 def test_a_budget_is_kept_and_more_of_it_never_gives_fewer_slots(
     model: Store, config: Config, extra: int, more: int
 ) -> None:
@@ -123,7 +129,8 @@ def test_no_room_for_another_slot_in_every_layer_is_left(model: Store, config: C
     plan = report.plan
     open_layers = [plan.slots[layer] for layer in range(plan.layers) if layer not in plan.pinned]
     full = all(slots == plan.d_ff for slots in open_layers)
-    slot = plan.stride + 2 * plan.stride // planner.PAGE_TABLES  # compute and the prefetcher map it
+    # Compute and the prefetcher map a slot, and the kernel pins it for reads.
+    slot = plan.stride * (1 + 2 / planner.PAGE_TABLES + 1 / planner.PINNED_PAGES)
     assert full or report.total + len(open_layers) * slot > budget
 
 
@@ -133,6 +140,16 @@ def test_parts_hold_what_the_segments_take(model: Store, config: Config) -> None
     parts = report.parts
     assert parts["slots"] + parts["staging"] + parts["tables"] == sum(segments.sizes(report.plan).values())
     assert all(1 <= slots <= report.plan.d_ff for slots in report.plan.slots)
+
+
+def test_a_slot_takes_what_maps_and_pins_it() -> None:
+    model = store(layers=1)
+    few, many = (
+        planner.plan(model, configured(cache={"slots_per_layer": slots})).parts for slots in (512, 1024)
+    )
+    more = many["slots"] - few["slots"]
+    assert more == 512 * model.layout.stride
+    assert many["page tables"] - few["page tables"] == 2 * more // 512 + more // 256
 
 
 def test_scratch_is_for_the_threads_that_compute_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +272,17 @@ def test_cache_aware_needs_predictors_with_thresholds_by_residency(tmp_path: Pat
     assert planner.resolve(model, chosen).predictor.cache_aware
 
 
-@pytest.mark.parametrize("data", [b"no header", b""])
+def header_of(metadata: object) -> bytes:
+    text = json.dumps({"__metadata__": metadata}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "data", [b"no header", b"", header_of(None), header_of(["lookahead"]), header_of({"lookahead": [1]})]
+)
 def test_damaged_predictors_are_refused(tmp_path: Path, data: bytes) -> None:
     write_predictors(tmp_path, 1, "layers").write_bytes(data)
-    with pytest.raises(StoreError, match="default.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"default\.safetensors is damaged"):
         planner.resolve(store(path=tmp_path), Config())
 
 

@@ -319,6 +319,7 @@ class IoUring:
         while self._in_flight:
             self._enter(0, self._in_flight)
             self._reap()
+        self.unregister()  # at once; closing the ring leaves that to the kernel, for later
         os.close(self._event)
         os.close(self._ring)
 
