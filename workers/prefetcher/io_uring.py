@@ -195,21 +195,25 @@ class IoUring:
         self._head = self._memory.cq_head[0]
         self._in_flight = 0
         self._registered: int | None = None  # address of the first registered buffer
-        self._register(REGISTER_FILES, file.descriptor)
+        self._register_descriptor(REGISTER_FILES, file.descriptor)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._register(REGISTER_EVENTFD, self._event)
+        self._register_descriptor(REGISTER_EVENTFD, self._event)
         self._loop = asyncio.get_running_loop()
 
     def on_completed(self, tell: Callable[[Completed], None]) -> None:
         self._tell = tell
         self._loop.add_reader(self._event, self._wake)
 
-    def _register(self, what: int, descriptor: int) -> None:
-        value = ctypes.c_int32(descriptor)
-        result = _call(REGISTER, self._ring, what, ctypes.addressof(value), 1)
-        if result < 0:
+    def _register_descriptor(self, what: int, descriptor: int) -> None:
+        refusal = self._register(what, np.array([descriptor], np.int32), 1)
+        if refusal:
             os.close(self._ring)
-            raise BackendUnavailable(f"io_uring refuses a registration ({os.strerror(-result)})")
+            raise BackendUnavailable(f"io_uring refuses a registration ({refusal})")
+
+    def _register(self, what: int, argument: npt.NDArray[np.generic], count: int) -> str:
+        """Tell the kernel of something that lasts; why it refuses, or empty."""
+        result = _call(REGISTER, self._ring, what, address(argument), count)
+        return os.strerror(-result) if result < 0 else ""
 
     def register(self, memory: Bytes) -> str:
         """Pin the pages of `memory` for the reads that fill it; why not, or empty.
@@ -221,20 +225,16 @@ class IoUring:
         base = address(memory)
         starts = range(0, memory.nbytes, BUFFER_BYTES)
         buffers = np.array([(base + at, min(BUFFER_BYTES, memory.nbytes - at)) for at in starts], np.int64)
-        result = _call(REGISTER, self._ring, REGISTER_BUFFERS, address(buffers), len(buffers))
-        if result < 0:
-            return os.strerror(-result)
-        self._registered = base
-        return ""
+        refusal = self._register(REGISTER_BUFFERS, buffers, len(buffers))
+        self._registered = None if refusal else base
+        return refusal
 
     def register_as(self, other: IoUring) -> str:
         """Use what `other` has registered; why not, or empty."""
         source = np.array([other._ring, 0, 0, 0, 0, 0, 0, 0], np.uint32)  # struct io_uring_clone_buffers
-        result = _call(REGISTER, self._ring, REGISTER_CLONE_BUFFERS, address(source), 1)
-        if result < 0:
-            return os.strerror(-result)
-        self._registered = other._registered
-        return ""
+        refusal = self._register(REGISTER_CLONE_BUFFERS, source, 1)
+        self._registered = None if refusal else other._registered
+        return refusal
 
     def unregister(self) -> None:
         if self._registered is not None:

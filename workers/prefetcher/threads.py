@@ -12,7 +12,7 @@ from workers.prefetcher.backend import Completed
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.requests import IOVEC_BYTES, Requests, address
 
-MAX_THREADS = 128  # more only fight for the interpreter
+MAX_THREADS = 128  # as many as the defaults have reads in flight; more only fight for the interpreter
 
 Work = tuple[int, int, int, int, int]  # serial, row, offset, iovecs' address, iovecs
 
