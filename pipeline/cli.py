@@ -6,22 +6,8 @@ One file per command stands in `commands/`; `ending.py` turns failures into sent
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import (
-    bench,
-    bench_serving,
-    convert,
-    evaluate,
-    generate,
-    serve,
-    synthesize,
-    trace,
-    train_predictor,
-    verify,
-)
+from pipeline.commands import bench, bench_serving, convert, generate, programs, serve, verify
 from pipeline.ending import exit_status
-
-# For commands that hand all their arguments to a program in `workers`, `--help` included.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = program.make()
 app.callback(invoke_without_command=True, help=generate.__doc__)(generate.command)
@@ -30,10 +16,7 @@ app.command("verify")(verify.command)
 app.command("serve")(serve.command)
 app.command("bench")(bench.command)
 app.command("bench-serving")(bench_serving.command)
-app.command("train-predictor", context_settings=PASS_THROUGH)(train_predictor.command)
-app.command("evaluate", context_settings=PASS_THROUGH)(evaluate.command)
-app.command("trace", context_settings=PASS_THROUGH)(trace.command)
-app.command("synthesize", context_settings=PASS_THROUGH)(synthesize.command)
+programs.add_to(app)
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import zmq
@@ -38,6 +37,7 @@ from pipeline.codec import ProtocolError
 from pipeline.endpoint import CurveKeys, check_endpoint
 from pipeline.errors import HELLO, MALFORMED, SLOW, USAGE, VERSION, code_of
 from pipeline.scheduler import Event, Job, Scheduler
+from pipeline.version import name_and_version
 from storage.errors import FlashringError
 
 HEARTBEAT = 1.0  # seconds between signs of life
@@ -46,13 +46,6 @@ MAX_GREETED = 4096  # clients remembered as greeted; one that is forgotten greet
 AT_ONCE = 64  # messages handled before tokens get their turn
 HIGH_WATER = 10_000  # messages for one client that wait in this process: longer than most answers
 PEER_HEARTBEAT_MS, PEER_TIMEOUT_MS, HANDSHAKE_MS = 2000, 8000, 5000
-
-
-def server_name() -> str:
-    try:
-        return f"flashring {version('flashring')}"
-    except PackageNotFoundError:
-        return "flashring"
 
 
 class Server:
@@ -76,7 +69,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._welcome = Welcome(
             protocol=CLIENT_PROTOCOL_VERSION,
-            server=server_name(),
+            server=name_and_version(),
             model=model,
             context=context,
             heartbeat=heartbeat,

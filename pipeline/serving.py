@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,15 @@ class ServingOptions:
     queue_limit: int = 64  # requests
     longest: float = 3600.0  # seconds
     max_message: int = MAX_MESSAGE  # bytes of one ZeroMQ frame and of one HTTP body
+
+
+def check_http_packages() -> None:
+    """Raise UsageError where what `http` needs is not installed."""
+    try:
+        importlib.import_module("pipeline.http")
+        importlib.import_module("pipeline.prometheus")
+    except ImportError as error:
+        raise UsageError(f"--http needs more packages: {SERVE_EXTRA} ({error})") from error
 
 
 async def serve(opened: OpenRing, options: ServingOptions, say: Callable[[str], None]) -> None:
@@ -68,10 +78,8 @@ async def _until_over(scheduler: Scheduler, stopped: asyncio.Event) -> None:
 def _observer(*, with_metrics: bool) -> Observer:
     if not with_metrics:
         return Observer()
-    try:
-        from pipeline.prometheus import PrometheusObserver
-    except ImportError as error:
-        raise UsageError(f"--http needs more packages: {SERVE_EXTRA} ({error})") from error
+    from pipeline.prometheus import PrometheusObserver
+
     return PrometheusObserver()
 
 

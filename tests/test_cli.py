@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,20 @@ def test_help_is_no_mistake() -> None:
         assert option in done.stdout
     for command in ("convert", "verify", "train-predictor"):
         assert command in done.stdout
+
+
+def test_version_needs_no_prompt() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"flashring {version('flashring')}\n")
+
+
+def test_what_http_lacks_is_said_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError('no metrics here')")
+    arguments = ("serve", "--http", "127.0.0.1:0", "--model", "none-such")
+    status, sentence = refused(*arguments, PYTHONPATH=str(tmp_path))
+    assert status == 2
+    assert sentence.startswith("--http needs more packages: pip install ")
+    assert sentence.endswith("(no metrics here)")
 
 
 @pytest.mark.parametrize(

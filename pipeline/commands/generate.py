@@ -18,11 +18,19 @@ from pipeline.config import Config
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
 from pipeline.quality import quality_settings
+from pipeline.version import name_and_version
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.generate import GenerationParams, Session
     from storage.format import Store
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        write(name_and_version() + "\n")
+        raise typer.Exit
+
 
 Text = Annotated[
     str | None,
@@ -73,6 +81,10 @@ def command(
     ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version, and end.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Continue a text with a model larger than memory."""

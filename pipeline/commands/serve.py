@@ -88,13 +88,15 @@ def command(
         raise UsageError("--deadline takes a number of seconds")
     if http:
         check_http(http, api_key)
-    check_endpoint(address, keys)  # all before anything is loaded
+    check_endpoint(address, keys)
 
     import uvloop
 
     from pipeline.opening import open_ring
-    from pipeline.serving import ServingOptions, serve
+    from pipeline.serving import ServingOptions, check_http_packages, serve
 
+    if http:
+        check_http_packages()  # as all checks, before anything is loaded
     opened = open_ring(
         model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say
     )

@@ -1,0 +1,31 @@
+"""The commands that are programs of their own, because they need torch: their arguments are passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from pipeline import launch
+
+# Each command's module, and what the list of commands says of it.
+PROGRAMS = {
+    "train-predictor": ("workers.predictor.train", "Train the predictors of a model on a text"),
+    "evaluate": ("workers.evaluation", "Compare the sparse model with the dense one on text and questions"),
+    "trace": ("workers.traces", "Record which neurons a text uses, and replay it against cache policies"),
+    "synthesize": ("workers.synthesis", "Write or measure a synthetic checkpoint"),
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make every program a command of `app`."""
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    for name, (module, summary) in PROGRAMS.items():
+        app.command(name, help=f"{summary}.", context_settings=passed_on)(_starter(module))
+
+
+def _starter(module: str) -> Callable[[typer.Context], int]:
+    def command(context: typer.Context) -> int:
+        return launch.run_module(module, context.command_path, context.args)
+
+    return command
