@@ -54,7 +54,7 @@ class Cache(Section):
     window: Annotated[int, Field(ge=0, le=65536)] = 0  # tokens a neuron stays after its last use; 0: no limit
     half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
-    slots_per_layer: Annotated[int, Field(ge=0)] = 0  # overrides share; 0: by share or budget
+    slots_per_layer: Annotated[int, Field(ge=0, lt=2**31)] = 0  # overrides share; 0: by share or budget
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that
 
 
@@ -70,17 +70,17 @@ class Prefetcher(Section):
     max_gap: Annotated[int, Field(ge=0, le=1 << 20)] = 0  # bytes read and dropped to join two reads
     max_read: Annotated[int, Field(ge=4096, le=1 << 30)] = 1 << 20  # bytes of one read
     split: bool = False  # in decode, a bundle by two reads, as without bundling; only comparisons want that
-    staging: Annotated[int, Field(ge=1)] = 16 << 20  # bytes of one staging half
+    staging: Annotated[int, Field(ge=1, le=1 << 40)] = 16 << 20  # bytes of one staging half
 
 
 class Compute(Section):
     """How layers are computed."""
 
-    threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
-    context: Annotated[int, Field(ge=0)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
+    threads: Annotated[int, Field(ge=0, lt=2**31)] = 0  # at most one a core; 0: as many as there are cores
+    context: Annotated[int, Field(ge=0, lt=2**31)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
     kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
     device: Literal["cpu"] = "cpu"
-    audit: Annotated[int, Field(ge=0)] = 0  # of every Nth token check one layer's set; 0: none
+    audit: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of every Nth token check one layer's set; 0: none
 
 
 class Sampling(Section):
@@ -156,7 +156,7 @@ def _read_tree(file: Path) -> dict[str, dict[str, Any]]:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no text, or a number of thousands of digits
         raise ConfigError(f"the configuration {file} is not valid TOML: {error}") from error
     for key, value in tree.items():
         if not isinstance(value, dict):
@@ -171,10 +171,10 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
     if not equals or not dot:
         raise ConfigError(f"--set takes section.key=value, not {setting!r}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    return section, key, value
+        found = tomllib.loads(f"value = {text}")
+    except ValueError:
+        found = {}
+    return section, key, found["value"] if found.keys() == {"value"} else text
 
 
 def _known_keys() -> list[str]:
@@ -195,4 +195,4 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(where, _known_keys(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown configuration key {where}{hint}"
-    return f"configuration key {where}: {problem['msg']} (got {problem['input']!r})"
+    return f"configuration key {where}: {problem['msg']} (got {problem['input']!r:.60})"

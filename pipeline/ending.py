@@ -47,7 +47,9 @@ def exit_status(work: Callable[[], object]) -> int:
         return _refuse(_usage(error), WRONG_USE)
     except (KeyboardInterrupt, typer.Abort):
         return _refuse("interrupted", INTERRUPTED)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as end:  # typer and rich make the second of the first
+        if BrokenPipeError not in (type(end), type(end.__context__)):
+            raise
         # The reader of our output has left: nobody is there to tell, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE

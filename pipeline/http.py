@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -162,16 +162,19 @@ class Api:
             return refusal.response()
 
     async def _body(self, request: Request) -> bytes:
-        """Raises Refusal for another media type or a body over the limit."""
+        """Raises Refusal for another media type, and for a body over the limit or cut short."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":
             # Also what keeps other sites' pages in the user's browser from sending requests here.
             raise Refusal(415, "the body must be sent as Content-Type: application/json")
         body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_body:
-                raise Refusal(413, f"the body exceeds {self._max_body:,} bytes")
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > self._max_body:
+                    raise Refusal(413, f"the body exceeds {self._max_body:,} bytes")
+        except ClientDisconnect:
+            raise Refusal(400, "the client left before its body had ended") from None
         return body
 
     async def _collect(self, request: Request, submit: Submit) -> tuple[list[Token], Done]:

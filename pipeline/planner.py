@@ -17,7 +17,7 @@ from typing import Final
 from pipeline import segments
 from pipeline.config import Config, Model
 from pipeline.console import size
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.plan import Plan
 from storage.errors import BudgetError, ConfigError, StoreError
 from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
@@ -249,7 +249,7 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     thread: a widened tile of weights and its product with the prompt, or the scores of half as many tokens.
     """
     a = store.architecture
-    threads = config.compute.threads or cores()
+    threads = thread_count(config.compute.threads)
     heads = (a.heads + 2 * a.kv_heads) * a.head_dim
     per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK)
     per_thread = 2 * KERNEL_BLOCK * (a.d_model + divided.context)

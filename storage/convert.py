@@ -252,8 +252,8 @@ def _writing(partial: Path) -> Iterator[None]:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StoreError(f"{partial} cannot be written: {error.strerror}") from error
         raise DiskFull(
-            f"no space left for {partial} ({error.strerror}); make room and run the same convert command "
-            "again to resume"
+            f"no space left for {partial} ({error.strerror}); make room and run the same command again "
+            "to resume"
         ) from error
 
 
@@ -321,7 +321,7 @@ def _check_space(plan: Plan, partial: Path) -> None:
     if free < needed:
         raise DiskFull(
             f"converting to {partial.parent} needs {needed / 1e9:.1f} GB more and the disk has "
-            f"{free / 1e9:.1f} GB free; make room and run the same convert command again"
+            f"{free / 1e9:.1f} GB free; make room and run the same command again"
         )
 
 

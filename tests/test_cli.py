@@ -160,6 +160,28 @@ def test_what_is_damaged_is_named(
     assert "Traceback" not in done.stderr
 
 
+def test_weights_that_are_no_numbers_end_the_answer(store: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    bundles = damaged / "bundles.bin"
+    bundles.write_bytes(b"\xff" * bundles.stat().st_size)  # float16's NaN everywhere
+    done = run("--prompt", "x", "--model", damaged, "--set", "predictor.kind=all")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the logits are not finite: the weights are damaged" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--prompt", "x", "--max-new-tokens", "3"]])
+def test_a_reader_that_has_left_is_status_141(store: Path, arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        command = [*RUN, "--model", store, *arguments]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False, timeout=120)
+    assert done.returncode == 141
+    assert b"Traceback" not in done.stderr
+    assert b"flashring: " not in done.stderr  # nobody is there to read a sentence
+
+
 def _changed(manifest: bytes, **entries: object) -> bytes:
     return json.dumps({**json.loads(manifest), **entries}).encode()
 

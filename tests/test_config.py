@@ -71,11 +71,18 @@ def test_a_bad_setting_is_named(setting: str, sentence: str) -> None:
         ("predictor.kind=best", "predictor.kind"),
         ("prefetcher.readers=0", "prefetcher.readers"),
         ("compute.context=many", "compute.context"),
+        ("compute.threads=99999999999999999999", "compute.threads"),
+        ("compute.audit=99999999999999999999", "compute.audit"),
+        ("prefetcher.staging=99999999999999999999", "prefetcher.staging"),
+        ("cache.slots_per_layer=99999999999999999999", "cache.slots_per_layer"),
+        ("cache.window=5\nkeep=false", "cache.window"),  # one key a setting
+        (f"predictor.pinned_layers=[{'9' * 5000}]", "predictor.pinned_layers"),
     ],
 )
 def test_a_value_out_of_range_names_its_key(setting: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"^configuration key {words}: .*got"):
+    with pytest.raises(ConfigError, match=f"^configuration key {words}: .*got") as error:
         Config.load(None, [setting])
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,7 @@ def test_a_value_out_of_range_names_its_key(setting: str, words: str) -> None:
         ("[cache\n", "is not valid TOML"),
         ("window = 3\n", "sets window outside a section"),
         ("[cache]\nwindw = 3\n", "did you mean cache.window"),
+        (f"[cache]\nwindow = {'9' * 5000}\n", "is not valid TOML"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, words: str) -> None:

@@ -222,6 +222,18 @@ def test_a_client_that_leaves_frees_the_ring(tmp_path, stream):
         assert len(session.last.tokens) <= 2
 
 
+def test_a_body_that_is_cut_short_is_no_failure_of_the_server(tmp_path, caplog):
+    with served(tmp_path, http={}) as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port)) as leaving:
+            leaving.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 50\r\n\r\n{"
+            )
+        assert call(server.url, "/v1/completions", {"prompt": "a"})[0] == 200
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 def test_curl_streams(server):
     body = json.dumps({"prompt": WHOLE, "max_tokens": 3, "seed": 0, "temperature": 0, "stream": True})
     command = [

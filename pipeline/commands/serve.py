@@ -59,7 +59,7 @@ def command(
         float, typer.Option(help="Longest time of one request, seconds.", min=0.001)
     ] = 3600.0,
     max_message: Annotated[
-        int, typer.Option(help="Largest request, bytes; a longer one is refused.", min=1024)
+        int, typer.Option(help="Largest request, bytes; a longer one is refused.", min=1024, max=1 << 30)
     ] = 1 << 20,
     chat_template: ChatTemplateFile = None,
     reuse_prefix: Annotated[

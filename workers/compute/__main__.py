@@ -7,7 +7,7 @@ import queue
 import threading
 
 from pipeline.channel import Channel
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.process import Worker, run
 from workers import kernels
@@ -68,7 +68,7 @@ class LayerLoop:
 
 async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
-    threads = worker.config.compute.threads or cores()
+    threads = thread_count(worker.config.compute.threads)
     kernels.warm(worker.store.layout.dtype, worker.plan.cache_dtype)
     loop = LayerLoop(worker, Weights(worker.store), threads)
     stopped = asyncio.Event()

@@ -23,7 +23,7 @@ import torch
 from numba import njit, prange
 from torch.nn import functional
 
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from storage.floats import narrow
 from storage.format import ITEMSIZE
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--load", action="store_true")
     given = parser.parse_args()
-    threads = given.threads or cores()
+    threads = thread_count(given.threads)
     if given.load:
         load(given.bytes, threads, given.dtype)
     else:

@@ -26,6 +26,7 @@ from pipeline.messages import (
 )
 from pipeline.plan import Plan
 from pipeline.segments import ID, SLOT, Segments
+from storage.errors import StoreCorrupt
 from storage.format import CARRIER
 from workers.compute.audit import Audit
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
@@ -130,10 +131,15 @@ class Engine:
         self._channel.send("supervisor", Finished(request.run, reason, between - started, ended - between))
 
     def _decode(self, request: Generate, logits: F32) -> str:
-        """Report tokens until one of the run's ends; returns which."""
+        """Report tokens until one of the run's ends; returns which. Raises StoreCorrupt."""
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
         position = len(request.prompt)
         for index in range(request.max_new_tokens):
+            if not np.isfinite(logits).all():
+                raise StoreCorrupt(
+                    "the logits are not finite: the weights are damaged, which `run.py verify STORE` finds, "
+                    "or were before they were converted"
+                )
             forced = index < len(request.forced)
             token = request.forced[index] if forced else choose(logits, sampling, index)
             if self._cancelled == request.run:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import ending
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.memory import proportional_bytes
 from storage.errors import StoreCorrupt, StoreError, UsageError
 from storage.families.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, layer
@@ -329,7 +329,7 @@ def main() -> None:
     tokens = [int(word) for word in given.tokens.read_text(encoding="utf-8").split()]
     if len(tokens) < 2:
         raise UsageError(f"{given.tokens} has fewer than two tokens")
-    threads = given.threads or cores()
+    threads = thread_count(given.threads)
     print(json.dumps(measure(Store.open(given.store), tokens, given.position, threads)))
 
 

@@ -17,7 +17,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.generate import load_tokenizer
 from storage.errors import UsageError
 from storage.format import Store
@@ -113,7 +113,7 @@ def _compare(
     some = rows(text, store, tokens or sys.maxsize)
     with (
         torch.no_grad(),
-        DenseModel(store, threads or cores()) as model,
+        DenseModel(store, thread_count(threads)) as model,
         _Bars() as bars,
     ):
         return measure(model, points, some, seed, bars.tell)
@@ -173,7 +173,7 @@ def _evaluate(
     found = _Found()
     with (
         torch.no_grad(),
-        DenseModel(store, threads or cores()) as model,
+        DenseModel(store, thread_count(threads)) as model,
         _Bars() as bars,
     ):
         if text is not None:

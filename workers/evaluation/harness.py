@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline import models, planner
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.generate import GenerationParams, Session, load_tokenizer
 from pipeline.quality import quality_settings
 from pipeline.stopping import StopStrings
@@ -36,7 +36,7 @@ class Harness:
         self._store = source.open_store()
         self._config = planner.resolve(self._store, config)
         self._chooser = make_chooser(self._store, self._config)
-        self._dense = DenseModel(self._store, threads or cores())
+        self._dense = DenseModel(self._store, thread_count(threads))
         self._tokenizer = load_tokenizer(self._store)
 
     @property

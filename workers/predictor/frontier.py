@@ -26,7 +26,7 @@ from rich.table import Table
 from pipeline import program
 from pipeline.commands.options import Picture
 from pipeline.console import tables
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from storage.errors import UsageError
 from storage.format import Store
 from storage.lock import locked
@@ -177,7 +177,7 @@ def main(
     store = Store.open(store_path)
     jobs = [Job(lookahead=k, method=method) for k in _numbers(lookaheads, 0, store.layout.layers - 1)]
     wanted = _numbers(ranks, 1, store.layout.d_model)
-    torch.set_num_threads(threads or cores())
+    torch.set_num_threads(thread_count(threads))
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.frontier")

@@ -27,7 +27,7 @@ from rich.progress import Progress
 from pipeline import program
 from pipeline.config import Predictor
 from pipeline.console import tables
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from storage.errors import UsageError
 from storage.format import Store
@@ -299,7 +299,7 @@ def main(
             job,
             name,
             place,
-            threads or cores(),
+            thread_count(threads),
             lambda what, done, total: bar.update(stages[what], completed=done, total=total),
         )
         if work is None:

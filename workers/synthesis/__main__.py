@@ -13,6 +13,7 @@ import typer
 from pipeline import program
 from pipeline.commands.options import JsonFile
 from pipeline.console import say
+from pipeline.cores import thread_count
 from pipeline.progress import Progress
 from storage.errors import UsageError, reason
 from storage.families.architecture import Activation
@@ -93,7 +94,7 @@ def measure(
 
 def _use_threads(count: int) -> None:
     if count:
-        torch.set_num_threads(count)
+        torch.set_num_threads(thread_count(count))
 
 
 def _tokens(text: Path, tokenizer: Path, count: int, weights: Weights) -> list[int]:

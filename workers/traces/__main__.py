@@ -20,7 +20,7 @@ from pipeline import models, planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
-from pipeline.cores import cores
+from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from storage.errors import UsageError
 from workers.cache.frequency import make_policy
@@ -68,7 +68,7 @@ def record_command(
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
     with (
         torch.no_grad(),
-        DenseModel(store, threads or cores()) as dense,
+        DenseModel(store, thread_count(threads)) as dense,
         Progress(console=Console(stderr=True), transient=True) as bars,
     ):
         bar = bars.add_task("tokens", total=some.size)
