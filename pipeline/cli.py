@@ -1,6 +1,7 @@
 """The command line: `run.py --prompt TEXT` is the main job, other jobs are subcommands.
 
-One file per command stands in `commands/`; `ending.py` turns failures into sentences.
+One file per command stands in `commands/`, and `programs.py` there has those that are programs of their own;
+`ending.py` turns failures into sentences.
 """
 
 from __future__ import annotations
