@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import ConfigError
 
+# How many of something: at most what every message between processes can carry.
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+
 
 class Section(BaseModel):
     """Base of the sections: frozen, and closed to unknown keys."""
@@ -54,7 +57,7 @@ class Cache(Section):
     window: Annotated[int, Field(ge=0, le=65536)] = 0  # tokens a neuron stays after its last use; 0: no limit
     half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
-    slots_per_layer: Annotated[int, Field(ge=0, lt=2**31)] = 0  # overrides share; 0: by share or budget
+    slots_per_layer: Count = 0  # overrides share; 0: by share or budget
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that
 
 
@@ -76,18 +79,18 @@ class Prefetcher(Section):
 class Compute(Section):
     """How layers are computed."""
 
-    threads: Annotated[int, Field(ge=0, lt=2**31)] = 0  # at most one a core; 0: as many as there are cores
-    context: Annotated[int, Field(ge=0, lt=2**31)] = 0  # tokens of KV cache; 0: 2048 or the model's limit
+    threads: Count = 0  # at most one a core; 0: as many as there are cores
+    context: Count = 0  # tokens of KV cache; 0: 2048 or the model's limit
     kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
     device: Literal["cpu"] = "cpu"
-    audit: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of every Nth token check one layer's set; 0: none
+    audit: Count = 0  # of every Nth token check one layer's set; 0: none
 
 
 class Sampling(Section):
     """How to decode where the command line, or a request, does not say."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: no limit
+    top_k: Count = 0  # 0: no limit
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: no limit
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 200
 

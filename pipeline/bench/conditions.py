@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import psutil
 from pipeline.bench.children import DROP_CACHES
 from pipeline.cgroup import CgroupUnavailable, MemoryCgroup
 from pipeline.cores import cores
+from pipeline.version import version
 
 PACKAGES = ("flashring", "numpy", "numba", "torch", "pyzmq", "msgpack", "uvloop", "aiofiles")
 
@@ -30,7 +30,7 @@ def take(path: Path) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "file_system": _file_system(path),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "load_average": list(os.getloadavg()),
         "busy_share": psutil.cpu_percent(0.5) / 100,  # of all cores, before anything of ours runs
         "caches_dropped": os.access(DROP_CACHES, os.W_OK),
@@ -83,10 +83,3 @@ def _file_system(path: Path) -> str:
 
 def _holds(mountpoint: str, path: Path) -> bool:
     return path.is_relative_to(mountpoint)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

@@ -86,9 +86,6 @@ def command(
     address = endpoint or default_endpoint()
     if math.isnan(deadline):
         raise UsageError("--deadline takes a number of seconds")
-    if http:
-        check_http(http, api_key)
-    check_endpoint(address, keys)
 
     import uvloop
 
@@ -96,7 +93,9 @@ def command(
     from pipeline.serving import ServingOptions, check_http_packages, serve
 
     if http:
-        check_http_packages()  # as all checks, before anything is loaded
+        check_http(http, api_key)
+        check_http_packages()
+    check_endpoint(address, keys)  # all before anything is loaded
     opened = open_ring(
         model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say
     )
