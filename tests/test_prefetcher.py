@@ -43,6 +43,7 @@ from workers.prefetcher import io_uring
 from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_queues
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.io_uring import IoUring
+from workers.prefetcher.measure import measure
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.requests import Planner, Requests
 from workers.prefetcher.threads import Threads
@@ -608,3 +609,13 @@ def test_a_truncated_file_and_a_malformed_message_are_reported(tmp_path: Path, d
         assert isinstance(failed, Failed)
         assert "a neuron is asked for twice" in failed.error
         assert one.process.wait(WAIT) == 1
+
+
+def test_measuring_takes_as_many_buffers_as_asked(store: Store) -> None:
+    path, size = store.path / BUNDLES, store.layout.stride
+    found = uvloop.run(measure(path, size, readers=1, depth=4, count=50, direct=False, buffers=4))
+    assert found["peak_in_flight"] == 4
+    line = [sys.executable, "-m", "workers.prefetcher.measure", str(path), "--depth", "4", "--buffers", "3"]
+    refused = subprocess.run(line, check=False, capture_output=True, text=True, timeout=WAIT)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--buffers must be at least as many as the reads in flight" in refused.stderr

@@ -25,10 +25,10 @@ from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.requests import Requests
 
-BUFFER_BYTES = 64 << 20  # destinations, used in turn
+BUFFER_BYTES = 64 << 20  # of destinations, used in turn
 
 
-def measure(
+async def measure(
     path: Path,
     request_bytes: int,
     readers: int,
@@ -40,39 +40,23 @@ def measure(
     ahead: int = 2,
     sequential: bool = False,
     direct: bool = True,
+    buffers: int = 0,
 ) -> dict[str, float | str]:
     """Read `count` blocks of `path` at random places (or one after another) and say how it went.
 
-    `depth` is each reader's. With `part`, reads are asked for in parts of that many, `ahead` parts
-    at a time, as the ring does; otherwise all at once. CPU time is this process's, user and system.
-    Raises StoreError when the file cannot be read, UsageError when it is smaller than one read, and
-    ConfigError for a backend that is not there.
+    `depth` is each reader's. Reads fill `buffers` in turn, by default BUFFER_BYTES of them: more than a
+    processor's cache keeps, as a ring's slots are. With `part`, reads are asked for in parts of that
+    many, `ahead` parts at a time, as the ring does; otherwise all at once. CPU time is this process's,
+    user and system. Raises StoreError when the file cannot be read, UsageError when it is smaller than
+    one read, and ConfigError for a backend that is not there.
     """
-    if path.is_file() and path.stat().st_size < request_bytes:
-        raise UsageError(f"{path} is smaller than one read of {request_bytes:,} bytes")
-    return uvloop.run(
-        _measure(path, request_bytes, readers, depth, count, backend, seed, part, ahead, sequential, direct)
-    )
-
-
-async def _measure(
-    path: Path,
-    request_bytes: int,
-    readers: int,
-    depth: int,
-    count: int,
-    backend: str,
-    seed: int,
-    part: int,
-    ahead: int,
-    sequential: bool,
-    direct: bool,
-) -> dict[str, float | str]:
-    slots = max(BUFFER_BYTES // request_bytes, 1)
+    slots = buffers or max(BUFFER_BYTES // request_bytes, 1)
     with BundleFile.open(path, request_bytes, direct) as file, mmap.mmap(-1, slots * request_bytes) as memory:
+        blocks = file.size // request_bytes
+        if blocks == 0:
+            raise UsageError(f"{path} is smaller than one read of {request_bytes:,} bytes")
         view = np.frombuffer(memory, np.uint8)
         view[:] = 1  # the kernel must not have to find pages while it is measured
-        blocks = file.size // request_bytes
         chosen = np.arange(count) % blocks
         if not sequential:
             chosen = np.random.default_rng(seed).integers(0, blocks, count)
@@ -148,25 +132,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", type=int, default=0, help="reads asked for together; 0: all")
     parser.add_argument("--ahead", type=int, default=2, help="parts asked for at a time")
+    parser.add_argument("--buffers", type=int, default=0, help="that reads fill in turn; 0: 64 MiB of them")
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--cached", action="store_true", help="through the page cache")
     given = parser.parse_args()
     for name in ("bytes", "readers", "depth", "count", "ahead"):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} must be at least 1")
+    if given.buffers and given.buffers < given.readers * given.depth:
+        raise UsageError("--buffers must be at least as many as the reads in flight")
     be_prompt()  # as the worker is
-    result = measure(
-        given.file,
-        given.bytes,
-        given.readers,
-        given.depth,
-        given.count,
-        given.backend,
-        given.seed,
-        given.part,
-        given.ahead,
-        given.sequential,
-        not given.cached,
+    result = uvloop.run(
+        measure(
+            given.file,
+            given.bytes,
+            given.readers,
+            given.depth,
+            given.count,
+            given.backend,
+            given.seed,
+            given.part,
+            given.ahead,
+            given.sequential,
+            not given.cached,
+            given.buffers,
+        )
     )
     print(json.dumps(result))
 
