@@ -615,7 +615,12 @@ def test_measuring_takes_as_many_buffers_as_asked(store: Store) -> None:
     path, size = store.path / BUNDLES, store.layout.stride
     found = uvloop.run(measure(path, size, readers=1, depth=4, count=50, direct=False, buffers=4))
     assert found["peak_in_flight"] == 4
-    line = [sys.executable, "-m", "workers.prefetcher.measure", str(path), "--depth", "4", "--buffers", "3"]
-    refused = subprocess.run(line, check=False, capture_output=True, text=True, timeout=WAIT)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "--buffers must be at least as many as the reads in flight" in refused.stderr
+    for wrong, why in (
+        (("--depth", "4", "--buffers", "3"), "--buffers must be at least as many as the reads in flight"),
+        (("--bytes", str(10**15)), "is smaller than one read of 1,000,000,000,000,000 bytes"),
+    ):
+        line = [sys.executable, "-m", "workers.prefetcher.measure", str(path), *wrong]
+        refused = subprocess.run(line, check=False, capture_output=True, text=True, timeout=WAIT)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert why in refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -51,31 +51,32 @@ async def measure(
     one read, and ConfigError for a backend that is not there.
     """
     slots = buffers or max(BUFFER_BYTES // request_bytes, 1)
-    with BundleFile.open(path, request_bytes, direct) as file, mmap.mmap(-1, slots * request_bytes) as memory:
+    with BundleFile.open(path, request_bytes, direct) as file:
         blocks = file.size // request_bytes
         if blocks == 0:
             raise UsageError(f"{path} is smaller than one read of {request_bytes:,} bytes")
-        view = np.frombuffer(memory, np.uint8)
-        view[:] = 1  # the kernel must not have to find pages while it is measured
-        chosen = np.arange(count) % blocks
-        if not sequential:
-            chosen = np.random.default_rng(seed).integers(0, blocks, count)
-        parts = [
-            _requests(chosen[at : at + (part or count)], at, view.ctypes.data, slots, request_bytes)
-            for at in range(0, count, part or count)
-        ]
-        queues, chosen_backend = await open_queues(backend, file, depth, readers, view)
-        pool = ReaderPool(queues, depth, file.size, lambda at: f"{path} at {at}")
-        serving = asyncio.ensure_future(pool.run())
-        try:
-            started, spent = time.perf_counter(), time.process_time()
-            await _read_all(pool, parts, ahead, serving)
-            seconds, spent = time.perf_counter() - started, time.process_time() - spent
-        finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            await pool.close()
-        del view
+        with mmap.mmap(-1, slots * request_bytes) as memory:
+            view = np.frombuffer(memory, np.uint8)
+            view[:] = 1  # the kernel must not have to find pages while it is measured
+            chosen = np.arange(count) % blocks
+            if not sequential:
+                chosen = np.random.default_rng(seed).integers(0, blocks, count)
+            parts = [
+                _requests(chosen[at : at + (part or count)], at, view.ctypes.data, slots, request_bytes)
+                for at in range(0, count, part or count)
+            ]
+            queues, chosen_backend = await open_queues(backend, file, depth, readers, view)
+            pool = ReaderPool(queues, depth, file.size, lambda at: f"{path} at {at}")
+            serving = asyncio.ensure_future(pool.run())
+            try:
+                started, spent = time.perf_counter(), time.process_time()
+                await _read_all(pool, parts, ahead, serving)
+                seconds, spent = time.perf_counter() - started, time.process_time() - spent
+            finally:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+                await pool.close()
+            del view
     return {
         "bytes_per_second": count * request_bytes / seconds,
         "reads_per_second": count / seconds,
