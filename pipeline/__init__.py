@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.client import AsyncClient as AsyncClient
-    from pipeline.client import Client as Client
-    from pipeline.embed import Pipeline as Pipeline
+    from pipeline.serving.client import AsyncClient as AsyncClient
+    from pipeline.serving.client import Client as Client
+    from pipeline.serving.embed import Pipeline as Pipeline
 
 PROJECT = "flashring"  # tells our package from another of the same name
 
@@ -13,11 +13,11 @@ PROJECT = "flashring"  # tells our package from another of the same name
 def __getattr__(name: str) -> object:
     """`Pipeline`, `Client` and `AsyncClient`, imported when they are asked for: workers need none."""
     if name == "Pipeline":
-        from pipeline.embed import Pipeline
+        from pipeline.serving.embed import Pipeline
 
         return Pipeline
     if name in ("Client", "AsyncClient"):
-        from pipeline import client
+        from pipeline.serving import client
 
         return getattr(client, name)
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

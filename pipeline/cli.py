@@ -7,7 +7,7 @@ One file per command stands in `commands/`, and `programs.py` there has those th
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import bench, bench_serving, convert, generate, programs, serve, verify
+from pipeline.commands import convert, generate, programs, serve, verify
 from pipeline.ending import exit_status
 
 app = program.make()
@@ -15,8 +15,6 @@ app.callback(invoke_without_command=True, help=generate.__doc__)(generate.comman
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("serve")(serve.command)
-app.command("bench")(bench.command)
-app.command("bench-serving")(bench_serving.command)
 programs.add_to(app)
 
 

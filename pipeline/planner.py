@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from pipeline import segments
 from pipeline.config import Config, Model
 from pipeline.console import size
 from pipeline.cores import thread_count
-from pipeline.plan import Plan
+from pipeline.ring import segments
+from pipeline.ring.plan import Plan
 from storage.errors import BudgetError, ConfigError, StoreError
 from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
 from storage.tensors import Tensors

@@ -1,6 +1,6 @@
 """What our programs have in common: one style of help, which calls them what the user called them.
 
-Some commands of the command line are programs of their own (`workers.evaluation` and others), because
+Some commands of the command line are programs of their own (`workers.lab.evaluation` and others), because
 they need torch: `launch.run_module` tells them under which name they were started.
 """
 

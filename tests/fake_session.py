@@ -6,8 +6,8 @@ import hashlib
 import threading
 from collections.abc import Callable, Generator, Sequence
 
-from pipeline.generate import Generation, GenerationParams, Piece
-from pipeline.messages import Finished
+from pipeline.ring.messages import Finished
+from pipeline.ring.session import Generation, GenerationParams, Piece
 from storage.errors import RingError, UsageError
 
 CONTEXT = 4096

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.channel import Channel
 from pipeline.config import Config
-from pipeline.generate import GenerationParams, Session
-from pipeline.messages import Message
-from pipeline.plan import Plan
 from pipeline.planner import plan as make_plan
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import Message
+from pipeline.ring.plan import Plan
+from pipeline.ring.session import GenerationParams, Session
 from storage.format import Store
 
 PROMPT = [2, 17, 40, 9, 77, 31]

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from fake_session import CONTEXT, FastSession
 
-from pipeline.chat import ChatTemplate
 from pipeline.config import Sampling
-from pipeline.http import HttpServer
-from pipeline.prometheus import PrometheusObserver
-from pipeline.scheduler import Scheduler
-from pipeline.server import Server
-from pipeline.warm_ring import WarmRing
+from pipeline.serving.chat import ChatTemplate
+from pipeline.serving.http import HttpServer
+from pipeline.serving.prometheus import PrometheusObserver
+from pipeline.serving.scheduler import Scheduler
+from pipeline.serving.server import Server
+from pipeline.serving.warm_ring import WarmRing
 
 Result = TypeVar("Result")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"

@@ -15,16 +15,16 @@ from ring import PROMPT, config, generate, plan_for
 from safetensors.numpy import load_file
 from serving import served
 
-from pipeline.client import Client
 from pipeline.config import Config
-from pipeline.generate import Session
 from pipeline.quality import POINTS, quality_settings
+from pipeline.ring.session import Session
+from pipeline.serving.client import Client
 from storage.convert import NeuronOrder, convert
 from storage.errors import UsageError
 from storage.format import RESIDENT, Store
 from workers.compute.audit import Audit
 from workers.compute.weights import Weights
-from workers.evaluation import audit_picture
+from workers.lab.evaluation import audit_picture
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,23 @@ from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from pipeline import planner
-from pipeline.bench import ablation, bench, ceilings, children, curve, peers, rows, table
-from pipeline.bench.ceilings import Around, Ceilings
-from pipeline.bench.children import ChildFailed, Ran
-from pipeline.bench.disk import Throughput
-from pipeline.bench.job import TEXT, Job, make_job, quick_budget
-from pipeline.bench.roofline import Roofline, memory_bytes, resident_bytes
-from pipeline.bench.roofline import measure as measure_roof
-from pipeline.bench.rows import TECHNIQUES, Row
-from pipeline.bench.series import Series
-from pipeline.commands import bench as bench_command
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
 from storage.format import PREDICTORS, RESIDENT, Store
 from workers.cache.policy import KeepNothing
 from workers.cache.residency import NOWHERE, Residency
-from workers.compute.dense import DenseModel
-from workers.compute.naive import NaiveModel
+from workers.lab.bench import __main__ as bench_command
+from workers.lab.bench import ablation, bench, ceilings, children, curve, peers, rows, table
+from workers.lab.bench.ceilings import Around, Ceilings
+from workers.lab.bench.children import ChildFailed, Ran
+from workers.lab.bench.disk import Throughput
+from workers.lab.bench.job import TEXT, Job, make_job, quick_budget
+from workers.lab.bench.naive import NaiveModel
+from workers.lab.bench.roofline import Roofline, memory_bytes, resident_bytes
+from workers.lab.bench.roofline import measure as measure_roof
+from workers.lab.bench.rows import TECHNIQUES, Row
+from workers.lab.bench.series import Series
+from workers.lab.offline.dense import DenseModel
 from workers.prefetcher.requests import Planner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -362,7 +362,7 @@ def test_the_load_beside_a_ceiling_has_the_jobs_threads(job: Job, monkeypatch: A
     monkeypatch.setattr(children, "module_command", module_command)
     monkeypatch.setattr(ceilings.disk, "try_once", lambda *_, **__: Throughput(512, 1, 8, 1e9, 1.0))
     Around(replace(job, threads=3)).now(made_of(Row("x")))
-    assert asked[0] == "workers.compute.bandwidth"
+    assert asked[0] == "workers.lab.bench.bandwidth"
     assert asked[asked.index("--threads") + 1] == "3"
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 
-from pipeline import cgroup
-from pipeline.cgroup import CgroupUnavailable, MemoryCgroup
 from pipeline.config import Config
 from pipeline.planner import plan
 from storage.convert import convert
 from storage.errors import BudgetError
 from storage.format import Store
+from workers.lab.bench import cgroup
+from workers.lab.bench.cgroup import CgroupUnavailable, MemoryCgroup
 
 ROOT = Path(__file__).resolve().parent.parent
 

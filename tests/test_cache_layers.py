@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.messages import EMBEDDING, EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
-from pipeline.plan import Plan
-from pipeline.segments import ID, SLOT
+from pipeline.ring.messages import EMBEDDING, EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
+from pipeline.ring.plan import Plan
+from pipeline.ring.segments import ID, SLOT
 from workers.cache.layers import LayerCache
 from workers.cache.policy import WindowThenOldest
 from workers.cache.residency import NOWHERE

@@ -15,10 +15,10 @@ import predictors
 import pytest
 from stores import bundle_store
 
-from pipeline import segments
-from pipeline.channel import Channel
 from pipeline.config import Config
-from pipeline.messages import (
+from pipeline.ring import segments
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import (
     EMBEDDING,
     EVERY,
     PROTOCOL_VERSION,
@@ -35,8 +35,8 @@ from pipeline.messages import (
     Stop,
     WorkerReady,
 )
-from pipeline.plan import Plan
-from pipeline.process import ORPHANED, WorkerSpec
+from pipeline.ring.plan import Plan
+from pipeline.ring.process import ORPHANED, WorkerSpec
 from storage.format import Store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -222,10 +222,12 @@ def test_what_http_lacks_is_said_before_the_model_is_looked_for(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("train-predictor", "workers.predictor.train"),
-        ("evaluate", "workers.evaluation.__main__"),
-        ("trace", "workers.traces.__main__"),
-        ("synthesize", "workers.synthesis.__main__"),
+        ("bench", "workers.lab.bench.__main__"),
+        ("bench-serving", "workers.lab.bench.serving.__main__"),
+        ("train-predictor", "workers.lab.training.__main__"),
+        ("evaluate", "workers.lab.evaluation.__main__"),
+        ("trace", "workers.lab.traces.__main__"),
+        ("synthesize", "workers.lab.synthesis.__main__"),
     ],
 )
 def test_programs_of_their_own_show_help_like_all_commands(

@@ -18,8 +18,8 @@ from storage.convert import convert
 from storage.format import RESIDENT, Store
 from workers.compute import batch
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
-from workers.compute.dense import DenseModel
 from workers.compute.weights import Weights
+from workers.lab.offline.dense import DenseModel
 
 PROMPT = [2, 17, 40, 9, 77, 31, 250, 6, 101, 4, 55, 260]
 TOLERANCE = 1e-4

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
 
-from pipeline import segments
-from pipeline.channel import Channel
-from pipeline.messages import (
+from pipeline.ring import segments
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import (
     EMBEDDING,
     Cancel,
     Finished,
@@ -26,13 +26,13 @@ from pipeline.messages import (
     PartDone,
     TokenReady,
 )
-from pipeline.plan import Plan
-from pipeline.segments import ID, SLOT
+from pipeline.ring.plan import Plan
+from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.format import Store
-from workers.compute.dense import DenseModel
 from workers.compute.engine import Engine
 from workers.compute.weights import Weights
+from workers.lab.offline.dense import DenseModel
 
 PROMPT = (2, 17, 40, 9, 77, 31)
 

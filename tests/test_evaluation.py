@@ -20,21 +20,22 @@ from safetensors.numpy import load_file
 
 from pipeline.cli import main
 from pipeline.config import Cache
-from pipeline.generate import Session, load_tokenizer
-from pipeline.messages import EMBEDDING, NeuronsPredicted
-from pipeline.segments import ID
+from pipeline.ring.messages import EMBEDDING, NeuronsPredicted
+from pipeline.ring.segments import ID
+from pipeline.ring.session import Session, load_tokenizer
 from storage.convert import convert
 from storage.errors import ConfigError, UsageError
 from storage.format import Store
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
-from workers.compute.dense import DenseModel
-from workers.evaluation import evaluate, points, scoring
-from workers.evaluation.chooser import make_chooser
-from workers.evaluation.report import compare_task, compare_text, judge
-from workers.evaluation.scoring import Scored, batches, score
-from workers.evaluation.statistics import paired_difference, proportion, ratio_of_perplexities
-from workers.evaluation.tasks import Item, find, load
+from workers.lab.evaluation import evaluate, points
+from workers.lab.evaluation.report import compare_task, compare_text, judge
+from workers.lab.evaluation.statistics import paired_difference, proportion, ratio_of_perplexities
+from workers.lab.evaluation.tasks import Item, find, load
+from workers.lab.offline import scoring
+from workers.lab.offline.chooser import make_chooser
+from workers.lab.offline.dense import DenseModel
+from workers.lab.offline.scoring import Scored, batches, score
 
 LENGTH = 126  # tokens of a sequence, within the context of 128
 

@@ -14,10 +14,10 @@ from pipeline import ending
 from storage.convert import convert
 from storage.errors import UsageError
 from storage.format import Store
-from workers.predictor import frontier
-from workers.predictor.activations import Samples
-from workers.predictor.lowmap import LowMap
-from workers.predictor.report import Counts
+from workers.lab.training import frontier
+from workers.lab.training.activations import Samples
+from workers.lab.training.lowmap import LowMap
+from workers.lab.training.report import Counts
 
 
 @pytest.fixture(scope="module")

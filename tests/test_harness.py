@@ -12,11 +12,11 @@ import torch
 from checkpoints import BOS, POSITIONS, reference_model, write_checkpoint
 from ring import config, plan_for
 
-from pipeline.generate import GenerationParams, Session
+from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.errors import UsageError
 from storage.format import Store
-from workers.evaluation.harness import Harness, params
+from workers.lab.evaluation.harness import Harness, params
 
 SETTINGS = ("compute.threads=1", "compute.context=128", "prefetcher.readers=1", "predictor.refine=false")
 PAIRS = [("The cat sat on", " the mat"), ("One and one is", " two"), ("", "Why"), ("Who?", "")]
@@ -131,7 +131,7 @@ def local_task(base: Path, name: str, **more: object) -> dict:
 @pytest.mark.filterwarnings("ignore")  # the harness and its dependencies have many
 def test_lm_eval_runs_local_tasks(store, tmp_path, dense, sparse):
     lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-    from workers.evaluation import lm_eval_model
+    from workers.lab.evaluation import lm_eval_model
 
     choices = {"output_type": "multiple_choice", "doc_to_choice": "{{options}}", "doc_to_target": "gold"}
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{q}}"}

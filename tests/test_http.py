@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import served
 
 from pipeline.config import Sampling
-from pipeline.endpoint import CurveKeys, check_endpoint, check_http, make_keys
+from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, make_keys
 from storage.errors import UsageError
 
 WHOLE = "word by word"
@@ -326,8 +326,8 @@ def test_beyond_loopback_keys_are_needed():
 
 
 def test_curve_lets_only_known_clients_in(tmp_path):
-    from pipeline.client import Client
     from pipeline.errors import ServerUnavailable
+    from pipeline.serving.client import Client
 
     make_keys(tmp_path / "keys")
     make_keys(tmp_path / "stranger")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.messages import EMBEDDING, EVERY, HiddenReady, NeuronsPredicted
+from pipeline.ring.messages import EMBEDDING, EVERY, HiddenReady, NeuronsPredicted
 from workers.predictor.oracle import Oracle
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorer import Scorer

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline import planner, segments
+from pipeline import planner
 from pipeline.config import Config
+from pipeline.ring import segments
 from storage.errors import BudgetError, ConfigError, StoreError, UsageError
 from storage.families.architecture import Activation, Architecture
 from storage.format import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Layout, Manifest, Store

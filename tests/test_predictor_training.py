@@ -22,12 +22,13 @@ from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.format import PREDICTORS, Store
 from storage.lock import locked
 from storage.tensors import Tensors
-from workers.compute.dense import DenseModel
-from workers.evaluation.chooser import make_chooser
-from workers.predictor import activations, fit, lowmap, lowrank, report, svd, texts
-from workers.predictor.activations import Samples
-from workers.predictor.train import Job, Split, make
-from workers.traces import record
+from workers.lab.offline import record
+from workers.lab.offline.chooser import make_chooser
+from workers.lab.offline.dense import DenseModel
+from workers.lab.training import activations, fit, lowmap, report, svd, texts
+from workers.lab.training.__main__ import Job, Split, make
+from workers.lab.training.activations import Samples
+from workers.predictor import lowrank
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -318,7 +319,15 @@ def test_only_one_training_writes_a_work_directory(store: Store, tmp_path: Path)
     text, work = tmp_path / "text.txt", tmp_path / "work"
     text.write_text("Once upon a time there was a small model. " * 200, encoding="utf-8")
     work.mkdir()
-    line = [sys.executable, "-m", "workers.predictor.train", "--store", str(store.path), "--text", str(text)]
+    line = [
+        sys.executable,
+        "-m",
+        "workers.lab.training.__main__",
+        "--store",
+        str(store.path),
+        "--text",
+        str(text),
+    ]
     with locked(work, "training"):
         done = subprocess.run(
             [*line, "--work", str(work)], capture_output=True, text=True, check=False, cwd=ROOT

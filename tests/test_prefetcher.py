@@ -20,10 +20,10 @@ import pytest
 import uvloop
 from stores import bundle_store, raw_bundles
 
-from pipeline import segments
-from pipeline.channel import Channel
 from pipeline.config import Config
-from pipeline.messages import (
+from pipeline.ring import segments
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import (
     Failed,
     LayerPart,
     Message,
@@ -34,17 +34,18 @@ from pipeline.messages import (
     Stop,
     WorkerReady,
 )
-from pipeline.plan import Plan
-from pipeline.process import WorkerSpec
-from pipeline.segments import ID, SLOT
+from pipeline.ring.plan import Plan
+from pipeline.ring.process import WorkerSpec
+from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.format import BUNDLES, Store
+from workers.lab.bench.reads import measure
 from workers.prefetcher import io_uring
-from workers.prefetcher.backend import Backend, BackendUnavailable, Completed, open_queues
+from workers.prefetcher.backend import Backend, BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.io_uring import IoUring
-from workers.prefetcher.measure import measure
 from workers.prefetcher.pool import ReaderPool
+from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import Planner, Requests
 from workers.prefetcher.threads import Threads
 
@@ -619,7 +620,7 @@ def test_measuring_takes_as_many_buffers_as_asked(store: Store) -> None:
         (("--depth", "4", "--buffers", "3"), "--buffers must be at least as many as the reads in flight"),
         (("--bytes", str(10**15)), "is smaller than one read of 1,000,000,000,000,000 bytes"),
     ):
-        line = [sys.executable, "-m", "workers.prefetcher.measure", str(path), *wrong]
+        line = [sys.executable, "-m", "workers.lab.bench.reads", str(path), *wrong]
         refused = subprocess.run(line, check=False, capture_output=True, text=True, timeout=WAIT)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert why in refused.stderr

@@ -9,7 +9,7 @@ import pytest
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 
-from pipeline.generate import GenerationParams, Session
+from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 
 PROMPT = [2, 17, 40, 9, 77, 31, 60, 5]

@@ -10,9 +10,9 @@ import pytest
 from checkpoints import write_checkpoint
 from ring import PROMPT, config, generate, outcome, plan_for, tap
 
-from pipeline.channel import Channel
-from pipeline.generate import GenerationParams, Session
-from pipeline.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
+from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.format import Store
 

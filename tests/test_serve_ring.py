@@ -19,7 +19,7 @@ from checkpoints import write_checkpoint
 from ring import config, plan_for
 
 from pipeline import Client, Pipeline
-from pipeline.generate import GenerationParams, Session
+from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
 from storage.format import Store

@@ -19,8 +19,16 @@ from fake_session import BuggySession, DeadSession, DyingSession, FastSession, G
 from serving import served
 
 from pipeline import Pipeline
-from pipeline.client import AsyncClient, Client
-from pipeline.client_messages import (
+from pipeline.config import Sampling
+from pipeline.errors import (
+    DeadlineExceeded,
+    ProtocolMismatch,
+    QueueFull,
+    ServerUnavailable,
+    ServingError,
+)
+from pipeline.serving.client import AsyncClient, Client
+from pipeline.serving.client_messages import (
     CLIENT_PROTOCOL_VERSION,
     AskHealth,
     Done,
@@ -34,17 +42,9 @@ from pipeline.client_messages import (
     decode,
     encode,
 )
-from pipeline.config import Sampling
-from pipeline.endpoint import check_endpoint
-from pipeline.errors import (
-    DeadlineExceeded,
-    ProtocolMismatch,
-    QueueFull,
-    ServerUnavailable,
-    ServingError,
-)
-from pipeline.scheduler import Event, Job, Scheduler
-from pipeline.warm_ring import WarmRing
+from pipeline.serving.endpoint import check_endpoint
+from pipeline.serving.scheduler import Event, Job, Scheduler
+from pipeline.serving.warm_ring import WarmRing
 from storage.errors import RingError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +258,7 @@ def test_another_protocol_version_is_refused(tmp_path, monkeypatch):
             answer = raw.receive()
             assert isinstance(answer, Error)
             assert answer.code == "version"
-        monkeypatch.setattr("pipeline.client.CLIENT_PROTOCOL_VERSION", 99)
+        monkeypatch.setattr("pipeline.serving.client.CLIENT_PROTOCOL_VERSION", 99)
         with pytest.raises(ProtocolMismatch, match="the client 99"):
             Client(server.endpoint)
         monkeypatch.undo()

@@ -12,9 +12,9 @@ import pytest
 from checkpoints import write_checkpoint
 from ring import PROMPT, config, plan_for
 
-from pipeline.generate import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, GenerationParams, Session
-from pipeline.messages import Cancel, Finished, Generate, Message, TokenReady
-from pipeline.supervisor import Supervisor
+from pipeline.ring.messages import Cancel, Finished, Generate, Message, TokenReady
+from pipeline.ring.session import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, GenerationParams, Session
+from pipeline.ring.supervisor import Supervisor
 from storage.convert import convert
 from storage.errors import RingError
 from storage.format import RESIDENT, Store
@@ -61,8 +61,8 @@ def ring() -> ScriptedRing:
 
 @pytest.fixture
 def session(store: Store, ring: ScriptedRing, monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr("pipeline.generate.Supervisor", lambda *_: ring)
-    monkeypatch.setattr("pipeline.generate.time", SimpleNamespace(monotonic=lambda: ring.now))
+    monkeypatch.setattr("pipeline.ring.session.Supervisor", lambda *_: ring)
+    monkeypatch.setattr("pipeline.ring.session.time", SimpleNamespace(monotonic=lambda: ring.now))
     chosen = config()
     return Session(store, chosen, plan_for(store, chosen))
 

@@ -17,14 +17,14 @@ from safetensors import safe_open
 
 from storage.convert import convert
 from storage.errors import CheckpointError, DiskFull, UsageError
-from workers.synthesis import __main__ as program
-from workers.synthesis import checkpoint as synthesis
-from workers.synthesis.activity import new_per_token, union_size
-from workers.synthesis.checkpoint import Request, synthesize
-from workers.synthesis.measure import measure, summary
-from workers.synthesis.planting import Planting
-from workers.synthesis.shapes import SHAPES, Shape, find_shape
-from workers.synthesis.sources import open_weights
+from workers.lab.synthesis import __main__ as program
+from workers.lab.synthesis import checkpoint as synthesis
+from workers.lab.synthesis.activity import new_per_token, union_size
+from workers.lab.synthesis.checkpoint import Request, synthesize
+from workers.lab.synthesis.measure import measure, summary
+from workers.lab.synthesis.planting import Planting
+from workers.lab.synthesis.shapes import SHAPES, Shape, find_shape
+from workers.lab.synthesis.sources import open_weights
 
 LAYERS, VOCABULARY, TOKENS = 3, 512, 160
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.messages import EMBEDDING
+from pipeline.ring.messages import EMBEDDING
 from workers.predictor.targets import Mode, Target, targets
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.text import UNDECIDED, Detokenizer
+from pipeline.ring.text import UNDECIDED, Detokenizer
 
 TEXT = "Once upon a time 🐉 a naïve dragon — 龍 — met 👩‍👩‍👧 in Zürich. 🏳️‍🌈 Ende."
 

@@ -15,8 +15,8 @@ from ring import config
 from pipeline import ending
 from pipeline.cli import main
 from pipeline.config import Cache
-from pipeline.messages import NeuronsPredicted
-from pipeline.plan import Plan
+from pipeline.ring.messages import NeuronsPredicted
+from pipeline.ring.plan import Plan
 from storage.convert import convert
 from storage.errors import StoreError
 from storage.format import Store
@@ -24,16 +24,17 @@ from workers.cache.frequency import RecentlyFrequent, make_policy
 from workers.cache.layers import LayerCache
 from workers.cache.policy import KeepNothing, WindowThenOldest
 from workers.cache.residency import Residency
-from workers.compute.dense import DenseModel
-from workers.evaluation.chooser import make_chooser
-from workers.traces import __main__ as traces
-from workers.traces import placement, replay
-from workers.traces.activity import activity
-from workers.traces.order import linear_order
-from workers.traces.policies import Belady, PinnedThenOldest
-from workers.traces.record import record
-from workers.traces.trace import Trace, pack
-from workers.traces.windows import windows
+from workers.lab.offline import replay
+from workers.lab.offline.chooser import make_chooser
+from workers.lab.offline.dense import DenseModel
+from workers.lab.offline.policies import Belady, PinnedThenOldest
+from workers.lab.offline.record import record
+from workers.lab.offline.trace import Trace, pack
+from workers.lab.traces import __main__ as traces
+from workers.lab.traces import placement
+from workers.lab.traces.activity import activity
+from workers.lab.traces.order import linear_order
+from workers.lab.traces.windows import windows
 
 LAYERS, D_FF, TOKENS = 2, 44, 90
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import models, planner
-from pipeline.audit import AUDIT_EVERY, describe_audit
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
 from pipeline.quality import quality_settings
+from pipeline.ring.audit import AUDIT_EVERY, describe_audit
 from pipeline.version import name_and_version
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.generate import GenerationParams, Session
+    from pipeline.ring.session import GenerationParams, Session
     from storage.format import Store
 
 
@@ -141,7 +141,7 @@ def _generate(
     quiet: bool,
 ) -> dict[str, Any]:
     """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
-    from pipeline.generate import Session, check_prompt, load_tokenizer
+    from pipeline.ring.session import Session, check_prompt, load_tokenizer
 
     try:
         prompt.encode()
@@ -176,7 +176,7 @@ def _abandon_when_interrupted(session: Session) -> None:
 
 
 def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]) -> GenerationParams:
-    from pipeline.generate import GenerationParams
+    from pipeline.ring.session import GenerationParams
 
     params = GenerationParams(
         max_new_tokens=len(forced) or config.sampling.max_new_tokens,
@@ -192,7 +192,7 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
 
 
 def _check_forced(forced: tuple[int, ...], store: Store) -> None:
-    from pipeline.generate import check_forced
+    from pipeline.ring.session import check_forced
 
     check_forced(forced, store)
 

@@ -1,4 +1,4 @@
-"""The commands that are programs of their own, because they need torch: their arguments are passed on."""
+"""The commands that are programs of their own, in `workers/lab/`: their arguments are passed on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from pipeline import launch
 
 # Each command's module, and what the list of commands says of it.
 PROGRAMS = {
-    "train-predictor": ("workers.predictor.train", "Train the predictors of a model on a text"),
-    "evaluate": ("workers.evaluation", "Compare the sparse model with the dense one on text and questions"),
-    "trace": ("workers.traces", "Record which neurons a text uses, and replay it against cache policies"),
-    "synthesize": ("workers.synthesis", "Write or measure a synthetic checkpoint"),
+    "bench": (
+        "workers.lab.bench",
+        "Measure what a token costs, technique by technique, and how close that is to the hardware's limits",
+    ),
+    "bench-serving": ("workers.lab.bench.serving", "Measure what serving costs a token"),
+    "train-predictor": ("workers.lab.training", "Train the predictors of a model on a text"),
+    "evaluate": (
+        "workers.lab.evaluation",
+        "Compare the sparse model with the dense one on text and questions",
+    ),
+    "trace": ("workers.lab.traces", "Record which neurons a text uses, and replay it against cache policies"),
+    "synthesize": ("workers.lab.synthesis", "Write or measure a synthetic checkpoint"),
 }
 
 

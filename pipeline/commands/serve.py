@@ -10,7 +10,7 @@ import typer
 
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.console import say
-from pipeline.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
+from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
 
 Endpoint = Annotated[
@@ -89,8 +89,8 @@ def command(
 
     import uvloop
 
-    from pipeline.opening import open_ring
-    from pipeline.serving import ServingOptions, check_http_packages, serve
+    from pipeline.serving.fronts import ServingOptions, check_http_packages, serve
+    from pipeline.serving.opening import open_ring
 
     if http:
         check_http(http, api_key)

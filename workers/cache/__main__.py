@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipeline.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartDone, RingReady
-from pipeline.process import Worker, run
+from pipeline.ring.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartDone, RingReady
+from pipeline.ring.process import Worker, run
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
 from workers.cache.policy import Policy
-from workers.serving import serve
+from workers.loop import serve
 
 NAME = "cache"
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.messages import EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
-from pipeline.plan import Plan
-from pipeline.segments import ID, SLOT
+from pipeline.ring.messages import EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
+from pipeline.ring.plan import Plan
+from pipeline.ring.segments import ID, SLOT
 from workers.cache.policy import Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
 from workers.cache.staging import Staging

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pipeline.messages import PartDone, ReadBundles
+from pipeline.ring.messages import PartDone, ReadBundles
 
 HALVES = 2
 

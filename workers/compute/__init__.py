@@ -2,5 +2,5 @@
 
 Read `engine.py` first: it is one token's way through the layers. `blocks.py` says what a layer is;
 `token.py` computes it for one token by compiled kernels, `batch.py` for many by matrix products;
-`parts.py` collects the bundles as they arrive; `dense.py` runs the same mathematics without a ring.
+`parts.py` collects the bundles as they arrive.
 """

@@ -6,10 +6,10 @@ import asyncio
 import queue
 import threading
 
-from pipeline.channel import Channel
 from pipeline.cores import thread_count
-from pipeline.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
-from pipeline.process import Worker, run
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
+from pipeline.ring.process import Worker, run
 from workers import kernels
 from workers.compute.audit import Audit
 from workers.compute.engine import Engine, Stopped

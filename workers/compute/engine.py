@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.channel import Channel
-from pipeline.messages import (
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import (
     EMBEDDING,
     Cancel,
     Finished,
@@ -24,8 +24,8 @@ from pipeline.messages import (
     PartDone,
     TokenReady,
 )
-from pipeline.plan import Plan
-from pipeline.segments import ID, SLOT, Segments
+from pipeline.ring.plan import Plan
+from pipeline.ring.segments import ID, SLOT, Segments
 from storage.errors import StoreCorrupt
 from storage.format import CARRIER
 from workers.compute.audit import Audit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.messages import LayerPart, Message
+from pipeline.ring.messages import LayerPart, Message
 
 
 @dataclass(frozen=True, slots=True)

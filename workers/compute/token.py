@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.segments import ID, SLOT
+from pipeline.ring.segments import ID, SLOT
 from storage.families.architecture import (
     EMBED,
     FINAL_NORM,

@@ -1,4 +1,4 @@
-"""The predictor: hidden states in, neurons out; and `train`, which makes predictors.
+"""The predictor: hidden states in, neurons out.
 
 Reading order: `targets.py` (what is predicted when), `scorer.py` (what predicts), `lowrank.py`,
 `oracle.py`, `prediction.py` (messages), `__main__.py`.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.messages import HiddenReady, Message, RingReady
 from pipeline.planner import resolve
-from pipeline.process import Worker, run
+from pipeline.ring.messages import HiddenReady, Message, RingReady
+from pipeline.ring.process import Worker, run
+from workers.loop import serve
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorer import Scorer
 from workers.predictor.targets import Mode
-from workers.serving import serve
 
 NAME = "predictor"
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.messages import EVERY, HiddenReady, NeuronsPredicted
+from pipeline.ring.messages import EVERY, HiddenReady, NeuronsPredicted
 from workers.predictor.scorer import Ids, Scorer
 from workers.predictor.targets import Mode, Target, targets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.messages import EMBEDDING
+from pipeline.ring.messages import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)

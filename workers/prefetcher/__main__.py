@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import process
-from pipeline.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
-from pipeline.process import Worker
-from pipeline.segments import ID, SLOT
+from pipeline.ring import process
+from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
+from pipeline.ring.process import Worker
+from pipeline.ring.segments import ID, SLOT
 from storage.format import BUNDLES, Layout
-from workers.prefetcher.backend import open_queues
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
+from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import Planner, Requests
 
 

@@ -1,0 +1,227 @@
+"""Every message of the ring, in the order in which one token sends them.
+
+On the wire a message is msgpack of `[tag, *fields]`; `decode` checks tag, number and types of the
+fields. PROTOCOL.md describes who sends what to whom and why. Bulk data never travels here: it is
+in the shared segments of `segments.py`, at the row that (layer, part) names.
+
+`run` numbers generations. `step` numbers forward passes over the ring's whole life (it is also
+residency's clock). A step with `tokens > 1`, or the first of a run, is a prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pipeline.ring.codec import Codec
+from pipeline.ring.codec import ProtocolError as ProtocolError  # noqa: PLC0414 - part of this protocol
+
+PROTOCOL_VERSION = 1
+EMBEDDING = -1  # as a layer: the new token's embedding, before any layer
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages."""
+
+    TAG: ClassVar[int]
+
+
+# -- start and stop --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady(Message):
+    """worker → supervisor: segments mapped, inbox bound, ready to work."""
+
+    TAG = 1
+    name: str
+    pid: int
+    protocol: int
+    notes: tuple[str, ...]  # choices worth telling the user, such as the read backend and why
+
+
+@dataclass(frozen=True, slots=True)
+class RingReady(Message):
+    """supervisor → every worker: all inboxes are bound, connect and begin."""
+
+    TAG = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(Message):
+    """supervisor → every worker: finish and exit with status 0."""
+
+    TAG = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """worker → supervisor: the worker cannot go on; it exits after sending this."""
+
+    TAG = 4
+    name: str
+    error: str  # one sentence
+
+
+# -- one generation --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Generate(Message):
+    """supervisor → compute: decode after `prompt`."""
+
+    TAG = 10
+    run: int
+    prompt: tuple[int, ...]  # token ids, at least one
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    top_k: int  # 0: no limit
+    top_p: float  # 1: no limit
+    seed: int
+    stop_tokens: tuple[int, ...]
+    forced: tuple[int, ...]  # emitted instead of sampling, for benches and evaluation; may be empty
+    cached: int = 0  # tokens of the prompt, below its length, whose keys and values the last run left
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """supervisor → compute: end `run` at the next token, or between layers of its prefill."""
+
+    TAG = 11
+    run: int
+
+
+# -- one layer, in ring order -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenReady(Message):
+    """compute → predictor: `rows` hidden rows of `layer` are in the segment.
+
+    `layer` is the layer whose FFN input this is, or EMBEDDING.
+    """
+
+    TAG = 20
+    run: int
+    step: int
+    layer: int
+    rows: int  # 1 in decode; in prefill the last window's tokens
+    stream: bool  # prefill: every neuron is wanted, the prediction only says which ones to keep
+    done: int  # every FFN with step · layers + layer <= done is finished: its leases end
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronsPredicted(Message):
+    """predictor → cache: the neurons that `layer` will need.
+
+    `count` ids stand ascending in the segment's row (layer, guess); EVERY neuron needs no ids.
+    A decode set may hold an id's complement: that neuron is wanted only where it is resident.
+    A `guess` only starts reads early: the set that is computed is the one that follows without it.
+    """
+
+    TAG = 21
+    run: int
+    step: int
+    layer: int
+    count: int  # number of ids, or EVERY
+    keep: int  # with EVERY: how many ids of the row should stay in slots afterwards, or EVERY
+    guess: bool
+    stream: bool  # prefill, as in HiddenReady
+    done: int
+
+
+EVERY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBundles(Message):
+    """cache → prefetcher: read `count` bundles, listed at `start` of the layer's read table."""
+
+    TAG = 22
+    run: int
+    step: int
+    layer: int
+    part: int
+    start: int
+    count: int
+    stream: bool  # prefill, counted apart
+    guess: bool  # nobody waits for it yet: it gives way to other reads
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPart(Message):
+    """cache (part 0) and prefetcher (all others) → compute: a part's bundles are in their slots.
+
+    Part 0 carries the plan of the layer: how many neurons each part has in the layer's active
+    table, and which parts close a segment. A segment's neurons are summed, in ascending id, when
+    its closing part is there; segments ascend. A part that used staging is answered by `PartDone`.
+    """
+
+    TAG = 23
+    run: int
+    step: int
+    layer: int
+    part: int
+    counts: tuple[int, ...]  # part 0 only: neurons of every part of this layer
+    closes: tuple[bool, ...]  # part 0 only: whether the part ends a segment
+    staged: bool  # part 0 only: every closing part is answered by PartDone
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone(Message):
+    """compute → cache: the staging half of this part is free again."""
+
+    TAG = 24
+    run: int
+    step: int
+    layer: int
+    part: int
+
+
+# -- results ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReady(Message):
+    """compute → supervisor: one more token."""
+
+    TAG = 30
+    run: int
+    index: int  # 0 for the first generated token
+    token: int
+    logprob: float  # natural log of the token's probability at temperature 1, before top-k and top-p
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Message):
+    """compute → supervisor: the run is over and the ring is drained."""
+
+    TAG = 31
+    run: int
+    reason: str  # "stop", "length" or "cancelled"
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportStats(Message):
+    """supervisor → any worker: answer with `Stats`."""
+
+    TAG = 32
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(Message):
+    """worker → supervisor: counters since start; names are each worker's own."""
+
+    TAG = 33
+    serial: int
+    name: str
+    values: dict[str, float]
+
+
+_CODEC = Codec(Message)
+encode = _CODEC.encode  # Message → `[tag, *fields]` as msgpack
+decode = _CODEC.decode  # the inverse; raises ProtocolError for anything else

@@ -1,0 +1,136 @@
+"""What every worker process does around its own work.
+
+A worker is started as `python -m workers.NAME`. Its standard input carries one length-prefixed
+msgpack map, the `WorkerSpec`, and then stays open: its end-of-file means that the supervisor is
+gone, and the worker leaves at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import uvloop
+
+from pipeline.config import Config
+from pipeline.ring import segments
+from pipeline.ring.channel import Channel
+from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
+from pipeline.ring.plan import Plan
+from storage.errors import FlashringError
+from storage.format import Store
+
+ORPHANED = 3  # exit status of a worker whose supervisor vanished
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What the supervisor tells a worker at its start."""
+
+    name: str
+    directory: str  # of the ring's sockets
+    store: str
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    descriptors: dict[str, int]  # segment name → inherited file descriptor
+    routes: dict[str, str]  # inbox → the inbox that gets its messages instead: taps that listen in
+
+    def write(self, stream: BinaryIO) -> None:
+        packed = msgpack.packb(asdict(self))
+        stream.write(struct.pack("<I", len(packed)) + packed)
+        stream.flush()
+
+    @classmethod
+    def read(cls, stream: BinaryIO) -> WorkerSpec:
+        """Raises EOFError when the supervisor went away first."""
+        header = stream.read(4)
+        if len(header) < 4:
+            raise EOFError("no worker specification on standard input")
+        (size,) = struct.unpack("<I", header)
+        return cls(**msgpack.unpackb(stream.read(size)))
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker's view of its ring."""
+
+    name: str
+    channel: Channel
+    store: Store
+    config: Config
+    plan: Plan
+    segments: segments.Segments
+
+    def ready(self, *notes: str) -> None:
+        """Tell the supervisor that this worker can receive."""
+        self.channel.send("supervisor", WorkerReady(self.name, os.getpid(), PROTOCOL_VERSION, notes))
+
+
+def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
+    """End this process when `stream` ends; the ring cannot go on without its supervisor.
+
+    Nobody is left to remove the sockets' directory then, so the workers do.
+    """
+
+    def watch() -> None:
+        # Past the buffered reader: its lock, held by a thread that waits, aborts the interpreter's end.
+        while os.read(stream.fileno(), 1):
+            pass
+        shutil.rmtree(directory, ignore_errors=True)
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[None]]) -> None:
+    """Run a worker's `main` to its end on a uvloop event loop.
+
+    An exception is reported to the supervisor as `Failed` and ends the process with status 1.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the supervisor's business
+    source = sys.stdin.buffer
+    spec = WorkerSpec.read(source)
+    _leave_with_parent(source, Path(spec.directory))
+    plan = Plan.from_json(spec.plan)
+    with Channel(Path(spec.directory), inboxes, spec.routes) as channel:
+        try:
+            worker = Worker(
+                name=name,
+                channel=channel,
+                store=Store.open(Path(spec.store)),
+                config=Config.parse(spec.config),
+                plan=plan,
+                segments=segments.attach(plan, spec.descriptors),
+            )
+            uvloop.run(_as_coroutine(main, worker))
+        except Exception as error:
+            known = isinstance(error, FlashringError)
+            if not known:
+                traceback.print_exc()
+            channel.send("supervisor", Failed(name, str(error) if known else repr(error)))
+            sys.exit(1)
+
+
+async def _as_coroutine(main: Callable[[Worker], Awaitable[None]], worker: Worker) -> None:
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    work = asyncio.ensure_future(main(worker))
+    waiting = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (work, waiting):
+        if not task.done():
+            task.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    if work.done() and not work.cancelled():
+        work.result()

@@ -1,0 +1,84 @@
+"""Shared memory: nameless segments, made by the supervisor and inherited by the workers.
+
+A segment is a memfd (elsewhere an unlinked temporary file): it has no name to leak, and it goes
+with the last process that holds it. Every row has one writer and is not written again before its
+reader is done with it, because rows are per layer and a layer has one set in flight.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.ring.plan import Plan
+
+ID, SLOT = 0, 1  # the two columns of the active and read tables
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Views on the shared memory of one ring."""
+
+    bundles: npt.NDArray[np.uint8]  # [slots of all layers + 2 · staging, stride]; prefetcher → compute
+    hidden: npt.NDArray[
+        np.float32
+    ]  # [1 + layers, hidden_rows, d_model], row 0: the embedding; compute → predictor
+    predicted: npt.NDArray[np.int32]  # [layers, 2, d_ff] ids (or ~ids), row 1: guesses; predictor → cache
+    active: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT of every part in turn; cache → compute
+    reads: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT to read; cache → prefetcher
+
+
+def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    per_layer = (plan.layers, 2, plan.d_ff)
+    return {
+        "bundles": ((plan.total_slots + 2 * plan.staging, plan.stride), np.uint8),
+        "hidden": ((1 + plan.layers, plan.hidden_rows, plan.d_model), np.float32),
+        "predicted": (per_layer, np.int32),
+        "active": (per_layer, np.int32),
+        "reads": (per_layer, np.int32),
+    }
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of each segment."""
+    return {name: prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in _shapes(plan).items()}
+
+
+def create(plan: Plan) -> dict[str, int]:
+    """Make all segments; returns a file descriptor for each name, owned by the caller.
+
+    Raises OSError where there are no descriptors left, or for a size beyond the system's limits. Memory is
+    not reserved: a page is taken when it is first written, or registered for reads.
+    """
+    descriptors: dict[str, int] = {}
+    try:
+        for name, size in sizes(plan).items():
+            descriptors[name] = _nameless(f"flashring-{name}")
+            os.ftruncate(descriptors[name], size)
+    except OSError:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+        raise
+    return descriptors
+
+
+def _nameless(label: str) -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(label)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def attach(plan: Plan, descriptors: dict[str, int]) -> Segments:
+    """Map all segments. The mappings live as long as the arrays do."""
+    views = {}
+    for name, (shape, kind) in _shapes(plan).items():
+        mapping = mmap.mmap(descriptors[name], prod(shape) * np.dtype(kind).itemsize)
+        views[name] = np.frombuffer(mapping, dtype=kind).reshape(shape)
+    return Segments(**views)

@@ -1,0 +1,140 @@
+"""What a caller holds while its request is answered: an iterator over pieces of text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from typing import TypedDict
+
+from pipeline.serving.client_messages import Done, Submit, Token
+
+ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
+
+
+class Sampling(TypedDict, total=False):
+    """The keyword arguments of `generate` and `chat`.
+
+    Where one of the first four is left out, the configuration of the model decides, as in `run.py`.
+    """
+
+    max_new_tokens: int
+    temperature: float  # 0: always the likeliest token
+    top_k: int  # 0: no limit
+    top_p: float  # 1: no limit
+    seed: int  # default 0
+    stop: str | Sequence[str]  # the answer ends before the first of these
+    ignore_eos: bool  # go on after an end-of-text token
+    deadline: float  # seconds, waiting included; default 0: the server's limit, in a Pipeline none
+
+
+def submission(
+    request: int,
+    prompt: str | Sequence[int] | None,
+    messages: Sequence[ChatMessage],
+    sampling: Sampling,
+) -> Submit:
+    """The message for a request; a prompt is a text or token ids."""
+    stop = sampling.get("stop", ())
+    return Submit(
+        request=request,
+        prompt=prompt if isinstance(prompt, str) else None,
+        tokens=() if prompt is None or isinstance(prompt, str) else tuple(prompt),
+        messages=tuple(dict(message) for message in messages),
+        max_new_tokens=sampling.get("max_new_tokens"),
+        temperature=_real(sampling.get("temperature")),
+        top_k=sampling.get("top_k"),
+        top_p=_real(sampling.get("top_p")),
+        seed=sampling.get("seed", 0),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=sampling.get("ignore_eos", False),
+        deadline=float(sampling.get("deadline", 0.0)),
+    )
+
+
+def _real(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+class _Collected:
+    """What has come so far."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.moments: list[float] = []  # arrival of each token, time.monotonic seconds
+        self.done: Done | None = None  # how it ended, and what it cost
+
+    def _take(self, event: Token | Done) -> str:
+        """Note an event; the text that it brought."""
+        if isinstance(event, Done):
+            self.done = event
+            return ""
+        if event.token is not None:
+            self.tokens.append(event.token)
+            self.logprobs.append(event.logprob)
+            self.moments.append(time.monotonic())
+        self.text += event.text
+        return event.text
+
+
+class Answer(_Collected, Iterator[str]):
+    """Pieces of text as they arrive. Closing it, or leaving its `with`, cancels the request."""
+
+    def __init__(
+        self, events: Generator[Token | Done, None, None], abandon: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__()
+        self._events = events
+        self._abandon = abandon  # an iterator that never began cannot clean up by itself
+
+    def __next__(self) -> str:
+        while True:
+            text = self._take(next(self._events))
+            if text:
+                return text
+
+    def read(self) -> str:
+        """Wait for the end; the whole text."""
+        for _ in self:
+            pass
+        return self.text
+
+    def close(self) -> None:
+        self._events.close()
+        self._abandon()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncAnswer(_Collected, AsyncIterator[str]):
+    """`Answer` for `async for`."""
+
+    def __init__(self, events: AsyncGenerator[Token | Done, None]) -> None:
+        super().__init__()
+        self._events = events
+
+    async def __anext__(self) -> str:
+        while True:
+            text = self._take(await anext(self._events))
+            if text:
+                return text
+
+    async def read(self) -> str:
+        """Wait for the end; the whole text."""
+        async for _ in self:
+            pass
+        return self.text
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+
+    async def __aenter__(self) -> AsyncAnswer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -1,0 +1,355 @@
+"""The HTTP front: OpenAI's endpoints, health, metrics, and the page that shows the ring at work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from importlib import resources
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.errors import DEADLINE, FULL, RING, STOPPING, USAGE, code_of
+from pipeline.serving.client_messages import Done, Error, Submit, Token
+from pipeline.serving.endpoint import check_http, is_loopback
+from pipeline.serving.openai_api import Answers, BadRequest, ChatRequest, CompletionRequest, parse
+from pipeline.serving.prometheus import CONTENT_TYPE, PrometheusObserver
+from pipeline.serving.scheduler import Event, Job, Scheduler
+from storage.errors import FlashringError
+
+MAX_BODY = 1 << 20  # bytes
+MAX_CONNECTIONS = 512
+LIVE_SECONDS, WATCHED_SECONDS = 0.25, 3.0  # how often counters are renewed while somebody looks
+STATUS = {USAGE: 400, FULL: 429, DEADLINE: 504, RING: 503, STOPPING: 503}
+KIND = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Refusal(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+    def response(self) -> Response:
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        return JSONResponse(self.body(), self.status, headers)
+
+    def body(self) -> dict[str, Any]:
+        kind = KIND.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class Api:
+    """The endpoints of one scheduler."""
+
+    def __init__(self, scheduler: Scheduler, *, model: str, context: int, max_body: int = MAX_BODY) -> None:
+        self._scheduler = scheduler
+        self._model = model
+        self._context = context
+        self._max_body = max_body
+        self._created = int(time.time())
+        self._watched_until = 0.0
+        self._page = resources.files("pipeline.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/ring", self.ring),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    # -- what the server is ----------------------------------------------------------------------
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def health(self, request: Request) -> Response:
+        status = self._scheduler.status
+        body = {"status": status, "waiting": self._scheduler.waiting, "model": self._model}
+        return JSONResponse(body, 200 if status in ("ready", "busy") else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        observer = self._scheduler.observer
+        if not isinstance(observer, PrometheusObserver):
+            return Refusal(404, "this server keeps no metrics").response()
+        return Response(observer.page(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def ring(self, request: Request) -> Response:
+        """The workers' counters, for the page; asking makes them fresh for the next few seconds."""
+        scheduler = self._scheduler
+        self._watched_until = time.monotonic() + WATCHED_SECONDS
+        scheduler.ring.live_seconds = LIVE_SECONDS
+        asyncio.get_running_loop().call_later(WATCHED_SECONDS + 0.1, self._stop_watching)
+        body = {
+            "status": scheduler.status,
+            "model": self._model,
+            "context": self._context,
+            "chat": scheduler.ring.template is not None,
+            "waiting": scheduler.waiting,
+            "time": time.monotonic(),
+            "generated_tokens": scheduler.observer.generated_tokens,
+            "workers": scheduler.ring.stats(),
+        }
+        return JSONResponse(body)
+
+    def _stop_watching(self) -> None:
+        if time.monotonic() >= self._watched_until:
+            self._scheduler.ring.live_seconds = 0.0
+
+    def _describe_model(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "flashring"}
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._describe_model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._model:
+            return Refusal(
+                404, f"no model {request.path_params['name']!r} here", "model_not_found"
+            ).response()
+        return JSONResponse(self._describe_model())
+
+    # -- completions -------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        return await self._respond(request, CompletionRequest)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._respond(request, ChatRequest)
+
+    async def _respond(self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
+        try:
+            wanted = parse(kind, await self._body(request))
+            if wanted.model is not None and wanted.model != self._model:
+                raise Refusal(404, f"this server has the model {self._model!r}", "model_not_found", "model")
+            wanted.check()
+            submits = wanted.submits()
+            answers = Answers(wanted, self._model)
+            if wanted.stream:
+                return await self._stream(request, submits, answers)
+            choices = [await self._collect(request, submit) for submit in submits]
+            return JSONResponse(answers.whole(choices))
+        except BadRequest as error:
+            return Refusal(400, str(error), USAGE, error.param).response()
+        except Refusal as refusal:
+            return refusal.response()
+
+    async def _body(self, request: Request) -> bytes:
+        """Raises Refusal for another media type, and for a body over the limit or cut short."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            # Also what keeps other sites' pages in the user's browser from sending requests here.
+            raise Refusal(415, "the body must be sent as Content-Type: application/json")
+        body = b""
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > self._max_body:
+                    raise Refusal(413, f"the body exceeds {self._max_body:,} bytes")
+        except ClientDisconnect:
+            raise Refusal(400, "the client left before its body had ended") from None
+        return body
+
+    async def _collect(self, request: Request, submit: Submit) -> tuple[list[Token], Done]:
+        tokens: list[Token] = []
+        async with contextlib.aclosing(self._events(request, submit)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    return tokens, event
+                tokens.append(event)
+        raise AssertionError("an answer without an end")
+
+    async def _stream(self, request: Request, submits: list[Submit], answers: Answers) -> Response:
+        """The first event comes before the headers, so that a refusal has its own status."""
+        first = self._events(request, submits[0])
+        opening = await anext(first)
+        parts = self._parts(request, submits, answers, first, opening)
+        return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _parts(
+        self,
+        request: Request,
+        submits: list[Submit],
+        answers: Answers,
+        first: AsyncGenerator[Token | Done, None],
+        opening: Token | Done,
+    ) -> AsyncIterator[str]:
+        dones: list[Done] = []
+        try:
+            for index, submit in enumerate(submits):
+                events = first if index == 0 else self._events(request, submit)
+                async with contextlib.aclosing(events):
+                    begin = answers.first(index)
+                    if begin is not None:
+                        yield _line(begin)
+                    event = opening if index == 0 else await anext(events)
+                    while isinstance(event, Token):
+                        piece = answers.piece(index, event)
+                        if piece is not None:
+                            yield _line(piece)
+                        event = await anext(events)
+                    dones.append(event)
+                    yield _line(answers.last(index, event))
+            usage = answers.usage(dones)
+            if usage is not None:
+                yield _line(usage)
+            yield "data: [DONE]\n\n"
+        except Refusal as refusal:
+            yield _line(refusal.body())
+
+    async def _events(self, request: Request, submit: Submit) -> AsyncGenerator[Token | Done, None]:
+        """Run one request; a client that leaves cancels it. Raises Refusal."""
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        job = Job(request.client, submit, queue.put_nowait)
+        try:
+            self._scheduler.submit(job)
+        except FlashringError as error:
+            raise _refusal(code_of(error), str(error)) from error
+        watcher = asyncio.create_task(self._watch(request, job))
+        try:
+            while True:
+                event = await queue.get()
+                if isinstance(event, Error):
+                    raise _refusal(event.code, event.message)
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            watcher.cancel()
+            if not job.ended:
+                self._scheduler.abandon(job)
+
+    async def _watch(self, request: Request, job: Job) -> None:
+        """Cancel the job when its client has closed the connection."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._scheduler.cancel(job)
+
+
+def _refusal(code: str, message: str) -> Refusal:
+    return Refusal(STATUS.get(code, 500), message, code)
+
+
+def _line(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class Guard:
+    """Lets requests in: by Host header on loopback (against DNS rebinding), by key where there is one."""
+
+    OPEN_PATHS = ("/", "/health")
+
+    def __init__(self, app: ASGIApp, *, loopback: bool, api_key: str) -> None:
+        self._app = app
+        self._loopback = loopback
+        self._api_key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        refusal = self._refuse(scope["path"], headers)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await refusal.response()(scope, receive, send)
+
+    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self._loopback and not is_loopback(name):
+            return Refusal(403, "this server answers only to names of this machine")
+        if self._api_key and path not in self.OPEN_PATHS:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self._api_key):
+                return Refusal(401, "the API key is missing or wrong", "invalid_api_key")
+        return None
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are the serving command's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Listens from construction to `close`."""
+
+    def __init__(
+        self,
+        address: str,
+        scheduler: Scheduler,
+        *,
+        model: str,
+        context: int,
+        api_key: str = "",
+        max_body: int = MAX_BODY,
+    ) -> None:
+        """Raises UsageError for an address that may not be used, OSError when it cannot be."""
+        host, port = check_http(address, api_key)
+        self._socket = _listen(host, port)
+        self.port: int = self._socket.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.port}"
+        api = Api(scheduler, model=model, context=context, max_body=max_body)
+        app = Guard(Starlette(routes=api.routes()), loopback=is_loopback(host), api_key=api_key)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=2,
+        )
+        self._server = _Uvicorn(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def close(self) -> None:
+        self._server.should_exit = True
+        await self._task
+        self._socket.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
+    return listener

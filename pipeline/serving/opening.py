@@ -1,0 +1,57 @@
+"""From the command line's options to a warm ring, for serving and embedding alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import models, planner
+from pipeline.ring.plan import Plan
+from pipeline.ring.session import Session
+from pipeline.serving.chat import ChatTemplate
+from pipeline.serving.warm_ring import WarmRing
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRing:
+    """A warm ring, and what is worth telling about it."""
+
+    ring: WarmRing
+    name: str
+    plan: Plan
+
+
+def open_ring(
+    model: str,
+    memory: str = "",
+    context: int = 0,
+    config_file: Path | None = None,
+    settings: Sequence[str] = (),
+    chat_template: Path | None = None,
+    reuse_prefix: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> OpenRing:
+    """Find the model, divide the memory and start the ring; raises FlashringError.
+
+    `say` gets a line for each death and restart of the ring.
+    """
+    overrides = list(settings)
+    if memory:
+        overrides.append(f"memory.budget={json.dumps(memory)}")
+    if context:
+        overrides.append(f"compute.context={context}")
+    source, config = models.configure(model, config_file, overrides)
+    store = source.open_store()
+    config = planner.resolve(store, config)
+    plan = planner.plan(store, config).plan
+    template = ChatTemplate.of_store(store.path, chat_template)
+
+    def open_session() -> Session:
+        session = Session.open(store, config, plan)
+        session.reuse_prefix = reuse_prefix
+        return session
+
+    ring = WarmRing(open_session, template, config.sampling, say=say)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=plan)

@@ -1,0 +1,89 @@
+"""The paper's ablation: one technique after another, all measured (the paper computed its baselines)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from storage.errors import UsageError
+from workers.lab.bench.job import Job
+from workers.lab.bench.rows import NAIVE, TECHNIQUES, Row
+from workers.lab.bench.series import Series
+
+STRICT = "all techniques at a strict 50 %"
+EARLY = "early"  # the name of predictors that are asked before attention (train-predictor --early)
+BY_HALVES = {"prefetcher.split": "true"}
+CACHE_AWARE = {"predictor.cache_aware": "true"}
+IN_LAYER = {"predictor.kind": "lowrank", "predictor.lookahead": "0", "predictor.refine": "false"}
+
+# Name → what is still turned off; techniques grow by one from row to row.
+SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
+    ("+ predictor", {**BY_HALVES, "cache.keep": "false"}),
+    ("+ window", BY_HALVES),
+    ("+ bundling", {}),
+)
+
+
+def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
+    """Naive, hybrid and, where the store has predictors, each technique: the table's rows, in its order.
+
+    `only` those of some names, if any are given; UsageError for a name that is none of theirs.
+
+    There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
+    cache-aware. Predictors that must look ahead overlap in every row.
+    """
+    # Nothing overlaps before the row that says so; without predictors there is none but this.
+    every = {"predictor.kind": "all", "predictor.cache_aware": "false"}
+    if job.has_predictors:
+        every["predictor.lookahead"] = "0"
+    rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
+    if job.has_predictors:
+        own_layer = job.knows(IN_LAYER)  # otherwise there is no way not to overlap
+        apart, also = (IN_LAYER, ()) if own_layer else ({}, TECHNIQUES[-1:])
+        for number, (name, settings) in enumerate(SPARSE):
+            rows.append(job.ring(name, (*TECHNIQUES[: number + 2], *also), {**apart, **settings}))
+        if own_layer:
+            rows.append(job.ring("+ overlap", TECHNIQUES, {}))
+        for name, settings in overlaps(job):
+            rows.append(job.ring(name, TECHNIQUES, settings))
+            aware = {**settings, **CACHE_AWARE}
+            if job.knows(aware):
+                rows.append(job.ring(f"{name}, cache-aware", TECHNIQUES, aware))
+    known = [row.name for row in rows]
+    for name in only:
+        if name not in known:
+            raise UsageError(f"this store has no row {name!r}; its rows are {'; '.join(known)}")
+    return [row for row in rows if row.name in only or not only]
+
+
+def strict(job: Job, rows: list[Row]) -> Series | None:
+    """The quickest of the rows with all techniques, in half of the checkpoint; None where there is none."""
+    quickest = best([row for row in rows if complete(job, row)])
+    if quickest is None:
+        return None
+    return job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%")
+
+
+def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
+    """Further ways to overlap that the store's predictors allow."""
+    ways = []
+    default = job.resolved().predictor
+    if not job.quick and default.lookahead and default.refine:
+        ways.append(("overlap without refinement", {"predictor.refine": "false"}))
+    if job.store.predictors(EARLY).is_file():
+        ways.append(("overlap of attention", {"model.predictor": EARLY, "predictor.lookahead": "0"}))
+        ways.append(("overlap of attention, guesses", {"model.predictor": EARLY}))
+    elif job.store.architecture.block == "parallel" and not job.quick:
+        ways.append(("overlap of attention", IN_LAYER))  # the FFN's input is attention's, too
+    return ways
+
+
+def complete(job: Job, row: Row | Series) -> bool:
+    """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
+    wanted = TECHNIQUES if job.has_predictors else TECHNIQUES[:1]
+    return not row.error and row.techniques == wanted and row.name != STRICT
+
+
+def best(rows: list[Row]) -> Row | None:
+    """The quickest ring at the full budget; None when none could be measured."""
+    rings = [row for row in rows if not row.error and row.name not in (NAIVE, STRICT)]
+    return min(rings, key=lambda row: row.total_ms, default=None)

@@ -1,0 +1,132 @@
+"""What this machine's memory delivers: the kernels' roof, and a load for other measurements.
+
+`python -m workers.lab.bench.bandwidth --threads 2` prints one JSON object; with `--load` it says "ready" and
+runs the kernels until its standard input ends.
+"""
+
+from __future__ import annotations
+
+from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch.nn import functional
+
+from pipeline.cores import thread_count
+from storage.floats import narrow
+from storage.format import ITEMSIZE
+
+PROMPT = 128  # tokens
+WIDTH = 4096  # elements of a row, as the largest models' hidden states
+
+
+@njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True, nogil=True)
+def _sum(words: Any, pieces: Any, out: Any) -> None:
+    """Sums of equal pieces of words: one load and one addition each, the least that a read can do."""
+    step = words.shape[0] // pieces
+    for piece in prange(pieces):
+        part = words[piece * step : (piece + 1) * step]
+        total = np.float32(0)
+        for j in range(part.shape[0]):
+            total += part[j]
+        out[piece] = total
+
+
+def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, float]:
+    """Bytes a second: reading alone, and the product of a matrix of `size` bytes with a vector.
+
+    And FLOP a second of matrix products, in `dtype` and in float32.
+    """
+    row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
+    weights = np.tile(narrow(row, dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
+    words = weights.reshape(-1).view(np.float32)
+    out = np.zeros(threads, np.float32)
+    x = np.ones(WIDTH, np.float32)
+    y = np.empty(weights.shape[0], np.float32)
+    kernels.warm(dtype)
+
+    def reading(count: int) -> Callable[[], object]:
+        def read() -> None:
+            numba.set_num_threads(count)
+            _sum(words, count, out)
+
+        return read
+
+    found = {
+        "read": _rate(reading(threads), weights.nbytes, seconds),
+        "matvec": _rate(lambda: kernels.matvec(weights, x, dtype, threads, out=y), weights.nbytes, seconds),
+    }
+    if threads > 1:
+        found["read_one_thread"] = _rate(reading(1), weights.nbytes, seconds)
+        one = _rate(lambda: kernels.matvec(weights, x, dtype, 1, out=y), weights.nbytes, seconds)
+        found["matvec_one_thread"] = one
+    found["matmul"] = products(threads, seconds, dtype)
+    found["matmul_float32"] = products(threads, seconds, "float32")
+    return found
+
+
+def products(threads: int, seconds: float, dtype: str) -> float:
+    """FLOP a second of torch's product of PROMPT tokens with a matrix, in `dtype`."""
+    torch.set_num_threads(threads)
+    kind = getattr(torch, dtype)
+    x, weights = torch.randn(PROMPT, WIDTH).to(kind), torch.randn(WIDTH, WIDTH).to(kind)
+    return _rate(lambda: functional.linear(x, weights), 2 * PROMPT * WIDTH * WIDTH, seconds)
+
+
+def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
+    """`size` a second: the best of several rounds: what disturbs one is not the memory."""
+    work()
+    best, ends = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        started = time.perf_counter()
+        work()
+        best = max(best, size / (time.perf_counter() - started))
+    return best
+
+
+def load(size: int, threads: int, dtype: str) -> None:
+    """Keep the kernels and the memory busy until standard input ends."""
+    weights = np.tile(narrow(np.ones(WIDTH, np.float32), dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
+    x, y = np.ones(WIDTH, np.float32), np.empty(weights.shape[0], np.float32)
+    kernels.matvec(weights, x, dtype, threads, out=y)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    print("ready", flush=True)
+    while not ended.is_set():
+        kernels.matvec(weights, x, dtype, threads, out=y)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workers.lab.bench.bandwidth", description=__doc__)
+    parser.add_argument("--bytes", type=int, default=1 << 30)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are CPUs")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--load", action="store_true")
+    given = parser.parse_args()
+    threads = thread_count(given.threads)
+    if given.load:
+        load(given.bytes, threads, given.dtype)
+    else:
+        print(json.dumps(measure(given.bytes, threads, given.seconds, given.dtype)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The most that the disk gives at a row's request size, before and after each of its runs.
+
+A shared disk changes within minutes, so a run is held against the ceilings around it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from workers.lab.bench import disk
+from workers.lab.bench.job import Job
+from workers.lab.bench.series import Series
+
+SEQUENTIAL = 8 << 20  # bytes of one read of the naive baseline, and of its ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Bytes a second: of the idle disk, and while the kernels run in another process."""
+
+    request_bytes: int
+    idle: float
+    loaded: float
+
+    def between(self, other: Ceilings) -> Ceilings:
+        """What both together took for as many bytes each."""
+        return Ceilings(
+            other.request_bytes,
+            statistics.harmonic_mean((self.idle, other.idle)),
+            statistics.harmonic_mean((self.loaded, other.loaded)),
+        )
+
+
+@dataclass(slots=True)
+class Around:
+    """Ceilings around runs: those after one run are those before the next at the same request size."""
+
+    job: Job
+    _fresh: dict[tuple[int, bool], Ceilings] = field(default_factory=dict)
+
+    def now(self, series: Series) -> Ceilings:
+        """At the request size of the row's last run; before the first, a bundle's. Raises ChildFailed."""
+        request = _request(self.job, series)
+        key = request, series.streams
+        if key not in self._fresh:
+            idle, loaded = (
+                disk.ceiling(
+                    self.job.store,
+                    request,
+                    quick=self.job.quick,
+                    dtype=dtype,
+                    threads=self.job.threads,
+                    sequential=series.streams,
+                ).bytes_per_second
+                for dtype in (None, self.job.store.layout.dtype)
+            )
+            self._fresh[key] = Ceilings(request, idle, loaded)
+        return self._fresh[key]
+
+    def ran(self) -> None:
+        """Something has run since."""
+        self._fresh.clear()
+
+
+def _request(job: Job, series: Series) -> int:
+    """Bytes of one read: a whole number of bundles, or long reads where a row streams."""
+    if series.streams:
+        return min(SEQUENTIAL, job.store.layout.layer_bytes)
+    stride = job.store.layout.stride
+    mean = series.row(series.runs).request_bytes if series.runs else 0.0
+    return max(stride, round(mean / stride) * stride)

@@ -1,0 +1,87 @@
+"""The same checkpoint and tokens through other packages, each in an environment of its own.
+
+An environment is a directory `$FLASHRING_HOME/peers/NAME` made by `python -m venv`, or an interpreter named
+on the command line; `docs/bench.md` has the commands. The programs stand in `workers/peers/` and print one
+JSON object like our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from pipeline import directories, planner
+from pipeline.console import size
+from pipeline.launch import module_environment
+from storage.errors import DiskFull, UsageError
+from workers.lab.bench import children
+from workers.lab.bench.children import Ran
+from workers.lab.bench.job import Job, first_tokens
+from workers.lab.bench.rows import of_peer
+from workers.lab.bench.series import Series
+
+PEERS = ("accelerate", "airllm")
+SHARDS_AGAIN = ("airllm",)  # write the model once more, layer by layer
+TOKENS = 4  # decoded by a peer: each takes seconds, and the first warms up
+
+
+def interpreters(names: Sequence[str], given: Mapping[str, Path]) -> dict[str, Path]:
+    """Each peer's Python. Raises UsageError for one that is not known or not installed."""
+    found = {}
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"unknown peer {name!r}; known are {', '.join(PEERS)}")
+        path = given.get(name) or directories.home() / "peers" / name / "bin" / "python"
+        if not path.exists():
+            raise UsageError(
+                f"the peer {name} has no environment at {path}; docs/bench.md has the command that makes it"
+            )
+        found[name] = path
+    return found
+
+
+def check_space(names: Sequence[str], checkpoint: Path, work: Path) -> None:
+    """Raises DiskFull before a peer writes what does not fit."""
+    if not set(names) & set(SHARDS_AGAIN):
+        return
+    needed = sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise DiskFull(f"{work} has {size(free)} free, and airllm writes {size(needed)} there")
+
+
+def series(job: Job, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Series]:
+    """One row a peer, under the cgroup that the rows at half memory have; `work` is there.
+
+    Raises DiskFull.
+    """
+    check_space(list(python), checkpoint, work)
+    return [_series(job, name, path, checkpoint, work) for name, path in python.items()]
+
+
+def _series(job: Job, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
+    limit = planner.parse_budget(job.budget, job.store)
+    environment = {**module_environment(), "HF_HUB_OFFLINE": "1"}
+    line = [str(python), "-m", f"workers.lab.peers.run_{name}", str(checkpoint), "--limit", str(limit)]
+    line += ["--prompt-tokens", str(job.prompt_tokens)]
+
+    def run() -> Ran:
+        with first_tokens(job.tokens, TOKENS) as tokens, scratch(work / f"peer-{name}") as directory:
+            return children.run(
+                [*line, "--tokens", str(tokens), "--scratch", str(directory)], limit, environment
+            )
+
+    return Series(name, run, partial(of_peer, name, budget=limit), budget_bytes=limit)
+
+
+@contextlib.contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A directory that is gone afterwards."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

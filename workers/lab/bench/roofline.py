@@ -1,0 +1,144 @@
+"""How close a row comes to what disk and memory allow."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import planner
+from pipeline.config import Config
+from storage.format import ITEMSIZE, RESIDENT, Store
+from storage.tensors import Tensors
+from workers.lab.bench import children
+from workers.lab.bench.ceilings import Ceilings
+from workers.lab.bench.job import Job
+from workers.lab.bench.rows import NAIVE, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """One row against its roof. Times are milliseconds a token."""
+
+    row: str
+    request_bytes: int
+    memory: float  # bytes a second
+    flash_bytes: float  # read a token
+    memory_bytes: float  # resident weights, predictors and FFN rows that a token touches
+    run_ms: tuple[float, ...]  # achieved, each run's median
+    ceilings: tuple[Ceilings, ...]  # around each run
+
+    @property
+    def total_ms(self) -> float:
+        return statistics.median(self.run_ms)
+
+    @property
+    def disk_idle(self) -> float:
+        return statistics.median(one.idle for one in self.ceilings)
+
+    @property
+    def disk_loaded(self) -> float:
+        return statistics.median(one.loaded for one in self.ceilings)
+
+    @property
+    def flash_ms(self) -> float:
+        return 1e3 * self.flash_bytes / self.disk_loaded
+
+    @property
+    def memory_ms(self) -> float:
+        return 1e3 * self.memory_bytes / self.memory
+
+    @property
+    def bound(self) -> str:
+        return "flash" if self.flash_ms >= self.memory_ms else "memory"
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of each run: achieved ÷ the larger of the two, the disk's ceiling taken while the kernels run."""
+        return self._ratios([one.loaded for one in self.ceilings])
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def ratio_idle(self) -> float:
+        """The same with the idle disk's ceiling, which is harder to reach."""
+        return statistics.median(self._ratios([one.idle for one in self.ceilings]))
+
+    def _ratios(self, rates: Sequence[float]) -> list[float]:
+        return [
+            achieved / max(1e3 * self.flash_bytes / rate, self.memory_ms)
+            for achieved, rate in zip(self.run_ms, rates, strict=True)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        derived = (
+            "total_ms", "disk_idle", "disk_loaded", "flash_ms", "memory_ms", "bound", "ratios", "ratio",
+            "ratio_idle",
+        )  # fmt: skip
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def resident_bytes(job: Job) -> int:
+    """Resident weights that a token reads: all but the embedding's and positions' other rows."""
+    store = job.store
+    a = store.architecture
+    itemsize = ITEMSIZE[store.layout.dtype]
+    total = store.manifest.files[RESIDENT].bytes
+    if not a.tied_head:
+        total -= a.vocabulary * a.embed_dim * itemsize  # a tied one is the head
+    if a.positions == "learned":
+        total -= (a.max_positions + a.position_offset) * a.d_model * itemsize
+    return max(0, total)
+
+
+def memory_bytes(job: Job, row: Row) -> float:
+    """Bytes that the kernels and the predictor must read of DRAM for one token of `row`."""
+    own = job.resolved(row.settings)
+    predictors = predictor_bytes(job.store, own) if own.predictor.kind == "lowrank" else 0
+    return resident_bytes(job) + predictors + row.touched_bytes
+
+
+def predictor_bytes(store: Store, config: Config) -> int:
+    """Bytes of the maps that one token goes through; a map may use the in-layer one's matrices."""
+    ahead = config.predictor.lookahead > 0
+    used = [
+        prefix
+        for prefix, needed in (("layers", ahead), ("inlayer", config.predictor.refine or not ahead))
+        if needed
+    ]
+    total = 0
+    file = Tensors(store.predictors(config.model.predictor))
+    for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
+        names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
+        found = next((one for one in names if one in file), None)
+        total += file.place(found).bytes if found else 0
+    return total
+
+
+def bandwidth(job: Job) -> dict[str, float]:
+    """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`."""
+    size = (64 << 20) if job.quick else (1 << 30)
+    line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.store.layout.dtype]
+    line += ["--seconds", "0.1" if job.quick else "1.0"]
+    return {
+        name: float(rate)
+        for name, rate in children.run_module("workers.lab.bench.bandwidth", line).result.items()
+    }
+
+
+def measure(job: Job, row: Row, memory: float, ceilings: Sequence[Ceilings]) -> Roofline:
+    """The roof of a row: `memory` in bytes a second, and the ceilings around each of its runs."""
+    naive = row.name == NAIVE
+    return Roofline(
+        row=row.name,
+        request_bytes=ceilings[-1].request_bytes,
+        memory=memory,
+        flash_bytes=row.bytes_per_token,
+        memory_bytes=float(planner.checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
+        run_ms=row.run_ms,
+        ceilings=tuple(ceilings),
+    )

@@ -1,0 +1,1 @@
+"""`run.py bench-serving`: what serving costs a token over a session alone."""

@@ -1,0 +1,183 @@
+"""The ring's predictions for many tokens at once: what `scoring.py` masks the FFN with.
+
+The set that the ring computes comes from the layer's own FFN input with refine or look-ahead 0, else
+from that of the layer `lookahead` before, or the embedding. Guesses are here as well, though they
+only start reads: traces count what they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import Config
+from pipeline.planner import pinned_layers, plan, predicts_early, resolve
+from pipeline.ring.messages import EMBEDDING
+from storage.errors import ConfigError
+from storage.format import Store
+from workers.cache.frequency import make_policy
+from workers.cache.residency import Residency
+from workers.lab.offline.replay import turn
+from workers.lab.training import activations
+from workers.predictor import lowrank
+from workers.predictor.lowrank import LowRank
+from workers.predictor.oracle import MARGIN
+from workers.predictor.targets import Mode
+
+
+class Scores(Protocol):
+    """A kind of predictor, loaded: which neurons of a layer its source rows predict."""
+
+    def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
+        """`[n, d_ff]` bool of `[n, d_model]`; `own`: the rows are the layer's own FFN inputs."""
+
+
+class LowRankScores:
+    """The store's trained maps, widened to float32."""
+
+    def __init__(self, maps: tuple[Mapping[int, LowRank], Mapping[int, LowRank]], threshold: float) -> None:
+        """`maps`: for earlier sources, and for a layer's own input."""
+        self._maps = [{layer: _Wide.of(one) for layer, one in some.items()} for some in maps]
+        self.threshold = threshold
+
+    def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
+        return self._maps[own][layer].scores(source) > self.threshold
+
+    def graded(self, layer: int, source: torch.Tensor, own: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is wanted where it is resident, and of it what is wanted in any case; `[n, d_ff]` each."""
+        one = self._maps[own][layer]
+        scores = one.scores(source) - self.threshold
+        return scores > one.resident, scores > one.absent
+
+
+@dataclass(frozen=True, slots=True)
+class _Wide:
+    """One layer's map in torch, float32."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+    scale: float
+    resident: float
+    absent: float
+
+    @classmethod
+    def of(cls, one: LowRank) -> _Wide:
+        down, up = (torch.from_numpy(part.view(np.float16)).float() for part in (one.down, one.up))
+        return cls(down, up, torch.from_numpy(one.bias), float(one.scale), one.resident, one.absent)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, (x * self.scale) @ self.down.T, self.up)
+
+
+class OracleScores:
+    """The true active set, by the layer's up-projection; `margin` as the ring's oracle."""
+
+    def __init__(self, store: Store, margin: float = MARGIN) -> None:
+        self._store, self._margin = store, margin
+
+    def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
+        up, bias = activations.up_projection(self._store, layer)
+        scores = torch.addmm(bias, source, up.T)
+        scale = scores.square().mean(dim=1, keepdim=True).sqrt()
+        return scores > -self._margin * scale
+
+
+class RingChooser:
+    """Chooses, for a layer and its source rows, as the ring of this mode does."""
+
+    def __init__(self, mode: Mode, scores: Scores, early: bool = False) -> None:
+        self.mode = mode
+        self.scores = scores
+        self.early = early
+
+    @property
+    def from_own_input(self) -> bool:
+        return self.mode.refines or self.mode.lookahead == 0
+
+    def sources(self, layer: int) -> int:
+        if self.from_own_input:
+            return layer
+        return self.guess_source(layer)
+
+    def guess_source(self, layer: int) -> int:
+        """Where the early prediction of a layer comes from."""
+        return layer - self.mode.lookahead if layer >= self.mode.lookahead else EMBEDDING
+
+    def choose(
+        self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The layer's set for each source row; None: every neuron. What was `guessed` does not matter."""
+        if layer in self.mode.pinned:
+            return None
+        return self.scores.active(layer, source, self.from_own_input)
+
+    def guess(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
+        """The neurons whose reads start early; None where there are no guesses."""
+        if not self.mode.refines or layer in self.mode.pinned:
+            return None
+        return self.scores.active(layer, source, own=False)
+
+
+class CacheAwareChooser(RingChooser):
+    """Chooses by what is resident, too: its source rows are the tokens of one ring's life, in their order."""
+
+    def __init__(
+        self, mode: Mode, scores: LowRankScores, early: bool, residencies: Sequence[Residency]
+    ) -> None:
+        """`residencies`: every layer's, as a ring starts with them."""
+        super().__init__(mode, scores, early)
+        self._graded = scores
+        self._residencies = residencies
+        self._steps = [0] * mode.layers
+
+    def choose(
+        self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        if layer in self.mode.pinned:
+            return None
+        likely, sure = (mask.numpy() for mask in self._graded.graded(layer, source, self.from_own_input))
+        residency = self._residencies[layer]
+        chosen = np.zeros_like(likely)
+        for row in range(len(source)):
+            listed = np.flatnonzero(likely[row])
+            listed = np.where(sure[row, listed], listed, ~listed)
+            guess = None if guessed is None else np.flatnonzero(guessed[row].numpy())
+            turn(residency, self._steps[layer], listed, guess)
+            chosen[row, residency.settle(listed)] = True  # a doubtful one that was resident still is
+            self._steps[layer] += 1
+        return torch.from_numpy(chosen)
+
+
+def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingChooser | None:
+    """What the ring of this configuration would choose; None: every neuron (kind `all`).
+
+    `in_order`: source rows will come as the tokens of one ring's life, which cache-aware choice needs.
+    Raises ConfigError and StoreError as the ring's start does.
+    """
+    config = resolve(store, config)
+    kind = config.predictor.kind
+    pinned = pinned_layers(store, config)
+    mode = Mode(
+        store.layout.layers, config.predictor.lookahead, bool(config.predictor.refine), pinned, kind == "all"
+    )
+    if kind == "all":
+        return None
+    if kind == "oracle":
+        return RingChooser(mode, OracleScores(store))
+    scorer = lowrank.load(store, config.model.predictor, mode.lookahead, mode.refines, 0.0, pinned)
+    early = predicts_early(store, config)
+    scores = LowRankScores(scorer.maps, config.predictor.threshold)
+    if not config.predictor.cache_aware:
+        return RingChooser(mode, scores, early)
+    if not in_order:
+        raise ConfigError("predictor.cache_aware needs tokens in their order: evaluate it by --point")
+    divided = plan(store, config).plan
+    residencies = [
+        Residency(divided.d_ff, slots, make_policy(divided.d_ff, config.cache)) for slots in divided.slots
+    ]
+    return CacheAwareChooser(mode, scores, early, residencies)

@@ -1,0 +1,118 @@
+"""Log-probabilities of given tokens, dense or with every token's predicted neurons only.
+
+Sequences are scored in batches, layer by layer: each token's FFN is restricted to the neurons that
+the predictors choose for that token, exactly as the ring restricts it in decode. A dense prefill
+would hide the predictors' errors. Only a sequence's first token has all its neurons: it is what the
+ring must prefill. Numerically the result equals the ring's up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.lab.offline.dense import DenseModel
+
+TOKENS_PER_BATCH = 8192  # a batch's activations: this × d_model × 4 bytes, a few times over
+LOGIT_ROWS = 512  # tokens whose logits exist at once
+PREFILLED = 1  # tokens of every sequence that have all their neurons
+PAD = 0  # any token: padding comes after the scored tokens, and attention is causal
+
+
+class Chooser(Protocol):
+    """Chooses the neurons of a layer for many tokens."""
+
+    @property
+    def early(self) -> bool:
+        """Whether it goes by what is announced before attention."""
+
+    def sources(self, layer: int) -> int:
+        """The layer whose FFN input decides, or EMBEDDING (−1)."""
+
+    def choose(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
+        """`[n, d_ff]` bool for source states `[n, d_model]`; None: all neurons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One sequence: for every token but the first, its log-probability and the likeliest token."""
+
+    logprobs: npt.NDArray[np.float64]  # [tokens - 1]
+    likeliest: npt.NDArray[np.int64]  # [tokens - 1]
+
+
+def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
+    """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
+    x = model.embed(tokens)
+    layers = model.architecture.layers
+    states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
+    for index in range(layers):
+
+        def mask(layer: int, announced: torch.Tensor, ffn_input: torch.Tensor) -> torch.Tensor | None:
+            states[layer] = announced
+            if chooser is None:
+                return None
+            chosen = chooser.choose(layer, states[chooser.sources(layer)])
+            if chosen is not None:
+                chosen.view(*tokens.shape, -1)[:, :PREFILLED] = True
+            return chosen
+
+        _, x = model.layer(index, x, mask, early=chooser is not None and chooser.early)
+        later = [] if chooser is None else [chooser.sources(i) for i in range(index + 1, layers)]
+        for layer in [layer for layer in states if layer < min(later, default=index + 1)]:
+            del states[layer]
+    return x
+
+
+def score(
+    model: DenseModel,
+    sequences: Sequence[Sequence[int]],
+    chooser: Chooser | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Scored]:
+    """Score every sequence, each at least two tokens long; results in the same order.
+
+    `progress` is told the sequences done, of all.
+    """
+    found: dict[int, Scored] = {}
+    lengths = [len(one) - 1 for one in sequences]  # nothing follows the last token: it is no input
+    for batch in batches(lengths):
+        tokens = np.full((len(batch), max(lengths[i] for i in batch)), PAD, np.int64)
+        for row, i in enumerate(batch):
+            tokens[row, : lengths[i]] = sequences[i][:-1]
+        x = forward(model, tokens, chooser)
+        for row, i in enumerate(batch):
+            found[i] = score_rows(model, x[row, : lengths[i]], np.array(sequences[i][1:], np.int64))
+        progress(len(found), len(sequences))
+    return [found[i] for i in range(len(sequences))]
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices grouped by similar length, each group within TOKENS_PER_BATCH padded tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) + 1) * lengths[group[0]] > TOKENS_PER_BATCH:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def score_rows(model: DenseModel, x: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
+    """The last layer's outputs x `[n, d_model]` against the tokens that follow them, `[n]`."""
+    logprobs, likeliest = [], []
+    for start in range(0, len(targets), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        logits = model.logits(x[None, rows])[0]
+        normed = torch.log_softmax(logits.double(), dim=-1)
+        wanted = torch.from_numpy(targets[rows])[:, None]
+        logprobs.append(normed.gather(1, wanted)[:, 0].numpy())
+        likeliest.append(logits.argmax(dim=-1).numpy())
+    return Scored(np.concatenate(logprobs), np.concatenate(likeliest))

@@ -1,0 +1,147 @@
+"""`synthesize`: write a synthetic checkpoint; `synthesize measure DIR`: measure a model's activity."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+
+from pipeline import program
+from pipeline.commands.options import JsonFile
+from pipeline.console import say
+from pipeline.cores import thread_count
+from pipeline.progress import Progress
+from storage.errors import UsageError, reason
+from storage.families.architecture import Activation
+from workers.lab.synthesis import measure as measuring
+from workers.lab.synthesis.checkpoint import Request, synthesize
+from workers.lab.synthesis.planting import RATES
+from workers.lab.synthesis.shapes import SHAPES, find_shape
+from workers.lab.synthesis.sources import Weights, open_weights
+from workers.lab.synthesis.table import print_table
+
+app = program.make()
+
+
+@app.callback(invoke_without_command=True)
+def create(
+    context: typer.Context,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.", metavar="NAME")] = "",
+    out: Annotated[Path | None, typer.Option(help="The checkpoint's directory, made.", metavar="DIR")] = None,
+    layers: Annotated[int, typer.Option(help="Only the first N layers.", metavar="N", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.", metavar="N", min=0)] = 0,
+    rate: Annotated[
+        float,
+        typer.Option(help=f"New neurons per token: {', '.join(f'{r:g}' for r in RATES)} × the paper's."),
+    ] = 1.0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory with a tokenizer.json to copy.", metavar="DIR")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="relu (sparse) or gelu (not sparse).")] = "relu",
+    threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
+) -> None:
+    """Write a SYNTHETIC Hugging Face checkpoint of a published shape.
+
+    Its activity is planted: sparse, local and predictable about as the paper says. It is for measuring
+    speed; its text means nothing.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if not shape or out is None:
+        raise UsageError(f"--shape and --out are needed; see {context.command_path} --help")
+    _use_threads(threads)
+    if tokenizer is None:
+        say(
+            f"without --tokenizer, {out} will have none: run.py can give it no text, neither to continue nor "
+            "in serve, bench and evaluate"
+        )
+    request = Request(find_shape(shape), layers, seed, rate, cast(Activation, activation), tokenizer)
+    with Progress(f"synthesising {shape}") as progress, torch.no_grad():
+        synthesize(request, out, lambda done, total: progress("weights", done, total))
+    say(f"{out} is a synthetic checkpoint of the shape {shape}, seed {seed}, rate {rate:g}")
+
+
+@app.command("measure")
+def measure(
+    model: Annotated[Path, typer.Argument(help="A checkpoint's or a store's directory.", metavar="DIR")],
+    text: Annotated[Path, typer.Option(help="A text to run through the model.", metavar="FILE")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory with tokenizer.json; default: the model's.", metavar="DIR")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.", min=32)] = 256,
+    rank: Annotated[int, typer.Option(help="Of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
+    json: JsonFile = None,
+    threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
+) -> None:
+    """Measure a model's FFN activity on a text, beside the paper's figures."""
+    _use_threads(threads)
+    weights = open_weights(model)
+    ids = _tokens(text, tokenizer or model, tokens, weights)
+    rank = min(rank or max(8, weights.architecture.d_model // 32), weights.architecture.d_model)
+    layers = weights.architecture.layers
+    with Progress(f"measuring {model.name}") as progress:
+        reports = measuring.measure(weights, ids, rank, lambda done: progress("layers", done, layers))
+    summary = measuring.summary(reports)
+    print_table(weights, len(ids), rank, reports, summary)
+    if json is not None:
+        measuring.write_json(json, _document(weights, text, len(ids), rank, reports, summary))
+        say(f"written to {json}")
+
+
+def _use_threads(count: int) -> None:
+    if count:
+        torch.set_num_threads(thread_count(count))
+
+
+def _tokens(text: Path, tokenizer: Path, count: int, weights: Weights) -> list[int]:
+    """The first `count` tokens of the text. Raises UsageError for a file that is no use."""
+    from tokenizers import Tokenizer
+
+    path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if not path.is_file():
+        raise UsageError(f"there is no {path}: name a directory that has one with --tokenizer")
+    try:
+        written = text.read_text(encoding="utf-8")[: 40 * count]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the text {text} cannot be read: {reason(error)}") from error
+    ids = list(Tokenizer.from_file(str(path)).encode(written).ids)[:count]
+    ids = ids[: weights.architecture.max_positions]
+    if len(ids) < 32 or max(ids) >= weights.architecture.vocabulary:
+        raise UsageError(f"{text} has fewer than 32 tokens, or tokens that {weights.name} does not know")
+    return ids
+
+
+def _document(
+    weights: Weights,
+    text: Path,
+    tokens: int,
+    rank: int,
+    reports: list[measuring.LayerReport],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "synthetic": weights.synthetic,
+        "model": weights.name,
+        "architecture": weights.architecture.to_json(),
+        "text": text.name,
+        "tokens": tokens,
+        "rank": rank,
+        "windows": list(measuring.WINDOWS),
+        "window": measuring.WINDOW,
+        "summary": summary,
+        "paper": measuring.PAPER.get(weights.architecture.family, {}),
+        "layers": [asdict(report) for report in reports],
+    }
+
+
+def run() -> int:
+    """The command line's exit status."""
+    return program.run(app)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,324 @@
+"""Make predictors: `python -m workers.lab.training.__main__ --store DIR --text FILE`.
+
+Three stages: the text's activations to disk (`activations.py`), one map per layer and look-ahead
+(`fit.py`, `svd.py`), the report and the file (`report.py`, `lowmap.py`). A run that was stopped
+continues: activations and finished maps stay in the work directory until the file is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline import program
+from pipeline.config import Predictor
+from pipeline.console import tables
+from pipeline.cores import thread_count
+from pipeline.directories import check_writable
+from storage.errors import UsageError
+from storage.format import Store
+from storage.lock import locked
+from storage.tensors import Tensors
+from workers.lab.training import activations, fit, report, svd, texts
+from workers.lab.training.activations import Activations
+from workers.lab.training.lowmap import LowMap, write
+from workers.predictor.lowrank import AHEAD, OWN
+
+METHODS = ("trained", "regression", "svd")
+LEAST_SHARE = 0.05  # of the text, for validation (and again for the report without --held-out)
+FORMAT = "4"  # of the work directory's maps: raise it when the same options would make other maps
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be made."""
+
+    lookahead: int = 1
+    inlayer: bool = True  # also maps for look-ahead 0, which `refine` needs
+    rank: int | None = None  # None: by `budget`, more where recall is hard
+    budget: float = 0.08  # of the FFN's bytes, for the whole file
+    method: str = "trained"
+    early: bool = False  # from the stream before attention, so that reads have that time, too
+    recipe: fit.Recipe = field(default_factory=fit.Recipe)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.lookahead < 0:
+            raise UsageError("--lookahead must not be negative")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError("--rank must be positive, or auto")
+        if not 0 < self.budget <= 1:
+            raise UsageError("--budget is a share of the FFN's bytes, above 0 and at most 1")
+        for share, option in (
+            (self.recipe.false_negatives, "--false-negatives"),
+            (self.recipe.guesses_miss, "--guesses-miss"),
+            (self.recipe.resident_miss, "--resident-miss"),
+            (self.recipe.absent_miss, "--absent-miss"),
+        ):
+            if not 0 <= share < 1:
+                raise UsageError(f"{option} is a share, from 0 to below 1")
+
+    def maps(self, layers: int) -> list[tuple[str, int, int]]:
+        """(prefix, layer, look-ahead) of all maps, in the file's order."""
+        sets = [(AHEAD, self.lookahead)] + ([(OWN, 0)] if self.inlayer and self.lookahead else [])
+        # A layer below the look-ahead is predicted from the embedding.
+        return [(prefix, layer, ahead) for prefix, ahead in sets for layer in range(layers)]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Tokens for training, for choosing and calibrating, and for the report: end of each."""
+
+    train: int
+    validation: int
+    held_out: int
+
+    @classmethod
+    def of(cls, rows: int, held_out_rows: int, length: int) -> Split:
+        """`rows` of text, of which the last are held out unless `held_out_rows` follow them."""
+        share = max(1, round(rows * LEAST_SHARE))
+        train = rows - (share if held_out_rows else 2 * share)
+        if train < 1:
+            raise UsageError(
+                f"{rows} rows of {length} tokens are too few to train, to calibrate and to report on: "
+                "raise --tokens, or give a longer text"
+            )
+        validation = train + share
+        return cls(train * length, validation * length, (rows + held_out_rows) * length)
+
+
+def make(
+    store: Store,
+    tokens: npt.NDArray[np.int64],
+    split: Split,
+    job: Job,
+    name: str,
+    work: Path,
+    threads: int = 1,
+    told: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[report.LayerReport]:
+    """Make `STORE/predictors/NAME.safetensors`; returns what it reports.
+
+    `tokens` `[rows, length]`, cut by `split`. The same arguments give the same bytes, on the same
+    machine. Raises UnsupportedModel for a model without ReLU.
+    """
+    activations.require_relu(store)
+    torch.set_num_threads(threads)
+    recorded = activations.record(
+        store,
+        tokens,
+        work / "activations",
+        threads,
+        lambda done, total: told("activations", done, total),
+        job.early,
+    )
+    wanted = job.maps(store.layout.layers)
+    ranks = _ranks(store, recorded, split, job)
+    key = _key(store, tokens, split, job)
+    tensors: dict[str, torch.Tensor] = {}
+    reports = []
+    for index, ((prefix, layer, ahead), rank) in enumerate(zip(wanted, ranks, strict=True)):
+        told("predictors", index, len(wanted))
+        path = work / "maps" / f"{key}-{prefix}-{layer}-{rank}.safetensors"
+        if not path.exists():
+            finished = fit_map(store, recorded, split, job, layer, ahead, rank)
+            write(path, finished.tensors("map"), {})
+        found = LowMap.read(Tensors(path), "map")
+        tensors |= found.tensors(f"{prefix}.{layer}")
+        held_out = recorded.samples(layer, ahead).part(split.validation, split.held_out)
+        reports.append(report.LayerReport.of(layer, ahead, rank, fit.quality(found, held_out)))
+    told("predictors", len(wanted), len(wanted))
+    _share(tensors, store.layout.layers)
+    write(store.predictors(name), tensors, _metadata(store, split, job, reports))
+    return reports
+
+
+def _share(tensors: dict[str, torch.Tensor], layers: int) -> None:
+    """Leave out a map's matrices where they are the in-layer one's, as with `svd`: half of the memory."""
+    for layer in range(layers):
+        pairs = [(f"{AHEAD}.{layer}.{name}", f"{OWN}.{layer}.{name}") for name in ("down", "up")]
+        if all(own in tensors and torch.equal(tensors[ahead], tensors[own]) for ahead, own in pairs):
+            for ahead, _ in pairs:
+                del tensors[ahead]
+
+
+def _ranks(store: Store, recorded: Activations, split: Split, job: Job) -> list[int]:
+    """Of every map, in the order of `Job.maps`."""
+    layout = store.layout
+    wanted = job.maps(layout.layers)
+    if job.rank is not None:
+        return [min(job.rank, layout.d_model)] * len(wanted)
+    ffn_bytes = layout.layers * layout.d_ff * layout.rows * layout.row_bytes
+    fixed = len(wanted) * (layout.d_ff * 4 + 4)
+    total = int(job.budget * ffn_bytes - fixed) // (2 * (layout.d_model + layout.d_ff))
+    if total < len(wanted) * fit.RANK_STEP:
+        least = (fixed + len(wanted) * fit.RANK_STEP * 2 * (layout.d_model + layout.d_ff)) / ffn_bytes
+        raise UsageError(f"--budget {job.budget} is too little for this model: it needs {least:.3f} at least")
+    strengths = [_regression(store, recorded, split, *one[1:]).strengths for one in wanted]
+    return fit.allot(strengths, total)
+
+
+def _regression(store: Store, recorded: Activations, split: Split, layer: int, ahead: int) -> fit.Regression:
+    up, bias = activations.up_projection(store, layer)
+    source = recorded.inputs(layer - ahead)[: split.train]
+    return fit.Regression.of(up, bias, source, recorded.targets(layer)[: split.train])
+
+
+def fit_map(
+    store: Store, recorded: Activations, split: Split, job: Job, layer: int, ahead: int, rank: int
+) -> LowMap:
+    """One calibrated map."""
+    samples = recorded.samples(layer, ahead)
+    validation = samples.part(split.train, split.validation)
+    if job.method == "svd":
+        up, bias = activations.up_projection(store, layer)
+        made = svd.decompose(up, bias, rank)
+        made = LowMap(made.down, made.up, made.bias, samples.scale)
+    else:
+        made = _regression(store, recorded, split, layer, ahead).map(rank, samples.scale)
+    if job.method == "trained":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        made = fit.train(made, samples.part(0, split.train), validation, job.recipe, device)
+    return fit.calibrated(made, validation, job.recipe)
+
+
+def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: Job) -> str:
+    """Names everything, but rank and layer, that decides a map."""
+    what = {
+        "format": FORMAT,
+        "store": store.identity,
+        "split": asdict(split),
+        "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
+        "lookahead": job.lookahead,
+        "method": job.method,
+        "early": job.early,
+        "recipe": asdict(job.recipe),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _metadata(store: Store, split: Split, job: Job, reports: list[report.LayerReport]) -> dict[str, str]:
+    made_from = {
+        "method": job.method,
+        "tokens": {
+            "train": split.train,
+            "validation": split.validation - split.train,
+            "held_out": split.held_out - split.validation,
+        },
+        "recipe": asdict(job.recipe),
+    }
+    return {
+        "kind": "lowrank",
+        "lookahead": str(job.lookahead),
+        "early": json.dumps(job.early),
+        "store": store.identity,
+        "report": json.dumps(report.to_json(reports, **made_from)),
+    }
+
+
+def main(
+    store_path: Annotated[Path, typer.Option("--store", help="The converted model's directory.")],
+    text: Annotated[Path, typer.Option(help='Text, or .jsonl with "text"; may be .xz.')],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text for the report; without: the last twentieth of TEXT.")
+    ] = None,
+    lookahead: Annotated[int, typer.Option(help="Layers that predictions run ahead.")] = 1,
+    inlayer: Annotated[bool, typer.Option(help="Also look-ahead 0, which refine needs.")] = True,
+    rank: Annotated[str, typer.Option(help="Of every map, or auto: by --budget.")] = "auto",
+    budget: Annotated[float, typer.Option(help="Largest share of the FFN's bytes.")] = 0.08,
+    method: Annotated[str, typer.Option(help="trained, regression (no training) or svd.")] = "trained",
+    name: Annotated[str, typer.Option(help="The predictors' name in the store.")] = "default",
+    tokens: Annotated[int, typer.Option(help="Most tokens of TEXT to use.", min=1)] = 200_000,
+    epochs: Annotated[float, typer.Option(help="Passes over the activations.", min=0)] = 1.0,
+    false_negatives: Annotated[
+        float, typer.Option(help="Share of active neurons that the calibrated threshold may miss.")
+    ] = 0.05,
+    early: Annotated[
+        bool,
+        typer.Option("--early", help="Predict before attention, from the stream: its time is reads' time."),
+    ] = False,
+    guesses_miss: Annotated[
+        float, typer.Option(help="The same of guesses, which refine completes: fewer wasted reads.")
+    ] = 0.2,
+    resident_miss: Annotated[
+        float, typer.Option(help="The same with predictor.cache_aware, of neurons that are resident.")
+    ] = 0.03,
+    absent_miss: Annotated[
+        float, typer.Option(help="And of neurons that would have to be read: fewer reads.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the order of samples.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="For activations; without: beside the store, removed at the end.")
+    ] = None,
+) -> None:
+    """Train the predictors of a converted ReLU model on a text."""
+    if not rank.isdecimal() and rank != "auto":
+        raise UsageError(f"--rank is a number or auto, not {rank!r}")
+    if not math.isfinite(epochs):
+        raise UsageError(f"--epochs is a number of passes, not {epochs}")
+    recipe = fit.Recipe(
+        epochs=epochs,
+        false_negatives=false_negatives,
+        guesses_miss=guesses_miss,
+        resident_miss=resident_miss,
+        absent_miss=absent_miss,
+        seed=seed,
+    )
+    job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe)
+    store = Store.open(store_path)
+    target = store.predictors(name)
+    check_writable(target if target.parent.is_dir() else target.parent)
+    activations.require_relu(store)
+    rows, more = texts.two(text, held_out, store, tokens)
+    split = Split.of(len(rows), len(more), rows.shape[1])
+    place = work or store.path.with_name(f"{store.path.name}.training-{name}")
+    console = Console(stderr=True)
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place, "training"), Progress(console=console, transient=True) as bar:
+        stages = {what: bar.add_task(what, total=None) for what in ("activations", "predictors")}
+        reports = make(
+            store,
+            np.concatenate([rows, more]),
+            split,
+            job,
+            name,
+            place,
+            thread_count(threads),
+            lambda what, done, total: bar.update(stages[what], completed=done, total=total),
+        )
+        if work is None:
+            shutil.rmtree(place)
+    tables().print(report.table(reports))
+    settings = [f"model.predictor={name}"] if name != "default" else []
+    settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []
+    console.print(
+        f"saved {store.predictors(name)}; to use them: run.py "
+        + " ".join(["--model", str(store.path), *(f"--set {one}" for one in settings)]),
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def run() -> int:
+    """The command line's exit status."""
+    return program.single(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
