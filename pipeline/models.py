@@ -26,7 +26,8 @@ from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
 from storage.errors import CheckpointError, StoreError, UsageError, reason
-from storage.format import MANIFEST, Store, unfinished
+from storage.manifest import MANIFEST
+from storage.store import Store, unfinished
 
 BUILTIN = "builtin"
 BUILTIN_CHECKPOINT = ROOT / "storage" / "builtin"

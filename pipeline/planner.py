@@ -19,8 +19,10 @@ from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.ring import segments
 from pipeline.ring.plan import Plan
+from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError, StoreError
-from storage.format import BUNDLES, ITEMSIZE, RESIDENT, Store
+from storage.manifest import BUNDLES, RESIDENT
+from storage.store import Store
 from storage.tensors import Tensors
 
 DEFAULT_CONTEXT = 2048  # tokens
@@ -90,8 +92,8 @@ def resolve(store: Store, config: Config) -> Config:
             "or choose another model.predictor or predictor.kind"
         )
     if kind == "auto":
-        kind = "lowrank" if store.architecture.relu and has_predictors else "all"
-    if kind == "oracle" and not store.architecture.relu:
+        kind = "lowrank" if store.architecture.sparse and has_predictors else "all"
+    if kind == "oracle" and not store.architecture.sparse:
         raise ConfigError(
             "predictor.kind oracle needs a ReLU model, "
             f"and {store.manifest.name} has {store.architecture.activation}"
@@ -157,14 +159,14 @@ def plan(store: Store, config: Config) -> PlanReport:
     pinned = pinned_layers(store, config)
     least = _report(store, config, pinned, _least_slots(store, config), budget)
     if budget is None:
-        wanted = config.cache.slots_per_layer or round(config.cache.share * store.layout.d_ff)
+        wanted = config.cache.slots_per_layer or round(config.cache.share * store.layout.most_units)
         return _report(store, config, pinned, wanted, None)
     if budget < least.total:
         raise BudgetError(
             f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
             f"the least that would do is {math.ceil(least.total / (1 << 20))}MiB"
         )
-    if config.cache.slots_per_layer or not (open_layers := store.layout.layers - len(pinned)):
+    if config.cache.slots_per_layer or not (open_layers := len(store.layout.layers) - len(pinned)):
         return least
     stride = store.layout.stride
     each = math.ceil(stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
@@ -181,7 +183,7 @@ def least(store: Store, config: Config) -> PlanReport:
 def most(store: Store, config: Config) -> PlanReport:
     """The plan that holds every neuron, whatever the budget. Raises ConfigError."""
     config = resolve(store, config)
-    return _report(store, config, pinned_layers(store, config), store.layout.d_ff, None)
+    return _report(store, config, pinned_layers(store, config), store.layout.most_units, None)
 
 
 def _least_slots(store: Store, config: Config) -> int:
@@ -193,14 +195,14 @@ def _report(
 ) -> PlanReport:
     """The plan with `slots` in every layer that is not pinned."""
     layout = store.layout
-    slots = max(1, min(layout.d_ff, slots))
+    slots = max(1, min(layout.most_units, slots))
     divided = Plan(
-        layers=layout.layers,
-        d_model=layout.d_model,
-        d_ff=layout.d_ff,
+        layers=len(layout.layers),
+        d_model=store.architecture.d_model,
+        d_ff=layout.most_units,
         stride=layout.stride,
-        slots=tuple(layout.d_ff if layer in pinned else slots for layer in range(layout.layers)),
-        staging=staging_slots(config.prefetcher.staging, layout.stride, layout.d_ff),
+        slots=tuple(layout.most_units if layer in pinned else slots for layer in range(len(layout.layers))),
+        staging=staging_slots(config.prefetcher.staging, layout.stride, layout.most_units),
         context=config.compute.context,
         hidden_rows=config.cache.window or DEFAULT_WINDOW,
         lookahead=config.predictor.lookahead,
@@ -226,8 +228,8 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
     mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
-    heads = architecture.kv_heads * architecture.head_dim
-    cached = 2 * divided.layers * divided.context * heads * ITEMSIZE[divided.cache_dtype]
+    heads = sum(layer.attention.kv_heads * layer.attention.head_dim for layer in architecture.layers)
+    cached = 2 * CODECS[divided.cache_dtype].size(divided.context * heads)
     return {
         "resident weights": resident,
         "KV cache": cached,
@@ -250,7 +252,7 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     """
     a = store.architecture
     threads = thread_count(config.compute.threads)
-    heads = (a.heads + 2 * a.kv_heads) * a.head_dim
+    heads = max(layer.attention.projected for layer in a.layers)
     per_token = 7 * a.d_model + 2 * heads + min(divided.d_ff, 8 * KERNEL_BLOCK)
     per_thread = 2 * KERNEL_BLOCK * (a.d_model + divided.context)
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
@@ -268,13 +270,13 @@ def _held_by_predictor(store: Store, config: Config) -> int:
     if config.predictor.kind == "lowrank":
         return predictor_bytes(store, config)
     if config.predictor.kind == "oracle":
-        return store.layout.layers * store.layout.d_ff * store.layout.row_bytes  # all up-projections
+        return sum(one.units * one.unit.row_bytes("up") for one in store.layout.layers)
     return 0
 
 
 def pinned_layers(store: Store, config: Config) -> frozenset[int]:
     """Pinned layers by their number from the front. Raises ConfigError."""
-    layers = store.layout.layers
+    layers = len(store.layout.layers)
     for layer in config.predictor.pinned_layers:
         if not -layers <= layer < layers:
             raise ConfigError(f"predictor.pinned_layers names layer {layer}, and the model has {layers}")
@@ -306,14 +308,12 @@ def parse_budget(text: str, store: Store) -> int | None:
 
 def checkpoint_bytes(store: Store) -> int:
     """The model's weights without padding: resident tensors and FFN matrices."""
-    layout = store.layout
-    ffn = layout.layers * layout.d_ff * layout.rows * layout.row_bytes
-    return store.manifest.files[RESIDENT].bytes + ffn
+    return store.manifest.files[RESIDENT].bytes + store.layout.useful_bytes
 
 
 def why_dense(store: Store, config: Config) -> str:
     """The reason for kind `all`, to stand after the model's name."""
-    if not store.architecture.relu:
+    if not store.architecture.sparse:
         return f"is not sparse ({store.architecture.activation})"
     if predictor_bytes(store, config):
         return "runs with every neuron, as asked"

@@ -2,7 +2,7 @@
 
 Safetensors are read with plain positioned reads rather than a mapping, so that memory is what was
 asked for and no more. `pytorch_model*.bin` goes through `torch.load(weights_only=True, mmap=True)`:
-never plain pickle. Every array is of the carrier type (`storage.format.CARRIER`).
+never plain pickle. Every array is of the carrier type (`storage.codecs`).
 
 All tensors that are read must have one dtype, float32, float16 or bfloat16; the tensors decide it,
 not `config.json`. A mixture is refused: converting silently would change results.
@@ -20,9 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 import xxhash
 
+from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
-from storage.families.family import Carrier
-from storage.format import CARRIER, ITEMSIZE
 from storage.header import BadHeader, Header
 
 CONFIG = "config.json"
@@ -88,9 +87,9 @@ class Checkpoint:
                 f"{entry.shard}: {name} has the shape {list(entry.shape)} where config.json asks for "
                 f"{list(shape)}"
             )
-        if entry.dtype not in ITEMSIZE:
+        if entry.dtype not in FLOATS:
             raise UnsupportedModel(
-                f"{entry.shard}: {name} has the dtype {entry.dtype}; supported are {', '.join(ITEMSIZE)}"
+                f"{entry.shard}: {name} has the dtype {entry.dtype}; supported are {', '.join(FLOATS)}"
             )
         return entry
 
@@ -102,7 +101,7 @@ class Checkpoint:
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""
         entry = self.entry(name)
-        total, step = math.prod(entry.shape), size // ITEMSIZE[entry.dtype]
+        total, step = math.prod(entry.shape), size // CODECS[entry.dtype].bytes
         for start in range(0, total, step):
             yield self._elements(name, entry, start, min(step, total - start))
 
@@ -125,11 +124,11 @@ class Checkpoint:
         }
 
     def _elements(self, name: str, entry: Entry, start: int, count: int) -> Carrier:
-        carrier = CARRIER[entry.dtype]
+        carrier = CODECS[entry.dtype].carrier
         if entry.shard.suffix == ".bin":
             flat: Carrier = _as_carrier(self._torch(entry.shard)[name]).reshape(-1)
             return flat[start : start + count]
-        offset = entry.offset + start * ITEMSIZE[entry.dtype]
+        offset = entry.offset + CODECS[entry.dtype].size(start)
         try:
             data = np.fromfile(entry.shard, carrier, count=count, offset=offset)
         except OSError as error:

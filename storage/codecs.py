@@ -61,6 +61,7 @@ FLOAT32 = Codec("float32", 1, 4, np.float32, lambda array: array.astype(np.float
 FLOAT16 = Codec("float16", 1, 2, np.uint16, _halves, _to_halves)
 BFLOAT16 = Codec("bfloat16", 1, 2, np.uint16, _brains, _to_brains)
 
+FLOATS = (FLOAT32.name, FLOAT16.name, BFLOAT16.name)  # what checkpoints may hold
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (FLOAT32, FLOAT16, BFLOAT16)}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.format import ITEMSIZE
+from storage.codecs import CODECS
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
@@ -79,7 +79,7 @@ def _place(base: int, entry: dict[str, Any]) -> Place:
     dtype = DTYPES.get(entry["dtype"], str(entry["dtype"]))
     if not 0 <= start <= end or min(shape, default=0) < 0:
         raise ValueError("no such place")
-    if dtype in ITEMSIZE and end - start != math.prod(shape) * ITEMSIZE[dtype]:
+    if dtype in CODECS and end - start != CODECS[dtype].size(math.prod(shape)):
         raise ValueError("another size than the shape's")
     return Place(dtype, shape, base + start, end - start)
 
@@ -91,7 +91,7 @@ def header_bytes(
     items: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * ITEMSIZE[dtype]
+        end = offset + CODECS[dtype].size(math.prod(shape))
         items[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(items, separators=(",", ":")).encode()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.codecs import CODECS, F32, Carrier, Codec
 
+Position = TypeVar("Position", int, npt.NDArray[np.int64])
 Role: TypeAlias = Literal["up", "down"]  # of a row: what makes an activation, what it is multiplied with
 
 DEFAULT_ALIGNMENT = 512  # bytes
@@ -84,6 +85,11 @@ class Unit:
             start = stop
         raise KeyError(role)
 
+    def row_bytes(self, role: Role) -> int:
+        """Of one role's rows in the unit."""
+        start, stop = self.span(role)
+        return stop - start
+
     def codec(self, role: Role) -> Codec:
         """Raises KeyError for a role that the unit has not."""
         return CODECS[next((row.codec for row in self.rows if row.role == role), role)]
@@ -116,8 +122,8 @@ class LayerLayout:
     def bytes(self) -> int:
         return self.units * self.unit.stride
 
-    def offset(self, position: int) -> int:
-        """The byte at which the unit at this position begins."""
+    def offset(self, position: Position) -> Position:
+        """The byte at which the unit at this position begins; also of many positions at once."""
         return self.start + position * self.unit.stride
 
 

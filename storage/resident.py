@@ -12,10 +12,11 @@ import numpy as np
 import xxhash
 
 from storage.checkpoint import Checkpoint
+from storage.codecs import CODECS, Carrier
 from storage.errors import CheckpointError
-from storage.families.family import Carrier, Resident
-from storage.format import CARRIER, ITEMSIZE, FileEntry
+from storage.families.family import Resident
 from storage.header import header_bytes
+from storage.manifest import FileEntry
 
 
 def header(residents: tuple[Resident, ...], dtype: str) -> bytes:
@@ -26,7 +27,7 @@ def header(residents: tuple[Resident, ...], dtype: str) -> bytes:
 def size(residents: tuple[Resident, ...], dtype: str) -> int:
     """Bytes of the whole file."""
     elements = sum(resident.elements for resident in residents)
-    return len(header(residents, dtype)) + elements * ITEMSIZE[dtype]
+    return len(header(residents, dtype)) + CODECS[dtype].size(elements)
 
 
 def write(
@@ -75,9 +76,5 @@ def _chunks(
 
 
 def _filled(resident: Resident, dtype: str) -> Carrier:
-    value = np.array(resident.fill, np.float32)
-    if dtype == "float16":
-        value = value.astype(np.float16).view(np.uint16)
-    elif dtype == "bfloat16":
-        value = (value.view(np.uint32) >> 16).astype(np.uint16)
-    return np.full(resident.shape, value, CARRIER[dtype])
+    value = CODECS[dtype].narrow(np.array([resident.fill], np.float32))
+    return np.full(resident.shape, value[0], CODECS[dtype].carrier)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from storage.codecs import CODECS, F32, widen
 from storage.errors import StoreError, reason
-from storage.floats import F32, widen
-from storage.format import CARRIER
 from storage.header import BadHeader, Header, Place
 
 
@@ -46,7 +45,7 @@ class Tensors:
         if name not in self.places:
             raise StoreError(f"{self.path} lacks {name}")
         place = self.places[name]
-        if place.dtype not in CARRIER:
+        if place.dtype not in CODECS:
             raise StoreError(f"{self.path} holds {name} as {place.dtype}, which is not supported")
         return place
 
@@ -59,7 +58,7 @@ class Tensors:
         place = self.place(name)
         if shape is not None and place.shape != shape:
             raise StoreError(f"{self.path} holds {name} as {place.shape}, not {shape}")
-        kind = np.dtype(CARRIER[place.dtype])
+        kind = np.dtype(CODECS[place.dtype].carrier)
         return np.fromfile(self.path, kind, place.elements, offset=place.offset).reshape(place.shape)
 
     def vector(self, name: str, shape: tuple[int, ...]) -> F32:

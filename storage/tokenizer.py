@@ -12,8 +12,8 @@ from typing import Any
 
 from storage.checkpoint import GENERATION_CONFIG, read_json
 from storage.errors import CheckpointError
-from storage.format import TOKENIZER
 
+TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES, TOKENIZER_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
 COPIED = (
     TOKENIZER,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +11,9 @@ import xxhash
 
 from storage.bundles import BLOCK_BYTES, checksums, spans
 from storage.errors import StoreCorrupt
-from storage.format import BUNDLES, CHECKSUMS, ORDER, Store
+from storage.files import drop_cache
+from storage.manifest import BUNDLES, CHECKSUMS, ORDER
+from storage.store import Store
 
 Progress = Callable[[str, int, int], None]  # (file name, bytes done, bytes in all)
 
@@ -45,20 +46,20 @@ def _verify_file(store: Store, name: str, report: Progress) -> None:
 
 def _verify_order(store: Store) -> None:
     order = store.order()
-    if order is not None and not (np.sort(order, axis=1) == np.arange(store.layout.d_ff)).all():
+    if order is not None and not all((np.sort(one) == np.arange(one.size)).all() for one in order):
         raise StoreCorrupt(f"{store.path / ORDER} is not a permutation of the neurons in every layer")
 
 
 def _verify_bundles(store: Store, report: Progress) -> None:
     layout, digest = store.layout, xxhash.xxh3_128()
-    expected = np.fromfile(store.path / CHECKSUMS, "<u8").reshape(layout.layers, layout.d_ff)
+    expected = layout.split(np.fromfile(store.path / CHECKSUMS, "<u8"))
     with _from_disk(store.path / BUNDLES) as file:
-        for layer in range(layout.layers):
-            for start, stop in spans(layout):
-                data = file.read((stop - start) * layout.stride)
+        for layer, part in enumerate(layout.layers):
+            for start, stop in spans(part):
+                data = file.read((stop - start) * part.unit.stride)
                 digest.update(data)
-                found = checksums(np.frombuffer(data, np.uint8).reshape(stop - start, layout.stride))
-                wrong = np.flatnonzero(found != expected[layer, start:stop])
+                found = checksums(np.frombuffer(data, np.uint8).reshape(stop - start, part.unit.stride))
+                wrong = np.flatnonzero(found != expected[layer][start:stop])
                 if wrong.size:
                     raise StoreCorrupt(_bad_bundle(store, layer, start + int(wrong[0])))
                 report(BUNDLES, layout.offset(layer, stop), layout.total_bytes)
@@ -78,8 +79,7 @@ def _bad_bundle(store: Store, layer: int, position: int) -> str:
 def _from_disk(path: Path) -> BinaryIO:
     """Open for reading; drop what the page cache holds, which may differ from the disk."""
     file = path.open("rb")
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_cache(file.fileno())
     return file
 
 

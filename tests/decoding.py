@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from storage.format import Store
+from storage.store import Store
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.blocks import after_ffn, before_ffn
 from workers.compute.token import TokenFfn, TokenOperations

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from storage.families.architecture import Architecture
-from storage.format import RESIDENT, Store
+from storage.architecture import Architecture
+from storage.manifest import RESIDENT
+from storage.store import Store
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from storage.format import PREDICTORS, Store
+from storage.manifest import PREDICTORS
+from storage.store import Store
 
 
 def maps(store: Store, prefix: str, layers: range, rank: int = 3, seed: int = 1) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Message
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import GenerationParams, Session
-from storage.format import Store
+from storage.store import Store
 
 PROMPT = [2, 17, 40, 9, 77, 31]
 

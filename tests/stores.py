@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from storage.families.architecture import Architecture
-from storage.format import BUNDLES, MANIFEST, ORDER, RESIDENT, FileEntry, Layout, Manifest, Store
+from storage.architecture import Architecture
+from storage.layout import Layout
+from storage.manifest import BUNDLES, MANIFEST, ORDER, RESIDENT, FileEntry, Manifest
+from storage.store import Store
 
 
 def architecture(layers: int, d_ff: int, d_model: int) -> Architecture:

@@ -21,7 +21,8 @@ from pipeline.ring.session import Session
 from pipeline.serving.client import Client
 from storage.convert import NeuronOrder, convert
 from storage.errors import UsageError
-from storage.format import RESIDENT, Store
+from storage.manifest import RESIDENT
+from storage.store import Store
 from workers.compute.audit import Audit
 from workers.compute.weights import Weights
 from workers.lab.evaluation import audit_picture

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from pipeline import planner
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
-from storage.format import PREDICTORS, RESIDENT, Store
+from storage.manifest import PREDICTORS, RESIDENT
+from storage.store import Store
 from workers.cache.policy import KeepNothing
 from workers.cache.residency import NOWHERE, Residency
 from workers.lab.bench import __main__ as bench_command

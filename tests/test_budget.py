@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.planner import plan
 from storage.convert import convert
 from storage.errors import BudgetError
-from storage.format import Store
+from storage.store import Store
 from workers.lab.bench import cgroup
 from workers.lab.bench.cgroup import CgroupUnavailable, MemoryCgroup
 

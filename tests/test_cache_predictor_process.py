@@ -37,7 +37,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import ORPHANED, WorkerSpec
-from storage.format import Store
+from storage.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0  # seconds; only a broken worker takes them

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from storage.convert import NeuronOrder, convert
 from storage.errors import CheckpointError, DiskFull, StoreError, StoreIncomplete, UsageError
-from storage.format import Store
+from storage.store import Store
 from storage.tokenizer import byte_level_bpe
 from storage.verify import verify
 

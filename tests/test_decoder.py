@@ -15,7 +15,8 @@ from decoding import LocalDecoder
 from safetensors import safe_open
 
 from storage.convert import convert
-from storage.format import RESIDENT, Store
+from storage.manifest import RESIDENT
+from storage.store import Store
 from workers.compute import batch
 from workers.compute.batch import BatchFfn, BatchOperations, Workers
 from workers.compute.weights import Weights

@@ -29,7 +29,7 @@ from pipeline.ring.messages import (
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
-from storage.format import Store
+from storage.store import Store
 from workers.compute.engine import Engine
 from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel

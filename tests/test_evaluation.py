@@ -25,7 +25,7 @@ from pipeline.ring.segments import ID
 from pipeline.ring.session import Session, load_tokenizer
 from storage.convert import convert
 from storage.errors import ConfigError, UsageError
-from storage.format import Store
+from storage.store import Store
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
 from workers.lab.evaluation import evaluate, points

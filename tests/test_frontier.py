@@ -13,7 +13,7 @@ import torch
 from pipeline import ending
 from storage.convert import convert
 from storage.errors import UsageError
-from storage.format import Store
+from storage.store import Store
 from workers.lab.training import frontier
 from workers.lab.training.activations import Samples
 from workers.lab.training.lowmap import LowMap

@@ -15,7 +15,7 @@ from ring import config, plan_for
 from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.errors import UsageError
-from storage.format import Store
+from storage.store import Store
 from workers.lab.evaluation.harness import Harness, params
 
 SETTINGS = ("compute.threads=1", "compute.context=128", "prefetcher.readers=1", "predictor.refine=false")

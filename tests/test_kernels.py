@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.floats import narrow, widen
+from storage.codecs import narrow, widen
 from workers import kernels
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -10,7 +10,7 @@ import pytest
 from stores import bundle_store
 
 from storage.errors import StoreError
-from storage.format import Store
+from storage.store import Store
 from workers.predictor import lowrank
 
 LAYERS = range(3)

@@ -12,7 +12,7 @@ from checkpoints import write_checkpoint
 
 from pipeline import models
 from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
-from storage.format import PREDICTORS
+from storage.manifest import PREDICTORS
 
 
 @pytest.fixture(scope="module")

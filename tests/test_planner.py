@@ -17,9 +17,11 @@ from safetensors.numpy import save_file
 from pipeline import planner
 from pipeline.config import Config
 from pipeline.ring import segments
+from storage.architecture import Activation, Architecture
 from storage.errors import BudgetError, ConfigError, StoreError, UsageError
-from storage.families.architecture import Activation, Architecture
-from storage.format import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Layout, Manifest, Store
+from storage.layout import Layout
+from storage.manifest import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Manifest
+from storage.store import Store
 
 MIB = 1 << 20
 NOWHERE = Path("/nonexistent")

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from pipeline.planner import plan
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
-from storage.format import PREDICTORS, Store
 from storage.lock import locked
+from storage.manifest import PREDICTORS
+from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.offline import record
 from workers.lab.offline.chooser import make_chooser

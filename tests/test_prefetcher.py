@@ -38,7 +38,8 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
 from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
-from storage.format import BUNDLES, Store
+from storage.manifest import BUNDLES
+from storage.store import Store
 from workers.lab.bench.reads import measure
 from workers.prefetcher import io_uring
 from workers.prefetcher.backend import Backend, BackendUnavailable, Completed

@@ -14,7 +14,7 @@ from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
 from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
-from storage.format import Store
+from storage.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pipeline import Client, Pipeline
 from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
-from storage.format import Store
+from storage.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"

@@ -17,7 +17,8 @@ from pipeline.ring.session import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, Generatio
 from pipeline.ring.supervisor import Supervisor
 from storage.convert import convert
 from storage.errors import RingError
-from storage.format import RESIDENT, Store
+from storage.manifest import RESIDENT
+from storage.store import Store
 
 PARAMS = GenerationParams(max_new_tokens=2, ignore_eos=True)
 

@@ -19,7 +19,7 @@ from pipeline.ring.messages import NeuronsPredicted
 from pipeline.ring.plan import Plan
 from storage.convert import convert
 from storage.errors import StoreError
-from storage.format import Store
+from storage.store import Store
 from workers.cache.frequency import RecentlyFrequent, make_policy
 from workers.cache.layers import LayerCache
 from workers.cache.policy import KeepNothing, WindowThenOldest

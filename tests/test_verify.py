@@ -12,7 +12,7 @@ from checkpoints import write_checkpoint
 from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
 from storage.errors import StoreCorrupt, StoreError, StoreMissing
-from storage.format import Store
+from storage.store import Store
 from storage.verify import verify
 
 

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.directories import user_cache
+from storage.codecs import FLOAT32, Codec
+from storage.layout import Rows
 
 # Numba and OpenMP read these when they are first loaded. Waiting threads must sleep: four workers
 # share the cores, and a thread that spins takes its core from the reader that it waits for
@@ -492,6 +494,7 @@ def _keep_and_attend(
     keys: Any,
     values: Any,
     position: Any,
+    scale: Any,
     bias: Any,
     scores: Any,
     out: Any,
@@ -503,7 +506,6 @@ def _keep_and_attend(
     _rotate(vectors[:shared], cos, sin)
     _put(vectors[heads:shared], position, keys, kind)
     _put(vectors[shared:], position, values, kind)
-    scale = np.float32(1 / math.sqrt(width))
     _attend(vectors[:heads], keys, values, position + 1, scale, bias, scores, out, kind)
 
 
@@ -577,61 +579,71 @@ def _columns(width: int, threads: int) -> int:
     return max(_FEWEST_COLUMNS, min(even, _MOST_COLUMNS))
 
 
-def matvec(
-    weights: Carrier, x: F32, dtype: str, threads: int, bias: F32 = NO_BIAS, out: F32 | None = None
-) -> F32:
-    """`weights @ x + bias`: weights [out, in] of `dtype`'s carrier, x [in]; returns [out]."""
-    result = np.empty(weights.shape[0], np.float32) if out is None else out
-    launched = _launch(threads, weights.nbytes)
-    _matvec(weights, x, bias, result, KINDS[dtype], np.zeros(1, np.int64), launched)
+def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | None = None) -> F32:
+    """`weights @ x + bias`: weights [out, in], x [in]; returns [out]."""
+    assert weights.start == 0
+    memory = weights.memory
+    result = np.empty(memory.shape[0], np.float32) if out is None else out
+    launched = _launch(threads, memory.nbytes)
+    _matvec(memory, x, bias, result, KINDS[weights.codec.name], np.zeros(1, np.int64), launched)
     return result
 
 
 def activate(
-    bundles: Carrier,
+    up: Rows,
     ids: I32,
     slots: I32,
     h: F32,
     bias: F32,
-    dtype: str,
     function: str,
     threads: int,
     out: F32 | None = None,
 ) -> F32:
-    """Activations [n] of the neurons `ids` [n], whose bundles lie in `slots` [n].
+    """Activations [n] of the neurons `ids` [n], whose up-projection rows lie in `slots` [n].
 
-    `bundles` is [slots, stride in elements]: the up-projection row, the down-projection column,
-    padding. `bias` [d_ff] is indexed by id, or empty.
+    `bias` [d_ff] is indexed by id, or empty.
     """
+    assert up.start == 0
     result = np.empty(slots.shape[0], np.float32) if out is None else out
-    launched = _launch(threads, slots.shape[0] * h.shape[0] * bundles.itemsize)
+    launched = _launch(threads, slots.shape[0] * h.shape[0] * up.memory.itemsize)
     counter = np.zeros(1, np.int64)
-    _activate(bundles, ids, slots, h, bias, result, KINDS[dtype], ACTIVATIONS[function], counter, launched)
+    _activate(
+        up.memory,
+        ids,
+        slots,
+        h,
+        bias,
+        result,
+        KINDS[up.codec.name],
+        ACTIVATIONS[function],
+        counter,
+        launched,
+    )
     return result
 
 
-def accumulate(bundles: Carrier, ids: I32, slots: I32, a: F32, y: F32, dtype: str, threads: int) -> int:
+def accumulate(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> int:
     """y [d_model] += Σ a[i] · down-projection column of slots[i], by ascending ids[i]; all [n].
 
     Each column is summed strictly in that order, so that a sum may be continued by another call.
     Zero activations are skipped: for ReLU they change nothing. Returns the number of the others.
     """
-    launched = _launch(threads, slots.shape[0] * y.shape[0] * bundles.itemsize)
-    first = y.shape[0]  # columns lie behind up-projection rows of the same width
+    launched = _launch(threads, slots.shape[0] * y.shape[0] * down.memory.itemsize)
     columns = _columns(y.shape[0], launched)
-    active: int = _sum(bundles, ids, slots, a, first, y, KINDS[dtype], columns, launched)
+    active: int = _sum(down.memory, ids, slots, a, down.start, y, KINDS[down.codec.name], columns, launched)
     return active
 
 
-def combine(rows: Carrier, a: F32, bias: F32, dtype: str) -> F32:
+def combine(rows: Rows, a: F32, bias: F32) -> F32:
     """bias + Σ a[i] · rows[i]: rows [n, d], a [n], bias [d]; returns [d]. One thread.
 
     For few long rows: `matvec` by their transpose, many short ones, takes twice as long.
     """
     y = bias.copy()
     _launch(1, 0)
-    every = np.arange(rows.shape[0], dtype=np.int32)
-    _accumulate(rows, every, 0, a, y, KINDS[dtype], _columns(y.shape[0], 1), np.zeros(1, np.int64), 1)
+    every = np.arange(rows.memory.shape[0], dtype=np.int32)
+    kind, columns = KINDS[rows.codec.name], _columns(y.shape[0], 1)
+    _accumulate(rows.memory, every, rows.start, a, y, kind, columns, np.zeros(1, np.int64), 1)
     return y
 
 
@@ -642,9 +654,10 @@ def attend(
     keys: Carrier,
     values: Carrier,
     position: int,
+    scale: float,
     bias: F32,
     scores: F32,
-    dtype: str,
+    codec: Codec,
     threads: int,
 ) -> F32:
     """Attention of the token at `position`; returns [heads · head_dim].
@@ -657,8 +670,8 @@ def attend(
     heads, width = scores.shape[0], keys.shape[2]
     out = np.empty(heads * width, np.float32)
     _launch(threads, heads * (position + 1) * width * 2 * keys.itemsize)
-    kind = KINDS[dtype]
-    _keep_and_attend(projected, cos, sin, keys, values, position, bias, scores, out, kind)
+    kind = KINDS[codec.name]
+    _keep_and_attend(projected, cos, sin, keys, values, position, np.float32(scale), bias, scores, out, kind)
     return out
 
 
@@ -678,31 +691,31 @@ def activations(x: F32, function: str) -> None:
         _activate_all(x, ACTIVATIONS[function])
 
 
-def gather(bundles: Carrier, slots: I32, start: int, width: int, dtype: str, out: F32) -> None:
-    """Widen elements [start, start + width) of the given slots' bundles into out [n, width].
+def gather(rows: Rows, lines: I32, start: int, width: int, out: F32) -> None:
+    """Widen elements [start, start + width) of the given lines' rows into out [n, width].
 
     Single-threaded and without the interpreter's lock: callers divide the work among threads.
     """
-    assert out.shape == (slots.shape[0], width)
-    _gather(bundles, slots, start, out, KINDS[dtype])
+    assert out.shape == (lines.shape[0], width)
+    _gather(rows.memory, lines, rows.start + start, out, KINDS[rows.codec.name])
 
 
-def warm(dtype: str, cache_dtype: str = "float32") -> None:
-    """Compile, or load from the cache, every kernel for stores of `dtype` and keys of `cache_dtype`."""
-    carrier = np.float32 if dtype == "float32" else np.uint16
-    weights = np.zeros((2, 128), carrier)
+def warm(codec: Codec, cache: Codec = FLOAT32) -> None:
+    """Compile, or load from the cache, every kernel for weights in `codec` and keys in `cache`."""
+    rows = Rows(np.zeros((2, 128), codec.carrier), codec, 0, 128)
+    slots = Rows(rows.memory, codec, 0, 64), Rows(rows.memory, codec, 64, 64)
     ids = np.zeros(1, np.int32)
     x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    matvec(weights, np.zeros(128, np.float32), dtype, 1)
-    a = activate(weights, ids, ids, x, NO_BIAS, dtype, "relu", 1)
-    accumulate(weights, ids, ids, a, y, dtype, 1)
-    cache = np.zeros((1, 2, 64), np.float32 if cache_dtype == "float32" else np.uint16)
+    matvec(rows, np.zeros(128, np.float32), 1)
+    a = activate(slots[0], ids, ids, x, NO_BIAS, "relu", 1)
+    accumulate(slots[1], ids, ids, a, y, 1)
+    keys = np.zeros((1, 2, 64), cache.carrier)
     projected, angles = np.zeros(3 * 64, np.float32), x[:32]
     no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
-    attend(projected, angles, angles, cache, cache, 0, no_bias, scores, cache_dtype, 1)
+    attend(projected, angles, angles, keys, keys, 0, 1.0, no_bias, scores, cache, 1)
     layer_norm(x, x, x, 1e-5)
     activations(np.zeros((1, 64), np.float32), "gelu")
-    gather(weights, ids, 0, 64, dtype, np.zeros((2, 64), np.float32)[:1])
+    gather(slots[0], ids, 0, 64, np.zeros((2, 64), np.float32)[:1])
 
 
 def notes() -> str:

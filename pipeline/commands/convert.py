@@ -9,7 +9,8 @@ import typer
 
 from pipeline import models
 from pipeline.console import say
-from storage.format import DEFAULT_ALIGNMENT, Store
+from storage.layout import DEFAULT_ALIGNMENT
+from storage.store import Store
 
 
 def command(

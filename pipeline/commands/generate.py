@@ -23,7 +23,7 @@ from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.ring.session import GenerationParams, Session
-    from storage.format import Store
+    from storage.store import Store
 
 
 def _print_version(asked: bool) -> None:

@@ -29,7 +29,7 @@ from pipeline.ring.channel import Channel
 from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
 from pipeline.ring.plan import Plan
 from storage.errors import FlashringError
-from storage.format import Store
+from storage.store import Store
 
 ORPHANED = 3  # exit status of a worker whose supervisor vanished
 

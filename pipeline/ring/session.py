@@ -22,7 +22,8 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.supervisor import Supervisor
 from pipeline.ring.text import Detokenizer
 from storage.errors import RingError, StoreError, UsageError
-from storage.format import TOKENIZER, Store
+from storage.store import Store
+from storage.tokenizer import TOKENIZER
 
 CANCEL_SECONDS = 0.1  # how often a silent ring's `cancelled` is asked
 TOKEN_SECONDS = 600.0  # the longest silence before a token, after which the ring counts as hung

@@ -35,7 +35,8 @@ from pipeline.ring.messages import (
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
 from storage.errors import RingError
-from storage.format import RESIDENT, Store
+from storage.manifest import RESIDENT
+from storage.store import Store
 
 WORKERS = ("predictor", "cache", "prefetcher", "compute")
 CONTROL_INBOX = {name: name for name in WORKERS} | {"compute": "control"}

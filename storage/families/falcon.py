@@ -14,18 +14,19 @@ each head in turn. The store holds all queries, then all keys, then all values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from storage import architecture as canonical
+from storage.architecture import Architecture, Attention, Ffn, Layer, Norm, NormPlace, Rope
+from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
-from storage.families import architecture as canonical
-from storage.families.architecture import Architecture, Block
 from storage.families.family import (
     HEAD_SOURCE,
-    Carrier,
     Family,
     Resident,
     Settings,
@@ -40,33 +41,47 @@ from storage.families.family import (
     token,
     tokens,
 )
+from storage.layout import Role
 
 
 def architecture(config: Settings) -> Architecture:
     """Raises UnsupportedModel for an option, an activation or a value that is not supported."""
     d_model = number(config, "hidden_size", 4544)
     head_count = heads(config, d_model, 71)
+    head_dim = d_model // head_count
     alibi = flag(config, "alibi", False)
+    parallel = _parallel(config)
+    one_norm = parallel and _parallel_norms(config) == 1
+    places: tuple[NormPlace, ...] = ("attention_input",) if one_norm else ("attention_input", "ffn_input")
+    normed = Norm(real(config, "layer_norm_epsilon", 1e-5))
+    layer = Layer(
+        attention=Attention(
+            heads=head_count,
+            kv_heads=_kv_heads(config, head_count),
+            head_dim=head_dim,
+            scale=1 / math.sqrt(head_dim),
+            rope=None if alibi else Rope(_rotary_base(config)),
+            alibi=alibi,
+        ),
+        ffn=Ffn(
+            "plain",
+            units=number(config, "ffn_hidden_size", 4 * d_model),
+            width=1,
+            activation=activation(config, "activation", "gelu"),
+        ),
+        norms=dict.fromkeys(places, normed),
+        parallel=parallel,
+    )
     return Architecture(
         family="falcon",
         d_model=d_model,
-        d_ff=number(config, "ffn_hidden_size", 4 * d_model),
-        layers=number(config, "num_hidden_layers", 32),
-        heads=head_count,
-        kv_heads=_kv_heads(config, head_count),
-        head_dim=d_model // head_count,
         vocabulary=number(config, "vocab_size", 65024),
         max_positions=number(config, "max_position_embeddings", 2048),
-        block=_block(config),
-        positions="alibi" if alibi else "rotary",
-        activation=activation(config, "activation", "gelu"),
-        shared_norm=_block(config) == "parallel" and _parallel_norms(config) == 1,
-        final_norm=True,
+        layers=(layer,) * number(config, "num_hidden_layers", 32),
+        final_norm=normed,
         tied_head=flag(config, "tie_word_embeddings", True),
-        norm_epsilon=real(config, "layer_norm_epsilon", 1e-5),
         embed_dim=d_model,
-        position_offset=0,
-        rotary_base=0.0 if alibi else _rotary_base(config),
+        learned_positions=None,
         bos_token=token(config, "bos_token_id", 11),
         eos_tokens=tokens(config, "eos_token_id", 11),
     )
@@ -76,14 +91,14 @@ def _new_decoder(config: Settings) -> bool:
     return flag(config, "new_decoder_architecture", False)
 
 
-def _block(config: Settings) -> Block:
+def _parallel(config: Settings) -> bool:
     parallel = flag(config, "parallel_attn", True)
     if _new_decoder(config) and not parallel:
         raise UnsupportedModel(
             "Falcon's new_decoder_architecture with parallel_attn false is not supported; "
             "supported is new_decoder_architecture with parallel_attn true"
         )
-    return "parallel" if parallel else "pre_norm"
+    return parallel
 
 
 def _parallel_norms(config: Settings) -> int:
@@ -134,7 +149,7 @@ def _rotary_base(config: Settings) -> float:
 
 def resident(config: Settings, model: Architecture) -> tuple[Resident, ...]:
     parts = [copied(canonical.EMBED, "word_embeddings.weight", model.vocabulary, model.d_model)]
-    for layer in range(model.layers):
+    for layer in range(len(model.layers)):
         parts += _layer(config, model, layer)
     parts += norm(canonical.FINAL_NORM, "ln_f", model.d_model)
     if not model.tied_head:
@@ -147,17 +162,17 @@ def _layer(config: Settings, model: Architecture, layer: int) -> list[Resident]:
         return canonical.layer(layer, part)
 
     source, width = f"h.{layer}", model.d_model
-    qkv_rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+    attention, neurons = model.layers[layer].attention, model.layers[layer].ffn.neurons
     parts = [
         *_norms(model, layer),
-        _qkv(model, here("qkv.weight"), f"{source}.self_attention.query_key_value.weight", qkv_rows, width),
+        _qkv(attention, here("qkv.weight"), f"{source}.self_attention.query_key_value.weight", width),
         copied(here("out.weight"), f"{source}.self_attention.dense.weight", width, width),
     ]
     if flag(config, "bias", False):
         parts += [
-            _qkv(model, here("qkv.bias"), f"{source}.self_attention.query_key_value.bias", qkv_rows),
+            _qkv(attention, here("qkv.bias"), f"{source}.self_attention.query_key_value.bias"),
             copied(here("out.bias"), f"{source}.self_attention.dense.bias", width),
-            copied(here("up.bias"), f"{source}.mlp.dense_h_to_4h.bias", model.d_ff),
+            copied(here("up.bias"), f"{source}.mlp.dense_h_to_4h.bias", neurons),
             copied(here("down.bias"), f"{source}.mlp.dense_4h_to_h.bias", width),
         ]
     return parts
@@ -165,36 +180,38 @@ def _layer(config: Settings, model: Architecture, layer: int) -> list[Resident]:
 
 def _norms(model: Architecture, layer: int) -> list[Resident]:
     first, second = "input_layernorm", "post_attention_layernorm"
-    if model.block == "parallel" and not model.shared_norm:
+    own = "ffn_input" in model.layers[layer].norms  # the FFN's, where it does not share attention's
+    if model.layers[layer].parallel and own:
         first, second = "ln_attn", "ln_mlp"
     parts = [*norm(canonical.layer(layer, "norm"), f"h.{layer}.{first}", model.d_model)]
-    if not model.shared_norm:
+    if own:
         parts += norm(canonical.layer(layer, "ffn_norm"), f"h.{layer}.{second}", model.d_model)
     return parts
 
 
-def _qkv(model: Architecture, name: str, source: str, *shape: int) -> Resident:
-    return Resident(name, shape, (Source(source, shape),), partial(_queries_first, model))
+def _qkv(attention: Attention, name: str, source: str, *columns: int) -> Resident:
+    shape = (attention.projected, *columns)
+    return Resident(name, shape, (Source(source, shape),), partial(_queries_first, attention))
 
 
-def _queries_first(model: Architecture, sources: Sequence[Carrier]) -> Carrier:
+def _queries_first(attention: Attention, sources: Sequence[Carrier]) -> Carrier:
     """Rows in groups of (queries of a key-value head, its key, its value) -> queries, keys, values.
 
     One group is multi-query's layout, a group per head the interleaved one of falcon-rw.
     """
     (fused,) = sources
-    groups = fused.reshape(
-        model.kv_heads, model.heads // model.kv_heads + 2, model.head_dim, *fused.shape[1:]
-    )
+    queries = attention.heads // attention.kv_heads
+    groups = fused.reshape(attention.kv_heads, queries + 2, attention.head_dim, *fused.shape[1:])
     parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
     return np.concatenate([part.reshape(-1, *fused.shape[1:]) for part in parts])
 
 
-def ffn(model: Architecture, layer: int) -> tuple[Source, Source]:
-    return (
-        Source(f"h.{layer}.mlp.dense_h_to_4h.weight", (model.d_ff, model.d_model)),
-        Source(f"h.{layer}.mlp.dense_4h_to_h.weight", (model.d_model, model.d_ff)),
-    )
+def ffn(model: Architecture, layer: int) -> dict[Role, Source]:
+    neurons = model.layers[layer].ffn.neurons
+    return {
+        "up": Source(f"h.{layer}.mlp.dense_h_to_4h.weight", (neurons, model.d_model)),
+        "down": Source(f"h.{layer}.mlp.dense_4h_to_h.weight", (model.d_model, neurons)),
+    }
 
 
 FALCON = Family(

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from storage.architecture import Activation, Architecture
+from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
-from storage.families.architecture import Activation, Architecture
+from storage.layout import Role
 
 Settings: TypeAlias = Mapping[str, Any]  # a checkpoint's config.json
-Carrier: TypeAlias = npt.NDArray[np.generic]
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
@@ -66,7 +66,8 @@ class Family:
       CheckpointError never: it sees `config.json` only. `tied_head` is what the config says; the
       tensors decide (`convert`).
     - `resident(config, architecture)` lists the resident tensors in the order they are stored.
-    - `ffn(architecture, layer)` is (up `[d_ff, d_model]`, down `[d_model, d_ff]`).
+    - `ffn(architecture, layer)` has a source for each role: up `[neurons, d_model]`, down
+      `[d_model, neurons]`.
     """
 
     name: str  # model_type of config.json
@@ -74,7 +75,7 @@ class Family:
     embedding: str  # the token embedding, relative: a checkpoint's prefix is recognised by it
     architecture: Callable[[Settings], Architecture]
     resident: Callable[[Settings, Architecture], tuple[Resident, ...]]
-    ffn: Callable[[Architecture, int], tuple[Source, Source]]
+    ffn: Callable[[Architecture, int], dict[Role, Source]]
 
 
 HEAD_SOURCE = "lm_head.weight"  # never prefixed, in either family

@@ -7,8 +7,10 @@ after them in opt-350m, whose embeddings are narrower than the model. Follows tr
 
 from __future__ import annotations
 
-from storage.families import architecture as canonical
-from storage.families.architecture import Architecture
+import math
+
+from storage import architecture as canonical
+from storage.architecture import Architecture, Attention, Ffn, Layer, Norm, NormPlace
 from storage.families.family import (
     HEAD_SOURCE,
     Family,
@@ -25,6 +27,7 @@ from storage.families.family import (
     token,
     tokens,
 )
+from storage.layout import Role
 
 POSITION_OFFSET = 2
 NORM_EPSILON = 1e-5
@@ -33,28 +36,34 @@ NORM_EPSILON = 1e-5
 def architecture(config: Settings) -> Architecture:
     """Raises UnsupportedModel for an activation or a value that is not supported."""
     d_model = number(config, "hidden_size", 768)
-    before = flag(config, "do_layer_norm_before", True)
     head_count = heads(config, d_model, 12)
+    head_dim = d_model // head_count
+    before = flag(config, "do_layer_norm_before", True)
+    normed = Norm(NORM_EPSILON)
+    places: tuple[NormPlace, ...] = (
+        ("attention_input", "ffn_input") if before else ("attention_sum", "ffn_sum")
+    )
+    layer = Layer(
+        attention=Attention(head_count, head_count, head_dim, scale=1 / math.sqrt(head_dim)),
+        ffn=Ffn(
+            "plain",
+            units=number(config, "ffn_dim", 3072),
+            width=1,
+            activation=activation(config, "activation_function", "relu"),
+        ),
+        norms=dict.fromkeys(places, normed),
+    )
+    final_norm = before and not flag(config, "_remove_final_layer_norm", False)
     return Architecture(
         family="opt",
         d_model=d_model,
-        d_ff=number(config, "ffn_dim", 3072),
-        layers=number(config, "num_hidden_layers", 12),
-        heads=head_count,
-        kv_heads=head_count,
-        head_dim=d_model // head_count,
         vocabulary=number(config, "vocab_size", 50272),
         max_positions=number(config, "max_position_embeddings", 2048),
-        block="pre_norm" if before else "post_norm",
-        positions="learned",
-        activation=activation(config, "activation_function", "relu"),
-        shared_norm=False,
-        final_norm=before and not flag(config, "_remove_final_layer_norm", False),
+        layers=(layer,) * number(config, "num_hidden_layers", 12),
+        final_norm=normed if final_norm else None,
         tied_head=flag(config, "tie_word_embeddings", True),
-        norm_epsilon=NORM_EPSILON,
         embed_dim=number(config, "word_embed_proj_dim", d_model),
-        position_offset=POSITION_OFFSET,
-        rotary_base=0.0,
+        learned_positions=POSITION_OFFSET,
         bos_token=token(config, "bos_token_id", 2),
         eos_tokens=tokens(config, "eos_token_id", 2),
     )
@@ -71,9 +80,9 @@ def resident(config: Settings, model: Architecture) -> tuple[Resident, ...]:
     if narrow != width:
         parts.append(copied(canonical.PROJECT_IN, "project_in.weight", width, narrow))
         parts.append(copied(canonical.PROJECT_OUT, "project_out.weight", narrow, width))
-    for layer in range(model.layers):
+    for layer in range(len(model.layers)):
         parts += _layer(model, layer, affine=affine, bias=bias)
-    if model.final_norm:
+    if model.final_norm is not None:
         parts += norm(canonical.FINAL_NORM, "final_layer_norm", width, affine=affine)
     if not model.tied_head:
         parts.append(copied(canonical.HEAD, HEAD_SOURCE, model.vocabulary, narrow))
@@ -96,17 +105,18 @@ def _layer(model: Architecture, layer: int, *, affine: bool, bias: bool) -> list
         parts += [
             concatenated(here("qkv.bias"), [Source(f"{name}.bias", (width,)) for name in attention]),
             copied(here("out.bias"), f"{source}.self_attn.out_proj.bias", width),
-            copied(here("up.bias"), f"{source}.fc1.bias", model.d_ff),
+            copied(here("up.bias"), f"{source}.fc1.bias", model.layers[layer].ffn.neurons),
             copied(here("down.bias"), f"{source}.fc2.bias", width),
         ]
     return parts
 
 
-def ffn(model: Architecture, layer: int) -> tuple[Source, Source]:
-    return (
-        Source(f"layers.{layer}.fc1.weight", (model.d_ff, model.d_model)),
-        Source(f"layers.{layer}.fc2.weight", (model.d_model, model.d_ff)),
-    )
+def ffn(model: Architecture, layer: int) -> dict[Role, Source]:
+    neurons = model.layers[layer].ffn.neurons
+    return {
+        "up": Source(f"layers.{layer}.fc1.weight", (neurons, model.d_model)),
+        "down": Source(f"layers.{layer}.fc2.weight", (model.d_model, neurons)),
+    }
 
 
 OPT = Family(

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from typing import Any
 
 from pipeline.cores import thread_count
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker, run
+from storage.codecs import CODECS
 from workers import kernels
 from workers.compute.audit import Audit
-from workers.compute.engine import Engine, Stopped
+from workers.compute.cpu.device import CpuDevice
+from workers.compute.device import Device
+from workers.compute.engine import Engine
+from workers.compute.ring_units import Stopped
 from workers.compute.weights import Weights
 
 NAME = "compute"
@@ -21,12 +26,12 @@ NAME = "compute"
 class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
-    def __init__(self, worker: Worker, weights: Weights, threads: int) -> None:
+    def __init__(self, worker: Worker, weights: Weights, device: Device[Any]) -> None:
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
         every = worker.config.compute.audit
-        audit = Audit(worker.store, weights, every) if every and worker.store.architecture.relu else None
-        self.engine = Engine(weights, worker.plan, worker.segments, self._channel, threads, audit)
+        audit = Audit(worker.store, weights, every) if every and worker.store.architecture.sparse else None
+        self.engine = Engine(weights.architecture, device, worker.plan, worker.segments, self._channel, audit)
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="layers")
@@ -69,8 +74,12 @@ class LayerLoop:
 async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
     threads = thread_count(worker.config.compute.threads)
-    kernels.warm(worker.store.layout.dtype, worker.plan.cache_dtype)
-    loop = LayerLoop(worker, Weights(worker.store), threads)
+    cache_codec = CODECS[worker.plan.cache_dtype]
+    weights = Weights(worker.store)
+    for codec in weights.codecs:
+        kernels.warm(codec, cache_codec)
+    device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
+    loop = LayerLoop(worker, weights, device)
     stopped = asyncio.Event()
 
     def handle(message: Message) -> None:

@@ -13,12 +13,13 @@ from collections.abc import MutableMapping
 import numpy as np
 import numpy.typing as npt
 
-from storage.families.architecture import layer as tensor_name
-from storage.floats import widen
-from storage.format import BUNDLES, CARRIER, Store
+from storage.architecture import layer as tensor_name
+from storage.codecs import F32
+from storage.files import drop_cache
+from storage.manifest import BUNDLES
+from storage.store import Store
 from workers.compute.weights import Weights
 
-F32 = npt.NDArray[np.float32]
 _BLOCK = 1024  # bundles read at once
 
 
@@ -37,7 +38,7 @@ class Audit:
     def next_token(self) -> None:
         """Choose the layer of the next token."""
         number, rest = divmod(self._tokens, self._every)
-        self.layer = number % self._layout.layers if rest == 0 else -1
+        self.layer = number % len(self._layout.layers) if rest == 0 else -1
         self._tokens += 1
 
     def look(
@@ -49,7 +50,7 @@ class Audit:
         neurons, by active magnitudes, and by squares of the outputs, per layer; and over all
         layers by the active neurons and those of them that were predicted.
         """
-        predicted = np.zeros(self._layout.d_ff, np.bool_)
+        predicted = np.zeros(self._layout.layers[self.layer].units, np.bool_)
         predicted[ids] = True
         a, whole = self._compute(ffn_input)
         active = a > 0
@@ -70,17 +71,17 @@ class Audit:
         sums["audit_found"] += float(found["active"] - found["missed"])
 
     def _compute(self, x: F32) -> tuple[F32, F32]:
-        """Every activation [d_ff], and the FFN's output [d_model]."""
-        layout, layer = self._layout, self.layer
+        """Every activation [neurons], and the FFN's output [d_model]."""
+        layer, part = self.layer, self._layout.layers[self.layer]
         up_bias = self._weights.vector(tensor_name(layer, "up.bias"))
         down_bias = self._weights.vector(tensor_name(layer, "down.bias"))
-        a = np.zeros(layout.d_ff, np.float32)
-        output = down_bias.copy() if down_bias.size else np.zeros(layout.d_model, np.float32)
+        a = np.zeros(part.units, np.float32)
+        output = down_bias.copy() if down_bias.size else np.zeros(part.unit.d_model, np.float32)
         with self._path.open("rb", buffering=0) as file:
-            for start in range(0, layout.d_ff, _BLOCK):
-                positions = np.arange(start, min(layout.d_ff, start + _BLOCK))
-                ids = positions if self._order is None else self._order[layer, positions]
-                up, down = self._read(file.fileno(), layout.offset(layer, start), positions.size)
+            for start in range(0, part.units, _BLOCK):
+                positions = np.arange(start, min(part.units, start + _BLOCK))
+                ids = positions if self._order is None else self._order[layer][positions]
+                up, down = self._read(file.fileno(), start, positions.size)
                 pre = up @ x
                 if up_bias.size:
                     pre += up_bias[ids]
@@ -88,13 +89,10 @@ class Audit:
                 output += a[ids] @ down
         return a, output
 
-    def _read(self, descriptor: int, offset: int, count: int) -> tuple[F32, F32]:
-        """Both rows of `count` bundles, `[count, d_model]` each; they do not stay in the page cache."""
-        layout = self._layout
-        size = count * layout.stride
-        raw = np.frombuffer(os.pread(descriptor, size, offset), np.uint8).reshape(count, layout.stride)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
-        used = np.ascontiguousarray(raw[:, : layout.rows * layout.row_bytes])
-        rows = widen(used.view(CARRIER[layout.dtype]), layout.dtype)
-        return rows[:, : layout.d_model], rows[:, layout.d_model : 2 * layout.d_model]
+    def _read(self, descriptor: int, position: int, count: int) -> tuple[F32, F32]:
+        """Both rows of `count` units, `[count, d_model]` each; they do not stay in the page cache."""
+        part = self._layout.layers[self.layer]
+        offset, size = part.offset(position), count * part.unit.stride
+        units = np.frombuffer(os.pread(descriptor, size, offset), np.uint8).reshape(count, -1)
+        drop_cache(descriptor, offset, size)
+        return part.unit.view(units, "up").widened(), part.unit.view(units, "down").widened()

@@ -1,8 +1,8 @@
-"""What a layer is, for any family: the three blocks of `storage/families/architecture.py`.
+"""What a layer is, for any family and on any device, and the loop over the layers.
 
-Written once, over whatever computes a norm and an attention: for one token or for many. A layer is cut
-where the FFN's bundles are needed: `before_ffn` makes the FFN's input and announces it as early as the
-block allows; `after_ffn` adds the FFN's output.
+A layer is cut where the FFN's units are needed: `before_ffn` makes the FFN's input and announces it as
+early as the block allows; `after_ffn` adds the FFN's output. Decode, prefill, the naive baseline, the dense
+reference and the tests run this one loop; they differ in where the units come from.
 """
 
 from __future__ import annotations
@@ -10,24 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from storage.families.architecture import Architecture, layer
+from storage.architecture import Architecture, Layer, NormPlace
+from workers.compute.device import Device
 
 Hidden = TypeVar("Hidden", bound=Any)
 
 
-class Operations(Protocol[Hidden]):
-    """The two operations that differ between one token and many."""
+class Units(Protocol[Hidden]):
+    """Where the units of every layer's FFN come from."""
 
-    def norm(self, name: str, x: Hidden) -> Hidden:
-        """LayerNorm by the tensors `name`.weight and `name`.bias."""
+    def announce(self, index: int, hidden: Hidden) -> None:
+        """Layer `index`'s FFN will read `hidden`, or with `early` about that."""
 
-    def attention(self, index: int, x: Hidden) -> Hidden:
-        """Layer `index`'s attention with its projections, keeping keys and values."""
+    def ffn(self, index: int, ffn_input: Hidden) -> Hidden:
+        """Give layer `index`'s FFN its units (`Device.ffn`); returns its output."""
+
+
+def run(
+    architecture: Architecture, device: Device[Hidden], x: Hidden, units: Units[Hidden], early: bool = False
+) -> Hidden:
+    """The last layer's output, from the residual stream x before layer 0; both [rows, d_model]."""
+    for index, layer in enumerate(architecture.layers):
+        x = run_layer(layer, device, index, x, units, early)
+    return x
+
+
+def run_layer(
+    layer: Layer, device: Device[Hidden], index: int, x: Hidden, units: Units[Hidden], early: bool = False
+) -> Hidden:
+    """One layer's output."""
+    residual, ffn_input = before_ffn(
+        layer, device, index, x, lambda hidden: units.announce(index, hidden), early
+    )
+    return after_ffn(layer, device, index, residual, units.ffn(index, ffn_input))
 
 
 def before_ffn(
-    architecture: Architecture,
-    operations: Operations[Hidden],
+    layer: Layer,
+    device: Device[Hidden],
     index: int,
     x: Hidden,
     announce: Callable[[Hidden], None],
@@ -38,29 +58,25 @@ def before_ffn(
     With `early` it is given what the FFN's input would be without this layer's attention, before
     attention is computed: reads have that time, too. In parallel blocks that is the FFN's input.
     """
-    if architecture.block == "parallel":
-        normed = operations.norm(layer(index, "norm"), x)
-        shared = architecture.shared_norm
-        ffn_input = normed if shared else operations.norm(layer(index, "ffn_norm"), x)
+
+    def norm(place: NormPlace, x: Hidden) -> Hidden:
+        return device.norm(index, place, x) if place in layer.norms else x
+
+    attention_input = norm("attention_input", x)
+    if layer.parallel:
+        ffn_input = norm("ffn_input", x) if "ffn_input" in layer.norms else attention_input
         announce(ffn_input)
-        return x + operations.attention(index, normed), ffn_input
-    last_norm = "ffn_norm" if architecture.block == "pre_norm" else "norm"
+        return x + device.attention(index, attention_input), ffn_input
     if early:
-        announce(operations.norm(layer(index, last_norm), x))
-    if architecture.block == "pre_norm":
-        x = x + operations.attention(index, operations.norm(layer(index, "norm"), x))
-        ffn_input = operations.norm(layer(index, "ffn_norm"), x)
-    else:
-        x = operations.norm(layer(index, "norm"), x + operations.attention(index, x))
-        ffn_input = x
+        announce(norm("ffn_input", norm("attention_sum", x)))
+    x = norm("attention_sum", x + device.attention(index, attention_input))
+    ffn_input = norm("ffn_input", x)
     if not early:
         announce(ffn_input)
     return x, ffn_input
 
 
-def after_ffn(
-    architecture: Architecture, operations: Operations[Hidden], index: int, residual: Hidden, ffn: Hidden
-) -> Hidden:
+def after_ffn(layer: Layer, device: Device[Hidden], index: int, residual: Hidden, ffn: Hidden) -> Hidden:
     """The layer's output from the residual stream and the FFN's output."""
     x: Hidden = residual + ffn
-    return operations.norm(layer(index, "ffn_norm"), x) if architecture.block == "post_norm" else x
+    return device.norm(index, "ffn_sum", x) if "ffn_sum" in layer.norms else x

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.floats import narrow, widen
+from storage.architecture import Attention
+from storage.codecs import narrow, widen
 
 F32 = npt.NDArray[np.float32]
 
@@ -33,6 +36,21 @@ def alibi(heads: int, head_dim: int, context: int) -> F32:
         slopes = np.concatenate((slopes, _slopes(base, range(1, 1 + 2 * rest, 2))))
     bias = _rounded(_rounded(slopes)[:, None] * _rounded(np.arange(context, dtype=np.float32)))
     return bias / np.float32(math.sqrt(head_dim))
+
+
+class Positions:
+    """Tables of every layer for a context, computed once. Layers with equal positions share theirs."""
+
+    def __init__(self, layers: Sequence[Attention], context: int) -> None:
+        rotaries = cache(lambda rope, head_dim: rotary(rope.base, head_dim, context))
+        biases = cache(lambda heads, head_dim: alibi(heads, head_dim, context))
+        nothing = np.zeros((context, 0), np.float32)
+        self.rotary: list[tuple[F32, F32]] = [
+            rotaries(one.rope, one.head_dim) if one.rope else (nothing, nothing) for one in layers
+        ]  # cos and sin, [context, head_dim / 2] or [context, 0]
+        self.bias: list[F32] = [
+            biases(one.heads, one.head_dim) if one.alibi else np.zeros((0, 0), np.float32) for one in layers
+        ]  # [heads, context] or [0, 0]
 
 
 def _slopes(base: float, powers: range) -> F32:

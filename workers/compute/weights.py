@@ -1,4 +1,4 @@
-"""The resident tensors of a store, read once into aligned memory of their own dtype."""
+"""The resident tensors of a store, read once into aligned memory as they are stored."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from storage.architecture import Architecture
+from storage.codecs import CODECS, F32, Codec, widen
 from storage.errors import StoreError
-from storage.families.architecture import Architecture
-from storage.floats import widen
-from storage.format import CARRIER, RESIDENT, Store
+from storage.files import drop_cache
 from storage.header import Place
+from storage.layout import Rows
+from storage.manifest import RESIDENT
+from storage.store import Store
 from storage.tensors import Tensors
 
 _ALIGNMENT = 64  # bytes of a cache line; a vector load that crosses one counts twice
@@ -27,43 +30,55 @@ def aligned(size: int) -> npt.NDArray[np.uint8]:
 
 
 class Weights:
-    """Matrices stay in the store's dtype; vectors (norms, biases) are widened to float32.
+    """Matrices stay in their codec; vectors (norms, biases) are widened to float32.
 
     A tied head is the embedding: one tensor, not two.
     """
 
     def __init__(self, store: Store) -> None:
         self.architecture: Architecture = store.architecture
-        self.dtype = store.layout.dtype
-        self._matrices: dict[str, npt.NDArray[Any]] = {}
-        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        self.layout = store.layout
+        self._matrices: dict[str, Rows] = {}
+        self._vectors: dict[str, F32] = {}
         file = Tensors(store.path / RESIDENT)
         with open(file.path, "rb", buffering=0) as opened:
             for name in file.names:
                 place = file.place(name)
-                array = _read(opened.fileno(), place).view(CARRIER[place.dtype])
+                codec = CODECS[place.dtype]
+                array = _read(opened.fileno(), place).view(codec.carrier)
                 if len(place.shape) == 1:
-                    self._vectors[name] = widen(array, place.dtype)
-                elif place.dtype != self.dtype:
-                    raise StoreError(f"{file.path} holds {name} as {place.dtype}, not {self.dtype}")
+                    self._vectors[name] = codec.widen(array)
                 else:
-                    self._matrices[name] = array.reshape(place.shape)
+                    self._matrices[name] = Rows.of_matrix(array.reshape(place.shape), codec)
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """Of all matrices and units, each once."""
+        found = [matrix.codec for matrix in self._matrices.values()]
+        units = (layer.unit for layer in self.layout.layers)
+        found += [unit.codec(row.role) for unit in units for row in unit.rows]
+        return tuple({codec.name: codec for codec in found}.values())
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors, in the file's order within matrices and vectors."""
         return [*self._matrices, *self._vectors]
 
-    def matrix(self, name: str) -> npt.NDArray[Any]:
-        """[out, in] of the carrier type."""
+    def matrix(self, name: str) -> Rows:
+        """[out, in]."""
         return self._matrices[name]
 
     def has(self, name: str) -> bool:
         return name in self._matrices or name in self._vectors
 
-    def vector(self, name: str) -> npt.NDArray[np.float32]:
+    def vector(self, name: str) -> F32:
         """[n] float32, or empty where the checkpoint has none."""
         return self._vectors.get(name, _NOTHING)
+
+    def lines(self, name: str, which: Any) -> F32:
+        """Some lines of a matrix, widened: an embedding's, by token ids or a slice."""
+        matrix = self.matrix(name)
+        return widen(matrix.values[which], matrix.codec.name)
 
 
 _NOTHING = np.zeros(0, np.float32)
@@ -77,7 +92,6 @@ def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:
         count = os.preadv(descriptor, [memory[done : done + _CHUNK].data], place.offset + done)
         if count == 0:
             raise StoreError(f"{RESIDENT} ends before its last tensor")
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, place.offset + done, count, os.POSIX_FADV_DONTNEED)
+        drop_cache(descriptor, place.offset + done, count)
         done += count
     return memory

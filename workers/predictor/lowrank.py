@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from storage.codecs import FLOAT16
 from storage.errors import StoreError
-from storage.format import Store
+from storage.layout import Rows
+from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
 from workers.predictor.scorer import F32, Ids, Mask, Scorer
@@ -68,8 +70,8 @@ class LowRank:
 
     def scores(self, x: F32) -> F32:
         """[d_ff] for one hidden row x [d_model]."""
-        inner = kernels.matvec(self.down, x * self.scale, "float16", 1)
-        return kernels.combine(self.up, inner, self.bias, "float16")
+        inner = kernels.matvec(Rows.of_matrix(self.down, FLOAT16), x * self.scale, 1)
+        return kernels.combine(Rows.of_matrix(self.up, FLOAT16), inner, self.bias)
 
 
 def _half(file: Tensors, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
@@ -125,7 +127,7 @@ def load(
     """
     file = open_file(store, name)
     trained = int(file.metadata.get("lookahead", "0"))
-    wanted = [layer for layer in range(store.layout.layers) if layer not in skip]
+    wanted = [layer for layer in range(len(store.layout.layers)) if layer not in skip]
     own = _maps(file, OWN, wanted, store)
     ahead = _maps(file, AHEAD, wanted, store, own) if refines or trained in {0, lookahead} else {}
     if trained == 0:
@@ -160,9 +162,9 @@ def _maps(
     file: Tensors, prefix: str, layers: list[int], store: Store, own: Mapping[int, LowRank] | None = None
 ) -> dict[int, LowRank]:
     """The maps that the file has under `prefix`; they may share the matrices of the layers' `own`."""
-    sizes = store.layout.d_ff, store.layout.d_model
+    units, d_model = store.layout.units, store.architecture.d_model
     return {
-        layer: LowRank.read(file, f"{prefix}.{layer}", *sizes, (own or {}).get(layer))
+        layer: LowRank.read(file, f"{prefix}.{layer}", units[layer], d_model, (own or {}).get(layer))
         for layer in layers
         if f"{prefix}.{layer}.bias" in file
     }

@@ -6,14 +6,11 @@ It holds half of the FFN in memory, so it is for tests and measurements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from storage.families import architecture
-from storage.format import RESIDENT, Store
-from storage.tensors import Tensors
+from storage.layout import Rows
+from storage.store import Store
 from workers import kernels
 from workers.predictor.scorer import F32, Mask, Scorer
 
@@ -25,27 +22,23 @@ MARGIN = 1e-3
 class Oracle(Scorer):
     """Scores of a layer are its pre-activations; with look-ahead, those of an earlier hidden state."""
 
-    def __init__(self, ups: Sequence[npt.NDArray[Any]], biases: Sequence[F32], dtype: str) -> None:
-        """`ups`: per layer [d_ff, d_model] of `dtype`'s carrier; `biases`: [d_ff], or empty."""
+    def __init__(self, ups: Sequence[Rows], biases: Sequence[F32]) -> None:
+        """`ups`: per layer [neurons, d_model]; `biases`: [neurons]."""
         self.notes: tuple[str, ...] = ("oracle, all up-projections in memory",)
-        self._ups, self._biases, self._dtype = ups, biases, dtype
+        self._ups, self._biases = ups, biases
 
     @classmethod
     def load(cls, store: Store) -> Oracle:
         """Read every layer's up-projection and its bias."""
-        resident = Tensors(store.path / RESIDENT)
-        layout = store.layout
         ups, biases = [], []
-        for layer in range(layout.layers):
-            ups.append(np.ascontiguousarray(store.read_layer(layer)[:, 0]))
-            name = architecture.layer(layer, "up.bias")
-            biases.append(
-                resident.vector(name, (layout.d_ff,)) if name in resident else np.zeros(0, np.float32)
-            )
-        return cls(ups, biases, layout.dtype)
+        for layer in range(len(store.layout.layers)):
+            (up,) = store.ffn(layer, "up")
+            ups.append(Rows.of_matrix(np.ascontiguousarray(up.values), up.codec))  # without the other rows
+            biases.append(store.up_bias(layer))
+        return cls(ups, biases)
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
-        scores = kernels.matvec(self._ups[layer], hidden, self._dtype, 1, self._biases[layer])
+        scores = kernels.matvec(self._ups[layer], hidden, 1, self._biases[layer])
         scale = np.sqrt(np.mean(np.square(scores)))
         mask: Mask = scores > -MARGIN * scale
         return mask

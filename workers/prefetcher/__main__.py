@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from pipeline.ring import process
 from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker
 from pipeline.ring.segments import ID, SLOT
-from storage.format import BUNDLES, Layout
+from storage.layout import Layout
+from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
@@ -103,14 +105,12 @@ COUNTED = ("bytes", "reads", "bundles", "gap_bytes")
 class Describer:
     """Names the bundle at a file offset."""
 
-    def __init__(self, path: Path, layout: Layout, positions: npt.NDArray[np.int32] | None) -> None:
-        self._path, self._layout, self._positions = path, layout, positions
+    def __init__(self, path: Path, layout: Layout, order: Sequence[npt.NDArray[np.int32]] | None) -> None:
+        self._path, self._layout, self._order = path, layout, order
 
     def __call__(self, offset: int) -> str:
-        layer, position = divmod(offset // self._layout.stride, self._layout.d_ff)
-        neuron = position
-        if self._positions is not None:
-            neuron = int(np.flatnonzero(self._positions[layer] == position)[0])
+        layer, position = self._layout.place(offset)
+        neuron = position if self._order is None else int(self._order[layer][position])
         return f"layer {layer}, neuron {neuron} from {self._path}"
 
 
@@ -125,13 +125,13 @@ async def main(worker: Worker) -> None:
         queues, chosen = await open_queues(
             settings.backend, file, settings.queue_depth, settings.readers, bundles
         )
-        describe = Describer(path, worker.store.layout, worker.store.positions())
+        describe = Describer(path, worker.store.layout, worker.store.order())
         pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
         planner = Planner(
             base=bundles.ctypes.data,
             slots=bundles.shape[0],
             stride=stride,
-            d_ff=worker.plan.d_ff,
+            layout=worker.store.layout,
             max_read=settings.max_read,
             max_gap=settings.max_gap,
             sink=sink.ctypes.data,

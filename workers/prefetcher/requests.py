@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from storage.layout import Layout
+
 IOV_MAX = 1024  # most iovecs of one read, Linux's limit
 DIRECT_UNIT = 512  # bytes; the least that direct I/O reads on any disk
 IOVEC_BYTES = 16  # struct iovec of 64-bit systems: address and length
@@ -104,8 +106,8 @@ class Planner:
 
     base: int  # address of slot 0
     slots: int
-    stride: int  # of a bundle, in the file and in the slots
-    d_ff: int
+    stride: int  # of a slot, at least that of any unit
+    layout: Layout  # of the file
     max_read: int
     max_gap: int
     sink: int  # address, aligned like the slots, of `sink_bytes` that may be overwritten at any time
@@ -115,11 +117,10 @@ class Planner:
         """The largest gap: gaps are whole bundles."""
         return max_gap // stride * stride
 
-    @property
-    def _bundles_per_read(self) -> int:
+    def _bundles_per_read(self, stride: int) -> int:
         # A bundle and a gap bring at most one iovec for each `stride` of file, so this also keeps
         # a read within IOV_MAX iovecs.
-        return min(max(1, self.max_read // self.stride), IOV_MAX)
+        return min(max(1, self.max_read // stride), IOV_MAX)
 
     def plan_halves(
         self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]
@@ -128,14 +129,15 @@ class Planner:
 
         A bundle is cut where direct I/O can read, so the same bytes come.
         """
-        cut = self.stride // 2 // DIRECT_UNIT * DIRECT_UNIT
+        part = self.layout.layers[layer]
+        cut = part.unit.stride // 2 // DIRECT_UNIT * DIRECT_UNIT
         if cut == 0 or positions.size == 0:
             return self.plan(layer, positions, slots)
-        offsets = (layer * self.d_ff + positions.astype(np.int64)) * self.stride
+        offsets = part.offset(positions.astype(np.int64))
         bases = self.base + slots.astype(np.int64) * self.stride
         iovecs = np.empty((2 * positions.size, 2), np.int64)
         iovecs[:, 0] = np.concatenate((bases, bases + cut))
-        iovecs[:, 1] = np.repeat((cut, self.stride - cut), positions.size)
+        iovecs[:, 1] = np.repeat((cut, part.unit.stride - cut), positions.size)
         return Requests.scatter(
             offsets=np.concatenate((offsets, offsets + cut)),
             bounds=np.arange(len(iovecs) + 1),
@@ -148,16 +150,18 @@ class Planner:
         assert positions.shape == slots.shape
         if positions.size == 0:
             return Requests.scatter(np.empty(0, np.int64), np.zeros(1, np.int64), np.empty((0, 2), np.int64))
+        part = self.layout.layers[layer]
+        stride = part.unit.stride
         both = np.array((positions, slots), np.int64)[:, positions.argsort(kind="stable")]
         position, slot = both
         step, slot_step = both[:, 1:] - both[:, :-1]
-        assert 0 <= position[0] <= position[-1] < self.d_ff, "a neuron outside the layer"
+        assert 0 <= position[0] <= position[-1] < part.units, "a neuron outside the layer"
         assert step.min(initial=1) > 0, "a neuron is asked for twice"
         assert 0 <= slot.min() <= slot.max() < self.slots, "a slot outside the segment"
 
-        starts = self._starts(position, step)
+        starts = self._starts(position, step, stride)
         opens = starts.copy()  # whether this bundle does not extend the iovec before it
-        opens[1:-1] |= slot_step != 1
+        opens[1:-1] |= (slot_step != 1) | (stride != self.stride)
         if self.max_gap:
             gap = np.zeros(position.size, np.int64)  # bundles between this one and the one before
             gap[1:] = np.where(starts[1:-1], 0, step - 1)
@@ -165,36 +169,37 @@ class Planner:
         heads = np.flatnonzero(opens)
         iovecs = np.empty((heads.size - 1, 2), np.int64)
         iovecs[:, 0] = slot[heads[:-1]] * self.stride + self.base
-        iovecs[:, 1] = (heads[1:] - heads[:-1]) * self.stride
+        iovecs[:, 1] = (heads[1:] - heads[:-1]) * stride
         bounds = np.flatnonzero(starts[heads])
         gaps = 0
         if self.max_gap and (gaps := int(gap.sum())):
-            iovecs, bounds = self._with_sinks(iovecs, bounds, gap[heads[:-1]])
+            iovecs, bounds = self._with_sinks(iovecs, bounds, gap[heads[:-1]] * stride)
         return Requests.scatter(
-            offsets=(position[starts[:-1]] + layer * self.d_ff) * self.stride,
+            offsets=part.offset(position[starts[:-1]]),
             bounds=bounds,
             iovecs=iovecs,
             bundles=position.size,
-            gap_bytes=gaps * self.stride,
+            gap_bytes=gaps * stride,
         )
 
-    def _starts(self, position: Integers, step: Integers) -> npt.NDArray[np.bool_]:
+    def _starts(self, position: Integers, step: Integers, stride: int) -> npt.NDArray[np.bool_]:
         """Which bundles begin a read, and after them the end: [bundles + 1]."""
         starts = np.ones(position.size + 1, np.bool_)
-        reach = 1 + self.max_gap // self.stride  # the largest step within a read
+        reach = 1 + self.max_gap // stride  # the largest step within a read
         starts[1:-1] = step > reach
         joined = starts.size - np.count_nonzero(starts)
-        if joined * reach >= self._bundles_per_read:  # else no run is too long
+        most = self._bundles_per_read(stride)
+        if joined * reach >= most:  # else no run is too long
             # Runs that are too long are cut into windows of equal length from their beginning.
             run = np.cumsum(starts[:-1]) - 1
-            window = (position - position[starts[:-1]][run]) // self._bundles_per_read
+            window = (position - position[starts[:-1]][run]) // most
             starts[1:-1] |= window[1:] != window[:-1]
         return starts
 
     def _with_sinks(self, iovecs: Integers, bounds: Integers, gap: Integers) -> tuple[Integers, Integers]:
-        """Insert an iovec into the sink before each of `iovecs` that has a gap before it."""
+        """Insert an iovec into the sink before each of `iovecs` that has a gap, in bytes, before it."""
         before = np.flatnonzero(gap)
         sinks = np.empty((before.size, 2), np.int64)
         sinks[:, 0] = self.sink
-        sinks[:, 1] = gap[before] * self.stride
+        sinks[:, 1] = gap[before]
         return np.insert(iovecs, before, sinks, axis=0), bounds + np.searchsorted(before, bounds)

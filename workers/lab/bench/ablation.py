@@ -72,7 +72,7 @@ def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
     if job.store.predictors(EARLY).is_file():
         ways.append(("overlap of attention", {"model.predictor": EARLY, "predictor.lookahead": "0"}))
         ways.append(("overlap of attention, guesses", {"model.predictor": EARLY}))
-    elif job.store.architecture.block == "parallel" and not job.quick:
+    elif all(layer.parallel for layer in job.store.architecture.layers) and not job.quick:
         ways.append(("overlap of attention", IN_LAYER))  # the FFN's input is attention's, too
     return ways
 

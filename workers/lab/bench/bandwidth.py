@@ -24,8 +24,8 @@ from numba import njit, prange
 from torch.nn import functional
 
 from pipeline.cores import thread_count
-from storage.floats import narrow
-from storage.format import ITEMSIZE
+from storage.codecs import CODECS, narrow
+from storage.layout import Rows
 
 PROMPT = 128  # tokens
 WIDTH = 4096  # elements of a row, as the largest models' hidden states
@@ -49,12 +49,13 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
     And FLOP a second of matrix products, in `dtype` and in float32.
     """
     row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
-    weights = np.tile(narrow(row, dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
+    weights = np.tile(narrow(row, dtype), (size // WIDTH // CODECS[dtype].bytes, 1))
     words = weights.reshape(-1).view(np.float32)
     out = np.zeros(threads, np.float32)
     x = np.ones(WIDTH, np.float32)
     y = np.empty(weights.shape[0], np.float32)
-    kernels.warm(dtype)
+    kernels.warm(CODECS[dtype])
+    matrix = Rows.of_matrix(weights, CODECS[dtype])
 
     def reading(count: int) -> Callable[[], object]:
         def read() -> None:
@@ -65,11 +66,11 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
 
     found = {
         "read": _rate(reading(threads), weights.nbytes, seconds),
-        "matvec": _rate(lambda: kernels.matvec(weights, x, dtype, threads, out=y), weights.nbytes, seconds),
+        "matvec": _rate(lambda: kernels.matvec(matrix, x, threads, out=y), weights.nbytes, seconds),
     }
     if threads > 1:
         found["read_one_thread"] = _rate(reading(1), weights.nbytes, seconds)
-        one = _rate(lambda: kernels.matvec(weights, x, dtype, 1, out=y), weights.nbytes, seconds)
+        one = _rate(lambda: kernels.matvec(matrix, x, 1, out=y), weights.nbytes, seconds)
         found["matvec_one_thread"] = one
     found["matmul"] = products(threads, seconds, dtype)
     found["matmul_float32"] = products(threads, seconds, "float32")
@@ -97,9 +98,10 @@ def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
 
 def load(size: int, threads: int, dtype: str) -> None:
     """Keep the kernels and the memory busy until standard input ends."""
-    weights = np.tile(narrow(np.ones(WIDTH, np.float32), dtype), (size // WIDTH // ITEMSIZE[dtype], 1))
+    weights = np.tile(narrow(np.ones(WIDTH, np.float32), dtype), (size // WIDTH // CODECS[dtype].bytes, 1))
+    matrix = Rows.of_matrix(weights, CODECS[dtype])
     x, y = np.ones(WIDTH, np.float32), np.empty(weights.shape[0], np.float32)
-    kernels.matvec(weights, x, dtype, threads, out=y)
+    kernels.matvec(matrix, x, threads, out=y)
     ended = threading.Event()
 
     def watch() -> None:
@@ -110,7 +112,7 @@ def load(size: int, threads: int, dtype: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
     print("ready", flush=True)
     while not ended.is_set():
-        kernels.matvec(weights, x, dtype, threads, out=y)
+        kernels.matvec(matrix, x, threads, out=y)
 
 
 def main() -> None:

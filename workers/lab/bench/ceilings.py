@@ -53,7 +53,7 @@ class Around:
                     threads=self.job.threads,
                     sequential=series.streams,
                 ).bytes_per_second
-                for dtype in (None, self.job.store.layout.dtype)
+                for dtype in (None, self.job.dtype)
             )
             self._fresh[key] = Ceilings(request, idle, loaded)
         return self._fresh[key]
@@ -66,7 +66,7 @@ class Around:
 def _request(job: Job, series: Series) -> int:
     """Bytes of one read: a whole number of bundles, or long reads where a row streams."""
     if series.streams:
-        return min(SEQUENTIAL, job.store.layout.layer_bytes)
+        return min(SEQUENTIAL, job.store.layout.layers[0].bytes)
     stride = job.store.layout.stride
     mean = series.row(series.runs).request_bytes if series.runs else 0.0
     return max(stride, round(mean / stride) * stride)

@@ -9,7 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from storage.format import BUNDLES, Store
+from storage.manifest import BUNDLES
+from storage.store import Store
 from workers.lab.bench import children
 from workers.lab.bench.children import ChildFailed
 

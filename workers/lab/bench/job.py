@@ -13,7 +13,7 @@ from pipeline import planner
 from pipeline.config import Config
 from pipeline.ring.session import load_tokenizer
 from storage.errors import ConfigError, UsageError, reason
-from storage.format import Store
+from storage.store import Store
 from workers.lab.bench import children, rows
 from workers.lab.bench.children import Ran
 from workers.lab.bench.rows import Row
@@ -42,6 +42,11 @@ class Job:
     @property
     def context(self) -> int:
         return self.prompt_tokens + self.count
+
+    @property
+    def dtype(self) -> str:
+        """What most weights are stored in."""
+        return self.store.layout.layers[0].unit.codec("up").name
 
     @property
     def has_predictors(self) -> bool:
@@ -87,7 +92,7 @@ class Job:
                 return children.run_main([*line, "--force-tokens", str(tokens)], limit)
 
         def row(runs: Sequence[Ran]) -> Row:
-            return rows.of_rings(name, techniques, runs, self.store.layout.stride, settings)
+            return rows.of_rings(name, techniques, runs, self.store.layout.layers[0].unit, settings)
 
         return Series(name, run, row, techniques, limit, streams)
 

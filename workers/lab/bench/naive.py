@@ -2,7 +2,7 @@
 
 Nothing stays in DRAM but vectors (norms, biases), the keys and values, and `DEPTH` buffers. Large direct
 reads run ahead of the kernels, over the end of a token as well, since the order never changes. The
-mathematics is the ring's own (`blocks.py`, `token.py`), over every neuron.
+mathematics is the ring's own (`blocks.py`, `cpu/token.py`), over every neuron.
 
 `python -m workers.lab.bench.naive STORE --tokens FILE --position N` prints one JSON object.
 """
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -30,35 +31,42 @@ import numpy.typing as npt
 from pipeline import ending
 from pipeline.cores import thread_count
 from pipeline.ring.memory import proportional_bytes
+from storage.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, layer
+from storage.codecs import CODECS, F32
 from storage.errors import StoreCorrupt, StoreError, UsageError
-from storage.families.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, layer
-from storage.floats import widen
-from storage.format import BUNDLES, CARRIER, ITEMSIZE, RESIDENT, Store
+from storage.files import drop_cache, open_direct
+from storage.layout import Rows
+from storage.manifest import BUNDLES, RESIDENT
+from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
-from workers.compute.blocks import after_ffn, before_ffn
-from workers.compute.token import TokenOperations
+from workers.compute.blocks import run
+from workers.compute.bound import Linear
+from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.token import TokenOperations
 
 CHUNK = 8 << 20  # bytes of one read, about
 DEPTH = 4  # reads in flight, and buffers
 UNIT = 4096  # bytes; direct reads begin and end at its multiples
 
-F32 = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a matrix, or some bundles, and the read that brings them."""
+    """Some lines of a matrix, or some units, and the read that brings them."""
 
     name: str
     file: int  # descriptor
     start: int  # of the read, in the file
     length: int  # of the read
-    skip: int  # bytes before the first row
-    first: int  # row, or position of the bundle
-    rows: int
-    width: int  # elements of a row or bundle
-    bytes: int  # of all rows
+    skip: int  # bytes before the first line
+    first: int  # line, or position of the unit
+    lines: int
+    line_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all lines."""
+        return self.lines * self.line_bytes
 
 
 class Stream:
@@ -111,16 +119,15 @@ class Stream:
         with self._lock:
             return self._busy_seconds + (time.perf_counter() - self._since if self._in_flight else 0.0)
 
-    def take(self, dtype: str) -> Iterator[tuple[Piece, npt.NDArray[Any]]]:
-        """The next piece as [rows, width] of `dtype`'s carrier; it is overwritten after the iteration."""
+    def take(self) -> Iterator[tuple[Piece, npt.NDArray[np.uint8]]]:
+        """The next piece as bytes [lines, line_bytes]; it is overwritten after the iteration."""
         piece, buffer, future = self._under_way.popleft()
         started = time.perf_counter()
         future.result()
         self.waiting_seconds += time.perf_counter() - started
-        count = piece.rows * piece.width
-        rows = np.frombuffer(buffer, CARRIER[dtype], count, piece.skip).reshape(piece.rows, piece.width)
-        yield piece, rows
-        del rows
+        lines = np.frombuffer(buffer, np.uint8, piece.bytes, piece.skip).reshape(piece.lines, -1)
+        yield piece, lines
+        del lines
         self._ask(buffer)
 
     def __enter__(self) -> Stream:
@@ -132,57 +139,40 @@ class Stream:
 
 def pieces(store: Store, file: Tensors, resident: int, bundles: int) -> list[Piece]:
     """One token's reads, in the order in which its weights are used."""
-    itemsize = ITEMSIZE[store.layout.dtype]
     found: list[Piece] = []
 
-    def cut(name: str, file: int, start: int, shape: tuple[int, ...]) -> None:
-        rows, width = shape
-        step = max(1, CHUNK // (width * itemsize))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            begin = start + first * width * itemsize
-            end = begin + count * width * itemsize
+    def cut(name: str, file: int, start: int, lines: int, line_bytes: int) -> None:
+        step = max(1, CHUNK // line_bytes)
+        for first in range(0, lines, step):
+            count = min(step, lines - first)
+            begin = start + first * line_bytes
+            end = begin + count * line_bytes
             low, high = begin // UNIT * UNIT, -(-end // UNIT) * UNIT
-            found.append(Piece(name, file, low, high - low, begin - low, first, count, width, end - begin))
+            found.append(Piece(name, file, low, high - low, begin - low, first, count, line_bytes))
 
     def matrix(name: str) -> None:
         place = file.place(name)
-        cut(name, resident, place.offset, place.shape)
+        cut(name, resident, place.offset, place.shape[0], place.bytes // place.shape[0])
 
-    a, layout = store.architecture, store.layout
-    for index in range(a.layers):
-        for part in ("qkv", "out"):
-            matrix(layer(index, f"{part}.weight"))
-        bundle = (layout.d_ff, layout.stride // itemsize)
-        cut(f"{index}", bundles, layout.offset(index, 0), bundle)
+    for index, part in enumerate(store.layout.layers):
+        for tensor in ("qkv", "out"):
+            matrix(layer(index, f"{tensor}.weight"))
+        cut(f"{index}", bundles, part.start, part.units, part.unit.stride)
     if PROJECT_OUT in file:
         matrix(PROJECT_OUT)
-    matrix(EMBED if a.tied_head else HEAD)
+    matrix(EMBED if store.architecture.tied_head else HEAD)
     return found
 
 
 class Vectors:
-    """What `TokenOperations` asks of weights, with nothing but vectors in memory."""
+    """What `BoundModel` asks of weights, with nothing but vectors in memory."""
 
     def __init__(self, store: Store, file: Tensors) -> None:
         self.architecture = store.architecture
-        self.dtype = store.layout.dtype
+        self.layout = store.layout
         self.file = file
         names = (name for name, place in file.places.items() if len(place.shape) == 1)
-        self._vectors = {name: widen(self.rows(name, 0, 1)[0], self.dtype) for name in names}
-
-    def rows(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
-        """Rows of a tensor, read now and forgotten: [count, width]."""
-        place = self.file.place(name)
-        width = place.shape[-1]
-        itemsize = ITEMSIZE[self.dtype]
-        with open(self.file.path, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), count * width * itemsize, place.offset + first * width * itemsize)
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return np.frombuffer(raw, CARRIER[self.dtype]).reshape(count, width)
-
-    def matrix(self, name: str) -> Any:
-        return _Rows(self, name)
+        self._vectors = {name: file.vector(name, file.place(name).shape) for name in names}
 
     def has(self, name: str) -> bool:
         return name in self.file
@@ -190,97 +180,113 @@ class Vectors:
     def vector(self, name: str) -> F32:
         return self._vectors.get(name, np.zeros(0, np.float32))
 
+    def matrix(self, name: str) -> Rows:
+        """The matrix's codec and width, and none of its lines: those come out of the stream."""
+        place = self.file.place(name)
+        codec = CODECS[place.dtype]
+        return Rows.of_matrix(np.empty((0, place.shape[1]), codec.carrier), codec)
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A matrix of which single rows are read."""
-
-    vectors: Vectors
-    name: str
-
-    def __getitem__(self, row: int) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = self.vectors.rows(self.name, row, 1)[0]
-        return found
+    def lines(self, name: str, which: Any) -> F32:
+        """Lines of a matrix, read now and forgotten: [lines, width], or [width] of a single one."""
+        place = self.file.place(name)
+        codec, width = CODECS[place.dtype], place.shape[1]
+        numbers = np.arange(place.shape[0])[which]
+        size = codec.size(width)
+        with open(self.file.path, "rb", buffering=0) as file:
+            read = [os.pread(file.fileno(), size, place.offset + int(line) * size) for line in numbers.flat]
+            drop_cache(file.fileno())
+        values = np.frombuffer(b"".join(read), codec.carrier)
+        return codec.widen(values).reshape(*numbers.shape, width)
 
 
 class StreamedOperations(TokenOperations):
     """One token's operations, with every matrix out of the stream."""
 
-    def __init__(self, vectors: Vectors, context: int, threads: int, stream: Stream) -> None:
-        super().__init__(vectors, context, threads)  # type: ignore[arg-type]
-        self._stream = stream
+    def __init__(self, vectors: Vectors, stream: Stream, *others: Any) -> None:
+        super().__init__(*others)
+        self.vectors, self.stream = vectors, stream
 
-    def _product(self, name: str, x: F32, bias: F32 = kernels.NO_BIAS) -> F32:
-        rows = self.weights.file.place(name).shape[0]  # type: ignore[attr-defined]
-        if name == PROJECT_IN:  # before the token's stream begins
-            matrix = self.weights.rows(name, 0, rows)  # type: ignore[attr-defined]
-            return kernels.matvec(matrix, x, self.weights.dtype, self.threads, bias)
+    def _product(self, linear: Linear, x: F32) -> F32:
+        place = self.vectors.file.place(linear.name)
+        if linear.name == PROJECT_IN:  # before the token's stream begins
+            matrix = Rows.of_matrix(self.vectors.file.read(linear.name), linear.weight.codec)
+            return kernels.matvec(matrix, x, self.threads, linear.bias)
         out: list[F32] = []
-        while sum(part.size for part in out) < rows:
-            for piece, some in self._stream.take(self.weights.dtype):
-                if piece.name != name:
-                    raise RuntimeError(f"{piece.name} came where {name} was expected")
-                out.append(kernels.matvec(some, x, self.weights.dtype, self.threads))
+        while sum(part.size for part in out) < place.shape[0]:
+            for piece, lines in self.stream.take():
+                if piece.name != linear.name:
+                    raise RuntimeError(f"{piece.name} came where {linear.name} was expected")
+                some = Rows.of_matrix(lines.view(linear.weight.codec.carrier), linear.weight.codec)
+                out.append(kernels.matvec(some, x, self.threads))
         y = np.concatenate(out)
-        return y + bias if bias.size else y
+        return y + linear.bias if linear.bias.size else y
 
-    def ffn(self, index: int, x: F32, order: npt.NDArray[np.int32] | None) -> F32:
-        """One layer's FFN over all of its neurons."""
-        a = self.architecture
-        down_bias = self.weights.vector(layer(index, "down.bias"))
-        y = down_bias.copy() if down_bias.size else np.zeros_like(x)
-        up_bias = self.weights.vector(layer(index, "up.bias"))
+
+class StreamedUnits:
+    """Every unit of a layer, out of the stream: `blocks.Units`."""
+
+    def __init__(self, store: Store, device: StreamedDevice, stream: Stream) -> None:
+        self._layout, self._order = store.layout, store.order()
+        self._device, self._stream = device, stream
+
+    def announce(self, index: int, hidden: F32) -> None:
+        """Nobody listens."""
+
+    def ffn(self, index: int, ffn_input: F32) -> F32:
+        ffn = self._device.ffn(index, ffn_input)
         done = 0
-        while done < a.d_ff:
-            for piece, bundles in self._stream.take(self.weights.dtype):
-                slots = np.arange(piece.rows, dtype=np.int32)
-                ids = slots + piece.first if order is None else order[slots + piece.first]
-                active = kernels.activate(
-                    bundles, ids, slots, x, up_bias, self.weights.dtype, a.activation, self.threads
-                )
-                kernels.accumulate(bundles, slots, slots, active, y, self.weights.dtype, self.threads)
-                done += piece.rows
-        return y
+        while done < self._layout.layers[index].units:
+            for piece, units in self._stream.take():
+                slots = np.arange(piece.lines, dtype=np.int32)
+                positions = slots + np.int32(piece.first)
+                ids = positions if self._order is None else self._order[index][positions]
+                ffn.add(ids, slots, units)
+                ffn.close()
+                done += piece.lines
+        return ffn.finish()
+
+
+class StreamedDevice(CpuDevice):
+    """The CPU, one token at a time, with every matrix out of a stream."""
+
+    def __init__(self, vectors: Vectors, context: int, threads: int, stream: Stream) -> None:
+        super().__init__(vectors, context, threads, token=partial(StreamedOperations, vectors, stream))
 
 
 class NaiveModel:
     """Decodes tokens by streaming the whole model for each. Use as a context manager."""
 
     def __init__(self, store: Store, context: int, threads: int) -> None:
-        self._store = store
+        self._architecture = store.architecture
         self._files = [_open(store.path / name) for name in (RESIDENT, BUNDLES)]
         resident = Tensors(store.path / RESIDENT)
-        self._orders = store.order()
         self.stream = Stream(pieces(store, resident, *self._files))
-        self.operations = StreamedOperations(Vectors(store, resident), context, threads, self.stream)
+        self.device = StreamedDevice(Vectors(store, resident), context, threads, self.stream)
+        self._units = StreamedUnits(store, self.device, self.stream)
 
     def forward(self, token: int, position: int) -> F32:
         """Logits [vocabulary] after `token`, whose predecessors' keys and values are in the cache."""
-        a, operations = self._store.architecture, self.operations
-        operations.position = position
-        x = operations.embed(token)
-        for index in range(a.layers):
-            residual, ffn_input = before_ffn(a, operations, index, x, lambda _: None)
-            order = None if self._orders is None else self._orders[index]
-            x = after_ffn(a, operations, index, residual, operations.ffn(index, ffn_input, order))
-        return operations.logits(x)
+        self.device.begin(position, 1, every=False)
+        x = self.device.embed(np.array([token]))
+        x = run(self._architecture, self.device, x, self._units)
+        logits: F32 = self.device.logits(x)[0]
+        return logits
 
     def __enter__(self) -> NaiveModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stream.__exit__()
+        self.device.close()
         for file in self._files:
             os.close(file)
 
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+        return open_direct(path)
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing") from error
-    except OSError:  # a file system without direct I/O
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def measure(store: Store, tokens: Sequence[int], position: int, threads: int) -> dict[str, Any]:
@@ -288,11 +294,11 @@ def measure(store: Store, tokens: Sequence[int], position: int, threads: int) ->
 
     The keys and values before `position` are random numbers: attention's cost does not depend on them.
     """
-    kernels.warm(store.layout.dtype)
+    kernels.warm(store.layout.layers[0].unit.codec("up"))
     context = position + len(tokens)
     with NaiveModel(store, context, threads) as model:
         random = np.random.default_rng(0)
-        for cache in (model.operations.cache.keys, model.operations.cache.values):
+        for cache in (model.device.cache.keys, model.device.cache.values):
             for one in cache:
                 one[:] = random.standard_normal(one.shape, np.float32)
         model.forward(tokens[0], position)  # the first token warms up

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from storage.format import ITEMSIZE
+from storage.codecs import CODECS
 from workers.lab.bench import roofline
 from workers.lab.bench.job import Job
 from workers.lab.bench.rows import Row
@@ -48,10 +48,10 @@ def measure(job: Job, row: Row, sequential: float, rates: dict[str, float]) -> P
     """`rates` are those of `roofline.bandwidth`."""
     store = job.store
     a = store.architecture
-    itemsize = ITEMSIZE[store.layout.dtype]
-    ffn = a.layers * a.d_ff * store.layout.rows * a.d_model
+    codec = CODECS[job.dtype]
+    ffn = store.layout.useful_bytes // codec.bytes
     # All resident matrices but the head, which only the last token goes through.
-    others = roofline.resident_bytes(job) // itemsize - a.vocabulary * a.embed_dim
+    others = roofline.resident_bytes(job) // codec.bytes - a.vocabulary * a.embed_dim
     return Prefill(
         row=row.name,
         tokens=job.prompt_tokens,
@@ -59,7 +59,7 @@ def measure(job: Job, row: Row, sequential: float, rates: dict[str, float]) -> P
         bytes=float(store.layout.total_bytes),
         sequential=sequential,
         flop=2.0 * job.prompt_tokens * (ffn + others),
-        dtype=store.layout.dtype,
+        dtype=job.dtype,
         rate=rates["matmul"],
         rate_float32=rates["matmul_float32"],
     )

@@ -10,7 +10,9 @@ from typing import Any
 
 from pipeline import planner
 from pipeline.config import Config
-from storage.format import ITEMSIZE, RESIDENT, Store
+from storage.codecs import CODECS
+from storage.manifest import RESIDENT
+from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.bench import children
 from workers.lab.bench.ceilings import Ceilings
@@ -86,12 +88,12 @@ def resident_bytes(job: Job) -> int:
     """Resident weights that a token reads: all but the embedding's and positions' other rows."""
     store = job.store
     a = store.architecture
-    itemsize = ITEMSIZE[store.layout.dtype]
+    codec = CODECS[job.dtype]
     total = store.manifest.files[RESIDENT].bytes
     if not a.tied_head:
-        total -= a.vocabulary * a.embed_dim * itemsize  # a tied one is the head
-    if a.positions == "learned":
-        total -= (a.max_positions + a.position_offset) * a.d_model * itemsize
+        total -= codec.size(a.vocabulary * a.embed_dim)  # a tied one is the head
+    if a.learned_positions is not None:
+        total -= codec.size((a.max_positions + a.learned_positions) * a.d_model)
     return max(0, total)
 
 
@@ -112,7 +114,7 @@ def predictor_bytes(store: Store, config: Config) -> int:
     ]
     total = 0
     file = Tensors(store.predictors(config.model.predictor))
-    for prefix, layer, name in itertools.product(used, range(store.layout.layers), ("down", "up")):
+    for prefix, layer, name in itertools.product(used, range(len(store.layout.layers)), ("down", "up")):
         names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
         found = next((one for one in names if one in file), None)
         total += file.place(found).bytes if found else 0
@@ -122,7 +124,7 @@ def predictor_bytes(store: Store, config: Config) -> int:
 def bandwidth(job: Job) -> dict[str, float]:
     """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`."""
     size = (64 << 20) if job.quick else (1 << 30)
-    line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.store.layout.dtype]
+    line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.dtype]
     line += ["--seconds", "0.1" if job.quick else "1.0"]
     return {
         name: float(rate)

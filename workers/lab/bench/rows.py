@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from storage.layout import Unit
 from workers.lab.bench.children import Ran
 
 NAIVE = "naive"  # the row of the baseline that keeps nothing
@@ -65,7 +66,7 @@ def of_rings(
     name: str,
     techniques: tuple[str, ...],
     runs: Sequence[Ran],
-    stride: int,
+    unit: Unit,
     settings: Mapping[str, str],
 ) -> Row:
     """Runs of the main job, at least one, with the same configuration."""
@@ -86,14 +87,15 @@ def of_rings(
     # Misses are what was read: also guesses that no set wanted.
     wasted = per_token(("cache", "decode_wasted"))
     neurons = per_token(("cache", "decode_hits"), ("cache", "decode_misses")) - wasted
+    active = per_token(("compute", "active"))
     return Row(
         name=name,
         techniques=techniques,
         budget_bytes=results[0]["memory"]["budget_bytes"],
         bytes_per_token=per_token(("prefetcher", "decode_bytes")),
         reads_per_token=per_token(("prefetcher", "decode_reads")),
-        # Both rows of a bundle are needed where its neuron is active, the first row alone elsewhere.
-        touched_bytes=(neurons + per_token(("compute", "active"))) * stride / 2,
+        # A neuron's down row is needed where it is active, its up row in any case.
+        touched_bytes=neurons * unit.row_bytes("up") + active * unit.row_bytes("down"),
         io_ms=1e3 * per_token(("prefetcher", "decode_busy_seconds")),
         management_ms=1e3 * per_token(("cache", "decode_seconds")),
         prediction_ms=1e3 * per_token(("predictor", "decode_seconds")),

@@ -20,7 +20,7 @@ from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.ring.session import load_tokenizer
 from storage.errors import UsageError
-from storage.format import Store
+from storage.store import Store
 from workers.lab.evaluation import report
 from workers.lab.evaluation.evaluate import chunks, evaluate_task, evaluate_text
 from workers.lab.evaluation.points import Point, draw, measure, table

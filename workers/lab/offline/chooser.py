@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.planner import pinned_layers, plan, predicts_early, resolve
 from pipeline.ring.messages import EMBEDDING
 from storage.errors import ConfigError
-from storage.format import Store
+from storage.store import Store
 from workers.cache.frequency import make_policy
 from workers.cache.residency import Residency
 from workers.lab.offline.replay import turn
@@ -163,7 +163,11 @@ def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingCh
     kind = config.predictor.kind
     pinned = pinned_layers(store, config)
     mode = Mode(
-        store.layout.layers, config.predictor.lookahead, bool(config.predictor.refine), pinned, kind == "all"
+        len(store.layout.layers),
+        config.predictor.lookahead,
+        bool(config.predictor.refine),
+        pinned,
+        kind == "all",
     )
     if kind == "all":
         return None

@@ -1,25 +1,55 @@
 """The whole model without a ring: for predictor training, evaluation and tests.
 
 Layers are read from the store one at a time, so memory stays at the resident weights, one layer and
-the activations. The mathematics is the ring's own (`blocks.py`, `batch.py`); what goes in and out are
-torch tensors, which share the arrays' memory.
+the activations. The loop is the ring's own (`blocks.py`), the arithmetic torch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from storage.format import Store
-from workers.compute.batch import BatchFfn, BatchOperations, Workers
-from workers.compute.blocks import after_ffn, before_ffn
+from storage.store import Store
+from workers.compute.blocks import run, run_layer
+from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
 
-F32 = npt.NDArray[np.float32]
-Mask = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+Bytes = npt.NDArray[np.uint8]
+
+# Of a layer, what was announced and the FFN's input, [sequences · tokens, d_model]: which neurons are
+# summed for each row, [sequences · tokens, neurons]; None: all of them.
+Mask = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(slots=True)
+class _Whole:
+    """Every unit of a layer: `blocks.Units`, from the store or from memory."""
+
+    store: Store
+    device: TorchDevice
+    mask: Mask | None
+    memory: Bytes | None  # [units, stride]; None: read from the store
+    announced: Tensor | None = None
+    ffn_input: Tensor | None = None
+
+    def announce(self, index: int, hidden: Tensor) -> None:
+        self.announced = hidden
+
+    def ffn(self, index: int, ffn_input: Tensor) -> Tensor:
+        self.ffn_input = ffn_input
+        assert self.announced is not None
+        chosen = None if self.mask is None else self.mask(index, self.announced, ffn_input)
+        ffn = self.device.ffn(index, ffn_input, None if chosen is None else chosen.numpy())
+        memory = self.store.read_layer(index) if self.memory is None else self.memory
+        ids = np.arange(memory.shape[0], dtype=np.int32)
+        ffn.add(ids, ids, memory)
+        ffn.close()
+        return ffn.finish()
 
 
 class DenseModel:
@@ -29,64 +59,57 @@ class DenseModel:
     """
 
     def __init__(self, store: Store, threads: int) -> None:
+        """`threads` are torch's, for the process."""
+        torch.set_num_threads(threads)
         self.store = store
         self.architecture = store.architecture
-        self._workers = Workers(threads)
-        self._operations = BatchOperations(Weights(store), self._workers)
+        self._device = TorchDevice(Weights(store))
 
-    def embed(self, tokens: npt.ArrayLike) -> torch.Tensor:
+    def embed(self, tokens: npt.ArrayLike) -> Tensor:
         """The residual stream before layer 0 of token ids [sequences, tokens]."""
-        return torch.from_numpy(self._operations.embed(np.asarray(tokens)))
+        ids = np.asarray(tokens)
+        self._device.begin(0, ids.shape[1], every=True, sequences=ids.shape[0])
+        return self._device.embed(ids.reshape(-1)).view(*ids.shape, -1)
 
     def layer(
         self,
         index: int,
-        x: torch.Tensor,
+        x: Tensor,
         mask: Mask | None = None,
-        bundles: npt.NDArray[np.generic] | None = None,
+        units: Bytes | None = None,
         early: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The layer's FFN input and its output.
 
-        `mask(index, announced, ffn_input)` may return [sequences · tokens, d_ff] bool: only those
-        neurons are summed, as if a predictor had chosen them from what was `announced`, which is the
-        FFN's input unless `early`. `bundles` saves reading the layer again (`Store.read_layer`).
+        Only the neurons of a `mask` are summed, as if a predictor had chosen them from what was announced:
+        the FFN's input unless `early`. `units` saves reading the layer again (`Store.read_layer`).
         """
-        kept: list[F32] = []
-        operations = self._operations
-        residual, ffn_input = before_ffn(self.architecture, operations, index, x.numpy(), kept.append, early)
-        flat = ffn_input.reshape(-1, ffn_input.shape[-1])
-        chosen = None
-        if mask is not None:
-            chosen = mask(index, torch.from_numpy(kept[0].reshape(flat.shape)), torch.from_numpy(flat))
-        ffn = BatchFfn(operations, index, flat, None if chosen is None else chosen.numpy())
-        layer = self.store.read_layer(index) if bundles is None else bundles
-        ids = np.arange(self.architecture.d_ff, dtype=np.int32)
-        ffn.add(ids, ids, layer.reshape(layer.shape[0], -1))
-        y = ffn.finish().reshape(ffn_input.shape)
-        x = torch.from_numpy(after_ffn(self.architecture, operations, index, residual, y))
-        return torch.from_numpy(ffn_input), x
+        self._device.begin(0, x.shape[1], every=True, sequences=x.shape[0])
+        whole = _Whole(self.store, self._device, mask, units)
+        layer = self.architecture.layers[index]
+        output = run_layer(layer, self._device, index, x.flatten(0, 1), whole, early)
+        assert whole.ffn_input is not None
+        return whole.ffn_input.view(x.shape), output.view(x.shape)
 
-    def layers(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    def layers(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> Iterator[tuple[int, Tensor]]:
         """Every layer's index and FFN input [sequences, tokens, d_model], in order."""
         x = self.embed(tokens)
-        for index in range(self.architecture.layers):
+        for index in range(len(self.architecture.layers)):
             ffn_input, x = self.layer(index, x, mask)
             yield index, ffn_input
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """[sequences, tokens, vocabulary] from the last layer's output."""
-        return torch.from_numpy(self._operations.logits(x.numpy()))
+        return torch.from_numpy(self._device.logits(x.flatten(0, 1))).view(*x.shape[:2], -1)
 
-    def forward(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> torch.Tensor:
+    def forward(self, tokens: npt.ArrayLike, mask: Mask | None = None) -> Tensor:
         """Logits of all tokens, [sequences, tokens, vocabulary]."""
         x = self.embed(tokens)
-        for index in range(self.architecture.layers):
-            _, x = self.layer(index, x, mask)
-        return self.logits(x)
+        whole = _Whole(self.store, self._device, mask, None)
+        return self.logits(run(self.architecture, self._device, x.flatten(0, 1), whole).view(x.shape))
 
     def close(self) -> None:
-        self._workers.close()
+        self._device.close()
 
     def __enter__(self) -> DenseModel:
         return self

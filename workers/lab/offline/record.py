@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.ring.messages import EMBEDDING
-from storage.format import Store
+from storage.store import Store
 from workers.lab.offline.chooser import OracleScores, RingChooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.scoring import PREFILLED
@@ -57,7 +57,7 @@ def run_block(
         return applied
 
     keep = 0 if chooser is None else chooser.mode.lookahead
-    for layer in range(model.architecture.layers):
+    for layer in range(len(model.architecture.layers)):
         _, x = model.layer(layer, x, mask, early=chooser is not None and chooser.early)
         states.pop(layer - keep, None)
     return x
@@ -67,7 +67,7 @@ class Recorder:
     """Collects the sets of many blocks as bits."""
 
     def __init__(self, store: Store, tokens: int, chooser: RingChooser | None) -> None:
-        shape = (store.layout.layers, tokens, -(-store.layout.d_ff // 8))
+        shape = (len(store.layout.layers), tokens, -(-store.layout.most_units // 8))
         self._store = store
         self._at = 0  # tokens of the blocks before this one
         self._active: Bits = np.zeros(shape, np.uint8)
@@ -79,7 +79,7 @@ class Recorder:
         """One layer of the block at hand. Pinned layers count as chosen whole."""
         rows = slice(self._at, self._at + len(sets.active))
         self._active[layer, rows] = pack(sets.active.numpy())
-        every = np.ones((1, self._store.layout.d_ff), np.bool_)
+        every = np.ones((1, self._store.layout.most_units), np.bool_)
         for array, mask in ((self._predicted, sets.predicted), (self._guessed, sets.guessed)):
             if array is not None:
                 array[layer, rows] = pack(every if mask is None else mask.numpy())
@@ -90,7 +90,7 @@ class Recorder:
     def trace(self, meta: dict[str, object]) -> Trace:
         layout = self._store.layout
         return Trace(
-            layout.d_ff,
+            layout.most_units,
             layout.stride,
             self._active,
             self._predicted,

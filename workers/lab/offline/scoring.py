@@ -49,7 +49,7 @@ class Scored:
 def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
     """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
     x = model.embed(tokens)
-    layers = model.architecture.layers
+    layers = len(model.architecture.layers)
     states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
     for index in range(layers):
 

@@ -15,8 +15,8 @@ from pipeline.commands.options import JsonFile
 from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
+from storage.architecture import Activation
 from storage.errors import UsageError, reason
-from storage.families.architecture import Activation
 from workers.lab.synthesis import measure as measuring
 from workers.lab.synthesis.checkpoint import Request, synthesize
 from workers.lab.synthesis.planting import RATES
@@ -82,7 +82,7 @@ def measure(
     weights = open_weights(model)
     ids = _tokens(text, tokenizer or model, tokens, weights)
     rank = min(rank or max(8, weights.architecture.d_model // 32), weights.architecture.d_model)
-    layers = weights.architecture.layers
+    layers = len(weights.architecture.layers)
     with Progress(f"measuring {model.name}") as progress:
         reports = measuring.measure(weights, ids, rank, lambda done: progress("layers", done, layers))
     summary = measuring.summary(reports)

@@ -1,9 +1,9 @@
-"""One layer of any `Architecture`, dense, in float32, over all tokens of one sequence.
+"""One `Layer` of any architecture, dense, in float32, over all tokens of one sequence.
 
 The reference that synthesis adjusts weights against and that `measure` measures with: it holds one
 layer at a time and keeps what happens between attention and FFN. `tensors` maps the parts of
-`storage.families.architecture.layer` (`norm.weight`, `qkv.weight`, …), and `up.weight`
-`[d_ff, d_model]` and `down.weight` `[d_model, d_ff]`, to float32 tensors.
+`storage.architecture.layer` (`norm.weight`, `qkv.weight`, …), and `up.weight`
+`[neurons, d_model]` and `down.weight` `[d_model, neurons]`, to float32 tensors.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storage.families.architecture import Architecture
+from storage.architecture import NORM_PARTS, Architecture, Layer, NormPlace, Rope
 from workers.compute import positions
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 
-def normed(model: Architecture, tensors: Tensors, name: str, x: Tensor) -> Tensor:
-    """Layer norm `name` over x `[tokens, d_model]`."""
-    return functional.layer_norm(
-        x, (model.d_model,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], model.norm_epsilon
-    )
+def normed(layer: Layer, tensors: Tensors, place: NormPlace, x: Tensor) -> Tensor:
+    """The layer's norm at `place` over x `[tokens, d_model]`; x itself where there is none."""
+    if place not in layer.norms:
+        return x
+    weight, bias = (tensors[f"{NORM_PARTS[place]}.{part}"] for part in ("weight", "bias"))
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, layer.norms[place].epsilon)
 
 
-def attention(model: Architecture, tensors: Tensors, h: Tensor) -> Tensor:
+def attention(layer: Layer, tensors: Tensors, h: Tensor) -> Tensor:
     """Causal self-attention of `[tokens, d_model]`, before the residual is added."""
-    heads = attended(model, tensors, h)
+    heads = attended(layer, tensors, h)
     return functional.linear(heads, tensors["out.weight"], tensors.get("out.bias"))
 
 
-def attended(model: Architecture, tensors: Tensors, h: Tensor) -> Tensor:
+def attended(layer: Layer, tensors: Tensors, h: Tensor) -> Tensor:
     """The heads' outputs `[tokens, heads · head_dim]`, before the output projection."""
-    count = h.shape[0]
+    a, count = layer.attention, h.shape[0]
     fused = functional.linear(h, tensors["qkv.weight"], tensors.get("qkv.bias"))
-    sizes = [model.heads * model.head_dim, model.kv_heads * model.head_dim, model.kv_heads * model.head_dim]
+    sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
     query, key, value = (
-        part.reshape(count, -1, model.head_dim).transpose(0, 1) for part in torch.split(fused, sizes, dim=1)
+        part.reshape(count, -1, a.head_dim).transpose(0, 1) for part in torch.split(fused, sizes, dim=1)
     )  # [heads or kv_heads, tokens, head_dim]
-    if model.positions == "rotary":
-        query, key = rotated(model, query), rotated(model, key)
-    group = model.heads // model.kv_heads
+    if a.rope is not None:
+        query, key = rotated(a.rope, query), rotated(a.rope, key)
+    group = a.heads // a.kv_heads
     future = torch.ones(count, count, dtype=torch.bool).triu(1)
     biases = None
-    if model.positions == "alibi":
-        biases = torch.from_numpy(positions.alibi(model.heads, model.head_dim, count))
+    if a.alibi:
+        biases = torch.from_numpy(positions.alibi(a.heads, a.head_dim, count))
     outputs = []
-    for head in range(model.heads):  # a head at a time: [heads, tokens, tokens] would be large
-        scores = query[head] @ key[head // group].T / math.sqrt(model.head_dim)
+    for head in range(a.heads):  # a head at a time: [heads, tokens, tokens] would be large
+        scores = query[head] @ key[head // group].T / math.sqrt(a.head_dim)
         if biases is not None:
             scores = scores + biases[head]
         scores = scores.masked_fill(future, -math.inf)
@@ -60,52 +61,49 @@ def attended(model: Architecture, tensors: Tensors, h: Tensor) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def rotated(model: Architecture, x: Tensor) -> Tensor:
+def rotated(rope: Rope, x: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864), halves paired; x is `[heads, tokens, head_dim]`."""
-    tables = positions.rotary(model.rotary_base, model.head_dim, x.shape[1])
+    tables = positions.rotary(rope.base, x.shape[2], x.shape[1])
     cos, sin = (torch.from_numpy(half).repeat(1, 2) for half in tables)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def activated(model: Architecture, pre: Tensor) -> Tensor:
+def activated(layer: Layer, pre: Tensor) -> Tensor:
     """The FFN's activation function."""
-    if model.activation == "relu":
+    activation = layer.ffn.activation
+    if activation == "relu":
         return pre.relu()
-    return functional.gelu(pre, approximate="tanh" if model.activation == "gelu_tanh" else "none")
+    return functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def pre_activation(tensors: Tensors, f: Tensor) -> Tensor:
-    """FFN input `[tokens, d_model]` to pre-activations `[tokens, d_ff]`."""
+    """FFN input `[tokens, d_model]` to pre-activations `[tokens, neurons]`."""
     return functional.linear(f, tensors["up.weight"], tensors.get("up.bias"))
 
 
 def down(tensors: Tensors, active: Tensor) -> Tensor:
-    """Activations `[tokens, d_ff]` to the FFN's output `[tokens, d_model]`."""
+    """Activations `[tokens, neurons]` to the FFN's output `[tokens, d_model]`."""
     return functional.linear(active, tensors["down.weight"], tensors.get("down.bias"))
 
 
-def ffn_input(model: Architecture, tensors: Tensors, x: Tensor, attended_x: Tensor) -> Tensor:
+def attention_input(layer: Layer, tensors: Tensors, x: Tensor) -> Tensor:
+    """What attention reads."""
+    return normed(layer, tensors, "attention_input", x)
+
+
+def ffn_input(layer: Layer, tensors: Tensors, x: Tensor, attended_x: Tensor) -> Tensor:
     """What the FFN reads, given the block's input x and its attention's output."""
-    if model.block == "parallel":
-        return normed(model, tensors, "norm" if model.shared_norm else "ffn_norm", x)
-    if model.block == "post_norm":
-        return normed(model, tensors, "norm", x + attended_x)
-    return normed(model, tensors, "ffn_norm", x + attended_x)
+    if layer.parallel:
+        place: NormPlace = "ffn_input" if "ffn_input" in layer.norms else "attention_input"
+        return normed(layer, tensors, place, x)
+    return normed(layer, tensors, "ffn_input", normed(layer, tensors, "attention_sum", x + attended_x))
 
 
-def attention_input(model: Architecture, tensors: Tensors, x: Tensor) -> Tensor:
-    """What attention reads: x itself in a post-norm block."""
-    return x if model.block == "post_norm" else normed(model, tensors, "norm", x)
-
-
-def block_output(
-    model: Architecture, tensors: Tensors, x: Tensor, attended_x: Tensor, f: Tensor, ffn: Tensor
-) -> Tensor:
-    """The residual stream after the block; f is the FFN's input."""
-    if model.block == "post_norm":
-        return normed(model, tensors, "ffn_norm", f + ffn)
-    return x + attended_x + ffn
+def block_output(layer: Layer, tensors: Tensors, x: Tensor, attended_x: Tensor, ffn: Tensor) -> Tensor:
+    """The residual stream after the block."""
+    stream = normed(layer, tensors, "attention_sum", x + attended_x)
+    return normed(layer, tensors, "ffn_sum", stream + ffn)
 
 
 def embedded(model: Architecture, tensors: Tensors, tokens: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ def embedded(model: Architecture, tensors: Tensors, tokens: Tensor) -> Tensor:
     x = tensors["embed.weight"][tokens].float()
     if model.embed_dim != model.d_model:
         x = x @ tensors["project_in.weight"].T
-    if model.positions == "learned":
-        start = model.position_offset
+    start = model.learned_positions
+    if start is not None:
         x = x + tensors["positions.weight"][start : start + tokens.shape[0]].float()
     return x

@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from storage import architecture as canonical
 from storage import tokenizer as tokenizers
+from storage.architecture import Activation, Architecture
+from storage.codecs import CODECS
 from storage.errors import CheckpointError, DiskFull, UsageError
-from storage.families import architecture as canonical
-from storage.families.architecture import Activation, Architecture
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
-from storage.format import ITEMSIZE
 from workers.lab.synthesis import block
 from workers.lab.synthesis.generate import Recipe, calibration_tokens, first_tensors, make_layer
 from workers.lab.synthesis.planting import Planting
@@ -93,7 +93,7 @@ def plan(request: Request) -> tuple[dict[str, Any], Architecture, Family]:
     family = family_of(config)
     config["activation" if family.name == "falcon" else "activation_function"] = request.activation
     model = family.architecture(config)
-    planting = Planting.at_rate(request.rate, model.positions)
+    planting = Planting.at_rate(request.rate, model)
     config["_name_or_path"] = f"synthetic-{request.shape.name}"
     config[MARK] = {"shape": request.shape.name, "seed": request.seed, **asdict(planting)}
     return config, model, family
@@ -102,7 +102,8 @@ def plan(request: Request) -> tuple[dict[str, Any], Architecture, Family]:
 def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture, dtype: str) -> int:
     """Bytes of all the checkpoint's tensors."""
     elements = sum(item.elements for item in family.resident(config, model))
-    return (elements + 2 * model.layers * model.d_ff * model.d_model) * ITEMSIZE[dtype]
+    neurons = sum(layer.ffn.neurons for layer in model.layers)
+    return CODECS[dtype].size(elements + 2 * neurons * model.d_model)
 
 
 def _check_space(total: int, out: Path) -> None:
@@ -129,7 +130,7 @@ def _write(
     names = {item.name for item in residents}
     recipe = Recipe(
         model=model,
-        planting=Planting.at_rate(request.rate, model.positions),
+        planting=Planting.at_rate(request.rate, model),
         seed=request.seed,
         dtype=getattr(torch, request.shape.dtype),
         biases=canonical.layer(0, "up.bias") in names,
@@ -139,7 +140,7 @@ def _write(
     done = 0
     index: dict[str, str] = {}
     for number, tensors in enumerate(_shards(recipe, residents, family), start=1):
-        name = f"model-{number:05d}-of-{model.layers + 1:05d}.safetensors"
+        name = f"model-{number:05d}-of-{len(model.layers) + 1:05d}.safetensors"
         save_file(tensors, str(directory / name), metadata={"format": "pt", MARK: request.shape.name})
         shutil.copymode(described, directory / name)  # the library's files are for their owner alone
         index |= dict.fromkeys(tensors, name)
@@ -157,10 +158,10 @@ def _shards(recipe: Recipe, residents: tuple[Resident, ...], family: Family) -> 
     x = block.embedded(model, tensors, calibration_tokens(recipe))
     yield _named(model, prefix, residents, tensors)
     del tensors
-    for layer in range(model.layers):
+    for layer in range(len(model.layers)):
         parts, x = make_layer(recipe, layer, x)
-        up, down = family.ffn(model, layer)
-        shard = {prefix + up.name: parts.pop("up.weight"), prefix + down.name: parts.pop("down.weight")}
+        sources = family.ffn(model, layer)
+        shard = {prefix + source.name: parts.pop(f"{role}.weight") for role, source in sources.items()}
         shard |= _named(
             model, prefix, residents, {canonical.layer(layer, part): value for part, value in parts.items()}
         )

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.families import architecture as canonical
-from storage.families.architecture import Architecture
+from storage import architecture as canonical
+from storage.architecture import NORM_PARTS, Architecture, Layer
 from workers.lab.synthesis import block
 from workers.lab.synthesis.activity import WARM_UP, new_per_token
 from workers.lab.synthesis.planting import Planting
@@ -41,9 +41,19 @@ class Recipe:
     dtype: torch.dtype
     biases: bool  # linear layers have biases
 
+    @property
+    def layer(self) -> Layer:
+        """Any of the layers: all are alike."""
+        return self.model.layers[0]
+
+    @property
+    def neurons(self) -> int:
+        """Of a layer's FFN."""
+        return self.layer.ffn.neurons
+
     def generator(self, *what: object) -> torch.Generator:
         """The random source of one tensor."""
-        text = repr((self.seed, self.model.d_model, self.model.d_ff, *what))
+        text = repr((self.seed, self.model.d_model, self.neurons, *what))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -58,7 +68,7 @@ class Recipe:
     @property
     def norm_direction(self) -> Tensor | None:
         """The norms' bias b, `[d_model]`, the same in every layer; None where it carries nothing."""
-        if self.biases and self.model.positions != "rotary":
+        if self.biases and self.layer.attention.rope is None:
             return None
         return self.rounded(self.normal(self.planting.norm_bias, (self.model.d_model,), "norm bias"))
 
@@ -74,7 +84,7 @@ def calibration_tokens(recipe: Recipe) -> Tensor:
 def first_tensors(recipe: Recipe) -> dict[str, Tensor]:
     """Embeddings and final norm, by canonical name, in the checkpoint's dtype."""
     model, planting = recipe.model, recipe.planting
-    learned = model.positions == "learned"
+    learned = model.learned_positions is not None
     share = planting.position_energy if learned else 0.0
     tensors = {
         canonical.EMBED: _embedding(recipe, planting.stream_scale * math.sqrt(1 - share)),
@@ -102,7 +112,8 @@ def _walk(recipe: Recipe, scale: float) -> Tensor:
     """A random walk over positions that stays on a sphere, about: `[positions, d_model]`."""
     model = recipe.model
     keep = math.exp(-1 / recipe.planting.position_memory)
-    steps = recipe.normal(1.0, (model.max_positions + model.position_offset, model.d_model), "walk")
+    positions = model.max_positions + (model.learned_positions or 0)
+    steps = recipe.normal(1.0, (positions, model.d_model), "walk")
     steps[1:] *= math.sqrt(1 - keep * keep)
     for position in range(1, steps.shape[0]):
         steps[position] += keep * steps[position - 1]
@@ -122,15 +133,15 @@ def make_layer(recipe: Recipe, layer: int, x: Tensor) -> tuple[dict[str, Tensor]
 
     x is the calibration sequence's stream before the layer, `[tokens, d_model]` float32.
     """
-    model = recipe.model
+    made = recipe.layer
     tensors = _norms(recipe, layer) | _attention(recipe, layer)
-    h = block.attention_input(model, tensors, x)
-    heads = block.attended(model, tensors, h)
+    h = block.attention_input(made, tensors, x)
+    heads = block.attended(made, tensors, h)
     attended_x = _set_out(recipe, layer, tensors, heads, _rms(x))
-    f = block.ffn_input(model, tensors, x, attended_x)
+    f = block.ffn_input(made, tensors, x, attended_x)
     active = _set_up(recipe, layer, tensors, f)
     ffn = _set_down(recipe, layer, tensors, active, _rms(x))
-    x = block.block_output(model, tensors, x, attended_x, f, ffn)
+    x = block.block_output(made, tensors, x, attended_x, ffn)
     return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}, x
 
 
@@ -141,7 +152,7 @@ def _rms(x: Tensor) -> float:
 def _norms(recipe: Recipe, layer: int) -> dict[str, Tensor]:
     width, direction = (recipe.model.d_model,), recipe.norm_direction
     tensors = {}
-    for name in ("norm",) if recipe.model.shared_norm else ("norm", "ffn_norm"):
+    for name in (NORM_PARTS[place] for place in recipe.layer.norms):
         tensors[f"{name}.weight"] = recipe.rounded(1 + recipe.normal(NORM_JITTER, width, layer, name))
         bias = recipe.normal(SMALL, width, layer, name, "bias")
         tensors[f"{name}.bias"] = recipe.rounded(bias) if direction is None else direction.clone()
@@ -151,20 +162,20 @@ def _norms(recipe: Recipe, layer: int) -> dict[str, Tensor]:
 def _attention(recipe: Recipe, layer: int) -> dict[str, Tensor]:
     """Queries, keys and values, `[rows, d_model]`. Values carry nothing that is constant."""
     model, direction = recipe.model, recipe.norm_direction
-    unit = 1 / math.sqrt(model.d_model)
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    attention, unit = recipe.layer.attention, 1 / math.sqrt(model.d_model)
+    queries, keys = attention.width, attention.kv_heads * attention.head_dim
 
     def drawn(name: str, rows: int, scale: float) -> Tensor:
         return recipe.normal(scale * unit, (rows, model.d_model), layer, name)
 
     value = _without(drawn("value", keys, 1.0).T, direction).T
-    if model.positions == "learned":
+    if model.learned_positions is not None:
         # Equal maps: a token attends to itself and to what resembles it, its neighbours first.
-        key = drawn("key", keys, math.sqrt(3 / math.sqrt(model.head_dim)))
+        key = drawn("key", keys, math.sqrt(3 / math.sqrt(attention.head_dim)))
         query = key.clone()
     else:
         query, key = drawn("query", queries, 0.5), drawn("key", keys, 0.5)
-    if model.positions == "rotary":
+    if attention.rope is not None:
         assert direction is not None
         constant_query, constant_key = _distance_kernel(recipe, layer)
         dual = direction / direction.square().sum()  # its product with the FFN input is 1
@@ -183,17 +194,18 @@ def _distance_kernel(recipe: Recipe, layer: int) -> tuple[Tensor, Tensor]:
     Rotation by ω a token makes the product of constants Σ_j q_j k_j cos(ω_j Δ). Each head puts its
     queries on frequencies around the inverse of its own reach.
     """
-    model, planting = recipe.model, recipe.planting
-    half = model.head_dim // 2
-    frequencies = model.rotary_base ** (-torch.arange(half) / half)  # radians per token
-    spread = torch.rand(model.heads, generator=recipe.generator(layer, "reach"))
+    attention, planting = recipe.layer.attention, recipe.planting
+    assert attention.rope is not None
+    half = attention.head_dim // 2
+    frequencies = attention.rope.base ** (-torch.arange(half) / half)  # radians per token
+    spread = torch.rand(attention.heads, generator=recipe.generator(layer, "reach"))
     reach = planting.attention_reach * 2 ** (2 * spread - 1)  # tokens, half to twice the preset's
     distance = torch.log(torch.outer(reach, frequencies))  # 0 where ω · reach is 1
     weights = torch.exp(-(distance**2) / 2)
     weights /= weights.sum(dim=1, keepdim=True)
-    logit = planting.reach_strength * math.sqrt(model.head_dim)
-    query = torch.cat((weights * logit, torch.zeros(model.heads, half)), dim=1)
-    key = torch.cat((torch.ones(model.kv_heads, half), torch.zeros(model.kv_heads, half)), dim=1)
+    logit = planting.reach_strength * math.sqrt(attention.head_dim)
+    query = torch.cat((weights * logit, torch.zeros(attention.heads, half)), dim=1)
+    key = torch.cat((torch.ones(attention.kv_heads, half), torch.zeros(attention.kv_heads, half)), dim=1)
     return query.flatten(), key.flatten()
 
 
@@ -217,14 +229,16 @@ def _set_up(recipe: Recipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -
     rank = planting.rank(model.d_model)
     spanning = recipe.normal(1.0, (model.d_model, rank), layer, "basis")
     basis = torch.linalg.qr(_without(spanning, recipe.norm_direction))[0]
-    rows = recipe.normal(1.0, (model.d_ff, rank), layer, "rows")
+    rows = recipe.normal(1.0, (recipe.neurons, rank), layer, "rows")
     rows /= rows.norm(dim=1, keepdim=True)
-    up = recipe.normal(planting.noise / math.sqrt(model.d_model), (model.d_ff, model.d_model), layer, "up")
+    up = recipe.normal(
+        planting.noise / math.sqrt(model.d_model), (recipe.neurons, model.d_model), layer, "up"
+    )
     up = _without(up.T, recipe.norm_direction).T if recipe.norm_direction is not None else up
     up.addmm_(rows, basis.T)
     pre = f @ up.T
-    theta = torch.zeros(model.d_ff)
-    if model.activation == "relu":
+    theta = torch.zeros(recipe.neurons)
+    if recipe.layer.ffn.sparse:
         theta = _thresholds(recipe, layer, seen=(f @ basis) @ rows.T, pre=pre)
     if recipe.biases:
         tensors["up.bias"] = recipe.rounded(-theta)
@@ -236,7 +250,7 @@ def _set_up(recipe: Recipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -
         up -= torch.outer(theta, dual)
         pre -= torch.outer(f @ dual, theta)
     tensors["up.weight"] = up
-    return block.activated(model, pre)
+    return block.activated(recipe.layer, pre)
 
 
 def _thresholds(recipe: Recipe, layer: int, *, seen: Tensor, pre: Tensor) -> Tensor:
@@ -246,8 +260,8 @@ def _thresholds(recipe: Recipe, layer: int, *, seen: Tensor, pre: Tensor) -> Ten
     Renewal falls as α grows, because hot neurons stay; the search ends at a bound where the drift
     alone renews more or less than wanted.
     """
-    order = torch.randperm(recipe.model.d_ff, generator=recipe.generator(layer, "heat"))
-    some = slice(min(SEARCH_NEURONS, recipe.model.d_ff))  # a fair sample: the order is random
+    order = torch.randperm(recipe.neurons, generator=recipe.generator(layer, "heat"))
+    some = slice(min(SEARCH_NEURONS, recipe.neurons))  # a fair sample: the order is random
     low, high = EXPONENTS
     for _ in range(SEARCH_STEPS):
         exponent = (low + high) / 2
@@ -264,7 +278,7 @@ def _theta(recipe: Recipe, order: Tensor, exponent: float, pre: Tensor) -> Tenso
 
     `order` is each neuron's place from hot to cold, of all d_ff; `pre` is theirs, `[tokens, len(order)]`.
     """
-    planting, d_ff = recipe.planting, recipe.model.d_ff
+    planting, d_ff = recipe.planting, recipe.neurons
     heat = (torch.arange(d_ff) + d_ff / 64) ** -exponent
     wanted = (heat * (planting.active / heat.mean())).clamp(max=planting.hottest)[order]
     # One deviation for all rows: they have one length, and a sequence has few independent moments.
@@ -287,7 +301,9 @@ def _renewal(recipe: Recipe, seen: Tensor, pre: Tensor) -> float:
 def _set_down(recipe: Recipe, layer: int, tensors: dict[str, Tensor], active: Tensor, rms: float) -> Tensor:
     """The down-projection, scaled likewise, without what the mean activation would write in every token."""
     model, planting = recipe.model, recipe.planting
-    matrix = _without(recipe.normal(1.0, (model.d_model, model.d_ff), layer, "down"), recipe.norm_direction)
+    matrix = _without(
+        recipe.normal(1.0, (model.d_model, recipe.neurons), layer, "down"), recipe.norm_direction
+    )
     mean = active[WARM_UP:].mean(dim=0)
     matrix.sub_(torch.outer(matrix @ mean, mean / mean.square().sum().clamp(min=1e-12)))
     matrix *= math.sqrt(planting.ffn_energy) * rms / _rms(active @ matrix.T)

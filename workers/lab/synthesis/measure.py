@@ -73,16 +73,16 @@ def measure(
     x = block.embedded(model, weights.first(ids), torch.arange(len(tokens)))
     inputs: deque[Tensor] = deque(maxlen=max(LOOKAHEADS) + 1)
     reports = []
-    for layer in range(model.layers):
-        tensors = weights.layer(layer)
-        attended_x = block.attention(model, tensors, block.attention_input(model, tensors, x))
-        f = block.ffn_input(model, tensors, x, attended_x)
+    for index, layer in enumerate(model.layers):
+        tensors = weights.layer(index)
+        attended_x = block.attention(layer, tensors, block.attention_input(layer, tensors, x))
+        f = block.ffn_input(layer, tensors, x, attended_x)
         inputs.appendleft(f)
         pre = block.pre_activation(tensors, f)
-        reports.append(_layer_report(layer, tensors, inputs, pre > 0, rank))
-        ffn = block.down(tensors, block.activated(model, pre))
-        x = block.block_output(model, tensors, x, attended_x, f, ffn)
-        heard(layer + 1)
+        reports.append(_layer_report(index, tensors, inputs, pre > 0, rank))
+        ffn = block.down(tensors, block.activated(layer, pre))
+        x = block.block_output(layer, tensors, x, attended_x, ffn)
+        heard(index + 1)
     return reports
 
 

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.architecture import Architecture
 from storage.errors import UsageError
-from storage.families.architecture import Positions
 
 RATES = (0.5, 1.0, 2.0)
 
@@ -52,22 +52,23 @@ class Planting:
     norm_bias: float = 0.25  # per coordinate, where thresholds live in the norm's bias
 
     @classmethod
-    def at_rate(cls, rate: float, positions: Positions) -> Planting:
+    def at_rate(cls, rate: float, model: Architecture) -> Planting:
         """The preset with `rate` times the new neurons per token. Raises UsageError."""
         if rate not in RATES:
             raise UsageError(f"the rate must be one of 0.5, 1 and 2, not {rate:g}")
-        early: dict[Positions, dict[float, tuple[float, ...]]] = {
-            "learned": {},
-            "rotary": {0.5: (0.7, 0.7, 0.7), 1.0: (0.6, 0.6)},
-            "alibi": {0.5: (0.7, 0.7), 1.0: (0.4,)},
-        }
+        attention = model.layers[0].attention
+        early: dict[float, tuple[float, ...]] = {}
+        if attention.rope is not None:
+            early = {0.5: (0.7, 0.7, 0.7), 1.0: (0.6, 0.6)}
+        elif attention.alibi:
+            early = {0.5: (0.7, 0.7), 1.0: (0.4,)}
         return cls(
             rate=rate,
             new=0.025 * rate,
             position_energy={0.5: 0.85, 1.0: 0.6, 2.0: 0.05}[rate],
             attention_energy={0.5: 0.07, 1.0: 0.05, 2.0: 0.03}[rate],
             ffn_energy={0.5: 0.06, 1.0: 0.08, 2.0: 0.08}[rate],
-            early_attention=early[positions].get(rate, ()),
+            early_attention=early.get(rate, ()),
             attention_reach={0.5: 64.0, 1.0: 24.0, 2.0: 6.0}[rate],
         )
 

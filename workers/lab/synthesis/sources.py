@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from storage import architecture as canonical
+from storage.architecture import Architecture
 from storage.checkpoint import Checkpoint
-from storage.convert import Plan, make_plan
-from storage.families import architecture as canonical
-from storage.families.architecture import Architecture
-from storage.format import MANIFEST, RESIDENT, Store
+from storage.convert.conversion import Conversion, check
+from storage.layout import DEFAULT_ALIGNMENT
+from storage.manifest import MANIFEST, RESIDENT
+from storage.store import Store
 
 FIRST = (canonical.EMBED, canonical.POSITIONS, canonical.PROJECT_IN)
 
@@ -45,7 +47,7 @@ def open_weights(path: Path) -> Weights:
     """Raises StoreError or CheckpointError for a directory that is neither."""
     if (path / MANIFEST).is_file():
         return StoreWeights(Store.open(path))
-    return CheckpointWeights(make_plan(Checkpoint.open(path), 512))
+    return CheckpointWeights(check(Checkpoint.open(path), DEFAULT_ALIGNMENT))
 
 
 def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:
@@ -58,19 +60,19 @@ def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:
 class CheckpointWeights:
     """Tensors of a Hugging Face checkpoint, in the store's row order."""
 
-    plan: Plan
+    conversion: Conversion
 
     @property
     def architecture(self) -> Architecture:
-        return self.plan.architecture
+        return self.conversion.architecture
 
     @property
     def name(self) -> str:
-        return self.plan.checkpoint.path.resolve().name
+        return self.conversion.checkpoint.path.resolve().name
 
     @property
     def synthetic(self) -> bool:
-        return "synthetic" in self.plan.checkpoint.config
+        return "synthetic" in self.conversion.checkpoint.config
 
     def first(self, tokens: Tensor) -> dict[str, Tensor]:
         return self._read(lambda name: name in FIRST, tokens)
@@ -79,27 +81,28 @@ class CheckpointWeights:
         prefix = canonical.layer(index, "")
         named = self._read(lambda name: name.startswith(prefix), None)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-        for part, source in zip(("up", "down"), self.plan.family.ffn(self.architecture, index), strict=True):
-            array = self.plan.checkpoint.read(self.plan.full_name(source.name))
-            tensors[f"{part}.weight"] = _widened(array, self.plan.layout.dtype)
-        self.plan.checkpoint.release()
+        for role, source in self.conversion.family.ffn(self.architecture, index).items():
+            array = self.conversion.checkpoint.read(self.conversion.full_name(source.name))
+            tensors[f"{role}.weight"] = _widened(array, self.conversion.dtype)
+        self.conversion.checkpoint.release()
         return tensors
 
     def _read(self, wanted: Any, tokens: Tensor | None) -> dict[str, Tensor]:
         tensors = {}
-        for item in self.plan.residents:
+        for item in self.conversion.residents:
             if not wanted(item.name):
                 continue
             if not item.sources:
                 tensors[item.name] = torch.full(item.shape, item.fill)
                 continue
             arrays: Sequence[Any] = [
-                self.plan.checkpoint.read(self.plan.full_name(source.name)) for source in item.sources
+                self.conversion.checkpoint.read(self.conversion.full_name(source.name))
+                for source in item.sources
             ]
             array = arrays[0] if item.build is None else item.build(arrays)
             if item.name == canonical.EMBED and tokens is not None:
                 array = array[tokens.numpy()]
-            tensors[item.name] = _widened(array, self.plan.layout.dtype)
+            tensors[item.name] = _widened(array, self.conversion.dtype)
         return tensors
 
 
@@ -135,7 +138,7 @@ class StoreWeights:
                 for name in file.keys()  # noqa: SIM118
                 if name.startswith(prefix)
             }
-        bundles = _widened(self.store.read_layer(index), self.store.layout.dtype)
-        tensors["up.weight"] = bundles[:, 0]
-        tensors["down.weight"] = bundles[:, 1].T
+        up, down = self.store.ffn(index, "up", "down")
+        tensors["up.weight"] = torch.from_numpy(up.widened())
+        tensors["down.weight"] = torch.from_numpy(down.widened()).T
         return tensors

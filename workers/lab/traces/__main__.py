@@ -62,7 +62,7 @@ def record_command(
     check_writable(out)
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
-    if not store.architecture.relu:
+    if not store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
     config = planner.resolve(store, config)
     some = rows(text, store, tokens, skip)

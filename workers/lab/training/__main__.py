@@ -30,8 +30,8 @@ from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from storage.errors import UsageError
-from storage.format import Store
 from storage.lock import locked
+from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.training import activations, fit, report, svd, texts
 from workers.lab.training.activations import Activations
@@ -127,7 +127,7 @@ def make(
         lambda done, total: told("activations", done, total),
         job.early,
     )
-    wanted = job.maps(store.layout.layers)
+    wanted = job.maps(len(store.layout.layers))
     ranks = _ranks(store, recorded, split, job)
     key = _key(store, tokens, split, job)
     tensors: dict[str, torch.Tensor] = {}
@@ -143,7 +143,7 @@ def make(
         held_out = recorded.samples(layer, ahead).part(split.validation, split.held_out)
         reports.append(report.LayerReport.of(layer, ahead, rank, fit.quality(found, held_out)))
     told("predictors", len(wanted), len(wanted))
-    _share(tensors, store.layout.layers)
+    _share(tensors, len(store.layout.layers))
     write(store.predictors(name), tensors, _metadata(store, split, job, reports))
     return reports
 
@@ -159,15 +159,15 @@ def _share(tensors: dict[str, torch.Tensor], layers: int) -> None:
 
 def _ranks(store: Store, recorded: Activations, split: Split, job: Job) -> list[int]:
     """Of every map, in the order of `Job.maps`."""
-    layout = store.layout
-    wanted = job.maps(layout.layers)
+    d_model, neurons = store.architecture.d_model, store.layout.most_units
+    wanted = job.maps(len(store.layout.layers))
     if job.rank is not None:
-        return [min(job.rank, layout.d_model)] * len(wanted)
-    ffn_bytes = layout.layers * layout.d_ff * layout.rows * layout.row_bytes
-    fixed = len(wanted) * (layout.d_ff * 4 + 4)
-    total = int(job.budget * ffn_bytes - fixed) // (2 * (layout.d_model + layout.d_ff))
+        return [min(job.rank, d_model)] * len(wanted)
+    ffn_bytes = store.layout.useful_bytes
+    fixed = len(wanted) * (neurons * 4 + 4)
+    total = int(job.budget * ffn_bytes - fixed) // (2 * (d_model + neurons))
     if total < len(wanted) * fit.RANK_STEP:
-        least = (fixed + len(wanted) * fit.RANK_STEP * 2 * (layout.d_model + layout.d_ff)) / ffn_bytes
+        least = (fixed + len(wanted) * fit.RANK_STEP * 2 * (d_model + neurons)) / ffn_bytes
         raise UsageError(f"--budget {job.budget} is too little for this model: it needs {least:.3f} at least")
     strengths = [_regression(store, recorded, split, *one[1:]).strengths for one in wanted]
     return fit.allot(strengths, total)

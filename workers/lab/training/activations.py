@@ -31,11 +31,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from storage.codecs import LARGEST_HALF
 from storage.errors import DiskFull, UnsupportedModel, reason
-from storage.families.architecture import layer as tensor_name
-from storage.floats import LARGEST_HALF, widen
-from storage.format import RESIDENT, Store
-from storage.tensors import Tensors
+from storage.store import Store
 from workers.lab.offline.dense import DenseModel
 
 BLOCK_TOKENS = 4_096  # that pass through a layer at once
@@ -70,7 +68,7 @@ class Activations:
 
     def __init__(self, directory: Path, store: Store) -> None:
         self._directory = directory
-        self._d_ff = store.layout.d_ff
+        self._units = store.layout.units
         self._scale = float(json.loads((directory / META).read_text(encoding="utf-8"))["scale"])
 
     def inputs(self, layer: int) -> F16:
@@ -88,7 +86,7 @@ class Activations:
         """For predicting `layer` from the input of the layer `lookahead` before it."""
         source = layer - lookahead
         active = np.load(self._directory / f"layer-{layer}.active.npy", mmap_mode="r")
-        return Samples(self.inputs(source), active, self._d_ff, 1.0 if source >= 0 else self._scale)
+        return Samples(self.inputs(source), active, self._units[layer], 1.0 if source >= 0 else self._scale)
 
 
 def _input_name(layer: int) -> str:
@@ -101,27 +99,23 @@ def _own_name(layer: int) -> str:
 
 def _differ(store: Store, early: bool) -> bool:
     """Whether what is announced is not what the FFN multiplies with."""
-    return early and store.architecture.block != "parallel"
+    return early and not all(layer.parallel for layer in store.architecture.layers)
 
 
 def up_projection(store: Store, layer: int) -> tuple[Tensor, Tensor]:
     """`[d_ff, d_model]` and bias `[d_ff]` (zero where there is none), float32."""
-    bundles = store.read_layer(layer)
-    resident = Tensors(store.path / RESIDENT)
-    return _up(store, layer, bundles, resident)
+    return _up(store, layer, store.read_layer(layer))
 
 
-def _up(store: Store, layer: int, bundles: npt.NDArray[Any], resident: Tensors) -> tuple[Tensor, Tensor]:
-    up = torch.from_numpy(widen(np.ascontiguousarray(bundles[:, 0]), store.layout.dtype))
-    name = tensor_name(layer, "up.bias")
-    bias = resident.vector(name, (store.layout.d_ff,)) if name in resident else np.zeros(len(up), np.float32)
-    return up, torch.from_numpy(bias)
+def _up(store: Store, layer: int, units: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    up = store.layout.layers[layer].unit.view(units, "up").widened()
+    return torch.from_numpy(up), torch.from_numpy(store.up_bias(layer))
 
 
 def require_relu(store: Store) -> None:
     """Raises UnsupportedModel unless zero activations are exact."""
     architecture = store.architecture
-    if not architecture.relu:
+    if not architecture.sparse:
         raise UnsupportedModel(
             f"{store.manifest.name} has {architecture.activation} activations: low-rank predictors need a "
             "ReLU model, whose neurons are exactly zero when inactive; run this one with predictor.kind all"
@@ -143,7 +137,7 @@ def record(
     Raises UnsupportedModel for models without ReLU, DiskFull before writing more than fits.
     """
     require_relu(store)
-    layers = store.layout.layers
+    layers = len(store.layout.layers)
     meta = {
         "store": store.identity,
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
@@ -181,9 +175,10 @@ def _resume(directory: Path, meta: dict[str, Any], layers: int) -> int:
 
 
 def _require_space(store: Store, directory: Path, tokens: int, early: bool) -> None:
-    layout = store.layout
-    per_layer = 2 * layout.d_model * (1 + _differ(store, early)) + -(-layout.d_ff // 8)
-    needed = tokens * (layout.layers * per_layer + (2 + 2 * 4) * layout.d_model)
+    width = store.architecture.d_model
+    per_layer = 2 * width * (1 + _differ(store, early))
+    bits = sum(-(-units // 8) for units in store.layout.units)
+    needed = tokens * (len(store.layout.units) * per_layer + bits + (2 + 2 * 4) * width)
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -222,15 +217,15 @@ def _pass(
     store: Store, model: DenseModel, layer: int, shape: tuple[int, ...], directory: Path, early: bool
 ) -> None:
     """Everything through one layer."""
-    bundles = store.read_layer(layer)
-    up, bias = _up(store, layer, bundles, Tensors(store.path / RESIDENT))
+    units = store.read_layer(layer)
+    up, bias = _up(store, layer, units)
     rows, length = shape
-    tokens, width = rows * length, store.layout.d_model
+    tokens, width = rows * length, store.architecture.d_model
     before = np.load(_stream(directory, layer), mmap_mode="r")
     inputs = _Output(directory / _input_name(layer), (tokens, width))
     own = _Output(directory / _own_name(layer), (tokens, width)) if _differ(store, early) else None
     active = _Output(directory / f"layer-{layer}.active.npy", (tokens, -(-len(up) // 8)), "u1")
-    last = layer + 1 == store.layout.layers  # nobody reads the stream behind it: an empty file marks it
+    last = layer + 1 == len(store.layout.layers)  # nobody reads the stream behind it: an empty file marks it
     after = _Output(_stream(directory, layer + 1), (0 if last else tokens, width), "f4")
     for start, block in _blocks((rows, length)):
         count = (block.stop - block.start) * length
@@ -239,7 +234,7 @@ def _pass(
         def keep(layer: int, announced: Tensor, ffn_input: Tensor, start: int = start) -> None:
             inputs.put(start, _half(announced))
 
-        ffn_input, y = model.layer(layer, x, keep, bundles, early)
+        ffn_input, y = model.layer(layer, x, keep, units, early)
         ffn_input = ffn_input.reshape(-1, width)
         if own is not None:
             own.put(start, _half(ffn_input))

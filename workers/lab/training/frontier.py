@@ -28,8 +28,8 @@ from pipeline.commands.options import Picture
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from storage.errors import UsageError
-from storage.format import Store
 from storage.lock import locked
+from storage.store import Store
 from workers.lab.training import activations, texts
 from workers.lab.training.__main__ import Job, Split, fit_map
 from workers.lab.training.activations import Activations, Samples
@@ -96,20 +96,21 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Curve]:
     """A curve for every look-ahead, that is a job's, and rank."""
-    layout = store.layout
+    layers = len(store.layout.layers)
     curves: list[Curve] = []
     for job in jobs:
         lookahead = job.lookahead
         for rank in ranks:
             passing = Passing()
-            for layer in range(layout.layers):
-                done = len(curves) * layout.layers + layer
-                progress(done, len(jobs) * len(ranks) * layout.layers)
+            for layer in range(layers):
+                done = len(curves) * layers + layer
+                progress(done, len(jobs) * len(ranks) * layers)
                 made = fit_map(store, recorded, split, job, layer, lookahead, rank)
                 held_out = recorded.samples(layer, lookahead).part(split.validation, split.held_out)
                 passing.see(made, held_out)
-            size = 2 * rank * (layout.d_model + layout.d_ff) + 4 * (layout.d_ff + 1)
-            share = size / (layout.d_ff * layout.rows * layout.row_bytes)
+            neurons = store.layout.total_units
+            size = 2 * rank * (layers * store.architecture.d_model + neurons) + 4 * (neurons + layers)
+            share = size / store.layout.useful_bytes
             curves.append(passing.curve(lookahead, rank, share))
     return curves
 
@@ -175,8 +176,8 @@ def main(
 ) -> None:
     """Measure both errors of predictors over ranks and thresholds."""
     store = Store.open(store_path)
-    jobs = [Job(lookahead=k, method=method) for k in _numbers(lookaheads, 0, store.layout.layers - 1)]
-    wanted = _numbers(ranks, 1, store.layout.d_model)
+    jobs = [Job(lookahead=k, method=method) for k in _numbers(lookaheads, 0, len(store.layout.layers) - 1)]
+    wanted = _numbers(ranks, 1, store.architecture.d_model)
     torch.set_num_threads(thread_count(threads))
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])

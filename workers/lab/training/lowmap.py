@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.floats import LARGEST_HALF
-from storage.format import fsync_directory
+from storage.codecs import LARGEST_HALF
+from storage.files import fsync_directory
 from storage.header import header_bytes
 from storage.tensors import Tensors
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from pipeline.ring.session import load_tokenizer
 from storage.errors import StoreError, UsageError, reason
-from storage.format import TOKENIZER, Store
+from storage.store import Store
+from storage.tokenizer import TOKENIZER
 
 LONGEST_ROW = 512  # tokens
 PLAIN_CHARACTERS = 1 << 16  # of plain text tokenised at once

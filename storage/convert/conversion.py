@@ -1,0 +1,162 @@
+"""What a conversion will read and write, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from storage import resident
+from storage.architecture import Architecture
+from storage.checkpoint import GENERATION_CONFIG, Checkpoint, read_json
+from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
+from storage.families.family import HEAD_SOURCE, Family, Resident, Source
+from storage.families.registry import family_of
+from storage.layout import Layout, neuron
+from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronOrder:
+    """Which neuron lies at each position of `bundles.bin`: int32 `[layers, d_ff]`, and its method."""
+
+    name: str
+    neurons: npt.NDArray[np.int32]
+
+
+def read_order(path: Path) -> NeuronOrder:
+    """The order of a `.npy` file, named after it. Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            neurons = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no neuron order: {reason(error)}") from error
+    return NeuronOrder(path.stem, np.ascontiguousarray(neurons))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A checked conversion: everything is present in the right shape and dtype."""
+
+    checkpoint: Checkpoint
+    family: Family
+    prefix: str
+    architecture: Architecture
+    layout: Layout
+    dtype: str  # of all tensors
+    residents: tuple[Resident, ...]
+    order: NeuronOrder | None
+    parameters: dict[str, Any]
+
+    def full_name(self, source: str) -> str:
+        return source if source == HEAD_SOURCE else self.prefix + source
+
+    @property
+    def total_bytes(self) -> int:
+        checksums = self.layout.total_units * CHECKSUM_BYTES
+        return self.layout.total_bytes + checksums + resident.size(self.residents, self.dtype)
+
+
+def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = None) -> Conversion:
+    """Check names, shapes and dtypes of everything that will be read, without reading it.
+
+    Only a head beside a tied embedding is read, to compare the two.
+    """
+    if alignment <= 0 or alignment & (alignment - 1):
+        raise UsageError(f"the alignment must be a power of two, not {alignment}")
+    config = _with_generation(checkpoint)
+    family = family_of(config)
+    model = family.architecture(config)
+    prefix = _prefix(checkpoint, family)
+    model = replace(model, tied_head=_tied(checkpoint, prefix + family.embedding, model))
+    residents = family.resident(config, model)
+    first_up = family.ffn(model, 0)["up"]
+    dtype = checkpoint.entry(prefix + first_up.name, first_up.shape).dtype
+    unit = neuron(dtype, model.d_model, alignment)
+    layout = Layout.of((layer.ffn.units, unit) for layer in model.layers)
+    _check_order(order, layout)
+    parameters = {
+        "format_version": FORMAT_VERSION,
+        "alignment": alignment,
+        "order": "id" if order is None else order.name,
+        "order_xxh3_128": None if order is None else xxhash.xxh3_128_hexdigest(order.neurons.tobytes()),
+        "source": checkpoint.identity(),
+    }
+    if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
+        parameters["synthetic"] = config["synthetic"]
+    conversion = Conversion(checkpoint, family, prefix, model, layout, dtype, residents, order, parameters)
+    _check_sources(conversion)
+    checkpoint.release()
+    return conversion
+
+
+def _with_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config, with the stop tokens of `generation_config.json` where it has any."""
+    config = dict(checkpoint.config)
+    path = checkpoint.path / GENERATION_CONFIG
+    if path.is_file():
+        eos = read_json(path).get("eos_token_id")
+        if eos is not None:
+            config["eos_token_id"] = eos
+    return config
+
+
+def _prefix(checkpoint: Checkpoint, family: Family) -> str:
+    for prefix in family.prefixes:
+        if prefix + family.embedding in checkpoint.entries:
+            return prefix
+    raise CheckpointError(
+        f"the checkpoint {checkpoint.path} lacks the tensor {family.prefixes[0]}{family.embedding}"
+    )
+
+
+def _tied(checkpoint: Checkpoint, embedding: str, model: Architecture) -> bool:
+    """Whether the head is the embedding. As transformers 5 does, the tensors decide over the config."""
+    shape = (model.vocabulary, model.embed_dim)
+    if HEAD_SOURCE not in checkpoint.entries and model.tied_head:
+        return True
+    head = checkpoint.entry(HEAD_SOURCE, shape)
+    if checkpoint.entry(embedding, shape).dtype != head.dtype:
+        return False  # refused later, as a mixture of dtypes
+    pairs = zip(checkpoint.chunks(embedding), checkpoint.chunks(HEAD_SOURCE), strict=True)
+    return all(np.array_equal(left, right) for left, right in pairs)
+
+
+def _check_order(order: NeuronOrder | None, layout: Layout) -> None:
+    if order is None:
+        return
+    neurons, units = order.neurons, layout.units
+    if neurons.dtype != np.int32 or neurons.ndim != 2 or order.name == "id":
+        raise UsageError("the neuron order must be int32 of shape [layers, d_ff], under a name of its own")
+    if neurons.shape[0] != len(units) or any(neurons.shape[1] != count for count in units):
+        raise UsageError("the neuron order must be int32 of shape [layers, d_ff], under a name of its own")
+    if not (np.sort(neurons, axis=1) == np.arange(neurons.shape[1])).all():
+        raise UsageError("the neuron order is not a permutation of the neurons in every layer")
+
+
+def _check_sources(conversion: Conversion) -> None:
+    """Every source present, of its shape, all of one dtype."""
+    for source in _sources(conversion):
+        entry = conversion.checkpoint.entry(conversion.full_name(source.name), source.shape)
+        if entry.dtype != conversion.dtype:
+            raise UnsupportedModel(
+                f"{entry.shard}: {conversion.full_name(source.name)} is {entry.dtype} where the FFN is "
+                f"{conversion.dtype}; checkpoints of mixed dtypes are not supported"
+            )
+
+
+def _sources(conversion: Conversion) -> Iterator[Source]:
+    for item in conversion.residents:
+        yield from item.sources
+    for layer in range(len(conversion.architecture.layers)):
+        yield from conversion.family.ffn(conversion.architecture, layer).values()
+
+
+def same_parameters(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two conversions write the same bytes; formats 1 and 2 differ in the manifest alone."""
+    return all(left.get(name) == right.get(name) for name in {*left, *right} if name != "format_version")

@@ -1,0 +1,69 @@
+"""The CPU as a `Device`: one way for one token and a predicted set, one for many tokens and every unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.architecture import NormPlace
+from storage.codecs import F32, FLOAT32, Codec
+from workers.compute.bound import BoundModel, Source
+from workers.compute.cpu.batch import BatchOperations
+from workers.compute.cpu.pool import Pool
+from workers.compute.cpu.token import TokenOperations
+from workers.compute.device import LayerFfn, Mask
+from workers.compute.kv_cache import KeyValueCache
+from workers.compute.positions import Positions
+
+
+class CpuDevice:
+    """`device.Device` over numpy arrays. Results do not depend on the number of threads."""
+
+    def __init__(
+        self,
+        source: Source,
+        context: int,
+        threads: int,
+        cache_codec: Codec = FLOAT32,
+        token: Callable[..., TokenOperations] = TokenOperations,
+    ) -> None:
+        """`context` in tokens; keys and values are kept in `cache_codec`. `token` computes one token."""
+        layers = [layer.attention for layer in source.architecture.layers]
+        self._pool = Pool(threads)
+        model = BoundModel.of(source)
+        positions = Positions(layers, context)
+        self.cache = KeyValueCache(layers, context, cache_codec)
+        self._token = token(source, model, positions, self.cache, threads)
+        self._batch = BatchOperations(source, model, positions, self.cache, self._pool)
+        self._now: TokenOperations | BatchOperations = self._batch
+
+    def begin(self, first: int, count: int, every: bool, sequences: int = 1) -> None:
+        assert sequences == 1, "the cache holds one sequence"
+        assert every or count == 1, "a predicted set is one token's"
+        self._now = self._batch if every else self._token
+        self._now.first = first
+
+    def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
+        return self._now.embed(tokens)
+
+    def norm(self, index: int, place: NormPlace, x: F32) -> F32:
+        return self._now.norm(index, place, x)
+
+    def attention(self, index: int, x: F32) -> F32:
+        return self._now.attention(index, x)
+
+    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> LayerFfn[F32]:
+        return self._now.ffn(index, x, mask)
+
+    def logits(self, x: F32) -> F32:
+        """One row goes the way of a token: its head is read, not widened."""
+        return (self._token if x.shape[0] == 1 else self._batch).logits(x)
+
+    def host(self, x: F32) -> F32:
+        return x
+
+    def close(self) -> None:
+        self._pool.close()

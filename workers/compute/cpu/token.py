@@ -1,0 +1,150 @@
+"""One token's operations on the CPU: numba kernels over weights as they are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.architecture import EMBED, POSITIONS, NormPlace
+from storage.codecs import F32
+from storage.layout import Unit
+from workers import kernels
+from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear, Source
+from workers.compute.device import I32, Bytes, Mask
+from workers.compute.kv_cache import KeyValueCache
+from workers.compute.positions import Positions
+
+
+class TokenOperations:
+    """The part of `device.Device` that is one token's; x is [1, d_model]."""
+
+    def __init__(
+        self, source: Source, model: BoundModel, positions: Positions, cache: KeyValueCache, threads: int
+    ) -> None:
+        self.architecture = source.architecture
+        self.source = source
+        self.model = model
+        self.cache = cache
+        self.threads = threads
+        self.first = 0  # position of the token
+        self._positions = positions
+        self._units = [layer.unit for layer in source.layout.layers]
+        layers = self.architecture.layers
+        self._activations = np.empty(max(layer.ffn.neurons for layer in layers), np.float32)  # of one layer
+        context = cache.keys[0].shape[1]
+        heads = max(layer.attention.heads for layer in layers)
+        self._scores = np.empty((heads, context), np.float32)  # of one layer
+
+    def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
+        x: F32 = self.source.lines(EMBED, tokens)[0]
+        if self.model.project_in is not None:
+            x = self._product(self.model.project_in, x)
+        if self.architecture.learned_positions is not None:
+            x = x + self.source.lines(POSITIONS, self.first + self.architecture.learned_positions)
+        return x[None]
+
+    def norm(self, index: int, place: NormPlace, x: F32) -> F32:
+        return _normed(self.model.layers[index].norms[place], x)
+
+    def attention(self, index: int, x: F32) -> F32:
+        attention, bound = self.architecture.layers[index].attention, self.model.layers[index]
+        cos, sin = self._positions.rotary[index]
+        mixed = kernels.attend(
+            self._product(bound.qkv, x[0]),
+            cos[self.first],
+            sin[self.first],
+            self.cache.keys[index],
+            self.cache.values[index],
+            self.first,
+            attention.scale,
+            self._positions.bias[index],
+            self._scores[: attention.heads],
+            self.cache.codec,
+            self.threads,
+        )
+        return self._product(bound.out, mixed)[None]
+
+    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn:
+        assert mask is None, "a token's set is given, not masked"
+        activation = self.architecture.layers[index].ffn.activation
+        bound, unit = self.model.layers[index], self._units[index]
+        return TokenFfn(bound, unit, activation, x[0], self._activations, self.threads)
+
+    def logits(self, x: F32) -> F32:
+        if self.model.final_norm is not None:
+            x = _normed(self.model.final_norm, x)
+        (row,) = x
+        if self.model.project_out is not None:
+            row = self._product(self.model.project_out, row)
+        return self._product(self.model.head, row)[None]
+
+    def _product(self, linear: Linear, x: F32) -> F32:
+        return kernels.matvec(linear.weight, x, self.threads, linear.bias)
+
+
+def _normed(norm: BoundNorm, x: F32) -> F32:
+    return kernels.layer_norm(x, norm.weight, norm.bias, norm.epsilon)
+
+
+class TokenFfn:
+    """One layer's FFN of one token, over groups of parts that may arrive one by one.
+
+    The sum runs over ascending neuron ids, whatever the parts were.
+    """
+
+    def __init__(
+        self,
+        bound: BoundLayer,
+        unit: Unit,
+        activation: str,
+        x: F32,
+        activations: F32,
+        threads: int,
+    ) -> None:
+        """x [d_model]; `activations` [neurons] is scratch, this FFN's own until it is finished."""
+        self._bound, self._unit, self._activation = bound, unit, activation
+        self._input, self._activations, self._threads = x, activations, threads
+        self._output = bound.down_bias.copy() if bound.down_bias.size else np.zeros_like(x)
+        self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
+        self._memory: Bytes | None = None
+        self._summed = self._activated = 0  # of `activations`
+        self.active = 0
+
+    def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
+        if not ids.size:
+            return
+        part = slice(self._activated, self._activated + ids.size)
+        self._activated += ids.size
+        self._parts.append((ids, slots))
+        self._memory = memory
+        kernels.activate(
+            self._unit.view(memory, "up"),
+            ids,
+            slots,
+            self._input,
+            self._bound.up_bias,
+            self._activation,
+            self._threads,
+            self._activations[part],
+        )
+
+    def close(self) -> None:
+        if not self._parts:
+            return
+        assert self._memory is not None
+        if len(self._parts) == 1:
+            ids, slots = self._parts[0]
+        else:
+            ids, slots = (np.concatenate(several) for several in zip(*self._parts, strict=True))
+        group = slice(self._summed, self._activated)
+        self._summed = self._activated
+        self._parts.clear()
+        down = self._unit.view(self._memory, "down")
+        self.active += kernels.accumulate(
+            down, ids, slots, self._activations[group], self._output, self._threads
+        )
+
+    def finish(self) -> F32:
+        return self._output[None]

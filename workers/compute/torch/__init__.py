@@ -1,0 +1,1 @@
+"""Compute on any device that torch has: the plain form, which the dense reference is made of."""

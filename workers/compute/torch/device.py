@@ -1,0 +1,199 @@
+"""A torch device as a `Device`: the same model in plain float32 products.
+
+Weights stay in their codec and are widened when they are used. Without a context nothing is kept from step
+to step, and a step may be of several sequences, each from position 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from storage.architecture import EMBED, POSITIONS, NormPlace
+from storage.codecs import F32, FLOAT32, FLOATS, Codec
+from storage.layout import Rows, Unit
+from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear
+from workers.compute.device import I32, Bytes, Mask
+from workers.compute.positions import Positions
+from workers.compute.weights import Weights
+
+
+class TorchDevice:
+    """`device.Device` over tensors; hidden states are [sequences · tokens, d_model] float32."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        context: int = 0,
+        cache_codec: Codec = FLOAT32,
+        where: str | torch.device = "cpu",
+    ) -> None:
+        """`context` in tokens, 0 to keep nothing; keys and values are kept in `cache_codec`, a float."""
+        self.architecture = weights.architecture
+        self._weights = weights
+        self._model = BoundModel.of(weights)
+        self._units = [layer.unit for layer in weights.layout.layers]
+        self._where = torch.device(where)
+        self._positions = Positions(
+            [layer.attention for layer in self.architecture.layers],
+            context or self.architecture.max_positions,
+        )
+        self._first = 0
+        self._sequences = 1
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        if context:
+            kind = getattr(torch, cache_codec.name)
+            for layer in self.architecture.layers:
+                shape = (layer.attention.kv_heads, context, layer.attention.head_dim)
+                keys, values = (torch.zeros(shape, dtype=kind, device=self._where) for _ in range(2))
+                self._kept.append((keys, values))
+
+    def begin(self, first: int, count: int, every: bool, sequences: int = 1) -> None:
+        assert not self._kept or sequences == 1, "the cache holds one sequence"
+        assert self._kept or first == 0, "nothing is kept of what was before"
+        self._first, self._sequences = first, sequences
+
+    def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> Tensor:
+        x = self._here(self._weights.lines(EMBED, tokens))
+        if self._model.project_in is not None:
+            x = self._linear(self._model.project_in, x)
+        if self.architecture.learned_positions is not None:
+            row = self.architecture.learned_positions + self._first
+            rows = self._weights.lines(POSITIONS, slice(row, row + tokens.size // self._sequences))
+            x = x + self._here(rows).repeat(self._sequences, 1)
+        return x
+
+    def norm(self, index: int, place: NormPlace, x: Tensor) -> Tensor:
+        return self._normed(self._model.layers[index].norms[place], x)
+
+    def attention(self, index: int, x: Tensor) -> Tensor:
+        a, bound = self.architecture.layers[index].attention, self._model.layers[index]
+        fused = self._linear(bound.qkv, x).view(self._sequences, -1, a.heads + 2 * a.kv_heads, a.head_dim)
+        fused = fused.transpose(1, 2)  # [sequences, heads, tokens, head_dim]
+        queries, keys, values = torch.split(fused, [a.heads, a.kv_heads, a.kv_heads], dim=1)
+        tokens = queries.shape[2]
+        if a.rope is not None:
+            rows = slice(self._first, self._first + tokens)
+            cos, sin = (self._here(table[rows]) for table in self._positions.rotary[index])
+            queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
+        if self._kept:
+            keys, values = self._with_past(index, keys[0], values[0])
+        mixed = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=self._mask(index, tokens),
+            scale=a.scale,
+            enable_gqa=a.heads != a.kv_heads,
+        )
+        return self._linear(bound.out, mixed.transpose(1, 2).reshape(x.shape[0], a.width))
+
+    def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn:
+        activation = self.architecture.layers[index].ffn.activation
+        return TorchFfn(self._model.layers[index], self._units[index], activation, x, mask)
+
+    def logits(self, x: Tensor) -> F32:
+        if self._model.final_norm is not None:
+            x = self._normed(self._model.final_norm, x)
+        if self._model.project_out is not None:
+            x = self._linear(self._model.project_out, x)
+        return self.host(self._linear(self._model.head, x))
+
+    def host(self, x: Tensor) -> F32:
+        found: F32 = x.cpu().numpy()
+        return found
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+    def _with_past(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the step's; returns all so far, [1, kv_heads, tokens, head_dim] float32, these unrounded."""
+        last = self._first + keys.shape[1]
+        whole = []
+        for kept, new in zip(self._kept[index], (keys, values), strict=True):
+            whole.append(torch.cat((kept[:, : self._first].float(), new), dim=1)[None])
+            kept[:, self._first : last] = new.to(kept.dtype)
+        return whole[0], whole[1]
+
+    def _mask(self, index: int, tokens: int) -> Tensor:
+        """[heads or 1, tokens, past + tokens]: ALiBi where there is one, and no future."""
+        known = self._first + tokens
+        bias = self._positions.bias[index]
+        mask = self._here(bias[:, None, :known]) if bias.size else torch.zeros(1, 1, 1, device=self._where)
+        allowed = torch.ones(tokens, known, dtype=torch.bool, device=self._where).tril(self._first)
+        return mask.masked_fill(~allowed, -torch.inf)
+
+    def _linear(self, linear: Linear, x: Tensor) -> Tensor:
+        bias = self._here(linear.bias) if linear.bias.size else None
+        return functional.linear(x, _widened(linear.weight, self._where), bias)
+
+    def _normed(self, norm: BoundNorm, x: Tensor) -> Tensor:
+        weight, bias = self._here(norm.weight), self._here(norm.bias)
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, norm.epsilon)
+
+    def _here(self, array: F32) -> Tensor:
+        return torch.from_numpy(array).to(self._where)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def _widened(rows: Rows, where: torch.device) -> Tensor:
+    """[lines, width] float32."""
+    if rows.codec.name not in FLOATS:
+        return torch.from_numpy(rows.widened()).to(where)
+    values = torch.from_numpy(rows.values).view(getattr(torch, rows.codec.name))
+    return values.to(where).float()
+
+
+class TorchFfn:
+    """One layer's FFN, computed at its end in one product over all units, by ascending id."""
+
+    def __init__(self, bound: BoundLayer, unit: Unit, activation: str, x: Tensor, mask: Mask | None) -> None:
+        """x [rows, d_model]; mask [rows, neurons], where given, silences neurons."""
+        self._bound, self._unit, self._activation = bound, unit, activation
+        self._input, self._mask = x, mask
+        self._ids: list[I32] = []
+        self._copies: list[Bytes] = []  # [n, stride]: slots are given to others meanwhile
+        self.active = 0
+
+    def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
+        self._ids.append(ids.copy())
+        self._copies.append(memory[slots])
+
+    def close(self) -> None:
+        """Every unit has been copied."""
+
+    def finish(self) -> Tensor:
+        x, where = self._input, self._input.device
+        output = torch.zeros_like(x)
+        if self._bound.down_bias.size:
+            output += torch.from_numpy(self._bound.down_bias).to(where)
+        if not self._ids:
+            return output
+        ids, units = np.concatenate(self._ids), np.concatenate(self._copies)
+        order = np.argsort(ids, kind="stable")
+        ids, units = ids[order], units[order]
+        a = functional.linear(x, _widened(self._unit.view(units, "up"), where))
+        if self._bound.up_bias.size:
+            a += torch.from_numpy(self._bound.up_bias[ids]).to(where)
+        a = ACTIVATIONS[self._activation](a)
+        if self._mask is not None:
+            a *= torch.from_numpy(self._mask[:, ids]).to(where)
+        self.active = int(torch.count_nonzero(a))
+        return torch.addmm(output, a, _widened(self._unit.view(units, "down"), where))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
