@@ -109,9 +109,11 @@ def _layout_from_json(layers: list[Mapping[str, Any]]) -> Layout:
     for layer in layers:
         rows = tuple(Row(role, codec) for role, codec in layer["rows"].items())
         unit = Unit(rows, layer["width"], layer["d_model"], layer["alignment"])
-        numbers = (layer["units"], unit.width, unit.d_model, unit.alignment)
+        if type(unit.alignment) is not int or unit.alignment < 1:
+            raise ValueError(f"an alignment of {unit.alignment!r} bytes")
+        numbers = (layer["units"], unit.width, unit.d_model)
         if not all(type(number) is int for number in numbers) or layer["units"] < 0 or min(numbers[1:]) < 1:
-            raise ValueError(f"a layer of {numbers} units, neurons, values and bytes")
+            raise ValueError(f"a layer of {numbers} units, neurons and values")
         if not all(row.codec in CODECS for row in rows):
             raise ValueError(f"rows of {', '.join(row.codec for row in rows)}")
         if unit.stride != layer["stride"]:

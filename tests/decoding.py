@@ -1,4 +1,4 @@
-"""The decoder without a ring: all bundles at hand, prefill by batch and decoding by token."""
+"""The decoder without a ring: all units at hand, prefill by many tokens and decoding by one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.store import Store
-from workers.compute.batch import BatchFfn, BatchOperations, Workers
-from workers.compute.blocks import after_ffn, before_ffn
-from workers.compute.token import TokenFfn, TokenOperations
+from workers.compute.blocks import run
+from workers.compute.cpu.device import CpuDevice
 from workers.compute.weights import Weights
 
 
@@ -18,32 +17,26 @@ class LocalDecoder:
     """Close it after use."""
 
     def __init__(self, store: Store, context: int = 128, threads: int = 1) -> None:
-        weights = self.weights = Weights(store)
+        self.weights = Weights(store)
         self.architecture = store.architecture
-        self.token = TokenOperations(weights, context, threads)
-        self.workers = Workers(threads)
-        self.batch = BatchOperations(weights, self.workers, self._keep)
-        self.bundles = [
-            store.read_layer(index).reshape(store.layout.d_ff, -1) for index in range(store.layout.layers)
-        ]
-        self.ids = np.arange(store.layout.d_ff, dtype=np.int32)
+        self.device = CpuDevice(self.weights, context, threads)
+        self.units = [store.read_layer(index) for index in range(len(store.layout.layers))]
         self.length = 0
 
-    def _keep(self, index: int, keys: np.ndarray, values: np.ndarray) -> None:
-        tokens = keys.shape[2]
-        self.token.cache.keys[index, :, :tokens] = keys[0]
-        self.token.cache.values[index, :, :tokens] = values[0]
+    def announce(self, index: int, hidden: npt.NDArray[np.float32]) -> None:
+        """Nobody listens."""
+
+    def ffn(self, index: int, ffn_input: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        ffn, units = self.device.ffn(index, ffn_input), self.units[index]
+        ids = np.arange(units.shape[0], dtype=np.int32)
+        ffn.add(ids, ids, units)
+        ffn.close()
+        return ffn.finish()
 
     def prefill(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of all tokens, [tokens, vocabulary]."""
-        x = self.batch.embed(np.array([list(prompt)]))
-        for index, bundles in enumerate(self.bundles):
-            residual, hidden = before_ffn(self.architecture, self.batch, index, x, lambda _: None)
-            ffn = BatchFfn(self.batch, index, hidden[0])
-            ffn.add(self.ids, self.ids, bundles)
-            x = after_ffn(self.architecture, self.batch, index, residual, ffn.finish()[None])
-        self.length = len(prompt)
-        return self.batch.logits(x)[0]
+        self.length = 0
+        return self._forward(prompt, every=True)
 
     def steps(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of all tokens, [tokens, vocabulary], decoded one by one from an empty cache."""
@@ -52,19 +45,16 @@ class LocalDecoder:
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
         """Logits after one more token."""
-        self.token.position = self.length
-        x = self.token.embed(token)
-        for index, bundles in enumerate(self.bundles):
-            residual, hidden = before_ffn(self.architecture, self.token, index, x, lambda _: None)
-            ffn = TokenFfn(self.token, index, hidden, bundles, np.stack([self.ids, self.ids]))
-            ffn.add(self.ids.size)
-            ffn.close()
-            x = after_ffn(self.architecture, self.token, index, residual, ffn.output)
-        self.length += 1
-        return self.token.logits(x)
+        return self._forward([token], every=False)[0]
+
+    def _forward(self, tokens: Sequence[int], every: bool) -> npt.NDArray[np.float32]:
+        self.device.begin(self.length, len(tokens), every)
+        x = run(self.architecture, self.device, self.device.embed(np.array(tokens)), self)
+        self.length += len(tokens)
+        return self.device.logits(x)
 
     def close(self) -> None:
-        self.workers.close()
+        self.device.close()
 
     def __enter__(self) -> LocalDecoder:
         return self

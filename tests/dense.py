@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from storage.architecture import Architecture
+from storage.architecture import Attention, Layer, Norm, Rope
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -32,62 +31,64 @@ def logits(store: Store, ids: list[int]) -> Tensor:
     x = weights["embed.weight"][ids]
     if "project_in.weight" in weights:
         x = x @ weights["project_in.weight"].T
-    if model.positions == "learned":
-        x = x + weights["positions.weight"][model.position_offset : model.position_offset + len(ids)]
-    for layer in range(model.layers):
+    if model.learned_positions is not None:
+        x = x + weights["positions.weight"][model.learned_positions :][: len(ids)]
+    for index, layer in enumerate(model.layers):
         part = {
-            name.removeprefix(f"layers.{layer}."): value
+            name.removeprefix(f"layers.{index}."): value
             for name, value in weights.items()
-            if name.startswith(f"layers.{layer}.")
+            if name.startswith(f"layers.{index}.")
         }
-        x = _block(model, part, *_ffn_matrices(store, layer), x)
-    if model.final_norm:
-        x = _norm(model, weights, "final_norm", x)
+        x = _block(layer, part, *_ffn_matrices(store, index), x)
+    if model.final_norm is not None:
+        x = _norm(model.final_norm, weights, "final_norm", x)
     if "project_out.weight" in weights:
         x = x @ weights["project_out.weight"].T
     return x @ weights["embed.weight" if model.tied_head else "head.weight"].T
 
 
 def _ffn_matrices(store: Store, layer: int) -> tuple[Tensor, Tensor]:
-    """Up `[d_ff, d_model]` and the down-projection's columns as rows, `[d_ff, d_model]`."""
-    bundles = torch.from_numpy(store.read_layer(layer).view(np.uint8).copy())
-    rows = bundles.view(getattr(torch, store.layout.dtype)).double()
-    return rows[:, 0], rows[:, 1]
+    """Up `[neurons, d_model]` and the down-projection's columns as rows, `[neurons, d_model]`."""
+    dtype = getattr(torch, store.layout.layers[layer].unit.rows[0].codec)
+    width = store.architecture.d_model
+    values = torch.from_numpy(store.read_layer(layer).copy()).view(dtype).double()
+    return values[:, :width], values[:, width : 2 * width]
 
 
-def _block(model: Architecture, part: dict[str, Tensor], up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+def _block(layer: Layer, part: dict[str, Tensor], up: Tensor, down: Tensor, x: Tensor) -> Tensor:
     def ffn(h: Tensor) -> Tensor:
-        active = ACTIVATIONS[model.activation](h @ up.T + part.get("up.bias", 0))
+        active = ACTIVATIONS[layer.ffn.activation](h @ up.T + part.get("up.bias", 0))
         return active @ down + part.get("down.bias", 0)
 
     def norm(name: str, h: Tensor) -> Tensor:
-        return _norm(model, part, name, h)
+        return _norm(next(iter(layer.norms.values())), part, name, h)
 
-    if model.block == "parallel":
-        second = "norm" if model.shared_norm else "ffn_norm"
-        return x + _attention(model, part, norm("norm", x)) + ffn(norm(second, x))
-    if model.block == "pre_norm":
-        x = x + _attention(model, part, norm("norm", x))
+    attention = layer.attention
+    if layer.parallel:
+        second = "ffn_norm" if "ffn_input" in layer.norms else "norm"
+        return x + _attention(attention, part, norm("norm", x)) + ffn(norm(second, x))
+    if "ffn_input" in layer.norms:
+        x = x + _attention(attention, part, norm("norm", x))
         return x + ffn(norm("ffn_norm", x))
-    x = norm("norm", x + _attention(model, part, x))
+    x = norm("norm", x + _attention(attention, part, x))
     return norm("ffn_norm", x + ffn(x))
 
 
-def _norm(model: Architecture, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+def _norm(norm: Norm, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return functional.layer_norm(
-        x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], model.norm_epsilon
+        x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], norm.epsilon
     )
 
 
-def _attention(model: Architecture, part: dict[str, Tensor], x: Tensor) -> Tensor:
+def _attention(model: Attention, part: dict[str, Tensor], x: Tensor) -> Tensor:
     sizes = [model.heads * model.head_dim] + 2 * [model.kv_heads * model.head_dim]
     fused = x @ part["qkv.weight"].T + part.get("qkv.bias", 0)
     q, k, v = (t.view(len(x), -1, model.head_dim).transpose(0, 1) for t in fused.split(sizes, dim=-1))
     k, v = (t.repeat_interleave(model.heads // model.kv_heads, dim=0) for t in (k, v))
-    if model.positions == "rotary":
-        q, k = _rotate(model, q), _rotate(model, k)
+    if model.rope is not None:
+        q, k = _rotate(model.rope, q), _rotate(model.rope, k)
     scores = q @ k.transpose(1, 2)
-    if model.positions == "alibi":
+    if model.alibi:
         scores = scores + _alibi(model.heads, len(x))
     scores = scores / math.sqrt(model.head_dim)
     mask = torch.triu(torch.full((len(x), len(x)), -math.inf, dtype=torch.double), diagonal=1)
@@ -96,9 +97,9 @@ def _attention(model: Architecture, part: dict[str, Tensor], x: Tensor) -> Tenso
     return out @ part["out.weight"].T + part.get("out.bias", 0)
 
 
-def _rotate(model: Architecture, x: Tensor) -> Tensor:
-    half = model.head_dim // 2
-    frequencies = model.rotary_base ** (-torch.arange(half, dtype=torch.double) / half)
+def _rotate(rope: Rope, x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    frequencies = rope.base ** (-torch.arange(half, dtype=torch.double) / half)
     angles = torch.arange(x.shape[1], dtype=torch.double)[:, None] * frequencies
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin

@@ -17,10 +17,10 @@ def maps(store: Store, prefix: str, layers: range, rank: int = 3, seed: int = 1)
     generator = np.random.default_rng(seed)
     tensors: dict[str, Any] = {}
     for layer in layers:
-        shapes = {"down": (rank, store.layout.d_model), "up": (store.layout.d_ff, rank)}
+        shapes = {"down": (rank, store.architecture.d_model), "up": (store.layout.most_units, rank)}
         for name, shape in shapes.items():
             tensors[f"{prefix}.{layer}.{name}"] = generator.normal(size=shape).astype(np.float16)
-        tensors[f"{prefix}.{layer}.bias"] = generator.normal(size=store.layout.d_ff).astype(np.float32)
+        tensors[f"{prefix}.{layer}.bias"] = generator.normal(size=store.layout.most_units).astype(np.float32)
         tensors[f"{prefix}.{layer}.scale"] = np.array([0.5], np.float32)
     return tensors
 

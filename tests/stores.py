@@ -8,34 +8,30 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from storage.architecture import Architecture
-from storage.layout import Layout
+from storage.architecture import Architecture, Attention, Ffn, Layer, Norm
+from storage.layout import Layout, neuron
 from storage.manifest import BUNDLES, MANIFEST, ORDER, RESIDENT, FileEntry, Manifest
 from storage.store import Store
 
 
 def architecture(layers: int, d_ff: int, d_model: int) -> Architecture:
     """A ReLU model of these sizes."""
+    norm = Norm(1e-5)
+    layer = Layer(
+        attention=Attention(heads=2, kv_heads=2, head_dim=d_model // 2, scale=(d_model // 2) ** -0.5),
+        ffn=Ffn("plain", d_ff, 1, "relu"),
+        norms={"attention_input": norm, "ffn_input": norm},
+    )
     return Architecture(
         family="opt",
         d_model=d_model,
-        d_ff=d_ff,
-        layers=layers,
-        heads=2,
-        kv_heads=2,
-        head_dim=d_model // 2,
         vocabulary=64,
         max_positions=64,
-        block="pre_norm",
-        positions="learned",
-        activation="relu",
-        shared_norm=False,
-        final_norm=True,
+        layers=(layer,) * layers,
+        final_norm=norm,
         tied_head=True,
-        norm_epsilon=1e-5,
         embed_dim=d_model,
-        position_offset=2,
-        rotary_base=10_000.0,
+        learned_positions=2,
         bos_token=None,
         eos_tokens=(),
     )
@@ -54,7 +50,7 @@ def bundle_store(
     `shuffled` gives it an order.bin of random permutations.
     """
     generator = np.random.default_rng(5)
-    layout = Layout(layers, d_ff, d_model, "float16", alignment)
+    layout = Layout.uniform(layers, d_ff, neuron("float16", d_model, alignment))
     path.mkdir(parents=True)
     generator.integers(0, 256, layout.total_bytes, np.uint8).tofile(path / BUNDLES)
     (path / RESIDENT).touch()
@@ -78,8 +74,10 @@ def bundle_store(
 def raw_bundles(store: Store) -> npt.NDArray[np.uint8]:
     """Every bundle's bytes by layer and neuron id, `[layers, d_ff, stride]`."""
     layout = store.layout
-    raw = np.fromfile(store.path / BUNDLES, np.uint8).reshape(layout.layers, layout.d_ff, layout.stride)
+    raw = np.fromfile(store.path / BUNDLES, np.uint8).reshape(
+        len(layout.layers), layout.most_units, layout.stride
+    )
     positions = store.positions()
     if positions is None:
         return raw
-    return np.take_along_axis(raw, positions[:, :, None], axis=1)
+    return np.take_along_axis(raw, np.stack(positions)[:, :, None], axis=1)

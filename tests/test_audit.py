@@ -36,7 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     generator = np.random.default_rng(3)
     order = np.array([generator.permutation(192) for _ in range(3)], np.int32)
     made = convert(checkpoint, base / "store", name="small", order=NeuronOrder("shuffled", order))
-    layers = range(made.layout.layers)
+    layers = range(len(made.layout.layers))
     predictors.write(
         made, predictors.maps(made, "layers", layers) | predictors.maps(made, "inlayer", layers, seed=2)
     )
@@ -52,7 +52,7 @@ def test_one_look_counts_what_a_plain_computation_counts(store):
     x = generator.normal(size=64).astype(np.float32)
     ids = np.sort(generator.choice(192, 80, replace=False)).astype(np.int32)
     resident = load_file(store.path / RESIDENT)
-    up, down = store.read_layer(1).astype(np.float64).swapaxes(0, 1)
+    up, down = (rows.widened().astype(np.float64) for rows in store.ffn(1, "up", "down"))
     a = np.maximum(up @ x + resident["layers.1.up.bias"], 0)
     whole = a @ down + resident["layers.1.down.bias"]
     chosen = np.zeros(192, bool)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline import planner
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
+from storage.layout import Layout, neuron
 from storage.manifest import PREDICTORS, RESIDENT
 from storage.store import Store
 from workers.cache.policy import KeepNothing
@@ -49,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(checkpoint: Path) -> Store:
     made = convert(checkpoint, checkpoint.parent / "store", name="tiny")
-    layers = range(made.layout.layers)
+    layers = range(len(made.layout.layers))
     maps = predictors.maps(made, "layers", layers) | predictors.maps(made, "inlayer", layers, seed=2)
     predictors.write(made, maps)
     return made
@@ -132,7 +133,9 @@ def test_a_row_has_the_medians_of_its_runs_per_decoded_token():
             predictor={"decode_seconds": 0.001},
         )
 
-    row = rows.of_rings("+ window", TECHNIQUES[:3], [run(1), run(2), run(3)], stride=200, settings={})
+    row = rows.of_rings(
+        "+ window", TECHNIQUES[:3], [run(1), run(2), run(3)], unit=neuron("float16", 50), settings={}
+    )
     assert row.total_ms == 25  # of 10, 20, 20, 30, 40, 60
     assert row.run_ms == pytest.approx((15, 30, 45))
     assert (row.p10_ms, row.p90_ms) == pytest.approx((10, 40))  # the nearest of six
@@ -152,9 +155,9 @@ def test_a_row_has_the_medians_of_its_runs_per_decoded_token():
 
 
 def test_a_run_without_a_cgroup_says_so():
-    row = rows.of_rings("x", (), [ran([0.1]), ran([0.1], peak=None)], stride=2, settings={})
+    row = rows.of_rings("x", (), [ran([0.1]), ran([0.1], peak=None)], unit=neuron("float16", 50), settings={})
     assert not row.limited
-    only = rows.of_rings("x", (), [ran([0.1], peak=None)], stride=2, settings={})
+    only = rows.of_rings("x", (), [ran([0.1], peak=None)], unit=neuron("float16", 50), settings={})
     assert (only.dram_bytes, only.dram_by) == (7_000, "proportional set size")
 
 
@@ -225,7 +228,7 @@ def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, mon
 def test_predictors_that_must_look_ahead_overlap_in_every_row(store: Store, job: Job) -> None:
     default = store.predictors("default")
     kept = default.read_bytes()
-    predictors.write(store, predictors.maps(store, "layers", range(1, store.layout.layers)))
+    predictors.write(store, predictors.maps(store, "layers", range(1, len(store.layout.layers))))
     try:
         found = ablation.series(job)
     finally:
@@ -252,7 +255,7 @@ def test_a_series_grows_by_a_run_and_keeps_the_good_ones() -> None:
             raise ChildFailed("no more") from None
 
     def row(found: Any) -> Row:
-        return rows.of_rings("x", TECHNIQUES, found, stride=2, settings={})
+        return rows.of_rings("x", TECHNIQUES, found, unit=neuron("float16", 50), settings={})
 
     series = Series("x", run, row, TECHNIQUES, 10_000)
     assert [series.again().run_ms for _ in range(2)] == [pytest.approx((10,)), pytest.approx((10, 30))]
@@ -273,7 +276,7 @@ def test_a_row_with_a_failed_run_is_reported_with_it(job: Job, tmp_path: Path, m
         return next(runs, None) or no_luck()
 
     def row(found: Any) -> Row:
-        return rows.of_rings("x", (), found, stride=2, settings={})
+        return rows.of_rings("x", (), found, unit=neuron("float16", 50), settings={})
 
     monkeypatch.setattr(bench.ablation, "series", lambda job, only: [Series("x", run, row)])
     results, said = results_of(replace(job, repeats=2), tmp_path, ["ablation"])
@@ -341,7 +344,7 @@ def test_all_that_is_measured_has_the_same_threads(
         (out / bench.REPORT).write_text("", encoding="utf-8")
 
     monkeypatch.setattr(bench, "measure", measure)
-    bench_command.command(
+    bench_command.main(
         model=str(store.path),
         out=tmp_path,
         prompt_tokens=8,
@@ -420,7 +423,7 @@ def test_the_roof_is_the_larger_of_disk_and_memory():
 
 def test_what_a_token_reads_of_memory(job: Job) -> None:
     a = job.store.architecture
-    tables = 2 * (a.max_positions + a.position_offset) * a.d_model
+    tables = 2 * (a.max_positions + (a.learned_positions or 0)) * a.d_model
     resident = job.store.manifest.files[RESIDENT].bytes - tables  # the tied embedding is the head
     assert resident_bytes(job) == resident
     maps = load_file(job.store.path / PREDICTORS / "default.safetensors")
@@ -448,8 +451,8 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
         return set(planner.plan(job.store, config).plan.slots)
 
     assert slots(budgets[0]) == {1}
-    assert slots(budgets[2] - 1) == {layout.d_ff - 1}
-    assert slots(budgets[2]) == {layout.d_ff}
+    assert slots(budgets[2] - 1) == {layout.most_units - 1}
+    assert slots(budgets[2]) == {layout.most_units}
     assert budgets[1] == (budgets[0] + budgets[2]) // 2
     assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
 
@@ -478,7 +481,7 @@ def test_ceilings_after_a_run_are_those_before_the_next(job: Job, monkeypatch: p
 
     monkeypatch.setattr(ceilings.disk, "ceiling", ceiling)
     around = Around(job)
-    stride, long = job.store.layout.stride, job.store.layout.layer_bytes
+    stride, long = job.store.layout.stride, job.store.layout.layers[0].bytes
     bundles = made_of(Row("x", bytes_per_token=3.2 * stride, reads_per_token=2))
     first = around.now(bundles)
     assert first == Ceilings(stride, 1e9, 2e9) == around.now(bundles)
@@ -635,9 +638,8 @@ def test_the_naive_baseline_computes_the_model(variant: str, tmp_path: Path) -> 
 def resident_weights(store: Store) -> int:
     """Bytes of the matrices that a token multiplies with, without its embedding."""
     a = store.architecture
-    heads = (a.heads + 2 * a.kv_heads) * a.head_dim
-    per_layer = a.d_model * heads + a.heads * a.head_dim * a.d_model
-    return 2 * (a.layers * per_layer + a.vocabulary * a.embed_dim)
+    attention = sum(a.d_model * (one.attention.projected + one.attention.width) for one in a.layers)
+    return 2 * (attention + a.vocabulary * a.embed_dim)
 
 
 # -- the techniques that can be turned off ----------------------------------------------------------
@@ -656,7 +658,10 @@ def test_without_a_window_every_token_begins_with_empty_slots():
 
 @pytest.mark.parametrize("stride", [512, 1024, 1536, 18432])
 def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
-    requests = Planner(base=1 << 20, slots=8, stride=stride, d_ff=10, max_read=1 << 20, max_gap=0, sink=0)
+    layout = Layout.uniform(4, 10, neuron("float16", stride // 4))
+    requests = Planner(
+        base=1 << 20, slots=8, stride=stride, layout=layout, max_read=1 << 20, max_gap=0, sink=0
+    )
     positions, slots = np.array([7, 2, 3], np.int32), np.array([0, 5, 1], np.int32)
 
     def landed(requests: Any) -> dict[int, int]:

@@ -68,11 +68,11 @@ def driven(
 ) -> Iterator[Driven]:
     layout = store.layout
     plan = Plan(
-        layers=layout.layers,
-        d_model=layout.d_model,
-        d_ff=layout.d_ff,
+        layers=len(layout.layers),
+        d_model=store.architecture.d_model,
+        d_ff=layout.most_units,
         stride=layout.stride,
-        slots=(6,) * layout.layers,
+        slots=(6,) * len(layout.layers),
         staging=4,
         context=16,
         hidden_rows=2,

@@ -16,12 +16,12 @@ from checkpoints import DTYPES, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from storage.checkpoint import Checkpoint
-from storage.convert import make_plan
+from storage.convert.conversion import check
 from storage.errors import CheckpointError, UnsupportedModel
 
 
 def plan(directory: Path) -> Any:
-    return make_plan(Checkpoint.open(directory), 512)
+    return check(Checkpoint.open(directory), 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

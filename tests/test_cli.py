@@ -143,9 +143,9 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
         ("manifest.json", lambda data: _without(data, "bundles.bin"), "does not list bundles.bin"),
         ("manifest.json", lambda data: _without(data, "resident.safetensors"), "list resident.safetensors"),
         ("manifest.json", lambda data: _changed(data, files=[]), "manifest.json is damaged"),
-        ("manifest.json", lambda data: _lacking(data, "stride"), "manifest.json is damaged: 'stride'"),
-        ("manifest.json", lambda data: _changed(data, alignment=0), "an alignment of 0 bytes"),
-        ("manifest.json", lambda data: _changed(data, alignment="x"), "an alignment of 'x' bytes"),
+        ("manifest.json", lambda data: _lacking(data, "layout"), "manifest.json is damaged: 'layout'"),
+        ("manifest.json", lambda data: _layers_changed(data, alignment=0), "an alignment of 0 bytes"),
+        ("manifest.json", lambda data: _layers_changed(data, alignment="x"), "an alignment of 'x' bytes"),
     ],
 )
 def test_what_is_damaged_is_named(
@@ -180,6 +180,10 @@ def test_a_reader_that_has_left_is_status_141(store: Path, arguments: list[str])
     assert done.returncode == 141
     assert b"Traceback" not in done.stderr
     assert b"flashring: " not in done.stderr  # nobody is there to read a sentence
+
+
+def _layers_changed(data: bytes, **fields: object) -> bytes:
+    return _changed(data, layout=[{**layer, **fields} for layer in json.loads(data)["layout"]])
 
 
 def _changed(manifest: bytes, **entries: object) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,17 @@ from checkpoints import DTYPES, VARIANTS, make_model, write_checkpoint
 from decoding import LocalDecoder
 from safetensors import safe_open
 
+from storage.architecture import Ffn
+from storage.codecs import FLOAT32
 from storage.convert import convert
+from storage.layout import Rows, neuron
 from storage.manifest import RESIDENT
 from storage.store import Store
-from workers.compute import batch
-from workers.compute.batch import BatchFfn, BatchOperations, Workers
+from workers.compute.bound import BoundLayer, Linear
+from workers.compute.cpu import batch
+from workers.compute.cpu.batch import BatchFfn
+from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.pool import Pool
 from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel
 
@@ -103,10 +108,10 @@ def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
         with safe_open(store.path / RESIDENT, "np") as file:
             assert set(decoder.weights.names) == set(file.keys())
         tensors = {name: _tensor(decoder, name) for name in decoder.weights.names}
-        width = store.layout.d_model
-        for layer, bundles in enumerate(decoder.bundles):
-            tensors[f"up rows of layer {layer}"] = bundles[:, :width]
-            tensors[f"down columns of layer {layer}"] = bundles[:, width:]
+        for layer, units in enumerate(decoder.units):
+            unit = store.layout.layers[layer].unit
+            tensors[f"up rows of layer {layer}"] = unit.view(units, "up").values
+            tensors[f"down columns of layer {layer}"] = unit.view(units, "down").values
         for name, tensor in tensors.items():
             saved = tensor.copy()
             if variant == "opt-no-affine" and name.endswith("norm.bias"):
@@ -123,7 +128,7 @@ def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
 
 def _tensor(decoder: LocalDecoder, name: str) -> np.ndarray:
     vector = decoder.weights.vector(name)
-    return vector if vector.size else decoder.weights.matrix(name)
+    return vector if vector.size else decoder.weights.matrix(name).values
 
 
 @pytest.mark.parametrize("variant", ["opt", "falcon-40b"])
@@ -140,21 +145,20 @@ def test_threads_do_not_change_a_bit(tmp_path, variant):
 def test_attention_does_not_depend_on_how_a_prompt_is_cut(tmp_path, variant, monkeypatch):
     """Into queries computed at once, and into tokens that are known already and new ones."""
     store = _store(tmp_path, variant, "float32")
-    kept = []
-    x = np.random.default_rng(0).standard_normal((2, 12, store.layout.d_model), np.float32)
-    workers = Workers(2)
-    operations = BatchOperations(
-        Weights(store), workers, lambda *one: kept.append(one[1:]), lambda _: (kept[1][0], kept[1][1])
-    )
-    whole = operations.attention(0, x)
+    x = np.random.default_rng(0).standard_normal((12, store.architecture.d_model), np.float32)
+    device = CpuDevice(Weights(store), 12, 2)
+    device.begin(0, 12, every=True)
+    whole = device.attention(0, x)
+    keys = device.cache.keys[0].copy()
     monkeypatch.setattr(batch, "QUERIES", 3)
-    first = operations.attention(0, x[:, :7])
-    operations.past = 7
-    rest = operations.attention(0, x[:, 7:])
-    workers.close()
+    device.begin(0, 7, every=True)
+    first = device.attention(0, x[:7])
+    device.begin(7, 5, every=True)
+    rest = device.attention(0, x[7:])
+    device.close()
     assert whole.std() > 0.01
-    assert np.allclose(np.concatenate((first, rest), axis=1), whole, atol=1e-5)
-    assert np.allclose(np.concatenate((kept[1][0], kept[2][0]), axis=2), kept[0][0], atol=1e-5)
+    assert np.allclose(np.concatenate((first, rest)), whole, atol=1e-5)
+    assert np.allclose(device.cache.keys[0], keys, atol=1e-5)
 
 
 def test_the_dense_model_is_the_decoder(tmp_path):
@@ -165,15 +169,17 @@ def test_the_dense_model_is_the_decoder(tmp_path):
         assert np.allclose(logits[0].numpy(), decoder.prefill(PROMPT), atol=TOLERANCE)
         assert np.allclose(logits[1].numpy(), decoder.prefill(other), atol=TOLERANCE)
         shapes = {index: tuple(hidden.shape) for index, hidden in dense.layers([PROMPT])}
-    assert shapes == dict.fromkeys(range(store.layout.layers), (1, len(PROMPT), store.layout.d_model))
+    assert shapes == dict.fromkeys(
+        range(len(store.layout.layers)), (1, len(PROMPT), store.architecture.d_model)
+    )
 
 
 def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
     store = _store(tmp_path, "opt", "float32")
-    first, width = store.architecture, store.layout.d_model
+    width, neurons = store.architecture.d_model, store.layout.most_units
 
     def active(index: int, announced: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        up = torch.from_numpy(store.read_layer(index)[:, 0].copy())
+        up = torch.from_numpy(store.ffn(index, "up")[0].widened())
         bias = torch.from_numpy(weights.vector(f"layers.{index}.up.bias"))
         assert hidden.shape == (len(PROMPT), width)
         return hidden @ up.T + bias > 0
@@ -182,46 +188,34 @@ def test_a_mask_of_the_active_neurons_changes_nothing(tmp_path):
         weights = Weights(store)
         plain = dense.forward([PROMPT])
         assert torch.allclose(dense.forward([PROMPT], active), plain, atol=1e-5)
-        silent = dense.forward([PROMPT], lambda _, __, hidden: torch.zeros(len(hidden), first.d_ff).bool())
+        silent = dense.forward([PROMPT], lambda _, __, hidden: torch.zeros(len(hidden), neurons).bool())
         assert not torch.allclose(silent, plain, atol=0.1)
 
 
 @pytest.mark.parametrize("cuts", [[1], [255, 256, 257], [64, 128, 300, 511], [600]])
 def test_a_prefill_does_not_depend_on_its_parts(cuts):
     rng = np.random.default_rng(0)
-    weights = FakeWeights(d_model=96, d_ff=700, seed=0)
+    unit = neuron("float32", 96)
+    bundles = rng.standard_normal((700, 2 * 96), np.float32)
+    linear = Linear("", Rows.of_matrix(np.zeros((0, 96), np.float32), FLOAT32), np.zeros(0, np.float32))
+    biases = rng.standard_normal(700, np.float32), rng.standard_normal(96, np.float32)
+    bound = BoundLayer({}, linear, linear, *biases)
     hidden = rng.standard_normal((5, 96), np.float32)
     ids = np.arange(700, dtype=np.int32)
     outputs = []
-    workers = Workers(1)
+    pool = Pool(1)
     for parts in ([ids], np.split(ids, cuts)):
-        ffn = BatchFfn(BatchOperations(weights, workers), 0, hidden)  # type: ignore[arg-type]
+        ffn = BatchFfn(bound, unit, Ffn("plain", 700, 1, "gelu"), hidden, pool)
         for part in parts:
             # The slots are reused at once, as staging is.
-            staging = weights.bundles[part].copy()
+            staging = np.zeros((part.size, unit.stride), np.uint8)
+            staging[:, : unit.bytes] = bundles[part].view(np.uint8)
             ffn.add(part, np.arange(part.size, dtype=np.int32), staging)
-            staging[...] = np.nan
+            ffn.close()
+            staging[...] = 255  # not a number
         outputs.append(ffn.finish().tobytes())
-    workers.close()
+    pool.close()
     assert outputs[0] == outputs[1]
-
-
-class FakeWeights:
-    """One layer's FFN with random weights."""
-
-    dtype = "float32"
-
-    def __init__(self, d_model: int, d_ff: int, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.bundles = rng.standard_normal((d_ff, 2 * d_model), np.float32)
-        self.architecture = SimpleNamespace(activation="gelu", d_ff=d_ff)
-        self._biases = {
-            "layers.0.up.bias": rng.standard_normal(d_ff, np.float32),
-            "layers.0.down.bias": rng.standard_normal(d_model, np.float32),
-        }
-
-    def vector(self, name: str) -> np.ndarray:
-        return self._biases[name]
 
 
 @pytest.mark.parametrize(

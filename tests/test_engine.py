@@ -30,6 +30,7 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.store import Store
+from workers.compute.cpu.device import CpuDevice
 from workers.compute.engine import Engine
 from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel
@@ -63,10 +64,8 @@ class FakeRing:
 
     def fill(self) -> None:
         """Put every bundle into a slot, permuted by `shuffle`."""
-        row = self.store.layout.row_bytes * 2
         for layer in range(self.plan.layers):
-            raw = self.store.read_layer(layer).reshape(self.plan.d_ff, -1).view(np.uint8)
-            self.memory.bundles[self.slots(layer), :row] = raw
+            self.memory.bundles[self.slots(layer)] = self.store.read_layer(layer)
 
     def slots(self, layer: int) -> np.ndarray:
         """The slot of every neuron."""
@@ -132,11 +131,11 @@ def ring(
 ) -> Iterator[FakeRing]:
     layout = store.layout
     plan = Plan(
-        layers=layout.layers,
-        d_model=layout.d_model,
-        d_ff=layout.d_ff,
+        layers=len(layout.layers),
+        d_model=store.architecture.d_model,
+        d_ff=layout.most_units,
         stride=layout.stride,
-        slots=(layout.d_ff,) * layout.layers,
+        slots=(layout.most_units,) * len(layout.layers),
         staging=8,
         context=64,
         hidden_rows=4,
@@ -153,7 +152,8 @@ def ring(
     ):
         fake = FakeRing(store, plan, memory, theirs, **how)  # type: ignore[arg-type]
         fake.fill()
-        fake.engine = Engine(Weights(store), plan, memory, mine, threads)
+        device = CpuDevice(Weights(store), plan.context, threads)
+        fake.engine = Engine(store.architecture, device, plan, memory, mine)
         server = threading.Thread(target=fake.serve, args=(ended,))
         server.start()
         try:

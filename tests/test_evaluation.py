@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A small random ReLU model whose predictors choose about half of the neurons, at random."""
     base = tmp_path_factory.mktemp("evaluation")
     made = convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
-    layers = range(made.layout.layers)
+    layers = range(len(made.layout.layers))
     tensors = predictors.maps(made, "layers", layers, seed=1) | predictors.maps(
         made, "inlayer", layers, seed=2
     )
@@ -201,7 +201,7 @@ def test_batches_hold_every_sequence_once(monkeypatch):
 )
 def test_sources_are_the_rings(store, lookahead, refine, wanted):
     if lookahead == 2:
-        layers = range(store.layout.layers)
+        layers = range(len(store.layout.layers))
         predictors.write(store, predictors.maps(store, "layers", layers), "two", {"lookahead": "2"})
     chosen = config(
         predictor={"kind": "lowrank", "lookahead": lookahead, "refine": refine},
@@ -273,7 +273,7 @@ def test_cache_aware_choice_is_the_rings_caches(store, lookahead):
     active = np.zeros(shape, np.int32)
     policy = partial(make_policy, divided.d_ff, Cache(half_life=4.0))
     cache = LayerCache(divided, active, np.zeros(shape, np.int32), lambda layer: policy())
-    source = torch.from_numpy(np.random.default_rng(4).normal(size=(40, store.layout.d_model))).float()
+    source = torch.from_numpy(np.random.default_rng(4).normal(size=(40, store.architecture.d_model))).float()
     guessed = chooser.guess(1, source)
     found = torch.cat([chooser.choose(1, rows, some) for rows, some in blocks(source, guessed)])
     likely, sure = chooser.scores.graded(1, source, True)
@@ -374,7 +374,7 @@ def test_points_compare_settings_on_one_text(store, tmp_path, monkeypatch, capfd
     assert found["1"]["false_negatives"] > found["-1"]["false_negatives"] > 0.0
     assert found["1"]["bytes_per_token"] < found["-1"]["bytes_per_token"]
     layout = store.layout
-    streamed = layout.layers * (layout.d_ff - round(0.6 * layout.d_ff)) * layout.stride
+    streamed = len(layout.layers) * (layout.most_units - round(0.6 * layout.most_units)) * layout.stride
     assert found["whole"]["bytes_per_token"] == streamed
     assert picture.stat().st_size > 10_000
     wrong = ("--point", "wrong: model.predictor=none")

@@ -12,6 +12,7 @@ import torch
 from checkpoints import DTYPES, VARIANTS, reference_model, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from storage.architecture import Rope
 from storage.convert import convert
 from storage.errors import UnsupportedModel
 from storage.families.registry import family_of
@@ -49,7 +50,7 @@ def test_store_holds_the_model_that_transformers_runs(tmp_path: Path, variant: s
 @pytest.mark.parametrize("variant", ["opt-post-norm", "falcon-40b"])
 def test_every_dtype_is_kept(tmp_path: Path, variant: str, dtype: str) -> None:
     store = convert(write_checkpoint(tmp_path / "model", variant, dtype), tmp_path / "store", name=variant)
-    assert store.layout.dtype == dtype
+    assert {row.codec for layer in store.layout.layers for row in layer.unit.rows} == {dtype}
     with torch.no_grad():
         expected = reference_model(tmp_path / "model")(torch.tensor([PROMPT])).logits[0].double()
     assert (dense.logits(store, PROMPT) - expected).abs().max() < 1e-4
@@ -101,9 +102,11 @@ def test_stop_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
 
 def test_falcon_7b() -> None:
     model = family_of(FALCON_7B).architecture(FALCON_7B)
-    assert (model.block, model.positions, model.shared_norm) == ("parallel", "rotary", True)
-    assert (model.heads, model.kv_heads, model.head_dim, model.d_ff) == (71, 1, 64, 18176)
-    assert (model.activation, model.tied_head, model.rotary_base) == ("gelu", True, 10000.0)
+    layer, attention = model.layers[0], model.layers[0].attention
+    assert (layer.parallel, attention.alibi, set(layer.norms)) == (True, False, {"attention_input"})
+    assert (attention.heads, attention.kv_heads, attention.head_dim, layer.ffn.neurons) == (71, 1, 64, 18176)
+    assert (layer.ffn.activation, model.tied_head, attention.rope) == ("gelu", True, Rope(10000.0))
+    assert model.layers == (layer,) * 32
     assert (model.max_positions, model.eos_tokens) == (2048, (11,))
 
 
@@ -113,7 +116,7 @@ def test_falcon_7b() -> None:
 )
 def test_rotary_base_in_both_places(place: dict[str, Any]) -> None:
     config = {**FALCON_7B, **place, "rope_scaling": None}
-    assert family_of(config).architecture(config).rotary_base == 5e5
+    assert family_of(config).architecture(config).layers[0].attention.rope == Rope(5e5)
 
 
 def test_opt_350m() -> None:
@@ -128,7 +131,8 @@ def test_opt_350m() -> None:
     }
     family = family_of(config)
     model = family.architecture(config)
-    assert (model.block, model.final_norm, model.embed_dim) == ("post_norm", False, 512)
+    assert (set(model.layers[0].norms), model.layers[0].parallel) == ({"attention_sum", "ffn_sum"}, False)
+    assert (model.final_norm, model.embed_dim) == (None, 512)
     names = [item.name for item in family.resident(config, model)]
     assert "project_in.weight" in names
     assert not any(name.startswith(("final_norm", "head")) for name in names)

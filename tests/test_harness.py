@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(checkpoint: Path) -> Store:
     """A small random ReLU model with random predictors, so that sparse and dense differ."""
     made = convert(checkpoint, checkpoint.with_name("store"), name="small")
-    predictors.write(made, predictors.maps(made, "layers", range(made.layout.layers)))
+    predictors.write(made, predictors.maps(made, "layers", range(len(made.layout.layers))))
     return made
 
 

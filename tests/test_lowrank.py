@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def hidden(store: Store) -> np.ndarray:
-    return np.random.default_rng(9).normal(size=store.layout.d_model).astype(np.float32)
+    return np.random.default_rng(9).normal(size=store.architecture.d_model).astype(np.float32)
 
 
 def expected(tensors: dict, prefix: str, layer: int, x: np.ndarray, threshold: float = 0.0) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_guesses_have_a_threshold_of_their_own(store):
 def test_weights_stay_in_sixteen_bits(store):
     predictors.write(store, both(store))
     file = lowrank.open_file(store, "default")
-    one = lowrank.LowRank.read(file, "layers.0", store.layout.d_ff, store.layout.d_model)
+    one = lowrank.LowRank.read(file, "layers.0", store.layout.most_units, store.architecture.d_model)
     assert (one.down.dtype, one.up.dtype, one.bias.dtype) == (np.uint16, np.uint16, np.float32)
 
 

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from pipeline import planner
 from pipeline.config import Config
 from pipeline.ring import segments
-from storage.architecture import Activation, Architecture
+from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm
 from storage.errors import BudgetError, ConfigError, StoreError, UsageError
-from storage.layout import Layout
+from storage.layout import Layout, neuron
 from storage.manifest import BUNDLES, PREDICTORS, RESIDENT, FileEntry, Manifest
 from storage.store import Store
 
@@ -37,30 +37,26 @@ def store(
     alignment: int = 512,
 ) -> Store:
     """A store that has only a manifest."""
+    norm = Norm(1e-5)
+    layer = Layer(
+        attention=Attention(heads=4, kv_heads=4, head_dim=d_model // 4, scale=(d_model // 4) ** -0.5),
+        ffn=Ffn("plain", d_ff, 1, activation),
+        norms={"attention_input": norm, "ffn_input": norm},
+    )
     architecture = Architecture(
         family="opt",
         d_model=d_model,
-        d_ff=d_ff,
-        layers=layers,
-        heads=4,
-        kv_heads=4,
-        head_dim=d_model // 4,
         vocabulary=5000,
         max_positions=1280,
-        block="pre_norm",
-        positions="learned",
-        activation=activation,
-        shared_norm=False,
-        final_norm=True,
+        layers=(layer,) * layers,
+        final_norm=norm,
         tied_head=True,
-        norm_epsilon=1e-5,
         embed_dim=d_model,
-        position_offset=2,
-        rotary_base=10000.0,
+        learned_positions=None,
         bos_token=None,
         eos_tokens=(2,),
     )
-    layout = Layout(layers=layers, d_ff=d_ff, d_model=d_model, dtype="float16", alignment=alignment)
+    layout = Layout.uniform(layers, d_ff, neuron("float16", d_model, alignment))
     files = {RESIDENT: FileEntry(resident, ""), BUNDLES: FileEntry(layout.total_bytes, "")}
     return Store(path, Manifest(architecture, layout, "id", "model", files, {}))
 
@@ -355,4 +351,4 @@ def test_the_readmes_recipe_for_opt_6_7b_has_room_for_a_working_set() -> None:
     left = budget - round(0.08 * model.layout.total_bytes)
     settings = ["predictor.kind=all", "compute.context=512", "compute.threads=2", f"memory.budget={left}B"]
     divided = planner.plan(model, Config.load(file, settings)).plan
-    assert min(divided.slots) > 0.15 * model.layout.d_ff
+    assert min(divided.slots) > 0.15 * model.layout.most_units

@@ -67,11 +67,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def plan_of(store: Store) -> Plan:
     layout = store.layout
     return Plan(
-        layers=layout.layers,
-        d_model=layout.d_model,
-        d_ff=layout.d_ff,
+        layers=len(layout.layers),
+        d_model=store.architecture.d_model,
+        d_ff=layout.most_units,
         stride=layout.stride,
-        slots=(layout.d_ff,) * layout.layers,
+        slots=(layout.most_units,) * len(layout.layers),
         staging=8,
         context=16,
         hidden_rows=1,
@@ -118,7 +118,13 @@ def with_pool(
             os.close(descriptor)
         sink = np.frombuffer(mmap.mmap(-1, max_gap + layout.stride), np.uint8)
         planner = Planner(
-            slots.ctypes.data, slots.shape[0], layout.stride, layout.d_ff, 4096, max_gap, sink.ctypes.data
+            slots.ctypes.data,
+            slots.shape[0],
+            layout.stride,
+            layout,
+            4096,
+            max_gap,
+            sink.ctypes.data,
         )
         with BundleFile.open(path or store.path / BUNDLES, layout.stride, direct) as file:
             queues = [wrap(queue) for queue in (await open_queues(backend, file, depth, readers, slots))[0]]
@@ -149,7 +155,7 @@ async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
     """Scattered reads of one layer, a streamed layer, and both at once, all against the file."""
     raw = raw_bundles(store)
     generator = np.random.default_rng(seed)
-    d_ff = store.layout.d_ff
+    d_ff = store.layout.most_units
     ids = generator.choice(d_ff, 40, replace=False)
     slots = generator.choice(d_ff, 40, replace=False)
     scattered = requests_for(bench, 0, ids.tolist(), slots.tolist())
@@ -196,7 +202,13 @@ def test_plain_reads_use_registered_buffers(store: Store, readers: int) -> None:
             queues, note = await open_queues("io_uring", file, 2, readers, memory)
             assert note.endswith(", registered buffers")
             planner = Planner(
-                memory.ctypes.data, 16, store.layout.stride, store.layout.d_ff, 1 << 20, 0, memory.ctypes.data
+                memory.ctypes.data,
+                16,
+                store.layout.stride,
+                store.layout,
+                1 << 20,
+                0,
+                memory.ctypes.data,
             )
             ids, slots = np.array([1, 5, 6], np.int32), np.array([0, 3, 2], np.int32)
             (prepared,) = {bytes(queue.prepare(planner.plan(0, ids, slots), 1)) for queue in queues}
@@ -243,7 +255,7 @@ def test_bytes_in_flight_are_limited(store: Store, backend: str, bundles: int, m
         await read_and_check(bench, store)
         before = bench.pool.counters.peak_in_flight
         for half in range(2):  # neither neighbours nor gaps: every bundle is a read
-            ids = list(range(half, store.layout.d_ff, 4))
+            ids = list(range(half, store.layout.most_units, 4))
             bench.pool.submit(requests_for(bench, 1, ids, ids), lambda: None)
         assert bench.pool.counters.in_flight == most
         await bench.pool.drained()
@@ -257,7 +269,7 @@ def test_many_small_parts_at_once(store: Store, backend: str) -> None:
     raw = raw_bundles(store)
 
     async def body(bench: Bench) -> None:
-        d_ff = store.layout.d_ff
+        d_ff = store.layout.most_units
         order: list[int] = []
         for i in range(d_ff):  # more than the queues hold
             bench.pool.submit(requests_for(bench, 1, [i], [d_ff - 1 - i]), lambda i=i: order.append(i))  # type: ignore[misc]
@@ -373,7 +385,7 @@ def test_an_input_error_names_the_bundle(store: Store, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_early_end_of_file_names_the_bundle(store: Store, backend: str, tmp_path: Path) -> None:
     cut = tmp_path / "cut.bin"
-    stride, d_ff = store.layout.stride, store.layout.d_ff
+    stride, d_ff = store.layout.stride, store.layout.most_units
     cut.write_bytes((store.path / BUNDLES).read_bytes()[: (2 * d_ff + 7) * stride + 100])
 
     async def body(bench: Bench) -> None:
@@ -543,7 +555,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_process_reads_counts_and_stops(tmp_path: Path, directory: Path, shuffled: bool) -> None:
     directory.mkdir()
     store = bundle_store(tmp_path / "store", shuffled=shuffled)
-    raw, stride, d_ff = raw_bundles(store), store.layout.stride, store.layout.d_ff
+    raw, stride, d_ff = raw_bundles(store), store.layout.stride, store.layout.most_units
     with ring(store, directory) as one:
         assert len(one.ready.notes) == 1
         one.ask(1, 1, [3, 90, 4, 17], [100, 7, 101, 50])

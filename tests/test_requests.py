@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.layout import Layout, neuron
 from workers.prefetcher.requests import IOV_MAX, Planner, Requests
 
 STRIDE = 512
@@ -17,7 +18,8 @@ SINK = 1 << 30
 
 
 def planner(d_ff: int, slots: int, max_read: int = 4096, max_gap: int = 0) -> Planner:
-    return Planner(BASE, slots, STRIDE, d_ff, max_read, max_gap, SINK)
+    layout = Layout.uniform(4, d_ff, neuron("float16", STRIDE // 4))
+    return Planner(BASE, slots, STRIDE, layout, max_read, max_gap, SINK)
 
 
 def plan(one: Planner, layer: int, positions: list[int], slots: list[int]) -> Requests:

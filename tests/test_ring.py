@@ -218,7 +218,7 @@ def doubting(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A small model whose random predictors have thresholds by residency, the same in every layer."""
     base = tmp_path_factory.mktemp("doubting")
     made = convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
-    layers = range(made.layout.layers)
+    layers = range(len(made.layout.layers))
     maps = predictors.maps(made, "layers", layers) | predictors.maps(made, "inlayer", layers, seed=2)
     for layer in layers:
         maps[f"inlayer.{layer}.resident"] = np.array([-0.5], np.float32)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stores
 import torch
 from safetensors import safe_open
 
@@ -252,6 +253,6 @@ def test_windows_count_what_they_say() -> None:
 
 
 def test_presets_stay_in_the_papers_range() -> None:
-    preset = Planting.at_rate(1, "learned")
+    preset = Planting.at_rate(1, stores.architecture(layers=1, d_ff=8, d_model=4))
     assert 0.03 <= preset.active <= 0.05
     assert 0.02 <= preset.new <= 0.035

@@ -206,7 +206,7 @@ def test_replay_reads_what_the_rings_cache_reads(guesses, half_life):
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("traces")
     made = convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="small")
-    layers = range(made.layout.layers)
+    layers = range(len(made.layout.layers))
     tensors = predictors.maps(made, "layers", layers, seed=1) | predictors.maps(
         made, "inlayer", layers, seed=2
     )

@@ -48,7 +48,7 @@ def test_a_store_is_found_where_one_stands(store: Store, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("byte", [0, 200, 511])  # up-projection row, down-projection column, padding
 def test_the_first_bad_bundle_is_named(store: Store, byte: int) -> None:
     layout = store.layout
-    assert layout.rows * layout.row_bytes < 511 < layout.stride
+    assert layout.layers[0].unit.bytes < 511 < layout.stride
     bad = layout.offset(1, 70)
     flip(store.path / "bundles.bin", bad + byte)
     flip(store.path / "bundles.bin", layout.offset(2, 3))
