@@ -44,7 +44,7 @@ class Scalars:
         return ScalarsType(self.name, digest.hexdigest()[:16])
 
 
-class ScalarsType(types.Type):  # type: ignore[misc]
+class ScalarsType(types.Type):
     """The type of one codec's `Scalars` in compiled code."""
 
     def __init__(self, codec: str, revision: str) -> None:
@@ -61,9 +61,9 @@ def _package() -> bytes:
 register_model(ScalarsType)(models.OpaqueModel)
 
 
-@unbox(ScalarsType)
+@unbox(ScalarsType)  # type: ignore[no-untyped-call, untyped-decorator]
 def _without_value(kind: Any, value: Any, compiled: Any) -> Any:
-    return NativeValue(compiled.context.get_dummy_value())
+    return NativeValue(compiled.context.get_dummy_value())  # type: ignore[no-untyped-call]
 
 
 @overload_method(ScalarsType, "widen", inline="always")
