@@ -40,7 +40,8 @@ class Scalars:
     def _numba_type_(self) -> ScalarsType:  # what numba asks an argument for
         digest = hashlib.sha256(_package())
         for function in (self.widen, self.narrow):
-            digest.update(Path(inspect.unwrap(function).__code__.co_filename).read_bytes())
+            source = Path(inspect.unwrap(function).__code__.co_filename)
+            digest.update(source.read_bytes() + function.__qualname__.encode())
         return ScalarsType(self.name, digest.hexdigest()[:16])
 
 
