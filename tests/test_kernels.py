@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import runpy
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import narrow, widen
+from storage.codecs import CODECS, Codec, narrow, widen
+from storage.layout import Rows, neuron
 from workers import kernels
+from workers.kernels import attention, codecs, launch, sums
 
 DTYPES = ("float32", "float16", "bfloat16")
 FUNCTIONS = ("relu", "gelu", "gelu_tanh")
-WIDE = 2 * kernels._SMALL  # bytes: more than one thread
+WIDE = 2 * launch.SMALL  # bytes: more than one thread
 
 
 def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -27,6 +30,15 @@ def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         return half.view(np.uint16), half.astype(np.float64)
     bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def matrix(memory: np.ndarray, dtype: str) -> Rows:
+    return Rows.of_matrix(memory, CODECS[dtype])
+
+
+def neurons(bundles: np.ndarray, dtype: str, width: int) -> tuple[Rows, Rows]:
+    """Up and down rows of bundles [slots, at least 2 · width]."""
+    return tuple(Rows(bundles, CODECS[dtype], start, width) for start in (0, width))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -51,7 +63,7 @@ def test_matvec(dtype, rows, width, biased, seed):
     weights, exact = stored(normal(seed, rows, width), dtype)
     x, bias = normal(seed + 1, width), normal(seed + 2, rows) if biased else kernels.NO_BIAS
     expected = exact @ x.astype(np.float64) + (bias if biased else 0)
-    assert np.allclose(kernels.matvec(weights, x, dtype, 2, bias), expected, rtol=1e-5, atol=1e-4)
+    assert np.allclose(kernels.matvec(matrix(weights, dtype), x, 2, bias), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +78,8 @@ def test_activate(dtype, function, slots, width, padding, biased, seed):
     where = rng.choice(slots, count, replace=False).astype(np.int32)
     h, bias = normal(seed + 1, width), normal(seed + 2, 4 * slots) if biased else kernels.NO_BIAS
     pre = exact[where, :width] @ h.astype(np.float64) + (bias[ids] if biased else 0)
-    result = kernels.activate(bundles, ids, where, h, bias, dtype, function, 2)
+    up, _ = neurons(bundles, dtype, width)
+    result = kernels.activate(up, ids, where, h, bias, function, 2)
     assert np.allclose(result, act(pre, function) if count else pre, rtol=1e-5, atol=1e-4)
 
 
@@ -80,7 +93,8 @@ def test_accumulate(dtype, slots, width, padding, seed):
     y = normal(seed + 2, width)
     expected = y + a.astype(np.float64) @ exact[where, width : 2 * width]
     ids = np.random.default_rng(seed + 3).permutation(2 * slots)[:slots].astype(np.int32)
-    active = kernels.accumulate(bundles, ids, where, a, y, dtype, 2)
+    _, down = neurons(bundles, dtype, width)
+    active = kernels.accumulate(down, ids, where, a, y, 2)
     assert active == np.count_nonzero(a)
     assert np.allclose(y, expected, rtol=1e-5, atol=1e-4)
 
@@ -97,9 +111,10 @@ def test_sums_run_by_ascending_ids_whatever_the_order_of_the_parts(dtype, count,
     if sparse:
         a = np.maximum(a, 0)
     whole, parts = np.zeros(width, np.float32), np.zeros(width, np.float32)
-    kernels.accumulate(bundles, ids, slots, a, whole, dtype, 1)
+    _, down = neurons(bundles, dtype, width)
+    kernels.accumulate(down, ids, slots, a, whole, 1)
     order = rng.permutation(count)
-    kernels.accumulate(bundles, ids[order], slots[order], a[order], parts, dtype, 2)
+    kernels.accumulate(down, ids[order], slots[order], a[order], parts, 2)
     assert whole.tobytes() == parts.tobytes()
 
 
@@ -107,10 +122,10 @@ def test_sums_run_by_ascending_ids_whatever_the_order_of_the_parts(dtype, count,
 @settings(max_examples=15, deadline=None)
 @given(count=sizes, seed=st.integers(0, 99))
 def test_combine(dtype, count, seed):
-    width = kernels._MOST_COLUMNS + 7 * seed  # more than one piece
+    width = sums.MOST_COLUMNS + 7 * seed  # more than one piece
     rows, exact = stored(normal(seed, count, width), dtype)
     a, bias = normal(seed + 1, count), normal(seed + 2, width)
-    got = kernels.combine(rows, a, bias, dtype)
+    got = kernels.combine(matrix(rows, dtype), a, bias)
     assert np.allclose(got, a.astype(np.float64) @ exact + bias, rtol=1e-5, atol=1e-4)
 
 
@@ -119,7 +134,7 @@ def test_every_finite_half_is_widened_exactly():
     values = bits.view(np.float16)
     bits, values = bits[np.isfinite(values)], values[np.isfinite(values)]
     out = np.empty((bits.size, 1), np.float32)
-    kernels.gather(bits[:, None], np.arange(bits.size, dtype=np.int32), 0, 1, "float16", out)
+    kernels.gather(matrix(bits[:, None], "float16"), np.arange(bits.size, dtype=np.int32), 0, 1, out)
     assert np.array_equal(out[:, 0], values.astype(np.float32))
     assert np.array_equal(np.signbit(out[:, 0]), np.signbit(values))
 
@@ -127,7 +142,7 @@ def test_every_finite_half_is_widened_exactly():
 def test_every_brain_float_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
     out = np.empty((bits.size, 1), np.float32)
-    kernels.gather(bits[:, None], np.arange(bits.size, dtype=np.int32), 0, 1, "bfloat16", out)
+    kernels.gather(matrix(bits[:, None], "bfloat16"), np.arange(bits.size, dtype=np.int32), 0, 1, out)
     assert np.array_equal(out[:, 0].view(np.uint32), bits.astype(np.uint32) << 16)
 
 
@@ -138,13 +153,14 @@ def test_threads_do_not_change_a_bit(dtype, width):
     count = WIDE // (2 * width) + 3
     bundles, _ = stored(normal(1, count, 2 * width), dtype)
     ids = np.arange(count, dtype=np.int32)
+    up, down = neurons(bundles, dtype, width)
     h = normal(2, width)
     results = []
     for threads in (1, 2):
-        a = kernels.activate(bundles, ids, ids, h, kernels.NO_BIAS, dtype, "relu", threads)
+        a = kernels.activate(up, ids, ids, h, kernels.NO_BIAS, "relu", threads)
         y = h.copy()
-        kernels.accumulate(bundles, ids, ids, a, y, dtype, threads)
-        product = kernels.matvec(bundles, np.concatenate([h, h]), dtype, threads)
+        kernels.accumulate(down, ids, ids, a, y, threads)
+        product = kernels.matvec(matrix(bundles, dtype), np.concatenate([h, h]), threads)
         results.append(b"".join(array.tobytes() for array in (a, y, product)))
     assert results[0] == results[1]
 
@@ -155,10 +171,12 @@ def test_the_division_of_the_columns_does_not_change_a_bit(count, width):
     bundles, _ = stored(normal(1, count, 2 * width), "bfloat16")
     slots, a = np.arange(count, dtype=np.int32), normal(2, count)
     whole, alone = normal(3, width), normal(3, width)
-    kernels.accumulate(bundles, slots, slots, a, whole, "bfloat16", 1)
+    _, down = neurons(bundles, "bfloat16", width)
+    kernels.accumulate(down, slots, slots, a, whole, 1)
     for column in range(width):  # each by itself
         pair = np.ascontiguousarray(bundles[:, [column, width + column]])
-        kernels.accumulate(pair, slots, slots, a, alone[column : column + 1], "bfloat16", 1)
+        _, down = neurons(pair, "bfloat16", 1)
+        kernels.accumulate(down, slots, slots, a, alone[column : column + 1], 1)
     assert whole.tobytes() == alone.tobytes()
 
 
@@ -171,17 +189,19 @@ def test_segments_and_slots_do_not_change_a_bit(dtype, width, cuts, seed):
     ids = np.arange(60, dtype=np.int32)
     h, bias = normal(seed + 1, width), normal(seed + 2, 60)
     whole = np.zeros(width, np.float32)
-    a = kernels.activate(bundles, ids, ids, h, bias, dtype, "relu", 1)
-    kernels.accumulate(bundles, ids, ids, a, whole, dtype, 1)
+    up, down = neurons(bundles, dtype, width)
+    a = kernels.activate(up, ids, ids, h, bias, "relu", 1)
+    kernels.accumulate(down, ids, ids, a, whole, 1)
 
     slots = rng.permutation(60).astype(np.int32)
     moved = np.empty_like(bundles)
     moved[slots] = bundles
+    up, down = neurons(moved, dtype, width)
     y = np.zeros(width, np.float32)
     for some in np.split(ids, sorted(cuts)):
-        part = kernels.activate(moved, some, slots[some], h, bias, dtype, "relu", 2)
+        part = kernels.activate(up, some, slots[some], h, bias, "relu", 2)
         assert part.tobytes() == a[some].tobytes()
-        kernels.accumulate(moved, some, slots[some], part, y, dtype, 2)
+        kernels.accumulate(down, some, slots[some], part, y, 2)
     assert y.tobytes() == whole.tobytes()
 
 
@@ -189,12 +209,13 @@ def test_segments_and_slots_do_not_change_a_bit(dtype, width, cuts, seed):
 def test_neurons_that_are_zero_may_be_left_out(dtype):
     bundles, _ = stored(normal(1, 50, 130), dtype)
     ids = np.arange(50, dtype=np.int32)
-    a = kernels.activate(bundles, ids, ids, normal(2, 65), kernels.NO_BIAS, dtype, "relu", 1)
+    up, down = neurons(bundles, dtype, 65)
+    a = kernels.activate(up, ids, ids, normal(2, 65), kernels.NO_BIAS, "relu", 1)
     active = ids[a > 0]
     assert 0 < active.size < 50
     whole, sparse = normal(3, 65), normal(3, 65)
-    kernels.accumulate(bundles, ids, ids, a, whole, dtype, 1)
-    kernels.accumulate(bundles, active, active, a[active], sparse, dtype, 1)
+    kernels.accumulate(down, ids, ids, a, whole, 1)
+    kernels.accumulate(down, active, active, a[active], sparse, 1)
     assert whole.tobytes() == sparse.tobytes()
 
 
@@ -203,8 +224,9 @@ def test_a_products_sign_is_the_activations():
     bundles, _ = stored(normal(1, 300, 2 * 77), "float16")
     ids = np.arange(300, dtype=np.int32)
     h, bias = normal(2, 77), normal(3, 300)
-    pre = kernels.matvec(np.ascontiguousarray(bundles[:, :77]), h, "float16", 1, bias)
-    a = kernels.activate(bundles, ids, ids, h, bias, "float16", "relu", 1)
+    up, _ = neurons(bundles, "float16", 77)
+    pre = kernels.matvec(matrix(np.ascontiguousarray(up.values), "float16"), h, 1, bias)
+    a = kernels.activate(up, ids, ids, h, bias, "relu", 1)
     assert np.maximum(pre, 0).tobytes() == a.tobytes()
 
 
@@ -228,8 +250,8 @@ def test_attention(kv_heads, group, width, length, biased, dtype, seed):
     for cache in caches:
         cache[:, position] = 1  # until the kernel puts the token's own there
     projected = np.concatenate([queries, keys[:, position], values[:, position]]).reshape(-1)
-    none = kernels.NO_BIAS
-    result = kernels.attend(projected, none, none, *caches, position, bias, scores, dtype, 2)
+    none, scale, codec = kernels.NO_BIAS, 1 / math.sqrt(width), CODECS[dtype]
+    result = kernels.attend(projected, none, none, *caches, position, scale, bias, scores, codec, 2)
     for cache, expected_cache in zip(caches, expected_caches, strict=True):
         assert cache.tobytes() == expected_cache.tobytes()
     keys, values = (widen(array, dtype) for array in caches)
@@ -254,7 +276,8 @@ def test_rotary(kv_heads, group, half, seed):
     projected, scores = vectors.reshape(-1).copy(), np.empty((heads, 1), np.float32)
     no_bias = np.zeros((0, 0), np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
-    kernels.attend(projected, cos, sin, keys, values, 0, no_bias, scores, "float32", 1)
+    scale, codec = 1 / math.sqrt(width), CODECS["float32"]
+    kernels.attend(projected, cos, sin, keys, values, 0, scale, no_bias, scores, codec, 1)
     assert np.allclose(projected.reshape(-1, width), expected, atol=1e-5)
     assert keys[:, 0].tobytes() == projected.reshape(-1, width)[heads : heads + kv_heads].tobytes()
     assert values[:, 0].tobytes() == vectors[heads + kv_heads :].tobytes()
@@ -272,7 +295,7 @@ def test_rounding_is_that_of_narrow(dtype):
     width = 1024
     values = np.resize(values, (-(-values.size // width), width))
     cache = np.zeros((values.shape[0], 1, width), np.uint16)
-    kernels._put(values, 0, cache, kernels.KINDS[dtype])
+    attention.put(codecs.scalars(CODECS[dtype]), values, 0, cache)
     assert np.array_equal(cache[:, 0], narrow(values, dtype))
 
 
@@ -303,17 +326,18 @@ def test_a_neuron_is_the_same_bits_whichever_neurons_are_computed_with_it(dtype)
     h = random.standard_normal(width).astype(np.float32)
     bias = random.standard_normal(count).astype(np.float32)
     every = np.arange(count, dtype=np.int32)
-    together = kernels.activate(bundles, every, every, h, bias, dtype, "relu", 1)
+    up, down = neurons(bundles, dtype, width)
+    together = kernels.activate(up, every, every, h, bias, "relu", 1)
     for size in (1, 2, 3, 4, 5):
         some = np.sort(random.choice(count, size, replace=False)).astype(np.int32)
-        alone = kernels.activate(bundles, some, some, h, bias, dtype, "relu", 1)
+        alone = kernels.activate(up, some, some, h, bias, "relu", 1)
         assert alone.tobytes() == together[some].tobytes()
     a = random.standard_normal(count).astype(np.float32)
     a[[2, 7]] = 0
     whole, parts = np.zeros(width, np.float32), np.zeros(width, np.float32)
-    kernels.accumulate(bundles, every, every, a, whole, dtype, 1)
+    kernels.accumulate(down, every, every, a, whole, 1)
     for cut in (every[:3], every[3:4], every[4:10], every[10:]):
-        kernels.accumulate(bundles, cut, cut, a[cut], parts, dtype, 1)
+        kernels.accumulate(down, cut, cut, a[cut], parts, 1)
     assert parts.tobytes() == whole.tobytes()
 
 
@@ -322,14 +346,75 @@ def test_both_ways_of_widening_halves_agree():
     halves = np.arange(1 << 16, dtype=np.uint16)
     finite = halves[np.isfinite(halves.view(np.float16))]
 
-    @kernels.njit
+    @codecs.njit
     def by_integers(source, out):
         for i in range(source.shape[0]):
-            out[i] = kernels._integer_half(source[i])
+            out[i] = codecs.integer_half(source[i])
 
     widened = np.empty(finite.size, np.float32)
     by_integers(finite, widened)
     assert widened.tobytes() == finite.view(np.float16).astype(np.float32).tobytes()
     gathered = np.empty((1, finite.size), np.float32)
-    kernels.gather(finite[None], np.zeros(1, np.int32), 0, finite.size, "float16", gathered)
+    kernels.gather(matrix(finite[None], "float16"), np.zeros(1, np.int32), 0, finite.size, gathered)
     assert gathered.tobytes() == widened.tobytes()
+
+
+@codecs.njit(inline="always")
+def widen_byte(code):
+    return np.float32((np.int32(code) - 128) / 16)
+
+
+@codecs.njit(inline="always")
+def narrow_to_byte(value):
+    return np.uint8(min(max(np.rint(value * 16) + 128, 0), 255))
+
+
+def test_a_codec_is_registered_from_outside(monkeypatch):
+    """By its arrays' functions in one table, and those of a single value in the other."""
+    codec = Codec(
+        "bytes8",
+        1,
+        1,
+        np.uint8,
+        lambda array: (array.astype(np.float32) - 128) / 16,
+        lambda array: np.clip(np.rint(array * 16) + 128, 0, 255).astype(np.uint8),
+    )
+    monkeypatch.setitem(CODECS, "bytes8", codec)
+    monkeypatch.setitem(codecs.SCALARS, "bytes8", codecs.Scalars("bytes8", widen_byte, narrow_to_byte))
+
+    width, unit = 100, neuron("bytes8", 100)
+    memory = np.random.default_rng(1).integers(0, 256, (50, unit.stride), np.uint8)
+    up, down = unit.view(memory, "up"), unit.view(memory, "down")
+    ids, slots = np.arange(0, 80, 2, dtype=np.int32), np.arange(40, dtype=np.int32)[::-1].copy()
+    h, bias = normal(2, width), normal(3, 80)
+    pre = up.widened()[slots].astype(np.float64) @ h + bias[ids]
+    a = kernels.activate(up, ids, slots, h, bias, "relu", 2)
+    assert np.allclose(a, np.maximum(pre, 0), rtol=1e-5, atol=1e-4)
+    y = np.zeros(width, np.float32)
+    assert kernels.accumulate(down, ids, slots, a, y, 2) == np.count_nonzero(a)
+    assert np.allclose(y, a.astype(np.float64) @ down.widened()[slots], rtol=1e-5, atol=1e-3)
+    product = kernels.matvec(down, h, 2)
+    assert np.allclose(product, down.widened().astype(np.float64) @ h, rtol=1e-5, atol=1e-4)
+    wide = np.empty((40, 7), np.float32)
+    kernels.gather(down, slots, 90, 7, wide)
+    assert np.array_equal(wide, down.widened()[slots, 90:97])
+
+    keys, values = (codec.narrow(normal(seed, 2, 3, 8)) for seed in (4, 5))  # of the first two positions
+    projected, scores, none = normal(6, 6 * 8), np.empty((2, 3), np.float32), kernels.NO_BIAS
+    no_bias = np.zeros((0, 0), np.float32)
+    mixed = kernels.attend(projected, none, none, keys, values, 2, 0.5, no_bias, scores, codec, 1)
+    assert np.array_equal(keys[:, 2].reshape(-1), codec.narrow(projected[16:32]))
+    weights = np.exp(0.5 * np.einsum("htd,hd->ht", codec.widen(keys), projected[:16].reshape(2, 8)))
+    expected = np.einsum("ht,htd->hd", weights / weights.sum(1, keepdims=True), codec.widen(values))
+    assert np.allclose(mixed, expected.reshape(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_kernels_of_a_codec_that_has_changed_are_not_used(tmp_path):
+    """Numba keeps them by the types of their arguments, and looks at no file but the kernel's own."""
+    file, found = tmp_path / "shifted.py", []
+    for shift in (1, 2, 1):
+        file.write_text(f"def widen(value):\n    return value + {shift}\n")
+        widen = runpy.run_path(str(file))["widen"]
+        found.append(codecs.Scalars("shifted", widen, widen)._numba_type_)
+    assert found[0] != found[1]
+    assert found[0] == found[2]

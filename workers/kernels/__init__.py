@@ -1,0 +1,51 @@
+"""CPU kernels: products of stored weights with float32 vectors, compiled by numba.
+
+Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
+`launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
+`functions.py`, `attention.py`. `norms.py` stands alone.
+
+Weights stay in the checkpoint's number format and are widened in registers. All sums are float32. Every
+loop is written once, and compiled for each codec that is used. Its caller's `Rows` say which elements of
+memory it reads.
+
+The result of every kernel is the same bits whatever the number of threads: one thread owns a whole output
+(a row of a product, a head, a column of an FFN sum), and there is one compiled version of each loop, which
+a single thread runs as well. Compiled code is cached in a user directory.
+
+Import this package before torch, so that its settings reach OpenMP.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pipeline.directories import user_cache
+
+# Numba and OpenMP read these when they are first loaded. Waiting threads must sleep: four workers
+# share the cores, and a thread that spins takes its core from the reader that it waits for
+# (a launch on two busy cores took 680 µs spinning and 16 µs sleeping).
+os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "flashring" / "numba"))
+os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from workers.kernels.attention import attend
+from workers.kernels.dense import NO_BIAS, combine, matvec
+from workers.kernels.ffn import accumulate, activate, gather
+from workers.kernels.functions import activations
+from workers.kernels.launch import notes
+from workers.kernels.norms import layer_norm
+from workers.kernels.warming import warm
+
+__all__ = [
+    "NO_BIAS",
+    "accumulate",
+    "activate",
+    "activations",
+    "attend",
+    "combine",
+    "gather",
+    "layer_norm",
+    "matvec",
+    "notes",
+    "warm",
+]

@@ -1,0 +1,43 @@
+"""Activation functions: of one value in compiled code, and of whole arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from storage.codecs import F32
+
+# Numbers, so that one compiled kernel serves all functions; a branch for each neuron costs nothing.
+ACTIVATIONS: dict[str, int] = {"relu": 0, "gelu": 1, "gelu_tanh": 2}
+
+# As in `rows.py`; repeated because numba must see every change of what this file's own kernel is made of.
+_FAST = {"reassoc", "contract"}
+
+
+@njit(fastmath=_FAST)
+def activation(x: Any, function: Any) -> Any:
+    if function == 0:
+        return x if x > np.float32(0) else np.float32(0)
+    if function == 1:
+        return np.float32(0.5) * x * (np.float32(1) + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _activate_all(x: Any, function: Any) -> None:
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.shape[0]):
+            row[j] = activation(row[j], function)
+
+
+def activations(x: F32, function: str) -> None:
+    """Apply the activation function to x [n, m], in place. One thread, without the interpreter's lock."""
+    if function == "relu":
+        np.maximum(x, 0, out=x)
+    else:
+        _activate_all(x, ACTIVATIONS[function])
