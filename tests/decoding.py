@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,23 +11,27 @@ import numpy.typing as npt
 from storage.store import Store
 from workers.compute.blocks import run
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.device import Device
 from workers.compute.weights import Weights
 
 
 class LocalDecoder:
     """Close it after use."""
 
-    def __init__(self, store: Store, context: int = 128, threads: int = 1) -> None:
+    def __init__(
+        self, store: Store, context: int = 128, threads: int = 1, device: Device[Any] | None = None
+    ) -> None:
+        """`device` computes in the place of the CPU's."""
         self.weights = Weights(store)
         self.architecture = store.architecture
-        self.device = CpuDevice(self.weights, context, threads)
+        self.device = device or CpuDevice(self.weights, context, threads)
         self.units = [store.read_layer(index) for index in range(len(store.layout.layers))]
         self.length = 0
 
-    def announce(self, index: int, hidden: npt.NDArray[np.float32]) -> None:
+    def announce(self, index: int, hidden: Any) -> None:
         """Nobody listens."""
 
-    def ffn(self, index: int, ffn_input: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def ffn(self, index: int, ffn_input: Any) -> Any:
         ffn, units = self.device.ffn(index, ffn_input), self.units[index]
         ids = np.arange(units.shape[0], dtype=np.int32)
         ffn.add(ids, ids, units)

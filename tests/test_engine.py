@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.store import Store
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.device import Device
 from workers.compute.engine import Engine
+from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel
 
@@ -127,7 +130,12 @@ class FakeRing:
 
 @contextmanager
 def ring(
-    store: Store, directory: Path, lookahead: int = 1, threads: int = 1, **how: object
+    store: Store,
+    directory: Path,
+    lookahead: int = 1,
+    threads: int = 1,
+    on: Callable[[Weights, int, int], Device[Any]] = CpuDevice,
+    **how: object,
 ) -> Iterator[FakeRing]:
     layout = store.layout
     plan = Plan(
@@ -152,7 +160,7 @@ def ring(
     ):
         fake = FakeRing(store, plan, memory, theirs, **how)  # type: ignore[arg-type]
         fake.fill()
-        device = CpuDevice(Weights(store), plan.context, threads)
+        device = on(Weights(store), plan.context, threads)
         fake.engine = Engine(store.architecture, device, plan, memory, mine)
         server = threading.Thread(target=fake.serve, args=(ended,))
         server.start()
@@ -197,6 +205,15 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("engine")
     return convert(write_checkpoint(base / "checkpoint", "opt", "bfloat16"), base / "store", name="small")
+
+
+def test_the_ring_runs_on_torch_as_on_the_kernels(store: Store, tmp_path: Path) -> None:
+    def on(weights: Weights, context: int, threads: int) -> TorchDevice:
+        return TorchDevice(weights, context)
+
+    with ring(store, tmp_path / "ring", on=on, cuts=(16, 40)) as fake:
+        generate(fake, count=12)
+        assert fake.tokens == _locally(store, 12)
 
 
 def _locally(store: Store, count: int) -> list[int]:
