@@ -347,7 +347,7 @@ def test_a_burst_is_not_taken_for_a_client_that_does_not_read(tmp_path):
 
 KILLED_CLIENT = """
 import sys
-from pipeline.client import Client
+from pipeline.serving.client import Client
 client = Client(sys.argv[1])
 answers = [client.generate("long", max_new_tokens=1000) for _ in range(3)]
 print(next(answers[0]), flush=True)
