@@ -1,4 +1,9 @@
-"""What joins the workers. Read `messages.py` first, then `supervisor.py`, then `generate.py`."""
+"""What joins the workers, and what stands before them.
+
+Rooms: `ring` (the four processes and what they say to each other), `serving` (a warm ring for many clients),
+`commands` (the command line). Read `ring/messages.py` first, then `ring/supervisor.py` and `ring/session.py`,
+then `commands/generate.py`. What stands here itself prepares a ring: configuration, models, the plan.
+"""
 
 from typing import TYPE_CHECKING
 

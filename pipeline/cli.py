@@ -1,6 +1,6 @@
 """The command line: `run.py --prompt TEXT` is the main job, other jobs are subcommands.
 
-One file per command stands in `commands/`, and `programs.py` there has those that are programs of their own;
+One file per command stands in `commands/`; `commands/programs.py` lists those that are programs of their own.
 `ending.py` turns failures into sentences.
 """
 

@@ -29,7 +29,7 @@ def check_packages() -> None:
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """`python -m module arguments`, with this interpreter."""
+    """`python -m MODULE ARGUMENTS`, with this interpreter."""
     return [sys.executable, "-m", module, *arguments]
 
 

@@ -2,7 +2,7 @@
 
 Nothing stays in DRAM but vectors (norms, biases), the keys and values, and `DEPTH` buffers. Large direct
 reads run ahead of the kernels, over the end of a token as well, since the order never changes. The
-mathematics is the ring's own (`blocks.py`, `cpu/token.py`), over every neuron.
+mathematics is the ring's own (`compute/blocks.py`, `compute/cpu/token.py`), over every neuron.
 
 `python -m workers.lab.bench.naive STORE --tokens FILE --position N` prints one JSON object.
 """

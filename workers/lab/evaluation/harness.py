@@ -1,7 +1,7 @@
 """A model as evaluation harnesses ask it: continuations are scored, texts are written.
 
 Knows no harness; `lm_eval_model.py` gives it to EleutherAI's. Scores apply each token's predicted
-neurons (`scoring.py`); texts come from a ring of the same configuration.
+neurons (`offline/scoring.py`); texts come from a ring of the same configuration.
 """
 
 from __future__ import annotations

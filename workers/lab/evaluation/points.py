@@ -1,6 +1,6 @@
 """Settings beside each other on one text: what each costs in quality, and what it reads from flash.
 
-Every point runs the text once with its predictions (`traces/record.py`), which gives perplexity and
+Every point runs the text once with its predictions (`offline/record.py`), which gives perplexity and
 agreement against the dense model and, per layer, the predictors' errors; the recorded sets then go
 through the ring's own residency, which gives the bytes per token.
 """

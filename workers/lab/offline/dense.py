@@ -1,7 +1,7 @@
 """The whole model without a ring: for predictor training, evaluation and tests.
 
 Layers are read from the store one at a time, so memory stays at the resident weights, one layer and
-the activations. The loop is the ring's own (`blocks.py`), the arithmetic torch's.
+the activations. The loop is the ring's own (`compute/blocks.py`), the arithmetic torch's.
 """
 
 from __future__ import annotations

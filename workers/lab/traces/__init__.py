@@ -1,2 +1,4 @@
-"""Which neurons a real text uses: recorded once, then replayed against cache policies, orders and
-bundlings, without a disk. Read `trace.py` first."""
+"""Which neurons a real text uses: recorded once, then replayed without a disk.
+
+The replay compares cache policies, orders and bundlings. Read `offline/trace.py` first.
+"""

@@ -1,4 +1,4 @@
-"""Make predictors: `python -m workers.lab.training.__main__ --store DIR --text FILE`.
+"""Make predictors: `python -m workers.lab.training --store DIR --text FILE`.
 
 Three stages: the text's activations to disk (`activations.py`), one map per layer and look-ahead
 (`fit.py`, `svd.py`), the report and the file (`report.py`, `lowmap.py`). A run that was stopped

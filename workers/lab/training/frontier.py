@@ -1,7 +1,7 @@
 """What predictors of each rank could do: `python -m workers.lab.training.frontier --store DIR --text FILE`.
 
 Activations are recorded once; then every layer gets one map per look-ahead and rank, calibrated as
-`train.py` does it. One offset to all their thresholds, as `predictor.threshold`, moves along a curve:
+`train-predictor` does it. One offset to all their thresholds, as `predictor.threshold`, moves along a curve:
 fewer false negatives for more false positives.
 """
 

@@ -1,6 +1,6 @@
 """A low-rank map in torch, as training makes it, and the file of finished maps.
 
-The runtime's side is `lowrank.py`; FORMAT.md describes the file.
+The runtime's side is `predictor/lowrank.py`; FORMAT.md describes the file.
 """
 
 from __future__ import annotations
