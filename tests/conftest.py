@@ -1,17 +1,25 @@
-"""For every test: a private temporary directory and cache, no network, and nothing left behind."""
+"""For every test: a private temporary directory and cache, no network, and nothing left behind.
+
+A test that starts a ring says so by the marker `ring`, or fails: `pytest -m "not ring"` stays quick.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import leaks
 import pytest
+import rings
 
 _private: list[str] = []
+_guards: list[rings.Guard] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,13 +32,32 @@ def pytest_configure(config: pytest.Config) -> None:
         HF_HOME=os.path.join(directory, "hf"),
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        OMP_WAIT_POLICY="passive",  # as workers/kernels.py: awake, torch's threads double the time
     )
     tempfile.tempdir = None  # read TMPDIR again
+    _guards.append(rings.Guard(Path(directory)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    while _guards:
+        _guards.pop().close()
     for directory in _private:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    with _guards[-1].fixture(fixturedef.baseid, fixturedef.argname):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
+    result = yield
+    ring = _guards[-1].ring_of(item.nodeid, item.fixturenames)
+    if ring and item.get_closest_marker("ring") is None:
+        pytest.fail(f"{ring}: mark it with pytest.mark.ring", pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,3 +74,19 @@ def _nothing_is_left_behind() -> Iterator[None]:
     left = leaks.since(before)
     if left:
         pytest.fail("left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in this process: `here(main, *arguments)`. To start one takes up to two seconds."""
+
+    def run(main: Callable[[], int], *arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        capfd.readouterr()
+        status = main()
+        told = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, told.out, told.err)
+
+    return run

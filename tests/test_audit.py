@@ -95,6 +95,7 @@ def audited(store: Store, **predictor: object) -> tuple[dict, list[int]]:
         return session.summary()["audit"], tokens
 
 
+@pytest.mark.ring
 def test_the_oracle_is_never_wrong(store):
     found, _ = audited(store, kind="oracle")
     assert found["tokens"] == 12
@@ -105,6 +106,7 @@ def test_the_oracle_is_never_wrong(store):
     assert found["false_positives"] < 0.02  # the oracle's margin
 
 
+@pytest.mark.ring
 def test_random_predictions_are_found_out_and_the_text_stays(store, tmp_path):
     found, tokens = audited(store, kind="lowrank")
     assert 0.2 < found["false_negatives"] < 0.8
@@ -120,6 +122,7 @@ def test_random_predictions_are_found_out_and_the_text_stays(store, tmp_path):
     assert (tmp_path / "audit.png").stat().st_size > 10_000
 
 
+@pytest.mark.ring
 def test_a_served_rings_recall_is_a_metric(store, tmp_path):
     chosen = config(predictor={"kind": "lowrank"}, compute={"threads": 1, "context": 128, "audit": 1})
     plan = plan_for(store, chosen)

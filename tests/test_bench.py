@@ -596,14 +596,11 @@ class Throughput_free:  # noqa: N801 - stands for shutil's usage tuple
         (["--quick", "--memory", "1MiB"], "--quick has a budget of its own"),
     ],
 )
-def test_wrong_use_is_one_sentence(store: Store, tmp_path: Path, arguments: list[str], words: str) -> None:
-    line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path)]
-    done = subprocess.run(
-        [*line, "--out", str(tmp_path / "out"), "--no-plots", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_wrong_use_is_one_sentence(
+    store: Store, tmp_path: Path, arguments: list[str], words: str, here: Any
+) -> None:
+    line = ["--model", store.path, "--out", tmp_path / "out", "--no-plots", *arguments]
+    done = here(bench_command.run, *line)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
     assert not (tmp_path / "out").exists()
@@ -689,6 +686,7 @@ def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
 
 
 @pytest.mark.timeout(900)  # seven rings one after another; half a minute on two idle cores
+@pytest.mark.ring
 def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None:
     out = tmp_path / "results"
     line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path), "--quick"]

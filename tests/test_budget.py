@@ -41,6 +41,7 @@ def command(store: Store, budget: int) -> list[str]:
     return [*start, "--memory", f"{budget}B", "--json", "--ignore-eos", "--max-new-tokens", "40"]
 
 
+@pytest.mark.ring
 def test_a_run_stays_within_its_budget(store):
     budget = least(store)
     try:

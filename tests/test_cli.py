@@ -21,6 +21,7 @@ from pipeline.launch import PROGRAM
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [sys.executable, str(ROOT / "run.py")]
+Here = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `here`
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,11 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 def refused(*arguments: str | Path, **environment: str) -> tuple[int, str]:
     """Exit status and sentence of a command that must print one line, on standard error only."""
-    done = run(*arguments, **environment)
+    return refusal(run(*arguments, **environment))
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+    """The same of a command that has run."""
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     (sentence,) = done.stderr.splitlines()
@@ -113,24 +118,24 @@ def test_what_is_missing_is_one_sentence_and_status_1() -> None:
     assert "hf download tiiuae/falcon-7b" in sentence
 
 
-def test_a_budget_that_is_too_small_names_the_least(store: Path) -> None:
-    status, sentence = refused("--prompt", "x", "--model", store, "--memory", "1MiB")
+def test_a_budget_that_is_too_small_names_the_least(store: Path, here: Here) -> None:
+    status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", store, "--memory", "1MiB"))
     assert status == 2
     assert "the least that would do is" in sentence
 
 
 @pytest.mark.parametrize("memory", ["lots", "7 parsecs"])
-def test_a_budget_that_is_none_is_refused(store: Path, memory: str) -> None:
-    status, sentence = refused("--prompt", "x", "--model", store, "--memory", memory)
+def test_a_budget_that_is_none_is_refused(store: Path, memory: str, here: Here) -> None:
+    status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", store, "--memory", memory))
     assert (status, sentence) == (2, f"memory.budget takes a size such as 7GiB or 50%, not {memory!r}")
 
 
-def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
+def test_a_damaged_store_is_refused(store: Path, tmp_path: Path, here: Here) -> None:
     damaged = tmp_path / "store"
     damaged.mkdir()
     for file in store.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes()[: -1 if file.name == "bundles.bin" else None])
-    status, sentence = refused("--prompt", "x", "--model", damaged)
+    status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", damaged))
     assert status == 1
     assert "where its manifest says" in sentence
 
@@ -139,7 +144,12 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
     ("file", "damage", "words"),
     [
         ("tokenizer.json", lambda data: b"?" + data[1:], "tokenizer.json is damaged"),
-        ("resident.safetensors", lambda data: data[:20] + b"?" * 20 + data[40:], "safetensors is damaged"),
+        pytest.param(
+            "resident.safetensors",
+            lambda data: data[:20] + b"?" * 20 + data[40:],
+            "safetensors is damaged",
+            marks=pytest.mark.ring,
+        ),
         ("manifest.json", lambda data: _without(data, "bundles.bin"), "does not list bundles.bin"),
         ("manifest.json", lambda data: _without(data, "resident.safetensors"), "list resident.safetensors"),
         ("manifest.json", lambda data: _changed(data, files=[]), "manifest.json is damaged"),
@@ -149,17 +159,18 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_damaged_is_named(
-    store: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], words: str
+    store: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], words: str, here: Here
 ) -> None:
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
     (damaged / file).write_bytes(damage((store / file).read_bytes()))
-    done = run("--prompt", "x", "--model", damaged)
+    done = here(cli.main, "--prompt", "x", "--model", damaged)
     assert done.returncode == 1
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ring
 def test_weights_that_are_no_numbers_end_the_answer(store: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
@@ -171,6 +182,7 @@ def test_weights_that_are_no_numbers_end_the_answer(store: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--prompt", "x", "--max-new-tokens", "3"]])
+@pytest.mark.ring
 def test_a_reader_that_has_left_is_status_141(store: Path, arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -279,6 +291,7 @@ def test_the_console_script_refuses_another_projects_packages(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ring
 def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
     arguments = ("--prompt", "hello there", "--model", store, "--max-new-tokens", "8", "--ignore-eos")
     streamed = run(*arguments)
@@ -301,6 +314,7 @@ def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--prompt", "x", "--max-new-tokens", "2"], ["--help"]], ids=str)
+@pytest.mark.ring
 def test_output_that_nobody_can_take_is_one_sentence(store: Path, arguments: list[str]) -> None:
     line = [*RUN, "--model", str(store), *arguments]
     with open("/dev/full", "w") as full:
@@ -318,13 +332,14 @@ def test_what_cannot_be_said_ends_nothing() -> None:
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_an_over_long_prompt_is_refused(store: Path) -> None:
-    done = run("--prompt", "x" * 500, "--model", store)
+def test_an_over_long_prompt_is_refused(store: Path, here: Here) -> None:
+    done = here(cli.main, "--prompt", "x" * 500, "--model", store)
     assert done.returncode == 2
     assert "see --context" in done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ring
 def test_forced_tokens_are_what_is_decoded(store: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("104 105 106\n")
@@ -335,16 +350,17 @@ def test_forced_tokens_are_what_is_decoded(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens", ["0 1 99999999", "5 -5 7", f"1 {'9' * 25}"])
 def test_forced_tokens_that_are_none_of_the_models_are_refused(
-    store: Path, tmp_path: Path, tokens: str
+    store: Path, tmp_path: Path, tokens: str, here: Here
 ) -> None:
     file = tmp_path / "tokens.txt"
     file.write_text(tokens)
-    status, sentence = refused("--prompt", "x", "--model", store, "--force-tokens", file)
+    status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", store, "--force-tokens", file))
     assert status == 2
     assert sentence.startswith("the tokens to decode hold token id ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.ring
 def test_an_interrupted_generation_ends_in_one_sentence(store: Path, number: signal.Signals) -> None:
     arguments = ("--prompt", "x", "--model", store, "--max-new-tokens", "120", "--ignore-eos")
     with subprocess.Popen(
@@ -368,6 +384,7 @@ def test_a_prompt_that_is_no_utf_8_is_refused(store: Path) -> None:
     assert done.stderr.splitlines()[-1] == "flashring: the prompt is not valid UTF-8"
 
 
+@pytest.mark.ring
 def test_a_terminal_that_cannot_show_a_character_gets_an_escape(store: Path) -> None:
     line = ["--model", store, "--prompt", "x", "--max-new-tokens", "30", "--ignore-eos"]
     done = run(*line, PYTHONIOENCODING="ascii")
@@ -375,6 +392,7 @@ def test_a_terminal_that_cannot_show_a_character_gets_an_escape(store: Path) -> 
     assert done.stdout.isascii()
 
 
+@pytest.mark.ring
 def test_a_long_temporary_directory_is_no_obstacle(store: Path, tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
@@ -382,7 +400,7 @@ def test_a_long_temporary_directory_is_no_obstacle(store: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
-def test_a_manifest_that_is_no_object_is_refused(store: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_is_no_object_is_refused(store: Path, tmp_path: Path, here: Here) -> None:
     (tmp_path / "manifest.json").write_text("[1]")
-    status, sentence = refused("--prompt", "x", "--model", tmp_path)
+    status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", tmp_path))
     assert (status, sentence) == (1, f"{tmp_path / 'manifest.json'} is not a flashring store manifest")

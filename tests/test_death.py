@@ -22,6 +22,8 @@ from checkpoints import write_checkpoint
 
 from storage.convert import convert
 
+pytestmark = pytest.mark.ring
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ("predictor", "cache", "prefetcher", "compute")
 PATIENCE = 20.0  # seconds until a hang counts as one; what it takes is measured elsewhere

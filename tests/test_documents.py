@@ -79,6 +79,6 @@ def test_what_docstrings_name_exists() -> None:
 
 
 def test_the_check_sees_what_is_missing() -> None:
-    text = "`run.py`, `pipeline/gone.py`, `python -m workers.gone`, `python -m workers.lab` and `python -m workers.cache`"
+    text = "`run.py`, `pipeline/gone.py`, `python -m workers.gone`, `python -m workers.lab`, `python -m venv`"
     assert missing_files(text, ROOT / "README.md") == ["pipeline/gone.py"]
     assert missing_modules(text) == ["workers.gone", "workers.lab"]

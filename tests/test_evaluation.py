@@ -18,7 +18,7 @@ from ring import config, plan_for
 from ring import generate as decode
 from safetensors.numpy import load_file
 
-from pipeline.cli import main
+from pipeline import cli
 from pipeline.config import Cache
 from pipeline.ring.messages import EMBEDDING, NeuronsPredicted
 from pipeline.ring.segments import ID
@@ -28,6 +28,7 @@ from storage.errors import ConfigError, UsageError
 from storage.store import Store
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
+from workers.lab.evaluation import __main__ as evaluation
 from workers.lab.evaluation import evaluate, points
 from workers.lab.evaluation.report import compare_task, compare_text, judge
 from workers.lab.evaluation.statistics import paired_difference, proportion, ratio_of_perplexities
@@ -233,6 +234,7 @@ def test_oracle_scores_as_dense(store, model):
     ],
     ids=str,
 )
+@pytest.mark.ring
 def test_scores_equal_the_rings_own_decoding_over_2000_tokens(store, model, changes, count, name):
     """A neuron whose predicted score is within rounding of the threshold may fall either way: one in a
     million. So nearly all tokens agree to rounding, while the dense model agrees nowhere."""
@@ -314,8 +316,9 @@ def test_text_is_cut_into_chunks_with_the_prefix(store):
 
 
 def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["run.py", "evaluate", *arguments])
-    return main()
+    """In this process: to start one with torch takes two seconds."""
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments])
+    return evaluation.run()
 
 
 def test_the_command(store, tmp_path, monkeypatch, capfd):
@@ -323,7 +326,8 @@ def test_the_command(store, tmp_path, monkeypatch, capfd):
     (tmp_path / "lambada.jsonl").write_text('{"context": "a b", "continuation": "c"}\n' * 3, encoding="utf-8")
     options = ("--model", str(store.path), "--threads", "1", "--limit", "2", "--json")
     files = ("--text", str(tmp_path / "text.txt"), "--tasks", "lambada", "--data", str(tmp_path))
-    assert run(monkeypatch, *options, *files) == 0
+    monkeypatch.setattr("sys.argv", ["run.py", "evaluate", *options, *files])
+    assert cli.main() == 0
     found = json.loads(capfd.readouterr().out)
     assert found["text"]["tokens"] > 300
     assert found["text"]["ratio"]["value"] != 1.0

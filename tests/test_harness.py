@@ -82,6 +82,7 @@ def test_sparse_scores_apply_the_predicted_neurons(dense, sparse):
     assert abs(sparse.score(pairs)[0][0] - dense.score(pairs)[0][0]) > 1e-3
 
 
+@pytest.mark.ring
 def test_texts_are_the_rings_up_to_the_stop(store, sparse):
     chosen = config(predictor={"kind": "lowrank", "refine": False})
     prompt = sparse.encode("Once")

@@ -64,5 +64,5 @@ def test_names_in_shared_memory_are_found() -> None:
 
 def test_a_directory_of_sockets_is_found() -> None:
     before = leaks.take()
-    with tempfile.TemporaryDirectory(prefix="flashring-1-") as directory:
+    with tempfile.TemporaryDirectory(prefix="flashring-test-") as directory:
         assert leaks.since(before) == [f"directory {directory}"]

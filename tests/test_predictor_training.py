@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -26,6 +27,7 @@ from storage.tensors import Tensors
 from workers.lab.offline import record
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
+from workers.lab.training import __main__ as training
 from workers.lab.training import activations, fit, lowmap, report, svd, texts
 from workers.lab.training.__main__ import Job, Split, make
 from workers.lab.training.activations import Samples
@@ -316,23 +318,12 @@ def test_rows_are_written_as_numpy_reads_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy", mmap_mode="r"), rows)
 
 
-def test_only_one_training_writes_a_work_directory(store: Store, tmp_path: Path) -> None:
+def test_only_one_training_writes_a_work_directory(store: Store, tmp_path: Path, here: Any) -> None:
     text, work = tmp_path / "text.txt", tmp_path / "work"
     text.write_text("Once upon a time there was a small model. " * 200, encoding="utf-8")
     work.mkdir()
-    line = [
-        sys.executable,
-        "-m",
-        "workers.lab.training.__main__",
-        "--store",
-        str(store.path),
-        "--text",
-        str(text),
-    ]
     with locked(work, "training"):
-        done = subprocess.run(
-            [*line, "--work", str(work)], capture_output=True, text=True, check=False, cwd=ROOT
-        )
+        done = here(training.run, "--store", store.path, "--text", text, "--work", work)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"flashring: another training is writing {work}"
     assert list(work.iterdir()) == []

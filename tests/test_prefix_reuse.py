@@ -12,6 +12,8 @@ from ring import config, plan_for
 from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 
+pytestmark = pytest.mark.ring
+
 PROMPT = [2, 17, 40, 9, 77, 31, 60, 5]
 PARAMS = GenerationParams(max_new_tokens=6, ignore_eos=True)
 

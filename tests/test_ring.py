@@ -16,6 +16,8 @@ from pipeline.ring.session import GenerationParams, Session
 from storage.convert import convert
 from storage.store import Store
 
+pytestmark = pytest.mark.ring
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:

@@ -98,6 +98,7 @@ def alone(store: Store) -> list[list[str]]:
         ]
 
 
+@pytest.mark.ring
 def test_concurrent_clients_get_what_a_lone_run_gives(store, alone, tmp_path):
     def talk(prompt: str) -> list[str]:
         with Client(server.endpoint) as client:
@@ -123,6 +124,7 @@ def test_concurrent_clients_get_what_a_lone_run_gives(store, alone, tmp_path):
     assert not (tmp_path / "serve.sock").exists()
 
 
+@pytest.mark.ring
 def test_a_worker_killed_under_load(store, tmp_path):
     with serving(store, tmp_path) as server, Client(server.endpoint, timeout=60) as client:
         wanted = client.generate("a", max_new_tokens=8, ignore_eos=True).read()
@@ -156,6 +158,7 @@ def test_a_worker_killed_under_load(store, tmp_path):
     assert "Traceback" not in last
 
 
+@pytest.mark.ring
 def test_in_process_equals_served(store, alone):
     with Pipeline.open(str(store.path), settings=SETTINGS) as pipeline:
         texts = [
@@ -204,6 +207,7 @@ for piece in answer:
 """
 
 
+@pytest.mark.ring
 def test_a_killed_embedder_leaves_nothing_behind(store):
     command = [sys.executable, "-c", EMBEDDER, str(store.path), *SETTINGS]
     with subprocess.Popen(
@@ -241,6 +245,7 @@ ROWS = (
 
 
 @pytest.mark.skipif(webdriver.browser() is None, reason="no Chromium with ChromeDriver on this machine")
+@pytest.mark.ring
 def test_the_page_in_a_real_browser(store, tmp_path):
     with serving(store, tmp_path) as server, webdriver.window(tmp_path / "profile") as page:
         page.open(server.url)

@@ -142,6 +142,7 @@ class UnheardSupervisor(Supervisor):
         return None
 
 
+@pytest.mark.ring
 def test_workers_get_the_time_in_which_a_slow_disk_gives_the_resident_weights(store):
     large = replace(store.manifest.files[RESIDENT], bytes=5_000_000_000)
     manifest = replace(store.manifest, files=store.manifest.files | {RESIDENT: large})

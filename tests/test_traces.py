@@ -244,8 +244,9 @@ def test_predicted_sets_and_guesses_are_recorded(store):
 
 
 def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["run.py", "trace", *arguments])
-    return main()
+    """In this process: to start one with torch takes two seconds."""
+    monkeypatch.setattr("sys.argv", ["trace", *arguments])
+    return traces.run()
 
 
 def test_the_commands(store, tmp_path, monkeypatch, capfd):

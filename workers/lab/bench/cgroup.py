@@ -77,7 +77,8 @@ class MemoryCgroup:
         """Remove the group; what still runs in it is killed."""
         for _attempt in range(250):  # the kernel lets go of exited processes a moment after their death
             with contextlib.suppress(OSError):
-                self.path.rmdir()
+                if self.path.exists():
+                    self.path.rmdir()
                 return
             for pid in _read(self.path / "cgroup.procs"):
                 with contextlib.suppress(OSError):
