@@ -39,15 +39,15 @@ class Predictor(Section):
 
     kind: Literal["auto", "lowrank", "oracle", "all"] = "auto"  # auto: lowrank for ReLU, else all
     lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
-    # Predict again from the layer's own input, so that the early guess only prefetches; not set:
-    # where the predictors can.
+    # Whether a layer's set is predicted again from its own input; the early prediction is then only a guess,
+    # which starts reads. Left out: yes, where the predictors can do it.
     refine: bool | None = None
     pinned_layers: tuple[int, ...] = ()  # resident and computed whole; negative counts from the end
     threshold: Annotated[float, Field(allow_inf_nan=False)] = (
         0.0  # added to what a score must exceed; lower: more neurons
     )
-    # Compute a resident neuron at a lower score than an absent one is read at: fewer reads for the recall.
-    # What is answered then depends on what is resident.
+    # Whether a resident neuron is computed at a lower score than an absent one is read at. That saves reads
+    # at equal recall, but the text then depends on what is resident.
     cache_aware: bool = False
 
 

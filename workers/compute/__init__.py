@@ -1,6 +1,6 @@
 """compute: resident weights, KV cache, the layer loop.
 
 Read `engine.py` first: it is one token's way through the layers. `blocks.py` says what a layer is;
-`token.py` computes it for one token by compiled kernels, `batch.py` for many by matrix products;
+`cpu/token.py` computes it for one token by compiled kernels, `cpu/batch.py` for many by matrix products;
 `parts.py` collects the bundles as they arrive.
 """

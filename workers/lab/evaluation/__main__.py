@@ -47,7 +47,7 @@ def main(
         str, typer.Option(help="A point for each of these predictor.threshold, by commas.")
     ] = "",
     picture: Picture = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,

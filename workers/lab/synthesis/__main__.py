@@ -73,7 +73,7 @@ def measure(
         Path | None, typer.Option(help="Directory with tokenizer.json; default: the model's.", metavar="DIR")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.", min=32)] = 256,
-    rank: Annotated[int, typer.Option(help="Of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
     json: JsonFile = None,
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
 ) -> None:
