@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         HF_HOME=os.path.join(directory, "hf"),
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
-        OMP_WAIT_POLICY="passive",  # as workers/kernels.py: awake, torch's threads double the time
+        OMP_WAIT_POLICY="passive",  # as workers/kernels has it: awake, torch's threads double the time
     )
     tempfile.tempdir = None  # read TMPDIR again
     _guards.append(rings.Guard(Path(directory)))

@@ -87,6 +87,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), RINGS)
+@pytest.mark.ring
 def test_a_ring_on_a_store_answers_as_it_did(name: str, kind: str, tmp_path: Path) -> None:
     facts = load(f"{name}.json")
     wanted = facts["answers"][kind]
@@ -98,6 +99,7 @@ def test_a_ring_on_a_store_answers_as_it_did(name: str, kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", load("texts.json")["settings"])
+@pytest.mark.ring
 def test_the_built_in_model_writes_what_it_wrote(kind: str) -> None:
     data = load("texts.json")
     with Pipeline.open(settings=data["settings"][kind]) as ring:
