@@ -30,7 +30,7 @@ from workers.lab.bench import ablation, bench, ceilings, children, curve, peers,
 from workers.lab.bench.ceilings import Around, Ceilings
 from workers.lab.bench.children import ChildFailed, Ran
 from workers.lab.bench.disk import Throughput
-from workers.lab.bench.job import TEXT, Job, make_job, quick_budget
+from workers.lab.bench.job import TEXT, BenchJob, make_job, quick_budget
 from workers.lab.bench.naive import NaiveModel
 from workers.lab.bench.roofline import Roofline, memory_bytes, resident_bytes
 from workers.lab.bench.roofline import measure as measure_roof
@@ -57,7 +57,7 @@ def store(checkpoint: Path) -> Store:
 
 
 @pytest.fixture
-def job(store: Store) -> Iterator[Job]:
+def job(store: Store) -> Iterator[BenchJob]:
     with make_job(
         store,
         text=TEXT,
@@ -92,7 +92,7 @@ def made_of(row: Row) -> Series:
     return Series(row.name, lambda: ran([0.001]), lambda _: row, row.techniques)
 
 
-def results_of(job: Job, out: Path, parts: list[str]) -> tuple[dict[str, Any], list[str]]:
+def results_of(job: BenchJob, out: Path, parts: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What a bench of these parts writes into `out`, and what it says."""
     said: list[str] = []
     bench.measure(
@@ -175,17 +175,19 @@ def test_the_best_row_is_a_ring_at_the_full_budget():
     assert ablation.best([found[0], found[2]]) is None
 
 
-def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, monkeypatch: Any) -> None:
+def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(
+    job: BenchJob, monkeypatch: Any
+) -> None:
     job = replace(job, quick=False)
     times = {"+ overlap": 30.0, "overlap without refinement": 20.0}
     early_times = {"overlap of attention": 10.0, "overlap of attention, guesses": 15.0}
 
-    def ring(self: Job, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Series:
+    def ring(self: BenchJob, name: str, techniques: tuple[str, ...], settings: Any, **other: Any) -> Series:
         total = {**times, **early_times}.get(name, 5.0)
         return made_of(Row(name, techniques, total_ms=total, settings={**settings, **other}))
 
-    monkeypatch.setattr(Job, "ring", ring)
-    monkeypatch.setattr(Job, "naive", lambda self: made_of(Row("naive", total_ms=1.0)))
+    monkeypatch.setattr(BenchJob, "ring", ring)
+    monkeypatch.setattr(BenchJob, "naive", lambda self: made_of(Row("naive", total_ms=1.0)))
     early = job.store.predictors(ablation.EARLY)
 
     def measured() -> list[Row]:
@@ -210,7 +212,7 @@ def test_every_way_to_overlap_has_a_row_and_the_quickest_a_strict_one(job: Job, 
     assert found[-1].settings["budget"] == "50%"
 
 
-def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, monkeypatch: Any) -> None:
+def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: BenchJob, monkeypatch: Any) -> None:
     tensors = {f"layers.0.{name}": np.ones(1, np.float32) for name in ("bias", "absent")}
     metadata = {"lookahead": "1", "kind": "lowrank"}
     early = job.store.predictors(ablation.EARLY)
@@ -225,7 +227,7 @@ def test_predictors_with_thresholds_by_residency_have_rows_of_them(job: Job, mon
     assert [name for name in names if name.endswith("cache-aware")] == [aware]
 
 
-def test_predictors_that_must_look_ahead_overlap_in_every_row(store: Store, job: Job) -> None:
+def test_predictors_that_must_look_ahead_overlap_in_every_row(store: Store, job: BenchJob) -> None:
     default = store.predictors("default")
     kept = default.read_bytes()
     predictors.write(store, predictors.maps(store, "layers", range(1, len(store.layout.layers))))
@@ -238,7 +240,7 @@ def test_predictors_that_must_look_ahead_overlap_in_every_row(store: Store, job:
     assert found[-1].techniques == TECHNIQUES
 
 
-def test_only_some_rows(job: Job) -> None:
+def test_only_some_rows(job: BenchJob) -> None:
     chosen = ["+ bundling", "naive"]
     assert [series.name for series in ablation.series(job, chosen)] == ["naive", "+ bundling"]
     with pytest.raises(UsageError, match=r"no row 'all'; its rows are naive; hybrid; \+ predictor"):
@@ -269,7 +271,7 @@ def test_a_series_grows_by_a_run_and_keeps_the_good_ones() -> None:
     assert never.again() == Row("x", TECHNIQUES, error="no more", budget_bytes=10_000)
 
 
-def test_a_row_with_a_failed_run_is_reported_with_it(job: Job, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_row_with_a_failed_run_is_reported_with_it(job: BenchJob, tmp_path: Path, monkeypatch: Any) -> None:
     runs = iter([ran([0.010])])
 
     def run() -> Ran:
@@ -286,7 +288,7 @@ def test_a_row_with_a_failed_run_is_reported_with_it(job: Job, tmp_path: Path, m
 
 
 def test_a_part_that_fails_keeps_what_it_has_and_stops_no_other(
-    job: Job, tmp_path: Path, monkeypatch: Any
+    job: BenchJob, tmp_path: Path, monkeypatch: Any
 ) -> None:
     one = Throughput(512, 1, 8, 1e9, 1.0)
     tries = iter([one])
@@ -306,7 +308,7 @@ def test_a_part_that_fails_keeps_what_it_has_and_stops_no_other(
 
 
 def test_a_row_whose_ceilings_cannot_be_taken_is_kept_without_a_roof(
-    job: Job, tmp_path: Path, monkeypatch: Any
+    job: BenchJob, tmp_path: Path, monkeypatch: Any
 ) -> None:
     row = Row("x", TECHNIQUES, total_ms=1.0, run_ms=(1.0,), bytes_per_token=1.0)
     monkeypatch.setattr(bench.ablation, "series", lambda job, only: [made_of(row)])
@@ -319,7 +321,7 @@ def test_a_row_whose_ceilings_cannot_be_taken_is_kept_without_a_roof(
 
 
 def test_a_directory_that_is_not_writable_is_refused_before_the_first_row(
-    job: Job, tmp_path: Path, monkeypatch: Any
+    job: BenchJob, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def run() -> Ran:
         raise AssertionError("it was measured")
@@ -337,9 +339,9 @@ def test_all_that_is_measured_has_the_same_threads(
     store: Store, tmp_path: Path, monkeypatch: Any, given: int, expected: int
 ) -> None:
     """Those of the configuration where --threads does not say."""
-    made: list[Job] = []
+    made: list[BenchJob] = []
 
-    def measure(job: Job, out: Path, **_: Any) -> None:
+    def measure(job: BenchJob, out: Path, **_: Any) -> None:
         made.append(job)
         (out / bench.REPORT).write_text("", encoding="utf-8")
 
@@ -356,7 +358,7 @@ def test_all_that_is_measured_has_the_same_threads(
     assert made[0].threads == made[0].resolved().compute.threads == expected
 
 
-def test_the_load_beside_a_ceiling_has_the_jobs_threads(job: Job, monkeypatch: Any) -> None:
+def test_the_load_beside_a_ceiling_has_the_jobs_threads(job: BenchJob, monkeypatch: Any) -> None:
     asked: list[str] = []
 
     def module_command(module: str, *arguments: str) -> list[str]:
@@ -370,7 +372,7 @@ def test_the_load_beside_a_ceiling_has_the_jobs_threads(job: Job, monkeypatch: A
     assert asked[asked.index("--threads") + 1] == "3"
 
 
-def test_rows_and_peers_take_turns(job: Job, tmp_path: Path, monkeypatch: Any) -> None:
+def test_rows_and_peers_take_turns(job: BenchJob, tmp_path: Path, monkeypatch: Any) -> None:
     order: list[str] = []
 
     def series(name: str) -> Series:
@@ -421,7 +423,7 @@ def test_the_roof_is_the_larger_of_disk_and_memory():
     assert (cached.bound, cached.ratio) == ("memory", pytest.approx(1.25))
 
 
-def test_what_a_token_reads_of_memory(job: Job) -> None:
+def test_what_a_token_reads_of_memory(job: BenchJob) -> None:
     a = job.store.architecture
     tables = 2 * (a.max_positions + (a.learned_positions or 0)) * a.d_model
     resident = job.store.manifest.files[RESIDENT].bytes - tables  # the tied embedding is the head
@@ -442,7 +444,7 @@ def test_what_a_token_reads_of_memory(job: Job) -> None:
     assert memory_bytes(job, everything) == resident + 1000
 
 
-def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
+def test_the_curve_goes_from_the_least_to_the_whole(job: BenchJob) -> None:
     budgets = curve.budgets(job, {}, 3)
     layout = job.store.layout
 
@@ -457,7 +459,7 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: Job) -> None:
     assert int(quick_budget(job.store, (), job.context, 1)[:-1]) == budgets[0] + layout.total_bytes // 4
 
 
-def test_each_run_is_held_against_the_ceilings_around_it(job: Job) -> None:
+def test_each_run_is_held_against_the_ceilings_around_it(job: BenchJob) -> None:
     around = [Ceilings(512, idle, idle / 2) for idle in (3e9, 1e9, 2e9)]
     row = Row("x", total_ms=2.4, run_ms=(1.0, 3.0, 2.4), bytes_per_token=1e6)
     roof = measure_roof(job, row, 5e9, around)
@@ -472,7 +474,9 @@ def test_ceilings_before_and_after_a_run_count_by_the_time_that_they_take():
     assert between == Ceilings(1024, pytest.approx(1.5e9), pytest.approx(2e9))
 
 
-def test_ceilings_after_a_run_are_those_before_the_next(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_after_a_run_are_those_before_the_next(
+    job: BenchJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def ceiling(store: Store, request: int, **how: Any) -> Throughput:

@@ -29,7 +29,7 @@ from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.training import __main__ as training
 from workers.lab.training import activations, fit, lowmap, report, svd, texts
-from workers.lab.training.__main__ import Job, Split, make
+from workers.lab.training.__main__ import Split, TrainingJob, make
 from workers.lab.training.activations import Samples
 from workers.predictor import lowrank
 
@@ -103,7 +103,7 @@ def test_regression_finds_a_planted_low_rank_map() -> None:
     samples, matrix = planted(rank=6)
     bias = torch.full((len(matrix),), -1.28)
     regression = fit.Regression.of(matrix, bias, samples.inputs, samples.inputs)
-    found = fit.calibrated(regression.map(6, 1.0), samples, fit.Recipe(false_negatives=0.02))
+    found = fit.calibrated(regression.map(6, 1.0), samples, fit.MapRecipe(false_negatives=0.02))
     counts = fit.quality(found, samples)
     assert counts.recall > 0.97
     assert counts.false_positives < 0.01
@@ -113,7 +113,7 @@ def test_regression_finds_a_planted_low_rank_map() -> None:
 def test_every_threshold_misses_its_share() -> None:
     samples, matrix = planted(rank=6)
     bias = torch.full((len(matrix),), -1.28)
-    recipe = fit.Recipe(false_negatives=0.05, guesses_miss=0.3, resident_miss=0.02, absent_miss=0.1)
+    recipe = fit.MapRecipe(false_negatives=0.05, guesses_miss=0.3, resident_miss=0.02, absent_miss=0.1)
     found = fit.calibrated(svd.decompose(matrix, bias, 3), samples, recipe)
     inputs, active = samples.rows(slice(None))
     scores = found.scores(inputs)
@@ -131,10 +131,10 @@ def test_training_learns_from_a_start_that_knows_nothing() -> None:
         torch.zeros(len(matrix)),
     )
     learn, held_out = samples.part(0, 3072), samples.part(3072, 4096)
-    recipe = fit.Recipe(epochs=20, rate=0.05, batch=256)
-    before = fit.quality(fit.calibrated(start, learn, fit.Recipe()), held_out)
+    recipe = fit.MapRecipe(epochs=20, rate=0.05, batch=256)
+    before = fit.quality(fit.calibrated(start, learn, fit.MapRecipe()), held_out)
     trained = fit.train(start, learn, held_out, recipe, CPU)
-    after = fit.quality(fit.calibrated(trained, learn, fit.Recipe()), held_out)
+    after = fit.quality(fit.calibrated(trained, learn, fit.MapRecipe()), held_out)
     assert after.recall > 0.9
     assert after.false_positives < 0.25 * before.false_positives
 
@@ -183,7 +183,7 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
     store: Store, tokens: np.ndarray, tmp_path: Path
 ) -> None:
     split = Split.of(len(tokens) - 4, 4, tokens.shape[1])
-    reports = make(store, tokens, split, Job(rank=24), "file", tmp_path)
+    reports = make(store, tokens, split, TrainingJob(rank=24), "file", tmp_path)
     assert len(reports) == 2 * len(store.layout.layers)
     for one in reports:
         if one.lookahead == 0:
@@ -213,7 +213,7 @@ def test_the_rings_first_layer_sees_what_its_map_was_trained_on(
     store: Store, tokens: np.ndarray, tmp_path: Path
 ) -> None:
     """Layers below the look-ahead are predicted from embeddings, whose size is unlike an FFN input's."""
-    job = Job(rank=24, inlayer=False, method="regression")
+    job = TrainingJob(rank=24, inlayer=False, method="regression")
     make(store, tokens, Split.of(len(tokens), 0, tokens.shape[1]), job, "first", tmp_path)
     chosen = config(predictor={"kind": "lowrank", "refine": False}, model={"predictor": "first"})
     chooser = make_chooser(store, chosen)
@@ -234,9 +234,11 @@ def test_early_maps_learn_from_what_is_announced_before_attention(
     store: Store, tokens: np.ndarray, tmp_path: Path
 ) -> None:
     split = Split.of(len(tokens), 0, tokens.shape[1])
-    own = make(store, tokens, split, Job(0, rank=24, method="regression"), "own", tmp_path)
+    own = make(store, tokens, split, TrainingJob(0, rank=24, method="regression"), "own", tmp_path)
     inputs = activations.Activations(tmp_path / "activations", store).inputs(2).copy()
-    early = make(store, tokens, split, Job(0, rank=24, method="regression", early=True), "early", tmp_path)
+    early = make(
+        store, tokens, split, TrainingJob(0, rank=24, method="regression", early=True), "early", tmp_path
+    )
     recorded = activations.Activations(tmp_path / "activations", store)
     assert not np.array_equal(recorded.inputs(2), inputs)  # recorded anew
     heard = []
@@ -257,7 +259,7 @@ def test_early_maps_learn_from_what_is_announced_before_attention(
 
 def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
     split = Split.of(len(tokens), 0, tokens.shape[1])
-    job = Job(rank=8)
+    job = TrainingJob(rank=8)
 
     def file(name: str) -> bytes:
         return (store.path / PREDICTORS / f"{name}.safetensors").read_bytes()
@@ -331,18 +333,18 @@ def test_only_one_training_writes_a_work_directory(store: Store, tmp_path: Path,
 
 def test_auto_rank_keeps_the_budget(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
     split = Split.of(len(tokens), 0, tokens.shape[1])
-    make(store, tokens, split, Job(budget=0.5, method="regression"), "small", tmp_path)
+    make(store, tokens, split, TrainingJob(budget=0.5, method="regression"), "small", tmp_path)
     ffn = store.layout.useful_bytes
     tensors = Tensors(store.path / PREDICTORS / "small.safetensors")
     held = sum(tensors.read(name).nbytes for name in tensors.names)
     assert 0.35 * ffn < held <= 0.5 * ffn
     with pytest.raises(UsageError, match="budget"):
-        make(store, tokens, split, Job(budget=0.001), "none", tmp_path)
+        make(store, tokens, split, TrainingJob(budget=0.001), "none", tmp_path)
 
 
 def test_predictors_of_another_store_are_refused(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
     split = Split.of(len(tokens), 0, tokens.shape[1])
-    make(store, tokens, split, Job(rank=4, method="svd"), "foreign", tmp_path / "work")
+    make(store, tokens, split, TrainingJob(rank=4, method="svd"), "foreign", tmp_path / "work")
     other = convert(
         checkpoints.write_checkpoint(tmp_path / "checkpoint", "opt", seed=1), tmp_path / "store", name="other"
     )
@@ -357,7 +359,7 @@ def test_a_model_without_relu_is_refused(tmp_path: Path) -> None:
     where = checkpoints.write_checkpoint(tmp_path / "checkpoint", "opt-gelu")
     gelu = convert(where, tmp_path / "store", name="gelu")
     with pytest.raises(UnsupportedModel, match="gelu activations: low-rank predictors need a ReLU model"):
-        make(gelu, np.zeros((4, 8), np.int64), Split(8, 16, 24), Job(), "no", tmp_path / "work")
+        make(gelu, np.zeros((4, 8), np.int64), Split(8, 16, 24), TrainingJob(), "no", tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from storage.errors import UsageError
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import NAIVE, TECHNIQUES, Row
 from workers.lab.bench.series import Series
 
@@ -23,7 +23,7 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
+def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     """Naive, hybrid and, where the store has predictors, each technique: the table's rows, in its order.
 
     `only` those of some names, if any are given; UsageError for a name that is none of theirs.
@@ -55,7 +55,7 @@ def series(job: Job, only: Sequence[str] = ()) -> list[Series]:
     return [row for row in rows if row.name in only or not only]
 
 
-def strict(job: Job, rows: list[Row]) -> Series | None:
+def strict(job: BenchJob, rows: list[Row]) -> Series | None:
     """The quickest of the rows with all techniques, in half of the checkpoint; None where there is none."""
     quickest = best([row for row in rows if complete(job, row)])
     if quickest is None:
@@ -63,7 +63,7 @@ def strict(job: Job, rows: list[Row]) -> Series | None:
     return job.ring(STRICT, quickest.techniques, quickest.settings, budget="50%")
 
 
-def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
+def overlaps(job: BenchJob) -> list[tuple[str, dict[str, str]]]:
     """Further ways to overlap that the store's predictors allow."""
     ways = []
     default = job.resolved().predictor
@@ -77,7 +77,7 @@ def overlaps(job: Job) -> list[tuple[str, dict[str, str]]]:
     return ways
 
 
-def complete(job: Job, row: Row | Series) -> bool:
+def complete(job: BenchJob, row: Row | Series) -> bool:
     """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
     wanted = TECHNIQUES if job.has_predictors else TECHNIQUES[:1]
     return not row.error and row.techniques == wanted and row.name != STRICT

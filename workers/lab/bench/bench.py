@@ -18,7 +18,7 @@ from workers.lab.bench import ablation, conditions, curve, disk, peers, plots, p
 from workers.lab.bench.ceilings import Around, Ceilings
 from workers.lab.bench.children import ChildFailed
 from workers.lab.bench.disk import Throughput
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.prefill import Prefill
 from workers.lab.bench.roofline import Roofline
 from workers.lab.bench.rows import NAIVE, Row
@@ -33,7 +33,7 @@ CURVE_POINTS, QUICK_POINTS = 6, 2
 class Bench:
     """What has been measured so far, and where it goes."""
 
-    job: Job
+    job: BenchJob
     out: Path
     parts: Sequence[str]
     draw: bool
@@ -136,7 +136,7 @@ class Bench:
 
 
 def measure(
-    job: Job,
+    job: BenchJob,
     out: Path,
     *,
     parts: Sequence[str],
@@ -220,7 +220,7 @@ def _told(bench: Bench, what: str) -> Iterator[None]:
         bench.job.say(bench.failures[-1])
 
 
-def _has_roof(job: Job, series: Series) -> bool:
+def _has_roof(job: BenchJob, series: Series) -> bool:
     """Rings with all techniques have one and, but for a quick run, the naive row."""
     return ablation.complete(job, series) or (series.name == NAIVE and not job.quick)
 

@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from workers.lab.bench import disk
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.series import Series
 
 SEQUENTIAL = 8 << 20  # bytes of one read of the naive baseline, and of its ceiling
@@ -36,7 +36,7 @@ class Ceilings:
 class Around:
     """Ceilings around runs: those after one run are those before the next at the same request size."""
 
-    job: Job
+    job: BenchJob
     _fresh: dict[tuple[int, bool], Ceilings] = field(default_factory=dict)
 
     def now(self, series: Series) -> Ceilings:
@@ -63,7 +63,7 @@ class Around:
         self._fresh.clear()
 
 
-def _request(job: Job, series: Series) -> int:
+def _request(job: BenchJob, series: Series) -> int:
     """Bytes of one read: a whole number of bundles, or long reads where a row streams."""
     if series.streams:
         return min(SEQUENTIAL, job.store.layout.layers[0].bytes)

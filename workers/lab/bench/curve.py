@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 from pipeline import planner
 from pipeline.console import size
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import Row
 
 
-def budgets(job: Job, settings: Mapping[str, str], points: int) -> list[int]:
+def budgets(job: BenchJob, settings: Mapping[str, str], points: int) -> list[int]:
     """Budgets in bytes, evenly spaced from the least to what holds every neuron."""
     config = job.resolved(settings)
     least, most = planner.least(job.store, config).total, planner.most(job.store, config).total
     return [least + (most - least) * point // (points - 1) for point in range(points)]
 
 
-def measure(job: Job, settings: Mapping[str, str], points: int) -> list[Row]:
+def measure(job: BenchJob, settings: Mapping[str, str], points: int) -> list[Row]:
     """One row a budget, with the settings of the best row."""
     return [
         job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B").again()

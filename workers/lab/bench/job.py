@@ -24,7 +24,7 @@ FEW = 9  # tokens of a row that takes seconds for each
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchJob:
     """One store's measurements."""
 
     store: Store
@@ -135,7 +135,7 @@ def make_job(
     quick: bool,
     settings: tuple[str, ...],
     say: Callable[[str], None],
-) -> Iterator[Job]:
+) -> Iterator[BenchJob]:
     """A job over the text's first tokens. Raises UsageError for a text that is too short."""
     tokenizer = load_tokenizer(store)
     try:
@@ -157,7 +157,7 @@ def make_job(
     with TemporaryDirectory(prefix="flashring-bench-") as directory:
         tokens = Path(directory) / "tokens"
         tokens.write_text(" ".join(str(one) for one in rest), encoding="utf-8")
-        yield Job(store, budget, prompt, len(ids), tokens, count, repeats, threads, quick, say, settings)
+        yield BenchJob(store, budget, prompt, len(ids), tokens, count, repeats, threads, quick, say, settings)
 
 
 def quick_budget(store: Store, settings: tuple[str, ...], context: int, threads: int) -> str:

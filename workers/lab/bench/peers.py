@@ -19,7 +19,7 @@ from pipeline.launch import module_environment
 from storage.errors import DiskFull, UsageError
 from workers.lab.bench import children
 from workers.lab.bench.children import Ran
-from workers.lab.bench.job import Job, first_tokens
+from workers.lab.bench.job import BenchJob, first_tokens
 from workers.lab.bench.rows import of_peer
 from workers.lab.bench.series import Series
 
@@ -53,7 +53,7 @@ def check_space(names: Sequence[str], checkpoint: Path, work: Path) -> None:
         raise DiskFull(f"{work} has {size(free)} free, and airllm writes {size(needed)} there")
 
 
-def series(job: Job, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Series]:
+def series(job: BenchJob, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Series]:
     """One row a peer, under the cgroup that the rows at half memory have; `work` is there.
 
     Raises DiskFull.
@@ -62,7 +62,7 @@ def series(job: Job, python: Mapping[str, Path], checkpoint: Path, work: Path) -
     return [_series(job, name, path, checkpoint, work) for name, path in python.items()]
 
 
-def _series(job: Job, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
+def _series(job: BenchJob, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
     limit = planner.parse_budget(job.budget, job.store)
     environment = {**module_environment(), "HF_HUB_OFFLINE": "1"}
     line = [str(python), "-m", f"workers.lab.peers.run_{name}", str(checkpoint), "--limit", str(limit)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from storage.codecs import CODECS
 from workers.lab.bench import roofline
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import Row
 
 
@@ -44,7 +44,7 @@ class Prefill:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def measure(job: Job, row: Row, sequential: float, rates: dict[str, float]) -> Prefill:
+def measure(job: BenchJob, row: Row, sequential: float, rates: dict[str, float]) -> Prefill:
     """`rates` are those of `roofline.bandwidth`."""
     store = job.store
     a = store.architecture

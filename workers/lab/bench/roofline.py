@@ -16,7 +16,7 @@ from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.bench import children
 from workers.lab.bench.ceilings import Ceilings
-from workers.lab.bench.job import Job
+from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import NAIVE, Row
 
 
@@ -84,7 +84,7 @@ class Roofline:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def resident_bytes(job: Job) -> int:
+def resident_bytes(job: BenchJob) -> int:
     """Resident weights that a token reads: all but the embedding's and positions' other rows."""
     store = job.store
     a = store.architecture
@@ -97,7 +97,7 @@ def resident_bytes(job: Job) -> int:
     return max(0, total)
 
 
-def memory_bytes(job: Job, row: Row) -> float:
+def memory_bytes(job: BenchJob, row: Row) -> float:
     """Bytes that the kernels and the predictor must read of DRAM for one token of `row`."""
     own = job.resolved(row.settings)
     predictors = predictor_bytes(job.store, own) if own.predictor.kind == "lowrank" else 0
@@ -121,7 +121,7 @@ def predictor_bytes(store: Store, config: Config) -> int:
     return total
 
 
-def bandwidth(job: Job) -> dict[str, float]:
+def bandwidth(job: BenchJob) -> dict[str, float]:
     """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`."""
     size = (64 << 20) if job.quick else (1 << 30)
     line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.dtype]
@@ -132,7 +132,7 @@ def bandwidth(job: Job) -> dict[str, float]:
     }
 
 
-def measure(job: Job, row: Row, memory: float, ceilings: Sequence[Ceilings]) -> Roofline:
+def measure(job: BenchJob, row: Row, memory: float, ceilings: Sequence[Ceilings]) -> Roofline:
     """The roof of a row: `memory` in bytes a second, and the ceilings around each of its runs."""
     naive = row.name == NAIVE
     return Roofline(

@@ -28,7 +28,7 @@ from storage.errors import CheckpointError, DiskFull, UsageError
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
 from workers.lab.synthesis import block
-from workers.lab.synthesis.generate import Recipe, calibration_tokens, first_tensors, make_layer
+from workers.lab.synthesis.generate import SynthesisRecipe, calibration_tokens, first_tensors, make_layer
 from workers.lab.synthesis.planting import Planting
 from workers.lab.synthesis.shapes import Shape
 
@@ -128,7 +128,7 @@ def _write(
 ) -> None:
     residents = family.resident(config, model)
     names = {item.name for item in residents}
-    recipe = Recipe(
+    recipe = SynthesisRecipe(
         model=model,
         planting=Planting.at_rate(request.rate, model),
         seed=request.seed,
@@ -151,7 +151,9 @@ def _write(
     )
 
 
-def _shards(recipe: Recipe, residents: tuple[Resident, ...], family: Family) -> Iterator[dict[str, Tensor]]:
+def _shards(
+    recipe: SynthesisRecipe, residents: tuple[Resident, ...], family: Family
+) -> Iterator[dict[str, Tensor]]:
     """Tensors by checkpoint name: what belongs to no layer first, then layer by layer."""
     model, prefix = recipe.model, family.prefixes[0]
     tensors = first_tensors(recipe)

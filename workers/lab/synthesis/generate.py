@@ -32,7 +32,7 @@ SMALL = 0.02  # standard deviation of biases that carry nothing
 
 
 @dataclass(slots=True)
-class Recipe:
+class SynthesisRecipe:
     """Everything that is fixed before the first layer is made."""
 
     model: Architecture
@@ -73,7 +73,7 @@ class Recipe:
         return self.rounded(self.normal(self.planting.norm_bias, (self.model.d_model,), "norm bias"))
 
 
-def calibration_tokens(recipe: Recipe) -> Tensor:
+def calibration_tokens(recipe: SynthesisRecipe) -> Tensor:
     """Zipf-distributed ids: byte-pair vocabularies are ordered by frequency, about."""
     weights = 1 / (torch.arange(recipe.model.vocabulary) + 2.7)
     generator = recipe.generator("calibration")
@@ -81,7 +81,7 @@ def calibration_tokens(recipe: Recipe) -> Tensor:
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
-def first_tensors(recipe: Recipe) -> dict[str, Tensor]:
+def first_tensors(recipe: SynthesisRecipe) -> dict[str, Tensor]:
     """Embeddings and final norm, by canonical name, in the checkpoint's dtype."""
     model, planting = recipe.model, recipe.planting
     learned = model.learned_positions is not None
@@ -96,7 +96,7 @@ def first_tensors(recipe: Recipe) -> dict[str, Tensor]:
     return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}
 
 
-def _embedding(recipe: Recipe, scale: float) -> Tensor:
+def _embedding(recipe: SynthesisRecipe, scale: float) -> Tensor:
     """`[vocabulary, d_model]` without a component along the norms' bias, a chunk of rows at a time."""
     model, direction = recipe.model, recipe.norm_direction
     embedding = torch.empty(model.vocabulary, model.d_model, dtype=recipe.dtype)
@@ -108,7 +108,7 @@ def _embedding(recipe: Recipe, scale: float) -> Tensor:
     return embedding
 
 
-def _walk(recipe: Recipe, scale: float) -> Tensor:
+def _walk(recipe: SynthesisRecipe, scale: float) -> Tensor:
     """A random walk over positions that stays on a sphere, about: `[positions, d_model]`."""
     model = recipe.model
     keep = math.exp(-1 / recipe.planting.position_memory)
@@ -128,7 +128,7 @@ def _without(matrix: Tensor, direction: Tensor | None) -> Tensor:
     return matrix.sub_(torch.outer(unit, unit @ matrix))
 
 
-def make_layer(recipe: Recipe, layer: int, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def make_layer(recipe: SynthesisRecipe, layer: int, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """One layer's tensors by canonical part, in the checkpoint's dtype, and the stream behind it.
 
     x is the calibration sequence's stream before the layer, `[tokens, d_model]` float32.
@@ -149,7 +149,7 @@ def _rms(x: Tensor) -> float:
     return float(x[WARM_UP:].square().mean().sqrt())
 
 
-def _norms(recipe: Recipe, layer: int) -> dict[str, Tensor]:
+def _norms(recipe: SynthesisRecipe, layer: int) -> dict[str, Tensor]:
     width, direction = (recipe.model.d_model,), recipe.norm_direction
     tensors = {}
     for name in (NORM_PARTS[place] for place in recipe.layer.norms):
@@ -159,7 +159,7 @@ def _norms(recipe: Recipe, layer: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _attention(recipe: Recipe, layer: int) -> dict[str, Tensor]:
+def _attention(recipe: SynthesisRecipe, layer: int) -> dict[str, Tensor]:
     """Queries, keys and values, `[rows, d_model]`. Values carry nothing that is constant."""
     model, direction = recipe.model, recipe.norm_direction
     attention, unit = recipe.layer.attention, 1 / math.sqrt(model.d_model)
@@ -188,7 +188,7 @@ def _attention(recipe: Recipe, layer: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _distance_kernel(recipe: Recipe, layer: int) -> tuple[Tensor, Tensor]:
+def _distance_kernel(recipe: SynthesisRecipe, layer: int) -> tuple[Tensor, Tensor]:
     """Constant queries `[heads · head_dim]` and keys `[kv_heads · head_dim]` that see distance alone.
 
     Rotation by ω a token makes the product of constants Σ_j q_j k_j cos(ω_j Δ). Each head puts its
@@ -209,7 +209,9 @@ def _distance_kernel(recipe: Recipe, layer: int) -> tuple[Tensor, Tensor]:
     return query.flatten(), key.flatten()
 
 
-def _set_out(recipe: Recipe, layer: int, tensors: dict[str, Tensor], heads: Tensor, rms: float) -> Tensor:
+def _set_out(
+    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], heads: Tensor, rms: float
+) -> Tensor:
     """The output projection, scaled to write the wanted energy; returns attention's output."""
     model, planting = recipe.model, recipe.planting
     energy = planting.attention_share(layer)
@@ -223,7 +225,7 @@ def _set_out(recipe: Recipe, layer: int, tensors: dict[str, Tensor], heads: Tens
     return torch.nn.functional.linear(heads, tensors["out.weight"], tensors.get("out.bias"))
 
 
-def _set_up(recipe: Recipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -> Tensor:
+def _set_up(recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -> Tensor:
     """The up-projection with its thresholds; returns the activations `[tokens, d_ff]`."""
     model, planting = recipe.model, recipe.planting
     rank = planting.rank(model.d_model)
@@ -253,7 +255,7 @@ def _set_up(recipe: Recipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -
     return block.activated(recipe.layer, pre)
 
 
-def _thresholds(recipe: Recipe, layer: int, *, seen: Tensor, pre: Tensor) -> Tensor:
+def _thresholds(recipe: SynthesisRecipe, layer: int, *, seen: Tensor, pre: Tensor) -> Tensor:
     """θ `[d_ff]`, so that activity, and the predicted set's renewal, are the planting's.
 
     `seen` is the part of the pre-activations `pre` that a truncated SVD sees, both `[tokens, d_ff]`.
@@ -273,7 +275,7 @@ def _thresholds(recipe: Recipe, layer: int, *, seen: Tensor, pre: Tensor) -> Ten
     return _theta(recipe, order, (low + high) / 2, pre)
 
 
-def _theta(recipe: Recipe, order: Tensor, exponent: float, pre: Tensor) -> Tensor:
+def _theta(recipe: SynthesisRecipe, order: Tensor, exponent: float, pre: Tensor) -> Tensor:
     """Thresholds of power-law neurons, shifted together until the mean activity is the planting's.
 
     `order` is each neuron's place from hot to cold, of all d_ff; `pre` is theirs, `[tokens, len(order)]`.
@@ -289,7 +291,7 @@ def _theta(recipe: Recipe, order: Tensor, exponent: float, pre: Tensor) -> Tenso
     return theta + float(np.partition(excess.numpy(), -count)[-count])
 
 
-def _renewal(recipe: Recipe, seen: Tensor, pre: Tensor) -> float:
+def _renewal(recipe: SynthesisRecipe, seen: Tensor, pre: Tensor) -> float:
     """New predicted neurons per token and d_ff, of a predictor that sees `seen` alone."""
     planting = recipe.planting
     scores = seen[WARM_UP:][pre[WARM_UP:] > 0].numpy()
@@ -298,7 +300,9 @@ def _renewal(recipe: Recipe, seen: Tensor, pre: Tensor) -> float:
     return new_per_token(predicted, planting.window)
 
 
-def _set_down(recipe: Recipe, layer: int, tensors: dict[str, Tensor], active: Tensor, rms: float) -> Tensor:
+def _set_down(
+    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], active: Tensor, rms: float
+) -> Tensor:
     """The down-projection, scaled likewise, without what the mean activation would write in every token."""
     model, planting = recipe.model, recipe.planting
     matrix = _without(

@@ -44,7 +44,7 @@ FORMAT = "4"  # of the work directory's maps: raise it when the same options wou
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainingJob:
     """What is to be made."""
 
     lookahead: int = 1
@@ -53,7 +53,7 @@ class Job:
     budget: float = 0.08  # of the FFN's bytes, for the whole file
     method: str = "trained"
     early: bool = False  # from the stream before attention, so that reads have that time, too
-    recipe: fit.Recipe = field(default_factory=fit.Recipe)
+    recipe: fit.MapRecipe = field(default_factory=fit.MapRecipe)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -106,7 +106,7 @@ def make(
     store: Store,
     tokens: npt.NDArray[np.int64],
     split: Split,
-    job: Job,
+    job: TrainingJob,
     name: str,
     work: Path,
     threads: int = 1,
@@ -157,8 +157,8 @@ def _share(tensors: dict[str, torch.Tensor], layers: int) -> None:
                 del tensors[ahead]
 
 
-def _ranks(store: Store, recorded: Activations, split: Split, job: Job) -> list[int]:
-    """Of every map, in the order of `Job.maps`."""
+def _ranks(store: Store, recorded: Activations, split: Split, job: TrainingJob) -> list[int]:
+    """Of every map, in the order of `TrainingJob.maps`."""
     d_model, neurons = store.architecture.d_model, store.layout.most_units
     wanted = job.maps(len(store.layout.layers))
     if job.rank is not None:
@@ -180,7 +180,7 @@ def _regression(store: Store, recorded: Activations, split: Split, layer: int, a
 
 
 def fit_map(
-    store: Store, recorded: Activations, split: Split, job: Job, layer: int, ahead: int, rank: int
+    store: Store, recorded: Activations, split: Split, job: TrainingJob, layer: int, ahead: int, rank: int
 ) -> LowMap:
     """One calibrated map."""
     samples = recorded.samples(layer, ahead)
@@ -197,7 +197,7 @@ def fit_map(
     return fit.calibrated(made, validation, job.recipe)
 
 
-def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: Job) -> str:
+def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: TrainingJob) -> str:
     """Names everything, but rank and layer, that decides a map."""
     what = {
         "format": FORMAT,
@@ -212,7 +212,9 @@ def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: Job) ->
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _metadata(store: Store, split: Split, job: Job, reports: list[report.LayerReport]) -> dict[str, str]:
+def _metadata(
+    store: Store, split: Split, job: TrainingJob, reports: list[report.LayerReport]
+) -> dict[str, str]:
     made_from = {
         "method": job.method,
         "tokens": {
@@ -238,9 +240,17 @@ def main(
         Path | None, typer.Option(help="Text for the report; without: the last twentieth of TEXT.")
     ] = None,
     lookahead: Annotated[int, typer.Option(help="Layers that predictions run ahead.")] = 1,
-    inlayer: Annotated[bool, typer.Option(help="Also look-ahead 0, which refine needs.")] = True,
-    rank: Annotated[str, typer.Option(help="Of every map, or auto: by --budget.")] = "auto",
-    budget: Annotated[float, typer.Option(help="Largest share of the FFN's bytes.")] = 0.08,
+    inlayer: Annotated[
+        bool, typer.Option(help="Also make maps for look-ahead 0, which refine needs.")
+    ] = True,
+    rank: Annotated[
+        str,
+        typer.Option(help="Rank of every map; auto: as --budget allows, higher where the recall needs it."),
+    ] = "auto",
+    budget: Annotated[
+        float,
+        typer.Option(help="Largest share of the FFN's bytes that the predictors may take, with --rank auto."),
+    ] = 0.08,
     method: Annotated[str, typer.Option(help="trained, regression (no training) or svd.")] = "trained",
     name: Annotated[str, typer.Option(help="The predictors' name in the store.")] = "default",
     tokens: Annotated[int, typer.Option(help="Most tokens of TEXT to use.", min=1)] = 200_000,
@@ -250,21 +260,23 @@ def main(
     ] = 0.05,
     early: Annotated[
         bool,
-        typer.Option("--early", help="Predict before attention, from the stream: its time is reads' time."),
+        typer.Option("--early", help="Predict before a layer's attention, so that reads overlap with it."),
     ] = False,
     guesses_miss: Annotated[
-        float, typer.Option(help="The same of guesses, which refine completes: fewer wasted reads.")
+        float,
+        typer.Option(help="Share of active neurons that an early guess may miss when refine corrects it."),
     ] = 0.2,
     resident_miss: Annotated[
-        float, typer.Option(help="The same with predictor.cache_aware, of neurons that are resident.")
+        float, typer.Option(help="Share of active resident neurons that predictor.cache_aware may miss.")
     ] = 0.03,
     absent_miss: Annotated[
-        float, typer.Option(help="And of neurons that would have to be read: fewer reads.")
+        float, typer.Option(help="Share of active neurons not in memory that predictor.cache_aware may miss.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the order of samples.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of samples.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: as many as there are CPUs.", min=0)] = 0,
     work: Annotated[
-        Path | None, typer.Option(help="For activations; without: beside the store, removed at the end.")
+        Path | None,
+        typer.Option(help="Directory for activations; without: beside the store, removed at the end."),
     ] = None,
 ) -> None:
     """Train the predictors of a converted ReLU model on a text."""
@@ -272,7 +284,7 @@ def main(
         raise UsageError(f"--rank is a number or auto, not {rank!r}")
     if not math.isfinite(epochs):
         raise UsageError(f"--epochs is a number of passes, not {epochs}")
-    recipe = fit.Recipe(
+    recipe = fit.MapRecipe(
         epochs=epochs,
         false_negatives=false_negatives,
         guesses_miss=guesses_miss,
@@ -280,7 +292,9 @@ def main(
         absent_miss=absent_miss,
         seed=seed,
     )
-    job = Job(lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe)
+    job = TrainingJob(
+        lookahead, inlayer, None if rank == "auto" else int(rank), budget, method, early, recipe
+    )
     store = Store.open(store_path)
     target = store.predictors(name)
     check_writable(target if target.parent.is_dir() else target.parent)

@@ -33,7 +33,7 @@ RANK_STEP = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class MapRecipe:
     """Everything that decides the trained map, apart from the samples."""
 
     epochs: float = 1.0
@@ -150,7 +150,7 @@ def allot(strengths: Sequence[Tensor], total: int) -> list[int]:
 
 
 def train(
-    start: LowMap, samples: Samples, validation: Samples, recipe: Recipe, device: torch.device
+    start: LowMap, samples: Samples, validation: Samples, recipe: MapRecipe, device: torch.device
 ) -> LowMap:
     """Improve a map on samples; the best state on validation text, which may be the start."""
     steps = int(recipe.epochs * len(samples)) // recipe.batch
@@ -194,7 +194,7 @@ def _gradients(parts: list[Tensor], inputs: Tensor, active: Tensor) -> None:
     down.grad = (slope @ up).T @ inputs
 
 
-def _selection(candidate: LowMap, watched: tuple[Tensor, Tensor], recipe: Recipe) -> float:
+def _selection(candidate: LowMap, watched: tuple[Tensor, Tensor], recipe: MapRecipe) -> float:
     """False positives where the threshold misses just the allowed share: lower is better."""
     inputs, active = watched
     scores = candidate.scores(inputs)
@@ -202,7 +202,7 @@ def _selection(candidate: LowMap, watched: tuple[Tensor, Tensor], recipe: Recipe
     return report.Counts.of(scores > least, active).false_positives
 
 
-def calibrated(candidate: LowMap, validation: Samples, recipe: Recipe) -> LowMap:
+def calibrated(candidate: LowMap, validation: Samples, recipe: MapRecipe) -> LowMap:
     """Rounded to the file's precision, with the threshold folded in that misses the recipe's share.
 
     The other thresholds are relative to that one.

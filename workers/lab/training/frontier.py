@@ -31,7 +31,7 @@ from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
 from workers.lab.training import activations, texts
-from workers.lab.training.__main__ import Job, Split, fit_map
+from workers.lab.training.__main__ import Split, TrainingJob, fit_map
 from workers.lab.training.activations import Activations, Samples
 from workers.lab.training.lowmap import LowMap
 
@@ -91,7 +91,7 @@ def measure(
     store: Store,
     recorded: Activations,
     split: Split,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingJob],
     ranks: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Curve]:
@@ -163,20 +163,23 @@ def main(
     held_out: Annotated[
         Path | None, typer.Option(help="Text for the curves; without: the last twentieth of TEXT.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="By commas.")] = "16,36,64,96,128",
-    lookaheads: Annotated[str, typer.Option(help="By commas.")] = "0,1",
+    ranks: Annotated[str, typer.Option(help="Ranks to compare, separated by commas.")] = "16,36,64,96,128",
+    lookaheads: Annotated[str, typer.Option(help="Look-aheads to compare, separated by commas.")] = "0,1",
     method: Annotated[str, typer.Option(help="trained, regression (no training) or svd.")] = "trained",
     tokens: Annotated[int, typer.Option(help="Most tokens of TEXT to use.", min=1)] = 40_960,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: as many as there are CPUs.", min=0)] = 0,
     work: Annotated[
-        Path | None, typer.Option(help="For activations; without: beside the store, removed at the end.")
+        Path | None,
+        typer.Option(help="Directory for activations; without: beside the store, removed at the end."),
     ] = None,
     picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure both errors of predictors over ranks and thresholds."""
     store = Store.open(store_path)
-    jobs = [Job(lookahead=k, method=method) for k in _numbers(lookaheads, 0, len(store.layout.layers) - 1)]
+    jobs = [
+        TrainingJob(lookahead=k, method=method) for k in _numbers(lookaheads, 0, len(store.layout.layers) - 1)
+    ]
     wanted = _numbers(ranks, 1, store.architecture.d_model)
     torch.set_num_threads(thread_count(threads))
     rows, more = texts.two(text, held_out, store, tokens)
