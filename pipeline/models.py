@@ -25,6 +25,7 @@ from pipeline import directories
 from pipeline.config import Config, Model
 from pipeline.console import say
 from pipeline.launch import ROOT
+from storage import files
 from storage.errors import CheckpointError, StoreError, UsageError, reason
 from storage.manifest import MANIFEST
 from storage.store import Store, unfinished
@@ -216,15 +217,9 @@ def install_predictors(store: Store) -> None:
     if target.is_file() and target.read_bytes() == data:
         return
     target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        files.write(target, data, shared=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StoreError(f"{target} cannot be written: {reason(error)}") from error
 
 

@@ -13,17 +13,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from pipeline.config import Config
 from pipeline.ring import audit
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.ring.plan import Plan
 from pipeline.ring.supervisor import Supervisor
 from pipeline.ring.text import Detokenizer
-from storage.errors import RingError, StoreError, UsageError
+from storage.errors import RingError, UsageError
 from storage.store import Store
-from storage.tokenizer import TOKENIZER
+from storage.tokenizer import load_tokenizer
 
 CANCEL_SECONDS = 0.1  # how often a silent ring's `cancelled` is asked
 TOKEN_SECONDS = 600.0  # the longest silence before a token, after which the ring counts as hung
@@ -348,16 +346,3 @@ def _check_vocabulary(whose: str, ids: Sequence[int], store: Store) -> None:
     bad = next((one for one in ids if not 0 <= one < vocabulary), None)
     if bad is not None:
         raise UsageError(f"{whose} token id {bad}, and the model's vocabulary has {vocabulary:,}")
-
-
-def load_tokenizer(store: Store) -> Tokenizer:
-    """The store's tokenizer. Raises StoreError when it has none, or a damaged one."""
-    path = store.path / TOKENIZER
-    if not path.is_file():
-        raise StoreError(
-            f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise StoreError(f"{path} is damaged: {error}") from error

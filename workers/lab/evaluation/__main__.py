@@ -18,9 +18,9 @@ from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
 from pipeline.cores import thread_count
-from pipeline.ring.session import load_tokenizer
 from storage.errors import UsageError
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import report
 from workers.lab.evaluation.evaluate import chunks, evaluate_task, evaluate_text
 from workers.lab.evaluation.points import Point, draw, measure, table

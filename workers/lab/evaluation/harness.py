@@ -15,9 +15,10 @@ import torch
 from pipeline import models, planner
 from pipeline.cores import thread_count
 from pipeline.quality import quality_settings
-from pipeline.ring.session import GenerationParams, Session, load_tokenizer
+from pipeline.ring.session import GenerationParams, Session
 from pipeline.serving.stopping import StopStrings
 from storage.errors import UsageError
+from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation.evaluate import continuations
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel

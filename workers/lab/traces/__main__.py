@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from storage.errors import UsageError
+from storage.files import replacing
 from workers.cache.frequency import make_policy
 from workers.cache.policy import Policy
 from workers.lab.offline import record, replay
@@ -160,10 +160,8 @@ def order_command(
     """Order neurons so that those used together lie together, for convert --order."""
     trace = Trace.load(file)
     order = linear_order(trace.only_active() if active else trace)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("wb") as opened:
+    with replacing(out) as opened:
         np.save(opened, order)
-    os.replace(partial, out)
     print(
         f"{out}: {len(order)} layers of {order.shape[1]:,} neurons; to use it: "
         f"run.py convert MODEL STORE --order {out}",
