@@ -22,7 +22,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline import directories
-from pipeline.config import Config, Model
+from pipeline.config import NOTHING, Config, Model, Values
 from pipeline.console import say
 from pipeline.launch import ROOT
 from storage import files
@@ -97,18 +97,20 @@ class Source:
         return Store.open(path)
 
 
-def configure(model: str, file: Path | None, settings: Iterable[str]) -> tuple[Source, Config]:
-    """What `--model`, `--config` and `--set` mean together.
+def configure(
+    model: str, file: Path | None, settings: Iterable[str], values: Values = NOTHING
+) -> tuple[Source, Config]:
+    """What `--model`, `--config`, `--set` and the options that have a key of their own mean together.
 
-    The preset's values come first, then the file's, then the settings. Raises UsageError.
+    The preset's values come first, then the file's, then the settings, then `values`. Raises UsageError.
     """
     settings = list(settings)
     known = presets()
-    config = Config.load(file, settings)
+    config = Config.load(file, settings, values=values)
     if not model and not config.model.checkpoint and not config.model.store:
         model = BUILTIN
     if model in known:
-        config = Config.load(file, settings, preset=known[model])
+        config = Config.load(file, settings, known[model], values)
     if model and model not in known:
         return find_source(model), config
     return _configured_source(config, model), config
@@ -218,7 +220,7 @@ def install_predictors(store: Store) -> None:
         return
     target.parent.mkdir(exist_ok=True)
     try:
-        files.write(target, data, shared=True)
+        files.write_whole(target, data, shared=True)
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {reason(error)}") from error
 

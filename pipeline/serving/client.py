@@ -22,7 +22,7 @@ import zmq.asyncio
 
 from pipeline.errors import HELLO, ServerUnavailable, from_code
 from pipeline.ring.codec import ProtocolError
-from pipeline.serving.answer import Answer, AsyncAnswer, ChatMessage, Sampling, submission
+from pipeline.serving.answer import Answer, AsyncAnswer, ChatMessage, RequestOptions, submission
 from pipeline.serving.client_messages import (
     CLIENT_PROTOCOL_VERSION,
     NO_REQUEST,
@@ -118,13 +118,13 @@ class Client:
         assert self._welcome is not None
         return self._welcome
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Answer:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Answer:
         """Continue a text (or token ids)."""
-        return self._submit(submission(next(self._numbers), prompt, (), sampling))
+        return self._submit(submission(next(self._numbers), prompt, (), options))
 
-    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> Answer:
+    def chat(self, messages: Sequence[ChatMessage], **options: Unpack[RequestOptions]) -> Answer:
         """Answer chat messages, through the model's own template."""
-        return self._submit(submission(next(self._numbers), None, messages, sampling))
+        return self._submit(submission(next(self._numbers), None, messages, options))
 
     def stats(self) -> dict[str, float]:
         """The server's counters, and as `WORKER.NAME` those of the ring."""
@@ -296,13 +296,13 @@ class AsyncClient:
             raise UsageError("the client is not connected yet; use it as an asynchronous context manager")
         return self._welcome
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncAnswer:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> AsyncAnswer:
         """Continue a text (or token ids)."""
-        return AsyncAnswer(self._events(submission(next(self._numbers), prompt, (), sampling)))
+        return AsyncAnswer(self._events(submission(next(self._numbers), prompt, (), options)))
 
-    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> AsyncAnswer:
+    def chat(self, messages: Sequence[ChatMessage], **options: Unpack[RequestOptions]) -> AsyncAnswer:
         """Answer chat messages, through the model's own template."""
-        return AsyncAnswer(self._events(submission(next(self._numbers), None, messages, sampling)))
+        return AsyncAnswer(self._events(submission(next(self._numbers), None, messages, options)))
 
     async def stats(self) -> dict[str, float]:
         """The server's counters, and as `WORKER.NAME` those of the ring."""

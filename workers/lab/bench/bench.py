@@ -59,7 +59,7 @@ class Bench:
             (RESULTS, json.dumps(results, indent=2) + "\n"),
             (REPORT, table.document(results, self.sections())),
         ):
-            files.write(self.out / name, text.encode())
+            files.write_whole(self.out / name, text.encode())
         if self.draw:
             self._draw(results["title"])
 

@@ -15,7 +15,9 @@ import torch
 from pipeline import models, planner
 from pipeline.cores import thread_count
 from pipeline.quality import quality_settings
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
 from pipeline.serving.stopping import StopStrings
 from storage.errors import UsageError
 from storage.tokenizer import load_tokenizer
@@ -64,7 +66,7 @@ class Harness:
     def write(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """Texts that follow the contexts, each under its own keywords (`params`), without the stop."""
         plan = planner.plan(self._store, self._config).plan
-        with Session.open(self._store, self._config, plan) as session:
+        with Session(self._store, self._config, plan) as session:
             return [self._text(session, context, keywords) for context, keywords in requests]
 
     def _text(self, session: Session, context: str, keywords: Mapping[str, Any]) -> str:
@@ -100,9 +102,11 @@ def params(keywords: Mapping[str, Any]) -> tuple[GenerationParams, tuple[str, ..
     sampled = bool(keywords.get("do_sample", keywords.get("temperature")))
     temperature = float(keywords.get("temperature") or 1.0) if sampled else 0.0
     found = GenerationParams(
-        max_new_tokens=int(length),
-        temperature=temperature,
-        top_k=int(keywords.get("top_k") or 0),
-        top_p=float(keywords.get("top_p") or 1.0),
+        int(length),
+        Sampling(
+            temperature=temperature,
+            top_k=int(keywords.get("top_k") or 0),
+            top_p=float(keywords.get("top_p") or 1.0),
+        ),
     )
     return found, (until,) if isinstance(until, str) else tuple(until)

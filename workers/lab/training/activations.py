@@ -208,7 +208,7 @@ def _begin(model: DenseModel, tokens: npt.NDArray[np.int64], directory: Path, me
         embedding.put(start, _half(x * scale))
         stream.put(start, x.numpy())
     embedding.finish()
-    files.write(directory / META, json.dumps({**meta, "scale": scale}).encode())
+    files.write_whole(directory / META, json.dumps({**meta, "scale": scale}).encode())
     stream.finish()  # the last one: with it, `_resume` counts this stage as done
 
 
@@ -273,7 +273,7 @@ class _Output:
 
     def __init__(self, path: Path, shape: tuple[int, ...], kind: str = "f2") -> None:
         self._path = path
-        self._partial = files.partial_of(path)
+        self._partial = path.with_name(path.name + ".partial")
         self._dtype = np.dtype(kind)
         self._row = math.prod(shape[1:]) * self._dtype.itemsize  # bytes
         self._file = self._partial.open("wb")
