@@ -131,5 +131,5 @@ def test_plain_values_come_last_and_none_says_nothing(tmp_path):
     assert config.memory.budget == "50%"
     assert (config.sampling.temperature, config.sampling.top_k, config.sampling.top_p) == (0.9, 5, 0.5)
     assert config.compute.context == 0
-    with pytest.raises(ConfigError, match="sampling.temperature"):
+    with pytest.raises(ConfigError, match=r"sampling\.temperature"):
         Config.load(None, values={"sampling": {"temperature": -1.0}})

@@ -258,7 +258,7 @@ def test_another_protocol_version_is_refused(tmp_path, monkeypatch):
             answer = raw.receive()
             assert isinstance(answer, Error)
             assert answer.code == "version"
-        monkeypatch.setattr("pipeline.serving.client.CLIENT_PROTOCOL_VERSION", 99)
+        monkeypatch.setattr("pipeline.serving.conversation.CLIENT_PROTOCOL_VERSION", 99)
         with pytest.raises(ProtocolMismatch, match="the client 99"):
             Client(server.endpoint)
         monkeypatch.undo()
@@ -347,7 +347,7 @@ def test_a_burst_is_not_taken_for_a_client_that_does_not_read(tmp_path):
 
 KILLED_CLIENT = """
 import sys
-from pipeline.client import Client
+from pipeline.serving.client import Client
 client = Client(sys.argv[1])
 answers = [client.generate("long", max_new_tokens=1000) for _ in range(3)]
 print(next(answers[0]), flush=True)

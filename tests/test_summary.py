@@ -1,4 +1,4 @@
-"""What a generation cost, as a record and as the JSON that `--json` prints; and the counters it is made of."""
+"""What a generation cost, as a record and as `--json` prints it; and the counters that it is made of."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_nothing_that_was_not_counted_divides_by_zero():
 
 def test_the_one_line_of_a_run():
     assert describe(summary(generation())) == (
-        "[3 tokens, 4.0 tokens/s, 0.00 MB read per token, hit rate 75.0 %, peak memory 2.9 KiB]"
+        "[3 tokens, 4.0 tokens/s, 0.00 MB read per token, hit rate 75.0 %, peak memory 2.93 KiB]"
     )
 
 
