@@ -13,7 +13,7 @@ from fake_session import CONTEXT, FastSession
 
 from pipeline.config import Decoding
 from pipeline.serving.chat import ChatTemplate
-from pipeline.serving.http import HttpServer
+from pipeline.serving.http.server import HttpServer
 from pipeline.serving.prometheus import PrometheusObserver
 from pipeline.serving.scheduler import Scheduler
 from pipeline.serving.server import Server

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline import models
 from pipeline.config import Config
+from pipeline.models.names import presets
 from storage.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -24,7 +24,7 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
 def test_every_promised_preset_is_shipped() -> None:
     opt = {f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")}
     falcon = {f"falcon-{size}" for size in ("rw-1b", "7b", "7b-instruct", "40b")}
-    assert set(models.presets()) == {"builtin", *opt, *falcon}
+    assert set(presets()) == {"builtin", *opt, *falcon}
 
 
 def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import models, planner
+from pipeline import planner
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
+from pipeline.models.names import configure
 from pipeline.quality import quality_settings
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.version import name_and_version
@@ -111,7 +112,7 @@ def command(
         },
     }
     settings = [*quality_settings(quality), *(settings or ())]
-    source, config = models.configure(model, config_file, settings, values)
+    source, config = configure(model, config_file, settings, values)
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
     config = planner.resolve(store, config)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import models, planner
+from pipeline import planner
 from pipeline.config import Values
+from pipeline.models.names import configure
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
@@ -38,7 +39,7 @@ def open_ring(
     `say` gets a line for each death and restart of the ring.
     """
     values: Values = {"memory": {"budget": memory or None}, "compute": {"context": context or None}}
-    source, config = models.configure(model, config_file, settings, values)
+    source, config = configure(model, config_file, settings, values)
     store = source.open_store()
     config = planner.resolve(store, config)
     plan = planner.plan(store, config).plan

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline import models, planner
+from pipeline import planner
 from pipeline.cores import thread_count
+from pipeline.models.names import configure
 from pipeline.quality import quality_settings
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.sampling import Sampling
@@ -35,7 +36,7 @@ class Harness:
 
     def __init__(self, model: str = "", settings: Sequence[str] = (), quality: str = "", threads: int = 0):
         """`settings`: `section.key=value`, as `--set`. Raises what the main job's start raises."""
-        source, config = models.configure(model, None, [*quality_settings(quality), *settings])
+        source, config = configure(model, None, [*quality_settings(quality), *settings])
         self._store = source.open_store()
         self._config = planner.resolve(self._store, config)
         self._chooser = make_chooser(self._store, self._config)

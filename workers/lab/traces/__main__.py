@@ -15,12 +15,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import models, planner, program
+from pipeline import planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
+from pipeline.models.names import configure
 from storage.errors import UsageError
 from storage.files import replacing
 from workers.cache.frequency import make_policy
@@ -60,7 +61,7 @@ def record_command(
 ) -> None:
     """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
     check_writable(out)
-    source, config = models.configure(model, config_file, settings or ())
+    source, config = configure(model, config_file, settings or ())
     store = source.open_store()
     if not store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
