@@ -36,7 +36,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
-    """Write durably and atomically: `path` is as it was, or holds all of `data`. `shared` as in `replacing`."""
+    """Write durably and atomically: `path` is as it was, or holds all of `data`; see `replacing`."""
     with replacing(path, shared=shared) as file:
         file.write(data)
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.ring.counters import of_layer
 from pipeline.ring.channel import Channel
+from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
