@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -39,6 +41,7 @@ from pipeline.serving.conversation import (
 from storage.errors import UsageError
 
 Result = TypeVar("Result")
+FROZEN = Path(__file__).resolve().parent / "frozen"  # what version 0.1.0 sent and was sent
 TIMEOUT = 10.0
 WELCOME = Welcome(CLIENT_PROTOCOL_VERSION, "flashring", "model", 128, 1.0, 1000, True)
 GREETING = [Hello(CLIENT_PROTOCOL_VERSION, CLIENT_NAME)]
@@ -52,6 +55,7 @@ class Network:
         self.now = 100.0
         self.server = server
         self.sent: list[ClientMessage] = []
+        self.frames: list[bytes] = []  # the same
         self.connections = 0
         self.closed = 0
         self.coming: list[ClientMessage | float] = []  # what the next waits bring: a message, or seconds
@@ -77,6 +81,7 @@ class Network:
         elif isinstance(step, Send):
             message = decode(step.frame)
             self.sent.append(message)
+            self.frames.append(step.frame)
             self.coming += self.server(message)
         elif isinstance(step, Wait):
             said = self.coming.pop(0) if self.coming else step.until - self.now
@@ -89,7 +94,9 @@ class Network:
             self.closed += not self.talk.connected
 
     def begin(self, prompt: str = "x") -> int:
-        submit = self.talk.submission(prompt, (), {"max_new_tokens": 2})
+        return self.submit(self.talk.submission(prompt, (), {"max_new_tokens": 2}))
+
+    def submit(self, submit: Submit) -> int:
         self.do(self.talk.begin(submit, self.now))
         return submit.request
 
@@ -133,6 +140,40 @@ def test_a_request_is_greeted_for_accepted_and_answered(net):
     net.do(net.talk.abandon(request))
     assert len(net.sent) == 2, "what has ended is not cancelled"
     assert net.connections == 1
+
+
+def test_the_frames_are_those_of_version_0_1():
+    recorded = json.loads((FROZEN / "conversations.json").read_text(encoding="utf-8"))
+    (steps,) = [one["steps"] for one in recorded if one["name"] == "pipeline.Client"]
+    replies = iter([[decode(bytes.fromhex(reply)) for reply in step["replies"]] for step in steps])
+    net = Network(lambda message: next(replies))
+    submission = net.talk.submission
+    net.do(net.talk.health(net.now))
+    for prompt, messages, options in (
+        ("Once upon a time", (), {"max_new_tokens": 4}),
+        (
+            [65, 66, 67],
+            (),
+            {
+                "max_new_tokens": 3,
+                "temperature": 1,
+                "top_k": 5,
+                "top_p": 1,
+                "seed": 8,
+                "stop": "zz",
+                "deadline": 60,
+            },
+        ),
+        (None, [{"role": "user", "content": "Hi"}], {"max_new_tokens": 2, "ignore_eos": True}),
+    ):
+        request = net.submit(submission(prompt, messages, options))
+        while net.event(request) is not None:
+            pass
+    request = net.submit(submission("Once", (), {"top_p": 2.0}))
+    with pytest.raises(UsageError, match="top_p"):
+        net.event(request)
+    net.do(net.talk.stats(net.now))
+    assert [frame.hex() for frame in net.frames] == [step["sent"] for step in steps]
 
 
 def test_an_answer_may_come_before_its_acceptance(net):
