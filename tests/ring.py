@@ -51,9 +51,15 @@ class Outcome:
     logprobs: list[float]
 
 
-def generate(session: Session, count: int = 24, prompt: list[int] | None = None, **sampling: Any) -> Outcome:
+def generate(
+    session: Session,
+    count: int = 24,
+    prompt: list[int] | None = None,
+    forced: tuple[int, ...] = (),
+    **sampling: Any,
+) -> Outcome:
     """Decode `count` tokens, never stopping early."""
-    wanted = GenerationParams(count, Sampling(**sampling), ignore_eos=True)
+    wanted = GenerationParams(count, Sampling(**sampling), ignore_eos=True, forced=forced)
     for _ in session.generate(prompt or PROMPT, wanted):
         pass
     assert session.last is not None

@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_sentence(tmp_path: Path) -> None:
         "import resource, sys, numpy as np\n"
         "from pathlib import Path\n"
         "from storage.errors import DiskFull\n"
-        "from workers.predictor.activations import _Output\n"
+        "from workers.lab.training.activations import _Output\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "output = _Output(Path(sys.argv[1]) / 'rows.npy', (4096, 64))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
