@@ -14,10 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.ring.sampling import Sampling
 from storage.errors import ConfigError
 
 # How many of something: at most what every message between processes can carry.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+Values = Mapping[str, Mapping[str, Any]]  # section → key → value; None says nothing
+NOTHING: Values = {}
 
 
 class Section(BaseModel):
@@ -86,13 +90,17 @@ class Compute(Section):
     audit: Count = 0  # of every Nth token check one layer's set; 0: none
 
 
-class Sampling(Section):
-    """How to decode where the command line, or a request, does not say."""
+class Decoding(Section):
+    """How to decode where the command line, or a request, does not say: how to sample, and how long."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
     top_k: Count = 0  # 0: no limit
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: no limit
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 200
+
+    def with_seed(self, seed: int) -> Sampling:
+        """How to sample, as the ring is told."""
+        return Sampling(self.temperature, self.top_k, self.top_p, seed)
 
 
 class Memory(Section):
@@ -110,11 +118,17 @@ class Config(Section):
     prefetcher: Prefetcher = Prefetcher()
     compute: Compute = Compute()
     memory: Memory = Memory()
-    sampling: Sampling = Sampling()
+    sampling: Decoding = Decoding()
 
     @classmethod
-    def load(cls, file: Path | None, settings: Iterable[str] = (), preset: Path | None = None) -> Config:
-        """Read `preset` and `file` (TOML) and apply `section.key=value` settings over them.
+    def load(
+        cls,
+        file: Path | None,
+        settings: Iterable[str] = (),
+        preset: Path | None = None,
+        values: Values = NOTHING,
+    ) -> Config:
+        """Read `preset` and `file` (TOML), put `section.key=value` settings over them, and `values` over all.
 
         Raises ConfigError with one sentence for an unreadable file, an unknown key or a bad value.
         """
@@ -126,6 +140,9 @@ class Config(Section):
         for setting in settings:
             section, key, value = _parse_setting(setting)
             data.setdefault(section, {})[key] = value
+        for section, given in values.items():
+            said = {key: value for key, value in given.items() if value is not None}
+            data[section] = {**data.get(section, {}), **said}
         return cls.parse(data)
 
     @classmethod

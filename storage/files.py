@@ -1,21 +1,49 @@
-"""Files: what is written lasts or was never there; what is read once does not stay in the page cache."""
+"""Files: what is written lasts or was never there; what is read once does not stay in the page cache.
+
+Nothing here knows what a file holds. A system's refusal stays an OSError: only the caller knows what
+it means.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"  # behind the name of a file while it is written
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write durably and atomically: `path` is as it was, or holds all of `data`. Raises OSError."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
+@contextlib.contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """A new file to write, which becomes `path` when the block ends. After an exception nothing has changed.
+
+    With `shared`, several processes may replace the same file at once: each writes under a name of
+    its own, which nobody cleans up after a kill.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}" if shared else path.name + TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Write durably and atomically: `path` is as it was, or holds all of `data`; see `replacing`."""
+    with replacing(path, shared=shared) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def publish(complete: Path, path: Path) -> None:
+    """Give what is complete and synced, a file or a directory, its name: durably and at once."""
+    os.replace(complete, path)
     fsync_directory(path.parent)
 
 
@@ -36,6 +64,17 @@ def open_direct(path: Path) -> int:
         raise
     except OSError:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_once(descriptor: int, target: Any, offset: int) -> int:
+    """Read into the buffer `target` at `offset`; returns the bytes read, 0 at the file's end.
+
+    The page cache keeps nothing of it: what is read but once should not push out what is used again.
+    """
+    count = os.preadv(descriptor, [target], offset)
+    if count:
+        drop_cache(descriptor, offset, count)
+    return count
 
 
 def drop_cache(descriptor: int, start: int = 0, length: int = 0) -> None:

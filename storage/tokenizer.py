@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, copied into the store, or built from `vocab.json` and `merges.txt`.
+"""The checkpoint's tokenizer: copied into the store, or built from `vocab.json` and `merges.txt`, and loaded.
 
 Most of facebook/opt-* ship only the two old files.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.checkpoint import GENERATION_CONFIG, read_json
-from storage.errors import CheckpointError
+from storage.errors import CheckpointError, StoreError
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES, TOKENIZER_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -23,6 +27,21 @@ COPIED = (
     "chat_template.jinja",
 )
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def load_tokenizer(store: Store) -> Tokenizer:
+    """The store's tokenizer. Raises StoreError when it has none, or a damaged one."""
+    from tokenizers import Tokenizer
+
+    path = store.path / TOKENIZER
+    if not path.is_file():
+        raise StoreError(
+            f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise StoreError(f"{path} is damaged: {error}") from error
 
 
 def copy(checkpoint: Path, store: Path) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import hashlib
 import threading
 from collections.abc import Callable, Generator, Sequence
 
+from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Finished
-from pipeline.ring.session import Generation, GenerationParams, Piece
+from pipeline.ring.sampling import Sampling
 from storage.errors import RingError, UsageError
 
 CONTEXT = 4096
@@ -15,14 +16,15 @@ CONTEXT = 4096
 
 def word(prompt: Sequence[int], params: GenerationParams, index: int) -> tuple[int, str]:
     """Token and text that the fake writes: they depend on everything that a ring's would."""
-    key = f"{list(prompt)} {params.seed} {params.temperature} {params.top_k} {params.top_p} {index}"
+    how = params.sampling
+    key = f"{list(prompt)} {how.seed} {how.temperature} {how.top_k} {how.top_p} {index}"
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:2], "big")
     return number, f" w{number}"
 
 
-def text_of(prompt: str, **changes: object) -> str:
+def text_of(prompt: str, *, max_new_tokens: int = 200, **sampling: float) -> str:
     """The fake's whole answer."""
-    params = GenerationParams(**changes)  # type: ignore[arg-type]
+    params = GenerationParams(max_new_tokens, Sampling(**sampling))  # type: ignore[arg-type]
     ids = list(prompt.encode())
     return "".join(word(ids, params, index)[1] for index in range(params.max_new_tokens))
 

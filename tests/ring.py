@@ -11,9 +11,11 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.planner import plan as make_plan
 from pipeline.ring.channel import Channel
+from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import Message
 from pipeline.ring.plan import Plan
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
 from storage.store import Store
 
 PROMPT = [2, 17, 40, 9, 77, 31]
@@ -49,9 +51,15 @@ class Outcome:
     logprobs: list[float]
 
 
-def generate(session: Session, count: int = 24, prompt: list[int] | None = None, **params: Any) -> Outcome:
+def generate(
+    session: Session,
+    count: int = 24,
+    prompt: list[int] | None = None,
+    forced: tuple[int, ...] = (),
+    **sampling: Any,
+) -> Outcome:
     """Decode `count` tokens, never stopping early."""
-    wanted = GenerationParams(max_new_tokens=count, ignore_eos=True, **params)
+    wanted = GenerationParams(count, Sampling(**sampling), ignore_eos=True, forced=forced)
     for _ in session.generate(prompt or PROMPT, wanted):
         pass
     assert session.last is not None

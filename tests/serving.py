@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from fake_session import CONTEXT, FastSession
 
-from pipeline.config import Sampling
+from pipeline.config import Decoding
 from pipeline.serving.chat import ChatTemplate
-from pipeline.serving.http import HttpServer
+from pipeline.serving.http.server import HttpServer
 from pipeline.serving.prometheus import PrometheusObserver
 from pipeline.serving.scheduler import Scheduler
 from pipeline.serving.server import Server
@@ -61,7 +61,7 @@ def served(
     clock: Callable[[], float] | None = None,
     queue_limit: int = 64,
     http: dict[str, Any] | None = None,
-    defaults: Sampling | None = None,
+    defaults: Decoding | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve what `open_session` gives until the block is left; then nothing may be left over."""

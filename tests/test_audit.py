@@ -92,7 +92,9 @@ def audited(store: Store, **predictor: object) -> tuple[dict, list[int]]:
     chosen = config(predictor=predictor, compute={"threads": 1, "context": 128, "audit": 1})
     with Session(store, chosen, plan_for(store, chosen)) as session:
         tokens = generate(session, 13).tokens
-        return session.summary()["audit"], tokens
+        report = session.summary().audit
+        assert report is not None
+        return report.to_json(), tokens
 
 
 @pytest.mark.ring
@@ -116,7 +118,7 @@ def test_random_predictions_are_found_out_and_the_text_stays(store, tmp_path):
     chosen = config(predictor={"kind": "lowrank"})
     with Session(store, chosen, plan_for(store, chosen)) as session:
         assert generate(session, 13).tokens == tokens
-        assert session.summary()["audit"] is None
+        assert session.summary().audit is None
     (tmp_path / "run.json").write_text(json.dumps({"audit": found}), encoding="utf-8")
     audit_picture.main(tmp_path / "run.json", tmp_path / "audit.png")
     assert (tmp_path / "audit.png").stat().st_size > 10_000

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline import models
 from pipeline.config import Config
+from pipeline.models.names import presets
 from storage.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -24,7 +24,7 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
 def test_every_promised_preset_is_shipped() -> None:
     opt = {f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")}
     falcon = {f"falcon-{size}" for size in ("rw-1b", "7b", "7b-instruct", "40b")}
-    assert set(models.presets()) == {"builtin", *opt, *falcon}
+    assert set(presets()) == {"builtin", *opt, *falcon}
 
 
 def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
@@ -117,3 +117,19 @@ def test_the_tree_is_frozen() -> None:
 def test_values_that_are_not_toml_are_strings() -> None:
     assert Config.load(None, ["memory.budget=50%"]).memory.budget == "50%"
     assert Config.load(None, ["predictor.pinned_layers=[0, -1]"]).predictor.pinned_layers == (0, -1)
+
+
+def test_plain_values_come_last_and_none_says_nothing(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("[sampling]\ntemperature = 0.3\ntop_k = 5\n[memory]\nbudget = '1GiB'\n")
+    values = {
+        "memory": {"budget": "50%"},
+        "sampling": {"temperature": 0.9, "top_k": None},
+        "compute": {"context": None},
+    }
+    config = Config.load(file, ["sampling.temperature=0.6", "sampling.top_p=0.5"], values=values)
+    assert config.memory.budget == "50%"
+    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.top_p) == (0.9, 5, 0.5)
+    assert config.compute.context == 0
+    with pytest.raises(ConfigError, match=r"sampling\.temperature"):
+        Config.load(None, values={"sampling": {"temperature": -1.0}})

@@ -22,10 +22,11 @@ from pipeline import cli
 from pipeline.config import Cache
 from pipeline.ring.messages import EMBEDDING, NeuronsPredicted
 from pipeline.ring.segments import ID
-from pipeline.ring.session import Session, load_tokenizer
+from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import ConfigError, UsageError
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
 from workers.lab.evaluation import __main__ as evaluation

@@ -24,7 +24,7 @@ from fake_session import DyingSession, FastSession, GatedSession
 from serving import served
 
 from pipeline import Pipeline
-from pipeline.config import Sampling
+from pipeline.config import Decoding
 from pipeline.ring import messages
 from pipeline.serving import client_messages
 from storage.store import Store
@@ -173,7 +173,7 @@ SESSIONS = {"fast": FastSession, "gated": gated, "dying": DyingSession}
 
 @pytest.mark.parametrize("conversation", load("conversations.json"), ids=lambda one: one["name"])
 def test_a_client_is_answered_as_it_was(conversation: dict, tmp_path: Path) -> None:
-    defaults = Sampling(temperature=0.7, top_k=6, top_p=0.95, max_new_tokens=4)
+    defaults = Decoding(temperature=0.7, top_k=6, top_p=0.95, max_new_tokens=4)
     open_session = SESSIONS[conversation["session"]]
     # No heartbeat comes in between.
     with (

@@ -12,7 +12,8 @@ import torch
 from checkpoints import BOS, POSITIONS, reference_model, write_checkpoint
 from ring import config, plan_for
 
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import UsageError
 from storage.store import Store
@@ -110,7 +111,7 @@ def test_texts_are_the_rings_up_to_the_stop(store, sparse):
 )
 def test_keywords_say_how_to_decode(keywords, temperature, tokens, stops):
     found, until = params(keywords)
-    assert (found.temperature, found.max_new_tokens, until) == (temperature, tokens, stops)
+    assert (found.sampling.temperature, found.max_new_tokens, until) == (temperature, tokens, stops)
     found.check()
 
 

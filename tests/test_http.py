@@ -16,7 +16,7 @@ from fake_session import DyingSession, FastSession, GatedSession, text_of
 from prometheus_client.parser import text_string_to_metric_families
 from serving import served
 
-from pipeline.config import Sampling
+from pipeline.config import Decoding
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, make_keys
 from storage.errors import UsageError
 
@@ -107,7 +107,7 @@ def test_several_prompts_and_stop_strings(server):
 
 
 def test_what_a_request_leaves_out_is_as_configured(tmp_path):
-    defaults = Sampling(temperature=0.6, top_p=0.9, top_k=7)
+    defaults = Decoding(temperature=0.6, top_p=0.9, top_k=7)
     with served(tmp_path, http={}, defaults=defaults) as server, speak(server.url) as client:
         left = client.completions.create(model="fake", prompt="x", seed=1)
         given = client.completions.create(model="fake", prompt="x", seed=1, temperature=0, top_p=1)

@@ -10,7 +10,11 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import write_checkpoint
 
-from pipeline import models
+from pipeline.models import builtin as builtin_model
+from pipeline.models.hub import SAFETENSORS, TORCH, _patterns, download
+from pipeline.models.names import configure, find_source, presets
+from pipeline.models.stores import Source
+from storage import files
 from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import PREDICTORS
 
@@ -46,14 +50,12 @@ def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pa
 
 
 def test_presets_name_their_hub_ids() -> None:
-    assert models.find_source("opt-6.7b") == models.Source("opt-6.7b", hub_id="facebook/opt-6.7b")
-    assert models.find_source("falcon-rw-1b").hub_id == "tiiuae/falcon-rw-1b"
+    assert find_source("opt-6.7b") == Source("opt-6.7b", hub_id="facebook/opt-6.7b")
+    assert find_source("falcon-rw-1b").hub_id == "tiiuae/falcon-rw-1b"
 
 
 def test_any_hub_id_is_a_source() -> None:
-    assert models.find_source("org/some-model.v2") == models.Source(
-        "some-model.v2", hub_id="org/some-model.v2"
-    )
+    assert find_source("org/some-model.v2") == Source("some-model.v2", hub_id="org/some-model.v2")
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,12 @@ def test_any_hub_id_is_a_source() -> None:
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        models.find_source(name)
+        find_source(name)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a store"):
-        models.find_source(str(tmp_path))
+        find_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", [".", "/"])
@@ -82,55 +84,55 @@ def test_a_directory_without_a_name_of_its_own_is_one_as_any(
 ) -> None:
     monkeypatch.chdir(checkpoint.parent)
     with pytest.raises(UsageError, match="neither a store"):
-        models.find_source(name)
+        find_source(name)
     monkeypatch.chdir(checkpoint)
-    assert models.find_source(".") == models.Source("tiny", directory=checkpoint.resolve())
+    assert find_source(".") == Source("tiny", directory=checkpoint.resolve())
 
 
 def test_an_interrupted_conversion_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "store.partial").mkdir()
     with pytest.raises(StoreIncomplete, match="interrupted"):
-        models.find_source(str(tmp_path / "store")).open_store()
+        find_source(str(tmp_path / "store")).open_store()
 
 
 def test_a_checkpoint_is_converted_once(
     checkpoint: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = models.find_source(str(checkpoint)).open_store()
+    first = find_source(str(checkpoint)).open_store()
     assert "converting tiny" in capsys.readouterr().err
     assert first.path.parent == home / "stores"
-    again = models.find_source(str(checkpoint)).open_store()
+    again = find_source(str(checkpoint)).open_store()
     assert again.path == first.path
     assert capsys.readouterr().err == ""
-    assert models.find_source(str(first.path)).open_store().path == first.path
+    assert find_source(str(first.path)).open_store().path == first.path
 
 
 def test_a_changed_checkpoint_is_converted_again(checkpoint: Path) -> None:
-    first = models.find_source(str(checkpoint)).open_store()
+    first = find_source(str(checkpoint)).open_store()
     write_checkpoint(checkpoint, "opt", "float16", seed=1)
-    second = models.find_source(str(checkpoint)).open_store()
+    second = find_source(str(checkpoint)).open_store()
     assert second.path != first.path
     assert second.identity != first.identity
 
 
 def test_a_new_chat_template_makes_another_store(checkpoint: Path) -> None:
-    before = models.find_source(str(checkpoint)).cached_store()
+    before = find_source(str(checkpoint)).cached_store()
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
-    assert models.find_source(str(checkpoint)).cached_store() != before
+    assert find_source(str(checkpoint)).cached_store() != before
 
 
 def test_a_downloaded_checkpoint_needs_no_network_and_its_store_not_even_the_checkpoint(
     hub: Path, home: Path
 ) -> None:
-    first = models.find_source("org/tiny").open_store()
+    first = find_source("org/tiny").open_store()
     assert first.path == home / "stores" / "org--tiny"
     shutil.rmtree(hub)
-    assert models.find_source("org/tiny").open_store().identity == first.identity
+    assert find_source("org/tiny").open_store().identity == first.identity
 
 
 def test_a_checkpoint_that_cannot_be_fetched_is_said_how_to_fetch() -> None:
     with pytest.raises(CheckpointError) as error:
-        models.find_source("opt-6.7b").open_store()
+        find_source("opt-6.7b").open_store()
     sentence = str(error.value)
     assert "`hf download facebook/opt-6.7b --local-dir opt-6.7b`" in sentence
     assert "`--model ./opt-6.7b`" in sentence
@@ -139,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_fetched_is_said_how_to_fetch() -> None:
 def test_a_download_without_weights_counts_as_none(hub: Path) -> None:
     next(hub.glob("snapshots/*/model.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="hf download org/tiny"):
-        models.find_source("org/tiny").open_store()
+        find_source("org/tiny").open_store()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
@@ -154,35 +156,35 @@ def test_a_download_that_cannot_be_kept_is_not_said_to_be_unreachable(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=[]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be fetched into .* HF_HOME moves: the reason$"):
-        models.download("org/tiny")
+        download("org/tiny")
 
 
 def test_a_chat_template_is_fetched() -> None:
-    assert "chat_template.jinja" in models._patterns(["config.json", "a.safetensors", "chat_template.jinja"])
+    assert "chat_template.jinja" in _patterns(["config.json", "a.safetensors", "chat_template.jinja"])
 
 
 def test_only_one_form_of_the_weights_is_fetched() -> None:
-    assert models.SAFETENSORS in models._patterns(["config.json", "a-1.safetensors", "pytorch_model.bin"])
-    assert models.TORCH in models._patterns(["config.json", "pytorch_model-1-of-2.bin", "flax_model.msgpack"])
+    assert SAFETENSORS in _patterns(["config.json", "a-1.safetensors", "pytorch_model.bin"])
+    assert TORCH in _patterns(["config.json", "pytorch_model-1-of-2.bin", "flax_model.msgpack"])
 
 
 @pytest.fixture
 def builtin(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(models, "BUILTIN_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(builtin_model, "CHECKPOINT", checkpoint)
     return checkpoint
 
 
 def test_without_a_name_it_is_the_builtin_model(builtin: Path) -> None:
-    source, config = models.configure("", None, ["cache.window=3"])
-    assert source == models.Source("builtin", directory=builtin)
+    source, config = configure("", None, ["cache.window=3"])
+    assert source == Source("builtin", directory=builtin)
     assert config.cache.window == 3
     assert config.model.checkpoint == "builtin"
 
 
 def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
-    source, _ = models.configure("builtin", None, ())
+    source, _ = configure("builtin", None, ())
     for data in (b"first", b"second, without another conversion"):
-        (builtin / models.BUILTIN_PREDICTORS).write_bytes(data)
+        (builtin / builtin_model.PREDICTORS).write_bytes(data)
         store = source.open_store()
         assert (store.path / PREDICTORS / "default.safetensors").read_bytes() == data
         assert [file.name for file in (store.path / PREDICTORS).iterdir()] == ["default.safetensors"]
@@ -192,29 +194,29 @@ def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
 def test_predictors_that_cannot_be_installed_leave_nothing(
     builtin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, _ = models.configure("builtin", None, ())
+    source, _ = configure("builtin", None, ())
     store = source.open_store()
-    (builtin / models.BUILTIN_PREDICTORS).write_bytes(b"new")
+    (builtin / builtin_model.PREDICTORS).write_bytes(b"new")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(models.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StoreError, match=r"default\.safetensors cannot be written: No space left"):
-        models.install_predictors(store)
+        builtin_model.install_predictors(store)
     assert list((store.path / PREDICTORS).iterdir()) == []
 
 
 def test_a_missing_builtin_model_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "BUILTIN_CHECKPOINT", tmp_path)
+    monkeypatch.setattr(builtin_model, "CHECKPOINT", tmp_path)
     with pytest.raises(CheckpointError, match="the built-in model is missing"):
-        models.configure("", None, ())
+        configure("", None, ())
 
 
 def test_a_directory_has_a_presets_settings_only_where_they_are_asked_for(checkpoint: Path) -> None:
-    source, config = models.configure(str(checkpoint), None, ())
+    source, config = configure(str(checkpoint), None, ())
     assert config.compute.kv_cache == "float32"
-    asked, config = models.configure(str(checkpoint), models.presets()["opt-6.7b"], ())
+    asked, config = configure(str(checkpoint), presets()["opt-6.7b"], ())
     assert config.compute.kv_cache == "float16"
     assert asked == source
 
@@ -222,6 +224,6 @@ def test_a_directory_has_a_presets_settings_only_where_they_are_asked_for(checkp
 def test_a_configuration_may_name_the_model(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text(f'[model]\ncheckpoint = "{checkpoint}"\n[cache]\nwindow = 2\n')
-    source, config = models.configure("", file, ())
+    source, config = configure("", file, ())
     assert source.directory == checkpoint.resolve()
     assert config.cache.window == 2

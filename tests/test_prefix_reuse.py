@@ -9,7 +9,8 @@ import pytest
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.session import Session
 from storage.convert import convert
 
 pytestmark = pytest.mark.ring

@@ -11,8 +11,9 @@ from checkpoints import write_checkpoint
 from ring import PROMPT, config, generate, outcome, plan_for, tap
 
 from pipeline.ring.channel import Channel
+from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import Cancel, Finished, Generate, LayerPart, Message, ReadBundles
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.store import Store
 

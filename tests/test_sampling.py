@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from workers.compute.sampling import Sampling, candidates, choose, log_probability
+from pipeline.ring.sampling import Sampling
+from workers.compute.sampling import candidates, choose, log_probability
 
 logit_rows = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-30, 30, width=32))
 samplings = st.builds(

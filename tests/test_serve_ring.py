@@ -19,7 +19,9 @@ from checkpoints import write_checkpoint
 from ring import config, plan_for
 
 from pipeline import Client, Pipeline
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
 from storage.store import Store
@@ -91,7 +93,7 @@ def alone(store: Store) -> list[list[str]]:
     with Session(store, chosen, plan_for(store, chosen)) as session:
         return [
             [
-                "".join(session.generate(prompt, GenerationParams(4, 1.0, 50, 0.95, seed, ignore_eos=True)))
+                "".join(session.generate(prompt, GenerationParams(4, Sampling(1.0, 50, 0.95, seed), True)))
                 for seed in SEEDS
             ]
             for prompt in PROMPTS

@@ -19,7 +19,7 @@ from fake_session import BuggySession, DeadSession, DyingSession, FastSession, G
 from serving import served
 
 from pipeline import Pipeline
-from pipeline.config import Sampling
+from pipeline.config import Decoding
 from pipeline.errors import (
     DeadlineExceeded,
     ProtocolMismatch,
@@ -258,7 +258,7 @@ def test_another_protocol_version_is_refused(tmp_path, monkeypatch):
             answer = raw.receive()
             assert isinstance(answer, Error)
             assert answer.code == "version"
-        monkeypatch.setattr("pipeline.serving.client.CLIENT_PROTOCOL_VERSION", 99)
+        monkeypatch.setattr("pipeline.serving.conversation.CLIENT_PROTOCOL_VERSION", 99)
         with pytest.raises(ProtocolMismatch, match="the client 99"):
             Client(server.endpoint)
         monkeypatch.undo()
@@ -392,7 +392,7 @@ def test_a_ring_that_dies_while_idle_is_started_again(tmp_path):
         assert client.generate("x", max_new_tokens=5).read() == text_of("x", max_new_tokens=5)
 
 
-DEFAULTS = Sampling(temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=9)
+DEFAULTS = Decoding(temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=9)
 
 
 def test_what_a_request_leaves_out_is_as_configured(tmp_path):

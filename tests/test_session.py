@@ -12,8 +12,9 @@ import pytest
 from checkpoints import write_checkpoint
 from ring import PROMPT, config, plan_for
 
+from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, TokenReady
-from pipeline.ring.session import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, GenerationParams, Session
+from pipeline.ring.session import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, Session
 from pipeline.ring.supervisor import Supervisor
 from storage.convert import convert
 from storage.errors import RingError

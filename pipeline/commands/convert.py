@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline import models
 from pipeline.console import say
+from pipeline.models import builtin
+from pipeline.models.names import find_source
+from pipeline.models.stores import convert
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.store import Store
 
@@ -27,8 +29,8 @@ def command(
     ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint into a store; an interrupted conversion resumes."""
-    source = models.find_source(model)
-    models.convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
-    if source.directory == models.BUILTIN_CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
-        models.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
+    source = find_source(model)
+    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
+    if source.directory == builtin.CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
+        builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
     say(f"{out} is ready: run.py --model {out}")

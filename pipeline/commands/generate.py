@@ -7,22 +7,26 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import models, planner
+from pipeline import planner
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
-from pipeline.config import Config
+from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
+from pipeline.models.names import configure
 from pipeline.quality import quality_settings
-from pipeline.ring.audit import AUDIT_EVERY, describe_audit
+from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.version import name_and_version
 from storage.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.ring.session import GenerationParams, Session
+    from pipeline.ring.generation import GenerationParams
+    from pipeline.ring.request import Request
+    from pipeline.ring.session import Session
+    from pipeline.ring.summary import Summary
     from storage.store import Store
 
 
@@ -97,38 +101,37 @@ def command(
     if not prompt:
         raise UsageError("the prompt is empty")
     forced = _read_tokens(force_tokens) if force_tokens else ()
-    chosen = {
-        "memory.budget": json.dumps(memory) if memory else None,
-        "compute.context": context_tokens or None,
-        "compute.audit": AUDIT_EVERY if audit_sets else None,
-        "sampling.max_new_tokens": max_new_tokens,
-        "sampling.temperature": temperature,
-        "sampling.top_p": top_p,
-        "sampling.top_k": top_k,
+    values: Values = {
+        "memory": {"budget": memory or None},
+        "compute": {"context": context_tokens or None, "audit": AUDIT_EVERY if audit_sets else None},
+        "sampling": {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+        },
     }
-    overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-    settings = [*quality_settings(quality), *(settings or ()), *overrides]
-    source, config = models.configure(model, config_file, settings)
+    settings = [*quality_settings(quality), *(settings or ())]
+    source, config = configure(model, config_file, settings, values)
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
-    _check_forced(forced, store)
     config = planner.resolve(store, config)
     report = planner.plan(store, config)
+    request = _request(prompt, params, store, report)  # before the ring starts, which can take a while
     if verbose or config.memory.budget:
         for line in report.lines:
             say(line)
     warn_if_dense(store, config, report)
-    summary = _generate(store, config, report, prompt, params, quiet=as_json)
-    summary["memory"]["budget_bytes"] = report.budget
+    summary = _generate(store, config, report, prompt, request, quiet=as_json)
     if verbose:
-        for note in summary["notes"]:
+        for note in summary.notes:
             say(note)
     if as_json:
-        write(json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+        write(json.dumps(summary.to_json(), ensure_ascii=False, indent=2) + "\n")
     else:
         say(describe(summary))
-        if summary["audit"]:
-            say(describe_audit(summary["audit"]))
+        if summary.audit is not None:
+            say(summary.audit.describe())
 
 
 def _generate(
@@ -136,24 +139,18 @@ def _generate(
     config: Config,
     report: planner.PlanReport,
     prompt: str,
-    params: GenerationParams,
+    request: Request,
     *,
     quiet: bool,
-) -> dict[str, Any]:
+) -> Summary:
     """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
-    from pipeline.ring.session import Session, check_prompt, load_tokenizer
+    from pipeline.ring.session import Session
 
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-        raise UsageError("the prompt is not valid UTF-8") from None
-    ids = load_tokenizer(store).encode(prompt).ids
-    check_prompt(ids, store, report.plan)  # before the ring starts, which can take a while
-    with Session.open(store, config, report.plan) as session:
+    with Session(store, config, report.plan, budget=report.budget) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
             write(prompt)  # for people; a pipe gets the continuation alone
-        for piece in session.generate(ids, params):
+        for piece in session.texts(request):
             if not quiet:
                 write(piece)
         if not quiet:
@@ -176,14 +173,11 @@ def _abandon_when_interrupted(session: Session) -> None:
 
 
 def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]) -> GenerationParams:
-    from pipeline.ring.session import GenerationParams
+    from pipeline.ring.generation import GenerationParams
 
     params = GenerationParams(
         max_new_tokens=len(forced) or config.sampling.max_new_tokens,
-        temperature=config.sampling.temperature,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        seed=seed,
+        sampling=config.sampling.with_seed(seed),
         ignore_eos=ignore_eos or bool(forced),
         forced=forced,
     )
@@ -191,10 +185,11 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
     return params
 
 
-def _check_forced(forced: tuple[int, ...], store: Store) -> None:
-    from pipeline.ring.session import check_forced
+def _request(prompt: str, params: GenerationParams, store: Store, report: planner.PlanReport) -> Request:
+    from pipeline.ring.request import Request
+    from storage.tokenizer import load_tokenizer
 
-    check_forced(forced, store)
+    return Request.of(prompt, params, load_tokenizer(store), store, report.plan)
 
 
 def _read_tokens(file: Path) -> tuple[int, ...]:
@@ -224,13 +219,13 @@ def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> N
     )
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe(summary: Summary) -> str:
     """The one-line summary of a generation."""
-    flash, cache, memory = summary["flash"], summary["cache"], summary["memory"]
-    asked = cache["hits"] + cache["misses"]
-    hit_rate = f"{100 * cache['hits'] / asked:.1f} %" if asked else "no lookups"
+    cache = summary.cache
+    asked = cache.hits + cache.misses
+    hit_rate = f"{100 * cache.hits / asked:.1f} %" if asked else "no lookups"
     return (
-        f"[{summary['generated_tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, "
-        f"{flash['bytes_per_token'] / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
-        f"peak memory {size(memory['peak_bytes'])}]"
+        f"[{summary.generated_tokens} tokens, {summary.tokens_per_second:.1f} tokens/s, "
+        f"{summary.flash.bytes_per_token / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
+        f"peak memory {size(summary.memory.peak_bytes)}]"
     )

@@ -11,16 +11,17 @@ from pipeline.serving.client_messages import Done, Submit, Token
 ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
-class Sampling(TypedDict, total=False):
+class RequestOptions(TypedDict, total=False):
     """The keyword arguments of `generate` and `chat`.
 
-    Where one of the first four is left out, the configuration of the model decides, as in `run.py`.
+    Where one of the first four is left out or None, the configuration of the model decides, as in
+    `run.py`.
     """
 
-    max_new_tokens: int
-    temperature: float  # 0: always the likeliest token
-    top_k: int  # 0: no limit
-    top_p: float  # 1: no limit
+    max_new_tokens: int | None
+    temperature: float | None  # 0: always the likeliest token
+    top_k: int | None  # 0: no limit
+    top_p: float | None  # 1: no limit
     seed: int  # default 0
     stop: str | Sequence[str]  # the answer ends before the first of these
     ignore_eos: bool  # go on after an end-of-text token
@@ -31,23 +32,23 @@ def submission(
     request: int,
     prompt: str | Sequence[int] | None,
     messages: Sequence[ChatMessage],
-    sampling: Sampling,
+    options: RequestOptions,
 ) -> Submit:
     """The message for a request; a prompt is a text or token ids."""
-    stop = sampling.get("stop", ())
+    stop = options.get("stop", ())
     return Submit(
         request=request,
         prompt=prompt if isinstance(prompt, str) else None,
         tokens=() if prompt is None or isinstance(prompt, str) else tuple(prompt),
         messages=tuple(dict(message) for message in messages),
-        max_new_tokens=sampling.get("max_new_tokens"),
-        temperature=_real(sampling.get("temperature")),
-        top_k=sampling.get("top_k"),
-        top_p=_real(sampling.get("top_p")),
-        seed=sampling.get("seed", 0),
+        max_new_tokens=options.get("max_new_tokens"),
+        temperature=_real(options.get("temperature")),
+        top_k=options.get("top_k"),
+        top_p=_real(options.get("top_p")),
+        seed=options.get("seed", 0),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        ignore_eos=sampling.get("ignore_eos", False),
-        deadline=float(sampling.get("deadline", 0.0)),
+        ignore_eos=options.get("ignore_eos", False),
+        deadline=float(options.get("deadline", 0.0)),
     )
 
 

@@ -4,6 +4,8 @@
         for piece in client.generate("Once upon a time", max_new_tokens=50):
             print(piece, end="", flush=True)
 
+Both do nothing but input and output; what is said to the server, and when, is `conversation.py`'s.
+
 Errors are those of the process that runs the ring: UsageError, RingError, and those of `errors.py`.
 After a lost connection the next call connects again by itself.
 """
@@ -11,47 +13,34 @@ After a lost connection the next call connects again by itself.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Generator, Sequence
-from typing import Any, Unpack
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from typing import Any, TypeVar, Unpack
 
 import zmq
 import zmq.asyncio
 
-from pipeline.errors import HELLO, ServerUnavailable, from_code
-from pipeline.ring.codec import ProtocolError
-from pipeline.serving.answer import Answer, AsyncAnswer, ChatMessage, Sampling, submission
-from pipeline.serving.client_messages import (
-    CLIENT_PROTOCOL_VERSION,
-    NO_REQUEST,
-    AskHealth,
-    AskStats,
-    Cancel,
-    ClientMessage,
-    Done,
-    Error,
-    Health,
-    Hello,
-    ServerStats,
-    Submit,
-    Token,
-    Waiting,
-    Welcome,
-    decode,
-    encode,
-)
+from pipeline.errors import ServerUnavailable
+from pipeline.serving.answer import Answer, AsyncAnswer, ChatMessage, RequestOptions
+from pipeline.serving.client_messages import Done, Health, Submit, Token, Welcome
+from pipeline.serving.conversation import LOST, Connect, Conversation, Send, Step, Steps, Wait
 from pipeline.serving.endpoint import CurveKeys, check_server, default_endpoint
 from storage.errors import UsageError
 
-CLIENT_NAME = "flashring-python 1"
 TIMEOUT = 10.0  # seconds without any sign of life; the server gives one every second
 PEER_HEARTBEAT_MS, PEER_TIMEOUT_MS = 2000, 8000
 HIGH_WATER = 10_000  # messages that wait here while the caller does not read
+Result = TypeVar("Result")
+Socket = TypeVar("Socket", bound="zmq.Socket[Any]")
 
 
-def _open_socket(socket: zmq.Socket[Any], endpoint: str, keys: CurveKeys | None) -> None:
+def _connected(context: zmq.Context[Socket], endpoint: str, keys: CurveKeys | None) -> Socket:
+    """A socket that connects to `endpoint`. Raises UsageError for one that cannot, or must not, be used."""
+    if context.closed:
+        raise UsageError("the client is closed")
+    check_server(endpoint)
+    socket = context.socket(zmq.DEALER)
     socket.linger = 0
     socket.rcvhwm = HIGH_WATER
     socket.setsockopt(zmq.HEARTBEAT_IVL, PEER_HEARTBEAT_MS)
@@ -64,27 +53,7 @@ def _open_socket(socket: zmq.Socket[Any], endpoint: str, keys: CurveKeys | None)
     except zmq.ZMQError as error:
         socket.close()
         raise UsageError(f"the endpoint {endpoint!r} cannot be used: {error}") from error
-
-
-def _frame(message: ClientMessage, welcome: Welcome | None) -> bytes:
-    """The message as the server will read it. Raises UsageError for what it would not take."""
-    try:
-        frame = encode(message)
-        decode(frame)
-    except (ProtocolError, TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"a parameter of the request is of the wrong kind: {error}") from error
-    if welcome is not None and len(frame) > welcome.max_message:
-        raise UsageError(f"the request has {len(frame):,} bytes, the server takes {welcome.max_message:,}")
-    return frame
-
-
-def _request_of(message: ClientMessage) -> int:
-    request = getattr(message, "request", NO_REQUEST)
-    return int(request)
-
-
-class _Lost(Exception):
-    """The server does not know this connection: greet again."""
+    return socket
 
 
 class Client:
@@ -99,13 +68,10 @@ class Client:
         UsageError for an endpoint or keys that cannot be used.
         """
         self.endpoint = endpoint or default_endpoint()
-        self.timeout = timeout
         self._keys = keys
-        self._numbers = itertools.count(1)
-        self._inboxes: dict[int, deque[ClientMessage]] = {}
+        self._conversation = Conversation(self.endpoint, timeout)
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] | None = None
-        self._welcome: Welcome | None = None
         try:
             self._connect()
         except BaseException:
@@ -115,153 +81,98 @@ class Client:
     @property
     def server(self) -> Welcome:
         """What the server said of itself."""
-        assert self._welcome is not None
-        return self._welcome
+        assert self._conversation.welcome is not None
+        return self._conversation.welcome
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Answer:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Answer:
         """Continue a text (or token ids)."""
-        return self._submit(submission(next(self._numbers), prompt, (), sampling))
+        return self._submit(self._conversation.submission(prompt, (), options))
 
-    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> Answer:
+    def chat(self, messages: Sequence[ChatMessage], **options: Unpack[RequestOptions]) -> Answer:
         """Answer chat messages, through the model's own template."""
-        return self._submit(submission(next(self._numbers), None, messages, sampling))
+        return self._submit(self._conversation.submission(None, messages, options))
 
     def stats(self) -> dict[str, float]:
         """The server's counters, and as `WORKER.NAME` those of the ring."""
-        answer = self._ask(AskStats(next(self._numbers)))
-        assert isinstance(answer, ServerStats)
-        return answer.values
+        return self._do(self._conversation.stats(time.monotonic()))
 
     def health(self) -> Health:
-        answer = self._ask(AskHealth(next(self._numbers)))
-        assert isinstance(answer, Health)
-        return answer
+        return self._do(self._conversation.health(time.monotonic()))
 
-    # -- requests ------------------------------------------------------------------------------
+    # -- input and output ------------------------------------------------------------------------
 
     def _submit(self, submit: Submit) -> Answer:
-        first = self._ask(submit)
-        if not isinstance(first, Waiting):  # an answer so soon, the acceptance unread
-            self._inboxes[submit.request].appendleft(first)
+        self._do(self._conversation.begin(submit, time.monotonic()))
         return Answer(self._events(submit.request), lambda: self._abandon(submit.request))
 
-    def _abandon(self, request: int) -> None:
-        """Cancel a request whose answer nobody reads to its end."""
-        if self._inboxes.pop(request, None) is not None and self._socket is not None:
-            self._send(Cancel(request))
-
-    def _ask(self, message: AskStats | AskHealth | Submit) -> ClientMessage:
-        """Send, and wait for the first answer; connect (again) where that is needed."""
-        self._connect()
-        for last_try in (False, True):
-            inbox: deque[ClientMessage] = deque()
-            self._inboxes[message.request] = inbox
-            try:
-                self._send(message)
-                answer = self._wait(inbox)
-                if isinstance(answer, Error):
-                    raise from_code(answer.code, answer.message)
-                return answer
-            except _Lost:
-                self._inboxes.pop(message.request, None)
-                if last_try:
-                    raise ServerUnavailable("the server forgets this connection") from None
-                self._disconnect()
-                self._connect()
-            except BaseException:
-                self._inboxes.pop(message.request, None)
-                raise
-            finally:
-                if not isinstance(message, Submit):
-                    self._inboxes.pop(message.request, None)
-        raise AssertionError("unreachable")
-
     def _events(self, request: int) -> Generator[Token | Done, None, None]:
-        inbox = self._inboxes.get(request)
-        if inbox is None:
-            return  # closed before it began
         try:
-            while True:
-                message = self._wait(inbox)
-                if isinstance(message, Error):
-                    del self._inboxes[request]
-                    raise from_code(message.code, message.message)
-                if isinstance(message, Done):
-                    del self._inboxes[request]
-                    yield message
-                    return
-                if isinstance(message, Token):
-                    yield message
-        except (_Lost, ServerUnavailable) as error:
-            self._inboxes.pop(request, None)
-            self._disconnect()
-            raise ServerUnavailable(str(error)) from None
+            while event := self._do(self._conversation.event(request, time.monotonic())):
+                yield event
         finally:
             self._abandon(request)
 
-    # -- the connection ------------------------------------------------------------------------
+    def _abandon(self, request: int) -> None:
+        self._do(self._conversation.abandon(request))
+
+    def _do(self, steps: Steps[Result]) -> Result:
+        """Do a conversation's steps; what they come to."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    self._do_one(step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(time.monotonic())
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+    def _do_one(self, step: Step) -> None:
+        if isinstance(step, Connect):
+            self._connect()
+        elif isinstance(step, Send):
+            self._send(step.frame)
+        elif isinstance(step, Wait):
+            self._wait(step.until)
+        else:
+            self._disconnect()
 
     def _connect(self) -> None:
-        if self._socket is not None:
+        if self._conversation.connected:
             return
-        if self._context.closed:
-            raise UsageError("the client is closed")
-        check_server(self.endpoint)
-        self._socket = self._context.socket(zmq.DEALER)
-        _open_socket(self._socket, self.endpoint, self._keys)
-        inbox = self._inboxes.setdefault(NO_REQUEST, deque())
-        inbox.clear()
-        self._send(Hello(CLIENT_PROTOCOL_VERSION, CLIENT_NAME))
+        self._disconnect()
+        self._socket = _connected(self._context, self.endpoint, self._keys)
         try:
-            answer = self._wait(inbox)
-            if isinstance(answer, Error):
-                raise from_code(answer.code, answer.message)
-            assert isinstance(answer, Welcome)
+            self._do(self._conversation.greet(time.monotonic()))
         except BaseException:
             self._disconnect()
             raise
-        self._welcome = answer
 
     def _disconnect(self) -> None:
-        """Drop the connection; answers that are open end with ServerUnavailable."""
-        if self._socket is not None:
+        if not self._conversation.connected and self._socket is not None:
             self._socket.close()
             self._socket = None
-        for inbox in self._inboxes.values():
-            inbox.append(Error(NO_REQUEST, "stopping", "the connection was lost"))
 
-    def _send(self, message: ClientMessage) -> None:
-        if self._socket is None:
-            raise ServerUnavailable("the connection was lost")
-        frame = _frame(message, self._welcome)
+    def _send(self, frame: bytes) -> None:
+        assert self._socket is not None
         try:
             self._socket.send(frame, zmq.DONTWAIT)
         except zmq.Again:
             raise ServerUnavailable(f"nobody reads at {self.endpoint}") from None
 
-    def _wait(self, inbox: deque[ClientMessage]) -> ClientMessage:
-        """The next message of one inbox; those for others go to theirs."""
-        deadline = time.monotonic() + self.timeout
-        while not inbox:
-            if self._socket is None:
-                raise ServerUnavailable("the connection was lost")
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._socket.poll(max(1, int(left * 1000))):
-                raise ServerUnavailable(f"no sign of life from {self.endpoint} for {self.timeout:g} s")
-            message = decode(self._socket.recv())
-            if isinstance(message, Error) and message.code == HELLO:
-                raise _Lost(message.message)
-            box = self._inboxes.get(_request_of(message))
-            if box is not None:  # else: of an answer that was closed
-                box.append(message)
-                deadline = time.monotonic() + self.timeout
-        return inbox.popleft()
+    def _wait(self, until: float) -> None:
+        assert self._socket is not None
+        left = until - time.monotonic()
+        if left > 0 and self._socket.poll(max(1, int(left * 1000))):
+            self._conversation.receive(self._socket.recv(), time.monotonic())
 
     def close(self) -> None:
         """Open answers are cancelled by the server, which sees the connection end."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._conversation.lose(LOST)
+        self._disconnect()
         self._context.term()
 
     def __enter__(self) -> Client:
@@ -279,154 +190,126 @@ class AsyncClient:
     ) -> None:
         """Connects on entry, or with the first request; the errors are those of `Client`."""
         self.endpoint = endpoint or default_endpoint()
-        self.timeout = timeout
         self._keys = keys
-        self._numbers = itertools.count(1)
-        self._inboxes: dict[int, asyncio.Queue[ClientMessage]] = {}
+        self._conversation = Conversation(self.endpoint, timeout)
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket: zmq.asyncio.Socket | None = None
         self._reader: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
-        self._welcome: Welcome | None = None
+        self._news: dict[int, asyncio.Event] = {}  # by request: something has come that is waited for
 
     @property
     def server(self) -> Welcome:
         """What the server said of itself, once connected."""
-        if self._welcome is None:
+        if self._conversation.welcome is None:
             raise UsageError("the client is not connected yet; use it as an asynchronous context manager")
-        return self._welcome
+        return self._conversation.welcome
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncAnswer:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> AsyncAnswer:
         """Continue a text (or token ids)."""
-        return AsyncAnswer(self._events(submission(next(self._numbers), prompt, (), sampling)))
+        return AsyncAnswer(self._events(self._conversation.submission(prompt, (), options)))
 
-    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> AsyncAnswer:
+    def chat(self, messages: Sequence[ChatMessage], **options: Unpack[RequestOptions]) -> AsyncAnswer:
         """Answer chat messages, through the model's own template."""
-        return AsyncAnswer(self._events(submission(next(self._numbers), None, messages, sampling)))
+        return AsyncAnswer(self._events(self._conversation.submission(None, messages, options)))
 
     async def stats(self) -> dict[str, float]:
         """The server's counters, and as `WORKER.NAME` those of the ring."""
-        answer = await self._ask(AskStats(next(self._numbers)))
-        assert isinstance(answer, ServerStats)
-        return answer.values
+        return await self._do(self._conversation.stats(time.monotonic()))
 
     async def health(self) -> Health:
-        answer = await self._ask(AskHealth(next(self._numbers)))
-        assert isinstance(answer, Health)
-        return answer
+        return await self._do(self._conversation.health(time.monotonic()))
 
-    # -- requests ------------------------------------------------------------------------------
-
-    async def _ask(self, message: AskStats | AskHealth | Submit) -> ClientMessage:
-        for last_try in (False, True):
-            await self._connect()
-            inbox = self._inboxes[message.request] = asyncio.Queue()
-            try:
-                await self._send(message)
-                answer = await self._wait(inbox)
-            except BaseException:
-                self._inboxes.pop(message.request, None)
-                raise
-            if not isinstance(message, Submit):
-                self._inboxes.pop(message.request, None)
-            if not isinstance(answer, Error):
-                return answer
-            self._inboxes.pop(message.request, None)
-            if answer.code != HELLO or last_try:
-                raise from_code(answer.code, answer.message)
-            self._disconnect()
-        raise AssertionError("unreachable")
+    # -- input and output ------------------------------------------------------------------------
 
     async def _events(self, submit: Submit) -> AsyncGenerator[Token | Done, None]:
-        first = await self._ask(submit)
-        inbox = self._inboxes[submit.request]
-        ended = False
+        await self._do(self._conversation.begin(submit, time.monotonic()))
         try:
-            message: ClientMessage = first
-            while True:
-                if isinstance(message, Error):
-                    ended = True
-                    raise from_code(message.code, message.message)
-                ended = isinstance(message, Done)
-                if isinstance(message, Token | Done):
-                    yield message
-                if ended:
-                    return
-                message = await self._wait(inbox)
-        except ServerUnavailable:
-            ended = True
-            self._disconnect()
-            raise
+            while event := await self._do(self._conversation.event(submit.request, time.monotonic())):
+                yield event
         finally:
-            self._inboxes.pop(submit.request, None)
-            if not ended and self._socket is not None:
-                await self._send(Cancel(submit.request))
+            await self._do(self._conversation.abandon(submit.request))
 
-    # -- the connection ------------------------------------------------------------------------
+    async def _do(self, steps: Steps[Result]) -> Result:
+        """Do a conversation's steps; what they come to."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    await self._do_one(step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(time.monotonic())
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+    async def _do_one(self, step: Step) -> None:
+        if isinstance(step, Connect):
+            await self._connect()
+        elif isinstance(step, Send):
+            await self._send(step.frame)
+        elif isinstance(step, Wait):
+            await self._wait(step)
+        else:
+            self._disconnect()
 
     async def _connect(self) -> None:
         async with self._connecting:
-            if self._socket is not None:
+            if self._conversation.connected:
                 return
-            if self._context.closed:
-                raise UsageError("the client is closed")
-            check_server(self.endpoint)
-            socket = self._context.socket(zmq.DEALER)
-            _open_socket(socket, self.endpoint, self._keys)
-            self._socket = socket
-            inbox = self._inboxes[NO_REQUEST] = asyncio.Queue()
-            self._reader = asyncio.create_task(self._read(socket))
+            self._disconnect()
+            self._socket = _connected(self._context, self.endpoint, self._keys)
+            self._reader = asyncio.create_task(self._read(self._socket))
             try:
-                await self._send(Hello(CLIENT_PROTOCOL_VERSION, CLIENT_NAME))
-                answer = await self._wait(inbox)
-                if isinstance(answer, Error):
-                    raise from_code(answer.code, answer.message)
-                assert isinstance(answer, Welcome)
+                await self._do(self._conversation.greet(time.monotonic()))
             except BaseException:
                 self._disconnect()
                 raise
-            self._welcome = answer
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            message = decode(await socket.recv())
-            inbox = self._inboxes.get(_request_of(message))
-            if inbox is not None:
-                inbox.put_nowait(message)
+            self._tell(self._conversation.receive(await socket.recv(), time.monotonic()))
 
     def _disconnect(self) -> None:
-        """Drop the connection; answers that are open end with ServerUnavailable."""
-        if self._reader is not None:
-            self._reader.cancel()
-            self._reader = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(Error(NO_REQUEST, "stopping", "the connection was lost"))
+        if self._conversation.connected or self._socket is None:
+            return
+        assert self._reader is not None
+        self._reader.cancel()
+        self._socket.close()
+        self._socket = None
+        self._tell(list(self._news))
 
-    async def _send(self, message: ClientMessage) -> None:
-        if self._socket is None:
-            raise ServerUnavailable("the connection was lost")
-        frame = _frame(message, self._welcome)
+    def _tell(self, requests: Iterable[int]) -> None:
+        """Wake those who wait for them."""
+        for request in requests:
+            news = self._news.get(request)
+            if news is not None:
+                news.set()
+
+    async def _send(self, frame: bytes) -> None:
+        assert self._socket is not None
         try:
             await self._socket.send(frame, zmq.DONTWAIT)
         except zmq.Again:
             raise ServerUnavailable(f"nobody reads at {self.endpoint}") from None
 
-    async def _wait(self, inbox: asyncio.Queue[ClientMessage]) -> ClientMessage:
+    async def _wait(self, step: Wait) -> None:
+        news = self._news[step.request] = asyncio.Event()
         try:
-            async with asyncio.timeout(self.timeout):
-                return await inbox.get()
-        except TimeoutError:
-            raise ServerUnavailable(f"no sign of life from {self.endpoint} for {self.timeout:g} s") from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(step.until - time.monotonic()):
+                    await news.wait()
+        finally:
+            del self._news[step.request]
 
     async def close(self) -> None:
         """Open answers are cancelled by the server, which sees the connection end."""
-        reader = self._reader
+        self._conversation.lose(LOST)
         self._disconnect()
-        if reader is not None:
-            await asyncio.gather(reader, return_exceptions=True)
+        if self._reader is not None:
+            await asyncio.gather(self._reader, return_exceptions=True)
         self._context.term()
 
     async def __aenter__(self) -> AsyncClient:

@@ -19,7 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from pipeline.serving.answer import Answer, ChatMessage, Sampling, submission
+from pipeline.serving.answer import Answer, ChatMessage, RequestOptions, submission
 from pipeline.serving.client_messages import Done, Health, Submit, Token
 from pipeline.serving.opening import open_ring
 from pipeline.serving.warm_ring import WarmRing, allowed_seconds, deadline_passed
@@ -53,13 +53,13 @@ class Pipeline:
         """
         return cls(open_ring(model, memory, context, config, settings, chat_template, reuse_prefix).ring)
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Answer:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Answer:
         """Continue a text (or token ids). Closes the answer before, if it is still open."""
-        return self._submit(submission(next(self._numbers), prompt, (), sampling))
+        return self._submit(submission(next(self._numbers), prompt, (), options))
 
-    def chat(self, messages: Sequence[ChatMessage], **sampling: Unpack[Sampling]) -> Answer:
+    def chat(self, messages: Sequence[ChatMessage], **options: Unpack[RequestOptions]) -> Answer:
         """Answer chat messages, through the model's own template."""
-        return self._submit(submission(next(self._numbers), None, messages, sampling))
+        return self._submit(submission(next(self._numbers), None, messages, options))
 
     def _submit(self, submit: Submit) -> Answer:
         if self._closed:

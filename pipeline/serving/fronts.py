@@ -35,7 +35,7 @@ class ServingOptions:
 def check_http_packages() -> None:
     """Raise UsageError where what `http` needs is not installed."""
     try:
-        importlib.import_module("pipeline.serving.http")
+        importlib.import_module("pipeline.serving.http.server")
         importlib.import_module("pipeline.serving.prometheus")
     except ImportError as error:
         raise UsageError(f"--http needs more packages: {SERVE_EXTRA} ({error})") from error
@@ -105,7 +105,7 @@ class _Fronts:
         self.lines.append(f"serving {self._opened.name} at {self._zmq.endpoint}")
         self._http = None
         if options.http:
-            from pipeline.serving.http import HttpServer
+            from pipeline.serving.http.server import HttpServer
             from pipeline.serving.prometheus import PrometheusObserver
 
             observer = self._scheduler.observer

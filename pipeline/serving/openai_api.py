@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.serving.answer import RequestOptions, submission
 from pipeline.serving.client_messages import Done, Submit, Token
 from storage.errors import UsageError
 
@@ -83,23 +84,20 @@ class Common(BaseModel):
                 raise BadRequest(f"{name} is not supported by this server", name)
 
     def submit(
-        self, *, prompt: str | None, tokens: tuple[int, ...], messages: tuple[dict[str, str], ...], limit: int
+        self, prompt: str | list[int] | None, messages: tuple[dict[str, str], ...], limit: int
     ) -> Submit:
-        stop = self.stop or ()
-        return Submit(
-            request=0,
-            prompt=prompt,
-            tokens=tokens,
-            messages=messages,
+        """The message for one answer; where a value was left out, the model's configuration decides."""
+        options = RequestOptions(
             max_new_tokens=limit,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=secrets.randbits(31) if self.seed is None else self.seed,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=self.stop or (),
             ignore_eos=self.ignore_eos,
             deadline=self.deadline,
         )
+        return submission(0, prompt, messages, options)
 
 
 class CompletionRequest(Common):
@@ -118,15 +116,7 @@ class CompletionRequest(Common):
         if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise BadRequest(f"a request has 1 to {MAX_PROMPTS} prompts", "prompt")
         limit = self.max_tokens or CONTINUE_TOKENS
-        return [
-            self.submit(
-                prompt=one if isinstance(one, str) else None,
-                tokens=() if isinstance(one, str) else tuple(one),
-                messages=(),
-                limit=limit,
-            )
-            for one in prompts
-        ]
+        return [self.submit(one, (), limit) for one in prompts]
 
 
 def _is_one_prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> bool:
@@ -169,7 +159,7 @@ class ChatRequest(Common):
     def submits(self) -> list[Submit]:
         limit = self.max_completion_tokens or self.max_tokens or WHOLE_CONTEXT
         messages = tuple(message.plain() for message in self.messages)
-        return [self.submit(prompt=None, tokens=(), messages=messages, limit=limit)]
+        return [self.submit(None, messages, limit)]
 
 
 def parse(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> CompletionRequest | ChatRequest:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import models, planner
+from pipeline import planner
+from pipeline.config import Values
+from pipeline.models.names import configure
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
@@ -37,19 +38,15 @@ def open_ring(
 
     `say` gets a line for each death and restart of the ring.
     """
-    overrides = list(settings)
-    if memory:
-        overrides.append(f"memory.budget={json.dumps(memory)}")
-    if context:
-        overrides.append(f"compute.context={context}")
-    source, config = models.configure(model, config_file, overrides)
+    values: Values = {"memory": {"budget": memory or None}, "compute": {"context": context or None}}
+    source, config = configure(model, config_file, settings, values)
     store = source.open_store()
     config = planner.resolve(store, config)
     plan = planner.plan(store, config).plan
     template = ChatTemplate.of_store(store.path, chat_template)
 
     def open_session() -> Session:
-        session = Session.open(store, config, plan)
+        session = Session(store, config, plan)
         session.reuse_prefix = reuse_prefix
         return session
 

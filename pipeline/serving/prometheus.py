@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.ring.audit import ACTIVE, FOUND, AuditSums
+from pipeline.ring.counters import layer_and_name
 from pipeline.serving.client_messages import Done
 from pipeline.serving.observer import Observer
 from pipeline.serving.scheduler import Scheduler
@@ -90,8 +92,8 @@ class _RingCollector(Collector):
         yield _counter("cache_hits", "Wanted neurons found in DRAM", hits)
         yield _counter("cache_misses", "Neurons read from flash, wrong guesses included", misses)
         yield _gauge("cache_hit_ratio", "Share of hits", hits / (hits + misses) if hits + misses else 0.0)
-        if compute.get("audit_active", 0.0):
-            recall = compute.get("audit_found", 0.0) / compute["audit_active"]
+        if compute.get(ACTIVE, 0.0):
+            recall = compute.get(FOUND, 0.0) / compute[ACTIVE]
             yield _gauge("predictor_recall", "Share of truly active neurons that were predicted", recall)
             yield _layer_recall(compute)
 
@@ -100,10 +102,11 @@ def _layer_recall(compute: dict[str, float]) -> Metric:
     """Of the layers that were audited so far."""
     text = "Share of a layer's truly active neurons that were predicted"
     family = GaugeMetricFamily("flashring_predictor_layer_recall", text, labels=["layer"])
-    for name, active in sorted(compute.items()):
-        layer, _, what = name.removeprefix("layer.").partition(".")
-        if what == "audit_active" and active:
-            family.add_metric([layer], 1 - compute.get(f"layer.{layer}.audit_missed", 0.0) / active)
+    layers = sorted({of[0] for of in map(layer_and_name, compute) if of is not None})
+    for layer in layers:
+        sums = AuditSums.of_layer(layer, lambda name: compute.get(name, 0.0))
+        if sums.active:
+            family.add_metric([str(layer)], 1 - sums.missed / sums.active)
     return family
 
 

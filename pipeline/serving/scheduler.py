@@ -1,7 +1,7 @@
 """Who is served when: a bounded, fair queue in front of one ring.
 
 The ring answers one request at a time, in a thread of its own; everything else happens on the
-event loop, to which that thread hands each token. The fronts (`server.py` for ZeroMQ, `http.py`)
+event loop, to which that thread hands each token. The fronts (`server.py` for ZeroMQ, `http/`)
 submit a `Job` and get its messages through `deliver`, on the event loop, in order.
 """
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Protocol
 
-from pipeline.config import Sampling
+from pipeline.config import Decoding
 from pipeline.errors import DeadlineExceeded, RingGaveUp
-from pipeline.ring.session import Generation, GenerationParams, Piece
+from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.client_messages import Done, Submit, Token
 from pipeline.serving.stopping import StopStrings
@@ -26,7 +26,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop strings of one request, characters 
 
 
 class RunningSession(Protocol):
-    """What is needed of `generate.Session`."""
+    """What is needed of `session.Session`."""
 
     last: Generation | None
     abandoned: bool
@@ -51,7 +51,7 @@ class WarmRing:
         self,
         open_session: Callable[[], RunningSession],
         template: ChatTemplate | None = None,
-        defaults: Sampling | None = None,
+        defaults: Decoding | None = None,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -63,7 +63,7 @@ class WarmRing:
         self._clock = clock
         self._say = say
         self.template = template
-        self._defaults = defaults or Sampling()
+        self._defaults = defaults or Decoding()
         self.deaths = 0
         self._recent: deque[float] = deque(maxlen=DEATHS)
         self.live_seconds = 0.0  # renew the counters this often in mid-generation; 0: at its end
@@ -144,10 +144,12 @@ class WarmRing:
         return session.encode(self.template.render(submit.messages), special=False)
 
     def _params(self, submit: Submit) -> GenerationParams:
-        asked = {name: getattr(submit, name) for name in Sampling.model_fields}
-        given = {name: value for name, value in asked.items() if value is not None}
+        asked = {name: getattr(submit, name) for name in Decoding.model_fields}
+        wanted = self._defaults.model_copy(
+            update={name: value for name, value in asked.items() if value is not None}
+        )
         return GenerationParams(
-            **(self._defaults.model_dump() | given), seed=submit.seed, ignore_eos=submit.ignore_eos
+            wanted.max_new_tokens, wanted.with_seed(submit.seed), ignore_eos=submit.ignore_eos
         )
 
     def revive(self) -> RunningSession:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from storage.builtin import corpus
 from storage.builtin.network import Decoder, Shape
+from storage.files import replacing
 
 TOKENS_PER_STEP = 10_240
 TOKENS_PER_PASS = 5_120  # gradients accumulate over passes: smaller activations stay in the cache
@@ -199,16 +199,14 @@ def train(model: Decoder, mixture: corpus.Mixture, held_out: Tensor, recipe: Rec
         with (out / "log.jsonl").open("a") as log:
             log.write(json.dumps(record) + "\n")
         if done % SAVE_EVERY == 0 or done == recipe.steps:
-            torch.save(
-                {
-                    "step": done,
-                    "model": model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimisers],
-                    "steering": steering.log_weight,
-                },
-                out / "last.tmp",
-            )
-            os.replace(out / "last.tmp", last)
+            state = {
+                "step": done,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimisers],
+                "steering": steering.log_weight,
+            }
+            with replacing(last) as file:
+                torch.save(state, file)
 
 
 def write_checkpoint(model: Decoder, shape: Shape, tokenizer: Tokenizer, directory: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
@@ -276,8 +277,8 @@ class LayerCache:
         values["slots"] = float(self._plan.total_slots)
         values["resident"] = float(sum(layer.residency.resident for layer in self.layers))
         for number, layer in enumerate(self.layers):
-            values[f"layer.{number}.hits"] = float(layer.hits)
-            values[f"layer.{number}.misses"] = float(layer.misses)
+            values[of_layer(number, "hits")] = float(layer.hits)
+            values[of_layer(number, "misses")] = float(layer.misses)
         return values
 
     def validate(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import MutableMapping
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.audit import ACTIVE, FOUND, AuditSums
 from storage.architecture import layer as tensor_name
 from storage.codecs import F32
 from storage.files import drop_cache
@@ -54,21 +55,21 @@ class Audit:
         predicted[ids] = True
         a, whole = self._compute(ffn_input)
         active = a > 0
-        found = {
-            "tokens": 1,
-            "active": np.count_nonzero(active),
-            "missed": np.count_nonzero(active & ~predicted),
-            "wrong": np.count_nonzero(predicted & ~active),
-            "inactive": np.count_nonzero(~active),
-            "magnitude": a.sum(dtype=np.float64),
-            "magnitude_missed": a[~predicted].sum(dtype=np.float64),
-            "output": np.square(whole, dtype=np.float64).sum(),
-            "error": np.square(whole - output, dtype=np.float64).sum(),
-        }
-        for name, value in found.items():
-            sums[f"layer.{self.layer}.audit_{name}"] += float(value)
-        sums["audit_active"] += float(found["active"])
-        sums["audit_found"] += float(found["active"] - found["missed"])
+        found = AuditSums(
+            tokens=1.0,
+            active=float(np.count_nonzero(active)),
+            missed=float(np.count_nonzero(active & ~predicted)),
+            wrong=float(np.count_nonzero(predicted & ~active)),
+            inactive=float(np.count_nonzero(~active)),
+            magnitude=float(a.sum(dtype=np.float64)),
+            magnitude_missed=float(a[~predicted].sum(dtype=np.float64)),
+            output=float(np.square(whole, dtype=np.float64).sum()),
+            error=float(np.square(whole - output, dtype=np.float64).sum()),
+        )
+        for name, value in found.by_counter(self.layer):
+            sums[name] += value
+        sums[ACTIVE] += found.active
+        sums[FOUND] += found.active - found.missed
 
     def _compute(self, x: F32) -> tuple[F32, F32]:
         """Every activation [neurons], and the FFN's output [d_model]."""

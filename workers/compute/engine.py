@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Finished, Generate, TokenReady
 from pipeline.ring.plan import Plan
+from pipeline.ring.sampling import Sampling
 from pipeline.ring.segments import Segments
 from storage.architecture import Architecture
 from storage.codecs import F32
@@ -23,7 +24,7 @@ from workers.compute.audit import Audit
 from workers.compute.blocks import run
 from workers.compute.device import Device
 from workers.compute.ring_units import Cancelled, RingUnits
-from workers.compute.sampling import Sampling, choose, log_probability
+from workers.compute.sampling import choose, log_probability
 
 
 class Engine:

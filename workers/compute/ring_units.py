@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.ring.channel import Channel
+from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
@@ -51,7 +52,7 @@ class RingUnits:
         self._done = -1  # tick of the last finished FFN
         self._every = False  # a prefill, which wants every unit
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
-        self._active_names = [f"layer.{index}.active" for index in range(plan.layers)]
+        self._active_names = [of_layer(index, "active") for index in range(plan.layers)]
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
         self.counts: dict[str, float] = defaultdict(float)

@@ -7,22 +7,12 @@ drawn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.sampling import Sampling
+
 _MASK = (1 << 64) - 1  # seeds are taken modulo 2**64
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to choose."""
-
-    temperature: float  # 0: the most likely token, the lowest id among equals
-    top_k: int  # 0: no limit
-    top_p: float  # 1: no limit
-    seed: int
 
 
 def choose(logits: npt.NDArray[np.float32], sampling: Sampling, index: int) -> int:

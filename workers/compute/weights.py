@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from storage.architecture import Architecture
 from storage.codecs import CODECS, F32, Codec, widen
 from storage.errors import StoreError
-from storage.files import drop_cache
+from storage.files import read_once
 from storage.header import Place
 from storage.layout import Rows
 from storage.manifest import RESIDENT
@@ -89,9 +88,8 @@ def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:
     memory = aligned(place.bytes)
     done = 0
     while done < place.bytes:
-        count = os.preadv(descriptor, [memory[done : done + _CHUNK].data], place.offset + done)
+        count = read_once(descriptor, memory[done : done + _CHUNK].data, place.offset + done)
         if count == 0:
             raise StoreError(f"{RESIDENT} ends before its last tensor")
-        drop_cache(descriptor, place.offset + done, count)
         done += count
     return memory

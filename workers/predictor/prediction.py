@@ -7,6 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import EVERY, HiddenReady, NeuronsPredicted
 from workers.predictor.scorer import Ids, Scorer
 from workers.predictor.targets import Mode, Target, targets
@@ -76,5 +77,5 @@ class Prediction:
             "decode_seconds": self._decode_seconds,
             "calls": float(self._calls),
         }
-        values |= {f"layer.{layer}.predicted": float(count) for layer, count in enumerate(self._totals)}
+        values |= {of_layer(layer, "predicted"): float(count) for layer, count in enumerate(self._totals)}
         return values

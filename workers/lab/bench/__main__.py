@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline import models, program
+from pipeline import program
 from pipeline.commands.options import ConfigFile, Memory, Model, Settings
 from pipeline.console import say
+from pipeline.models.names import configure
 from storage.errors import UsageError
 
 BUDGET = "50%+1GiB"
@@ -73,7 +74,7 @@ def main(
         raise UsageError("--row names rows of the ablation, which --parts leaves out")
     if quick and memory != BUDGET:
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
-    source, config = models.configure(model, config_file, settings or ())
+    source, config = configure(model, config_file, settings or ())
     store = source.open_store()
     threads = threads or config.compute.threads
     # The rings are given the store, so they would not hear of a preset.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.directories import check_writable
+from storage import files
 from workers.lab.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
 from workers.lab.bench.ceilings import Around, Ceilings
 from workers.lab.bench.children import ChildFailed
@@ -58,9 +59,7 @@ class Bench:
             (RESULTS, json.dumps(results, indent=2) + "\n"),
             (REPORT, table.document(results, self.sections())),
         ):
-            partial = self.out / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.out / name)
+            files.write_whole(self.out / name, text.encode())
         if self.draw:
             self._draw(results["title"])
 

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 from pipeline import planner
 from pipeline.config import Config
-from pipeline.ring.session import load_tokenizer
 from storage.errors import ConfigError, UsageError, reason
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
 from workers.lab.bench import children, rows
 from workers.lab.bench.children import Ran
 from workers.lab.bench.rows import Row

@@ -13,14 +13,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from pipeline import models, planner, program
+from pipeline import planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
 from pipeline.cores import thread_count
-from pipeline.ring.session import load_tokenizer
+from pipeline.models.names import configure
 from storage.errors import UsageError
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import report
 from workers.lab.evaluation.evaluate import chunks, evaluate_task, evaluate_text
 from workers.lab.evaluation.points import Point, draw, measure, table
@@ -58,15 +59,14 @@ def main(
     _check(names, data, text)
     if tokens == 1:
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
-    source, config = models.configure(model, config_file, settings or ())
+    source, config = configure(model, config_file, settings or ())
     store = source.open_store()
     config = planner.resolve(store, config)
     named = _points(
         [*(point or ()), *(f"{one}: predictor.threshold={one}" for one in thresholds.split(",") if one)]
     )
     points = [
-        (name, models.configure(model, config_file, [*(settings or ()), *some])[1], some)
-        for name, some in named
+        (name, configure(model, config_file, [*(settings or ()), *some])[1], some) for name, some in named
     ]
     if points:
         if text is None:

@@ -15,6 +15,7 @@ import typer
 
 from pipeline import program
 from storage.errors import UsageError
+from workers.lab.pictures import picture
 
 PANELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "missed, % of active": lambda one: one["false_negatives"],
@@ -44,21 +45,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(layers: list[dict[str, Any]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    numbers = [one["layer"] for one in layers]
-    for axes, (title, share) in zip(panels.flat, PANELS.items(), strict=True):
-        axes.bar(numbers, [100 * share(one) for one in layers])
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3, axis="y")
-    for axes in panels[1]:
-        axes.set_xlabel("layer")
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    with picture(out, 2, 2, size=(9, 6), sharex=True) as panels:
+        numbers = [one["layer"] for one in layers]
+        for axes, (title, share) in zip(panels.flat, PANELS.items(), strict=True):
+            axes.bar(numbers, [100 * share(one) for one in layers])
+            axes.set_title(title, fontsize=10)
+            axes.grid(alpha=0.3, axis="y")
+        for axes in panels[1]:
+            axes.set_xlabel("layer")
 
 
 def run() -> int:

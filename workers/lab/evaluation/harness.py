@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from pipeline import models, planner
+from pipeline import planner
 from pipeline.cores import thread_count
+from pipeline.models.names import configure
 from pipeline.quality import quality_settings
-from pipeline.ring.session import GenerationParams, Session, load_tokenizer
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
 from pipeline.serving.stopping import StopStrings
 from storage.errors import UsageError
+from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation.evaluate import continuations
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
@@ -32,7 +36,7 @@ class Harness:
 
     def __init__(self, model: str = "", settings: Sequence[str] = (), quality: str = "", threads: int = 0):
         """`settings`: `section.key=value`, as `--set`. Raises what the main job's start raises."""
-        source, config = models.configure(model, None, [*quality_settings(quality), *settings])
+        source, config = configure(model, None, [*quality_settings(quality), *settings])
         self._store = source.open_store()
         self._config = planner.resolve(self._store, config)
         self._chooser = make_chooser(self._store, self._config)
@@ -63,7 +67,7 @@ class Harness:
     def write(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """Texts that follow the contexts, each under its own keywords (`params`), without the stop."""
         plan = planner.plan(self._store, self._config).plan
-        with Session.open(self._store, self._config, plan) as session:
+        with Session(self._store, self._config, plan) as session:
             return [self._text(session, context, keywords) for context, keywords in requests]
 
     def _text(self, session: Session, context: str, keywords: Mapping[str, Any]) -> str:
@@ -99,9 +103,11 @@ def params(keywords: Mapping[str, Any]) -> tuple[GenerationParams, tuple[str, ..
     sampled = bool(keywords.get("do_sample", keywords.get("temperature")))
     temperature = float(keywords.get("temperature") or 1.0) if sampled else 0.0
     found = GenerationParams(
-        max_new_tokens=int(length),
-        temperature=temperature,
-        top_k=int(keywords.get("top_k") or 0),
-        top_p=float(keywords.get("top_p") or 1.0),
+        int(length),
+        Sampling(
+            temperature=temperature,
+            top_k=int(keywords.get("top_k") or 0),
+            top_p=float(keywords.get("top_p") or 1.0),
+        ),
     )
     return found, (until,) if isinstance(until, str) else tuple(until)

@@ -26,6 +26,7 @@ from workers.lab.offline.record import BLOCK_TOKENS, Recorder, Sets, run_block
 from workers.lab.offline.replay import replay
 from workers.lab.offline.scoring import Scored, score_rows
 from workers.lab.offline.trace import Trace
+from workers.lab.pictures import picture
 from workers.lab.training.report import Counts
 
 Progress = Callable[[str, int, int], None]
@@ -184,36 +185,29 @@ def _spread(found: Estimate) -> tuple[float, float]:
 
 def draw(points: Sequence[Point], path: Path) -> None:
     """The dial: perplexity's change against bytes per token; and the predictors' two errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (dial, errors) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    ordered = sorted(points, key=lambda one: one.bytes_per_token)
-    shifts = 100 * np.array([one.ratio.value - 1 for one in ordered])
-    spread = 100 * np.array([_spread(one.ratio) for one in ordered]).T
-    kilobytes = [one.bytes_per_token / 1e3 for one in ordered]
-    dial.errorbar(kilobytes, shifts, yerr=spread, marker="o", ms=4, lw=1, capsize=2)
-    dial.axhline(0.5, color="grey", ls="--", lw=0.8)
-    dial.set_xlabel("kilobytes read per token")
-    dial.set_ylabel("perplexity against dense, % (0.5 dashed)")
-    errors.plot(
-        [100 * one.false_positives for one in ordered],
-        [100 * one.false_negatives for one in ordered],
-        marker="o",
-        ms=4,
-        lw=1,
-    )
-    errors.plot([7], [5], marker="*", ms=12, color="black", ls="", label="OPT-6.7B in the paper")
-    errors.set_xlabel("false positives, % of inactive")
-    errors.set_ylabel("false negatives, % of active")
-    errors.legend(fontsize=8)
-    for one, x, y in zip(ordered, kilobytes, shifts, strict=True):
-        dial.annotate(one.name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        place = (100 * one.false_positives, 100 * one.false_negatives)
-        errors.annotate(one.name, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    for axes in (dial, errors):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 1, 2, size=(11, 4.5)) as [(dial, errors)]:
+        ordered = sorted(points, key=lambda one: one.bytes_per_token)
+        shifts = 100 * np.array([one.ratio.value - 1 for one in ordered])
+        spread = 100 * np.array([_spread(one.ratio) for one in ordered]).T
+        kilobytes = [one.bytes_per_token / 1e3 for one in ordered]
+        dial.errorbar(kilobytes, shifts, yerr=spread, marker="o", ms=4, lw=1, capsize=2)
+        dial.axhline(0.5, color="grey", ls="--", lw=0.8)
+        dial.set_xlabel("kilobytes read per token")
+        dial.set_ylabel("perplexity against dense, % (0.5 dashed)")
+        errors.plot(
+            [100 * one.false_positives for one in ordered],
+            [100 * one.false_negatives for one in ordered],
+            marker="o",
+            ms=4,
+            lw=1,
+        )
+        errors.plot([7], [5], marker="*", ms=12, color="black", ls="", label="OPT-6.7B in the paper")
+        errors.set_xlabel("false positives, % of inactive")
+        errors.set_ylabel("false negatives, % of active")
+        errors.legend(fontsize=8)
+        for one, x, y in zip(ordered, kilobytes, shifts, strict=True):
+            dial.annotate(one.name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            place = (100 * one.false_positives, 100 * one.false_negatives)
+            errors.annotate(one.name, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        for axes in (dial, errors):
+            axes.grid(alpha=0.3)

@@ -8,7 +8,6 @@ a bundle), `store` (identity of the weights), `config`.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import StoreError, StoreMissing, reason
+from storage.files import replacing
 
 Bits = npt.NDArray[np.uint8]
 VERSION = 1
@@ -66,11 +66,9 @@ class Trace:
         """Write the file, whole or not at all."""
         arrays = {"active": self.active, "predicted": self.predicted, "guessed": self.guessed}
         meta = {**self.meta, "version": VERSION, "d_ff": self.d_ff, "stride": self.stride}
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            present: dict[str, Any] = {name: one for name, one in arrays.items() if one is not None}
+        present: dict[str, Any] = {name: one for name, one in arrays.items() if one is not None}
+        with replacing(path) as file:
             np.savez_compressed(file, meta=np.array(json.dumps(meta)), **present)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Trace:

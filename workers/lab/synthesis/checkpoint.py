@@ -27,6 +27,7 @@ from storage.codecs import CODECS
 from storage.errors import CheckpointError, DiskFull, UsageError
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
+from storage.files import publish
 from workers.lab.synthesis import block
 from workers.lab.synthesis.generate import SynthesisRecipe, calibration_tokens, first_tensors, make_layer
 from workers.lab.synthesis.planting import Planting
@@ -69,7 +70,7 @@ def synthesize(request: Request, out: Path, progress: Progress | None = None) ->
         if request.tokenizer is not None and not tokenizers.copy(request.tokenizer, partial):
             raise CheckpointError(f"{request.tokenizer} has no tokenizer.json, nor vocab.json and merges.txt")
         _write(request, config, model, family, partial, total, progress or (lambda done, total: None))
-        os.replace(partial, out)
+        publish(partial, out)
     except Exception as error:
         if _is_full(error):
             raise DiskFull(f"no space left for {out}; what was written has been removed") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +15,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import models, planner, program
+from pipeline import planner, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
+from pipeline.models.names import configure
 from storage.errors import UsageError
+from storage.files import replacing
 from workers.cache.frequency import make_policy
 from workers.cache.policy import Policy
 from workers.lab.offline import record, replay
@@ -60,7 +61,7 @@ def record_command(
 ) -> None:
     """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
     check_writable(out)
-    source, config = models.configure(model, config_file, settings or ())
+    source, config = configure(model, config_file, settings or ())
     store = source.open_store()
     if not store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
@@ -160,10 +161,8 @@ def order_command(
     """Order neurons so that those used together lie together, for convert --order."""
     trace = Trace.load(file)
     order = linear_order(trace.only_active() if active else trace)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("wb") as opened:
+    with replacing(out) as opened:
         np.save(opened, order)
-    os.replace(partial, out)
     print(
         f"{out}: {len(order)} layers of {order.shape[1]:,} neurons; to use it: "
         f"run.py convert MODEL STORE --order {out}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from workers.lab.offline.trace import Trace
+from workers.lab.pictures import picture
 from workers.lab.traces.windows import Window, windows
 
 
@@ -44,21 +45,14 @@ def table(layers: Sequence[LayerActivity], mean: Sequence[Window], k: int) -> Ta
 
 def draw(layers: Sequence[LayerActivity], mean: Sequence[Window], path: Path) -> None:
     """Activity by layer; union and new neurons by window, every layer thin and the mean thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (bars, union, new) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    bars.bar([one.layer for one in layers], [100 * one.used for one in layers])
-    bars.set_xlabel("layer")
-    bars.set_ylabel("used by a token, % of the FFN")
-    for axes, name, what in ((union, "union", "union of k tokens"), (new, "new", "new per token")):
-        for one in layers:
-            axes.plot([w.k for w in one.windows], [100 * getattr(w, name) for w in one.windows], lw=0.7)
-        axes.plot([w.k for w in mean], [100 * getattr(w, name) for w in mean], lw=2.5, color="black")
-        axes.set_xlabel("window k, tokens")
-        axes.set_ylabel(f"{what}, % of the FFN")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 1, 3, size=(13, 4)) as [(bars, union, new)]:
+        bars.bar([one.layer for one in layers], [100 * one.used for one in layers])
+        bars.set_xlabel("layer")
+        bars.set_ylabel("used by a token, % of the FFN")
+        for axes, name, what in ((union, "union", "union of k tokens"), (new, "new", "new per token")):
+            for one in layers:
+                axes.plot([w.k for w in one.windows], [100 * getattr(w, name) for w in one.windows], lw=0.7)
+            axes.plot([w.k for w in mean], [100 * getattr(w, name) for w in mean], lw=2.5, color="black")
+            axes.set_xlabel("window k, tokens")
+            axes.set_ylabel(f"{what}, % of the FFN")
+            axes.grid(alpha=0.3)

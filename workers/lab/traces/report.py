@@ -11,6 +11,7 @@ from rich.table import Table
 
 from workers.lab.offline.replay import Outcome
 from workers.lab.offline.trace import Trace
+from workers.lab.pictures import picture
 from workers.lab.traces.windows import Window
 
 
@@ -64,34 +65,27 @@ def _bytes(outcome: Outcome, trace: Trace) -> float:
 
 def draw(results: Sequence[Result], windows: Sequence[Window], path: Path) -> None:
     """Hit rate by capacity, and union and new neurons by window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (rates, unions) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for policy in dict.fromkeys(result.policy for result in results):
-        some = [result for result in results if result.policy == policy]
-        style = {"color": "black", "ls": "--"} if policy == "Belady" else {}
-        rates.plot(
-            [100 * result.capacity for result in some],
-            [100 * result.outcome.hit_rate for result in some],
-            marker="o",
-            ms=3,
-            label=policy,
-            **style,
-        )
-    rates.set_xlabel("slots, % of the FFN")
-    rates.set_ylabel("hit rate, %")
-    rates.legend(fontsize=8)
-    k = [window.k for window in windows]
-    unions.plot(k, [100 * window.union for window in windows], marker="o", label="union of k tokens")
-    unions.plot(k, [100 * window.new for window in windows], marker="s", label="new per token")
-    unions.set_yscale("log")
-    unions.set_xlabel("window k, tokens")
-    unions.set_ylabel("% of the FFN")
-    unions.legend(fontsize=8)
-    for axes in (rates, unions):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 1, 2, size=(11, 4.5)) as [(rates, unions)]:
+        for policy in dict.fromkeys(result.policy for result in results):
+            some = [result for result in results if result.policy == policy]
+            style = {"color": "black", "ls": "--"} if policy == "Belady" else {}
+            rates.plot(
+                [100 * result.capacity for result in some],
+                [100 * result.outcome.hit_rate for result in some],
+                marker="o",
+                ms=3,
+                label=policy,
+                **style,
+            )
+        rates.set_xlabel("slots, % of the FFN")
+        rates.set_ylabel("hit rate, %")
+        rates.legend(fontsize=8)
+        k = [window.k for window in windows]
+        unions.plot(k, [100 * window.union for window in windows], marker="o", label="union of k tokens")
+        unions.plot(k, [100 * window.new for window in windows], marker="s", label="new per token")
+        unions.set_yscale("log")
+        unions.set_xlabel("window k, tokens")
+        unions.set_ylabel("% of the FFN")
+        unions.legend(fontsize=8)
+        for axes in (rates, unions):
+            axes.grid(alpha=0.3)

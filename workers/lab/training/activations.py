@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from storage import files
 from storage.codecs import LARGEST_HALF
 from storage.errors import DiskFull, UnsupportedModel, reason
 from storage.store import Store
@@ -207,9 +208,7 @@ def _begin(model: DenseModel, tokens: npt.NDArray[np.int64], directory: Path, me
         embedding.put(start, _half(x * scale))
         stream.put(start, x.numpy())
     embedding.finish()
-    partial = directory / (META + ".partial")
-    partial.write_text(json.dumps({**meta, "scale": scale}), encoding="utf-8")
-    os.replace(partial, directory / META)
+    files.write_whole(directory / META, json.dumps({**meta, "scale": scale}).encode())
     stream.finish()  # the last one: with it, `_resume` counts this stage as done
 
 
@@ -290,8 +289,10 @@ class _Output:
 
     def finish(self) -> None:
         with self._filling():
+            self._file.flush()
+            os.fsync(self._file.fileno())
             self._file.close()
-        os.replace(self._partial, self._path)
+        files.publish(self._partial, self._path)
 
     @contextlib.contextmanager
     def _filling(self) -> Iterator[None]:

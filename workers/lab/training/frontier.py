@@ -30,6 +30,7 @@ from pipeline.cores import thread_count
 from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
+from workers.lab.pictures import picture
 from workers.lab.training import activations, texts
 from workers.lab.training.__main__ import Split, TrainingJob, fit_map
 from workers.lab.training.activations import Activations, Samples
@@ -125,32 +126,26 @@ def table(curves: Sequence[Curve]) -> Table:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Both errors of every rank, a panel for each look-ahead."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lookaheads = list(dict.fromkeys(one.lookahead for one in curves))
     size = (1 + 4.7 * len(lookaheads), 4.5)
-    figure, panels = pyplot.subplots(1, len(lookaheads), figsize=size, sharey=True, squeeze=False)
-    for axes, lookahead in zip(panels[0], lookaheads, strict=True):
-        for one in curves:
-            if one.lookahead == lookahead:
-                label = f"rank {one.rank}, {one.share:.0%} of the FFN"
-                axes.plot(_percent(one.false_positives), _percent(one.false_negatives), lw=1.2, label=label)
-        axes.plot(
-            [100 * PAPER[1]], [100 * PAPER[0]], marker="*", ms=12, color="black", ls="", label="the paper"
-        )
-        axes.set_title(f"look-ahead {lookahead}", fontsize=10)
-        axes.set_xlabel("false positives, % of inactive")
-        axes.set_xlim(0, 50)
-        axes.set_ylim(0, 20)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("false negatives, % of active")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 1, len(lookaheads), size=size, layout="tight", sharey=True) as [panels]:
+        for axes, lookahead in zip(panels, lookaheads, strict=True):
+            for one in curves:
+                if one.lookahead == lookahead:
+                    label = f"rank {one.rank}, {one.share:.0%} of the FFN"
+                    axes.plot(
+                        _percent(one.false_positives), _percent(one.false_negatives), lw=1.2, label=label
+                    )
+            axes.plot(
+                [100 * PAPER[1]], [100 * PAPER[0]], marker="*", ms=12, color="black", ls="", label="the paper"
+            )
+            axes.set_title(f"look-ahead {lookahead}", fontsize=10)
+            axes.set_xlabel("false positives, % of inactive")
+            axes.set_xlim(0, 50)
+            axes.set_ylim(0, 20)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("false negatives, % of active")
+        panels[-1].legend(fontsize=8)
 
 
 def _percent(shares: Sequence[float]) -> npt.NDArray[np.float64]:

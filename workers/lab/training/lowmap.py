@@ -5,7 +5,6 @@ The runtime's side is `predictor/lowrank.py`; FORMAT.md describes the file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from storage.codecs import LARGEST_HALF
-from storage.files import fsync_directory
+from storage.files import replacing
 from storage.header import header_bytes
 from storage.tensors import Tensors
 
@@ -87,12 +86,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         ((name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()), metadata
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(tensor.contiguous().numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    fsync_directory(path.parent)

@@ -11,10 +11,9 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.ring.session import load_tokenizer
 from storage.errors import StoreError, UsageError, reason
 from storage.store import Store
-from storage.tokenizer import TOKENIZER
+from storage.tokenizer import TOKENIZER, load_tokenizer
 
 LONGEST_ROW = 512  # tokens
 PLAIN_CHARACTERS = 1 << 16  # of plain text tokenised at once

@@ -16,7 +16,9 @@ from typing import Any
 
 from pipeline.console import say
 from pipeline.launch import ROOT, module_environment
-from pipeline.ring.session import GenerationParams, Session
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
 from pipeline.serving.client import Client
 from pipeline.serving.opening import open_ring
 from storage.errors import FlashringError
@@ -65,7 +67,7 @@ def measure(
 
 
 def _sampled(client: int, turn: int) -> GenerationParams:
-    return GenerationParams(16, 1.0, 50, 0.95, seed=1000 * client + turn, ignore_eos=True)
+    return GenerationParams(16, Sampling(1.0, 50, 0.95, seed=1000 * client + turn), ignore_eos=True)
 
 
 def _seconds_per_token(moments: Sequence[float]) -> float:
@@ -84,9 +86,9 @@ def _served(client: Client, params: GenerationParams) -> float:
     answer = client.generate(
         PROMPT,
         max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
+        temperature=params.sampling.temperature,
+        top_k=params.sampling.top_k,
+        top_p=params.sampling.top_p,
         ignore_eos=params.ignore_eos,
     )
     answer.read()

@@ -1,64 +1,33 @@
-"""The HTTP front: OpenAI's endpoints, health, metrics, and the page that shows the ring at work."""
+"""The endpoints: OpenAI's, health, metrics, and the page that shows the ring at work."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
-import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib import resources
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipeline.errors import DEADLINE, FULL, RING, STOPPING, USAGE, code_of
+from pipeline.errors import USAGE, code_of
 from pipeline.serving.client_messages import Done, Error, Submit, Token
-from pipeline.serving.endpoint import check_http, is_loopback
+from pipeline.serving.http.refusal import Refusal
 from pipeline.serving.openai_api import Answers, BadRequest, ChatRequest, CompletionRequest, parse
 from pipeline.serving.prometheus import CONTENT_TYPE, PrometheusObserver
 from pipeline.serving.scheduler import Event, Job, Scheduler
 from storage.errors import FlashringError
 
 MAX_BODY = 1 << 20  # bytes
-MAX_CONNECTIONS = 512
 LIVE_SECONDS, WATCHED_SECONDS = 0.25, 3.0  # how often counters are renewed while somebody looks
-STATUS = {USAGE: 400, FULL: 429, DEADLINE: 504, RING: 503, STOPPING: 503}
-KIND = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class Refusal(Exception):
-    """An answer other than 200."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-
-    def response(self) -> Response:
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), self.status, headers)
-
-    def body(self) -> dict[str, Any]:
-        kind = KIND.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class Api:
@@ -231,13 +200,13 @@ class Api:
         try:
             self._scheduler.submit(job)
         except FlashringError as error:
-            raise _refusal(code_of(error), str(error)) from error
+            raise Refusal.of(code_of(error), str(error)) from error
         watcher = asyncio.create_task(self._watch(request, job))
         try:
             while True:
                 event = await queue.get()
                 if isinstance(event, Error):
-                    raise _refusal(event.code, event.message)
+                    raise Refusal.of(event.code, event.message)
                 yield event
                 if isinstance(event, Done):
                     return
@@ -253,103 +222,5 @@ class Api:
         self._scheduler.cancel(job)
 
 
-def _refusal(code: str, message: str) -> Refusal:
-    return Refusal(STATUS.get(code, 500), message, code)
-
-
 def _line(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-class Guard:
-    """Lets requests in: by Host header on loopback (against DNS rebinding), by key where there is one."""
-
-    OPEN_PATHS = ("/", "/health")
-
-    def __init__(self, app: ASGIApp, *, loopback: bool, api_key: str) -> None:
-        self._app = app
-        self._loopback = loopback
-        self._api_key = api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        refusal = self._refuse(scope["path"], headers)
-        if refusal is None:
-            await self._app(scope, receive, send)
-        else:
-            await refusal.response()(scope, receive, send)
-
-    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self._loopback and not is_loopback(name):
-            return Refusal(403, "this server answers only to names of this machine")
-        if self._api_key and path not in self.OPEN_PATHS:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._api_key):
-                return Refusal(401, "the API key is missing or wrong", "invalid_api_key")
-        return None
-
-
-class _Uvicorn(uvicorn.Server):
-    """Signals are the serving command's business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class HttpServer:
-    """Listens from construction to `close`."""
-
-    def __init__(
-        self,
-        address: str,
-        scheduler: Scheduler,
-        *,
-        model: str,
-        context: int,
-        api_key: str = "",
-        max_body: int = MAX_BODY,
-    ) -> None:
-        """Raises UsageError for an address that may not be used, OSError when it cannot be."""
-        host, port = check_http(address, api_key)
-        self._socket = _listen(host, port)
-        self.port: int = self._socket.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.port}"
-        api = Api(scheduler, model=model, context=context, max_body=max_body)
-        app = Guard(Starlette(routes=api.routes()), loopback=is_loopback(host), api_key=api_key)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=2,
-        )
-        self._server = _Uvicorn(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-
-    async def close(self) -> None:
-        self._server.should_exit = True
-        await self._task
-        self._socket.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
-    return listener

@@ -1,0 +1,81 @@
+"""Checkpoints of the Hugging Face hub: fetched once, resumed as needed, found again without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import re
+from pathlib import Path
+
+from pipeline.console import say
+from storage.checkpoint import CONFIG
+from storage.errors import CheckpointError, UsageError, reason
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
+SMALL_FILES = ("*.json", "merges.txt", "chat_template.jinja")
+SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
+# A download that this machine refuses to keep; what the network refuses has other numbers.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def download(hub_id: str) -> Path:
+    """The checkpoint's directory in the Hugging Face cache, fetched and resumed as needed.
+
+    HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own and honoured by it. Raises CheckpointError
+    with the commands that fetch the checkpoint where there is no network, and with what this machine
+    says where it cannot be kept, and UsageError for an id that the hub does not know.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        # One request without retries, so that a missing network is noticed at once.
+        siblings = HfApi().model_info(hub_id, timeout=10).siblings or ()
+        patterns = _patterns([sibling.rfilename for sibling in siblings])
+        say(f"fetching {hub_id} from the Hugging Face hub (once)")
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UsageError(
+            f"the Hugging Face hub has no model {hub_id} that you may read: check the name, "
+            "or log in with `hf auth login`"
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise CheckpointError(
+                f"the checkpoint {hub_id} cannot be fetched into the Hugging Face cache, which HF_HOME "
+                f"moves: {reason(error)}"
+            ) from error
+        if not _is_unreachable(error):
+            raise
+        return _downloaded_before(hub_id, error)
+
+
+def _patterns(files: list[str]) -> list[str]:
+    """What to fetch of a repository: the weights in one form, safetensors if it has them."""
+    safetensors = any(fnmatch.fnmatch(file, SAFETENSORS) for file in files)
+    return [*SMALL_FILES, SAFETENSORS if safetensors else TORCH]
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the hub could not be asked, or not to the end.
+
+    Connection errors belong to the HTTP client, whose package differs between versions of the hub's.
+    """
+    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+
+
+def _downloaded_before(hub_id: str, reason: Exception) -> Path:
+    """A checkpoint that an earlier download left whole. Raises CheckpointError."""
+    from huggingface_hub import errors, snapshot_download
+
+    with contextlib.suppress(OSError, errors.LocalEntryNotFoundError):
+        path = Path(snapshot_download(hub_id, local_files_only=True))
+        if (path / CONFIG).is_file() and (any(path.glob(SAFETENSORS)) or any(path.glob(TORCH))):
+            return path
+    local = hub_id.rpartition("/")[2]
+    raise CheckpointError(
+        f"the checkpoint {hub_id} is not on this machine and the Hugging Face hub cannot be reached; where "
+        f"there is a network, fetch it with `hf download {hub_id} --local-dir {local}`, then run again with "
+        f"`--model ./{local}`"
+    ) from reason

@@ -1,0 +1,21 @@
+"""Names of the counters that a worker keeps for each layer: `layer.N.NAME`.
+
+Workers put them into `Stats`; the page of `pipeline/serving/page.html` makes the same names for itself.
+"""
+
+from __future__ import annotations
+
+_PREFIX = "layer."
+
+
+def of_layer(layer: int, name: str) -> str:
+    """The counter `name` of one layer."""
+    return f"{_PREFIX}{layer}.{name}"
+
+
+def layer_and_name(counter: str) -> tuple[int, str] | None:
+    """Inverse of `of_layer`; None for a counter that belongs to no layer."""
+    layer, dot, name = counter.removeprefix(_PREFIX).partition(".")
+    if not counter.startswith(_PREFIX) or not dot or not layer.isdecimal():
+        return None
+    return int(layer), name
