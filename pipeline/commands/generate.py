@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import models, planner
+from pipeline import models
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
+from pipeline.planner.divide import PlanReport, plan
+from pipeline.planner.probe import probe_rate, why_dense
 from pipeline.quality import quality_settings
 from pipeline.ring.audit import AUDIT_EVERY, describe_audit
 from pipeline.version import name_and_version
@@ -112,13 +114,12 @@ def command(
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
     _check_forced(forced, store)
-    config = planner.resolve(store, config)
-    report = planner.plan(store, config)
+    report = plan(store, config)
     if verbose or config.memory.budget:
         for line in report.lines:
             say(line)
-    warn_if_dense(store, config, report)
-    summary = _generate(store, config, report, prompt, params, quiet=as_json)
+    warn_if_dense(store, report)
+    summary = _generate(store, report, prompt, params, quiet=as_json)
     summary["memory"]["budget_bytes"] = report.budget
     if verbose:
         for note in summary["notes"]:
@@ -133,8 +134,7 @@ def command(
 
 def _generate(
     store: Store,
-    config: Config,
-    report: planner.PlanReport,
+    report: PlanReport,
     prompt: str,
     params: GenerationParams,
     *,
@@ -149,7 +149,7 @@ def _generate(
         raise UsageError("the prompt is not valid UTF-8") from None
     ids = load_tokenizer(store).encode(prompt).ids
     check_prompt(ids, store, report.plan)  # before the ring starts, which can take a while
-    with Session.open(store, config, report.plan) as session:
+    with Session.open(store, report.config, report.plan) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
             write(prompt)  # for people; a pipe gets the continuation alone
@@ -209,16 +209,16 @@ def _read_tokens(file: Path) -> tuple[int, ...]:
     return tokens
 
 
-def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> None:
+def warn_if_dense(store: Store, report: PlanReport) -> None:
     """Say before the first token what a token costs when every neuron is needed."""
-    if config.predictor.kind != "all":
+    if not report.plan.forecast.every:
         return
     streamed = report.streamed_bytes
     if not streamed:
         return
-    rate = planner.probe_rate(store)
+    rate = probe_rate(store)
     say(
-        f"{store.manifest.name} {planner.why_dense(store, config)}: every token reads "
+        f"{store.manifest.name} {why_dense(store, report.config)}: every token reads "
         f"{streamed / 1e9:.3g} GB from flash, about {streamed / rate:.2g} s a token at "
         f"{rate / 1e9:.2g} GB/s"
     )

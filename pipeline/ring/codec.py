@@ -42,9 +42,11 @@ class _Form(Generic[Kind]):
 
     @classmethod
     def of(cls, kind: type[Kind]) -> _Form[Kind]:
-        names, checks, records = [], [], []
+        names: list[str] = []
+        checks: list[Check] = []
+        records: list[tuple[int, int, type[Any]]] = []
         for number, (name, wanted) in enumerate(_fields(kind)):
-            if not is_dataclass(wanted):
+            if not (isinstance(wanted, type) and is_dataclass(wanted)):
                 names.append(name)
                 checks.append(_checker(wanted))
                 continue

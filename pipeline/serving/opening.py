@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import models, planner
+from pipeline import models
+from pipeline.planner.divide import plan
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
@@ -44,14 +45,13 @@ def open_ring(
         overrides.append(f"compute.context={context}")
     source, config = models.configure(model, config_file, overrides)
     store = source.open_store()
-    config = planner.resolve(store, config)
-    plan = planner.plan(store, config).plan
+    report = plan(store, config)
     template = ChatTemplate.of_store(store.path, chat_template)
 
     def open_session() -> Session:
-        session = Session.open(store, config, plan)
+        session = Session.open(store, report.config, report.plan)
         session.reuse_prefix = reuse_prefix
         return session
 
-    ring = WarmRing(open_session, template, config.sampling, say=say)
-    return OpenRing(ring=ring, name=store.manifest.name, plan=plan)
+    ring = WarmRing(open_session, template, report.config.sampling, say=say)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)

@@ -13,13 +13,12 @@ import numpy.typing as npt
 from pipeline.ring.messages import LayerPart, NeuronsPredicted, PartDone, ReadBundles
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
-from workers.cache.policy import Ids, Policy, WindowThenOldest
+from workers.cache.policy import NOTHING, Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
 from workers.cache.staging import Staging
 
 Table = npt.NDArray[np.int32]
 Instruction = LayerPart | ReadBundles
-NOTHING = np.zeros(0, np.intp)
 
 COUNTED = ("decode_hits", "decode_misses", "decode_wasted", "stream_hits", "stream_misses", "staged")
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.intp]  # numpy converts narrower indices on every use, which costs more than it saves
+NOTHING: Ids = np.zeros(0, np.intp)
 
 
 class Policy(Protocol):

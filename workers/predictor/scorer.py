@@ -11,7 +11,7 @@ F32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.intp]
 
-NONE: Ids = np.zeros(0, np.intp)
+NOTHING: Ids = np.zeros(0, np.intp)
 
 
 class Scorer(Protocol):
@@ -28,4 +28,4 @@ class Scorer(Protocol):
 
     def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
         """The same as ids, each ascending: what is certain, and what is wanted only where it is resident."""
-        return np.flatnonzero(self.active(layer, hidden, own)), NONE
+        return np.flatnonzero(self.active(layer, hidden, own)), NOTHING

@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from pipeline import models, planner, program
+from pipeline import models, program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
 from pipeline.cores import thread_count
+from pipeline.planner.resolve import resolve
 from pipeline.ring.session import load_tokenizer
 from storage.errors import UsageError
 from storage.store import Store
@@ -60,7 +61,7 @@ def main(
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
     source, config = models.configure(model, config_file, settings or ())
     store = source.open_store()
-    config = planner.resolve(store, config)
+    config = resolve(store, config).config
     named = _points(
         [*(point or ()), *(f"{one}: predictor.threshold={one}" for one in thresholds.split(",") if one)]
     )
