@@ -16,7 +16,8 @@ import torch
 from ring import config
 from safetensors import safe_open
 
-from pipeline.planner import plan
+from pipeline.planner.divide import plan
+from pipeline.ring.plan import Forecast
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.lock import locked
@@ -186,7 +187,7 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
     for one in reports:
         if one.lookahead == 0:
             assert one.recall > one.predicted + 0.2  # chance has as much recall as it predicts
-    scorer = lowrank.load(store, "file", 1, True, 0.0, cache_aware=True)
+    scorer = lowrank.load(store, "file", Forecast("lowrank", 1, True, cache_aware=True), 0.0)
     recorded = activations.Activations(tmp_path / "activations", store)
     for own in (True, False):
         samples = recorded.samples(1, 0 if own else 1)
@@ -250,7 +251,7 @@ def test_early_maps_learn_from_what_is_announced_before_attention(
     assert all(one.recall > one.predicted + 0.15 for one in early[1:])
     for name, wanted in (("own", False), ("early", True)):
         chosen = config(predictor={"kind": "lowrank", "lookahead": 0}, model={"predictor": name})
-        assert plan(store, chosen).plan.early is wanted
+        assert plan(store, chosen).plan.forecast.early is wanted
 
 
 def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_predictors_of_another_store_are_refused(store: Store, tokens: np.ndarra
     name = f"{PREDICTORS}/foreign.safetensors"
     (other.path / name).write_bytes((store.path / name).read_bytes())
     with pytest.raises(StoreError, match="other weights"):
-        lowrank.load(other, "foreign", 1, False, 0.0)
+        lowrank.load(other, "foreign", Forecast("lowrank", 1, False), 0.0)
 
 
 def test_a_model_without_relu_is_refused(tmp_path: Path) -> None:
