@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -261,6 +261,14 @@ def test_a_pinned_layer_is_read_once():
     assert bench.all(0, 0) == [part0(0, 0, (0, 5), (False, True))]
     assert bench.all(1, 0, guess=True) == []
     assert bench.all(1, 0) == [part0(1, 0, (5,), (True,))]
+
+
+def test_layers_may_differ_in_units_and_have_none():
+    bench = Bench(replace(plan((0, 4)), units=(0, 4)))
+    assert bench.all(0, 0) == [part0(0, 0, (0,), (True,))]
+    assert bench.every(1, 0) == [part0(1, 0, (0,), (True,))]
+    assert bench.all(1, 1) == [read(1, 1, 1, 0, 4), part0(1, 1, (0, 4), (False, True))]
+    assert bench.all(2, 1) == [part0(2, 1, (4,), (True,))]
 
 
 def test_out_of_the_window_is_no_hit():

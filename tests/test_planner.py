@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.planner.budget import parse_budget
 from pipeline.planner.probe import probe_rate
 from pipeline.planner.resolve import resolve
 from pipeline.ring import segments
+from pipeline.ring.plan import Forecast, Plan
 from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm
 from storage.errors import BudgetError, ConfigError, StoreError, UsageError
 from storage.layout import Layout, neuron
@@ -331,6 +333,23 @@ def test_what_a_model_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         divide.plan(store(activation=activation), Config.parse({"predictor": predictor}))
+
+
+def test_layers_with_nothing_on_flash_are_pinned_and_have_no_slots() -> None:
+    model = store(layers=3)
+    few = model.layout.layers[0].unit
+    layout = Layout.of([(0, few), (2048, few), (64, few)])
+    mixed = Store(model.path, replace(model.manifest, layout=layout))
+    plan = divide.plan(mixed, configured(cache={"share": 0.25})).plan
+    assert (plan.units, plan.slots, plan.forecast.pinned) == ((0, 2048, 64), (0, 512, 16), {0})
+    assert divide.most(mixed, configured()).plan.slots == (0, 2048, 64)
+
+
+def test_a_plan_reaches_the_workers_as_it_is(tmp_path: Path) -> None:
+    write_predictors(tmp_path, 1, "layers", "inlayer")
+    plan = divide.plan(store(path=tmp_path), Config.parse({"predictor": {"pinned_layers": [-1]}})).plan
+    assert plan.forecast == Forecast("lowrank", 1, refine=True, pinned=frozenset({3}))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 def test_the_division_is_told() -> None:
