@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.planner import plan as make_plan
+from pipeline.planner.divide import plan as make_plan
 from pipeline.ring.channel import Channel
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import Message

@@ -17,7 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from pipeline import planner
+from pipeline.planner.divide import plan
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
 from storage.layout import Layout, neuron
@@ -450,7 +450,7 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: BenchJob) -> None:
 
     def slots(budget: int) -> set[int]:
         config = job.resolved().replace(memory={"budget": f"{budget}B"})
-        return set(planner.plan(job.store, config).plan.slots)
+        return set(plan(job.store, config).plan.slots)
 
     assert slots(budgets[0]) == {1}
     assert slots(budgets[2] - 1) == {layout.most_units - 1}

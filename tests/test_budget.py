@@ -13,7 +13,7 @@ import pytest
 from checkpoints import write_checkpoint
 
 from pipeline.config import Config
-from pipeline.planner import plan
+from pipeline.planner.divide import plan
 from storage.convert import convert
 from storage.errors import BudgetError
 from storage.store import Store

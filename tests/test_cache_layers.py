@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -11,30 +11,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ring.messages import EMBEDDING, EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
-from pipeline.ring.plan import Plan
+from pipeline.ring.messages import EMBEDDING, LayerPart, NeuronsPredicted, PartDone, ReadBundles, Step
+from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.segments import ID, SLOT
 from workers.cache.layers import LayerCache
 from workers.cache.policy import WindowThenOldest
 from workers.cache.residency import NOWHERE
-from workers.predictor.targets import Mode, targets
+from workers.predictor.targets import targets
 
 RUN = 7
 
 
-def plan(slots: tuple[int, ...], d_ff: int = 8, staging: int = 2, lookahead: int = 1) -> Plan:
+def plan(
+    slots: tuple[int, ...], units: int = 8, staging: int = 2, lookahead: int = 1, refine: bool = False
+) -> Plan:
     return Plan(
-        layers=len(slots),
         d_model=4,
-        d_ff=d_ff,
+        units=(units,) * len(slots),
         stride=512,
         slots=slots,
         staging=staging,
         context=16,
         hidden_rows=1,
-        lookahead=lookahead,
-        pinned=frozenset(),
+        forecast=Forecast("lowrank", lookahead, refine),
     )
+
+
+def step_of(number: int, every: bool = False) -> Step:
+    return Step(number, number, 2 if every else 1, every)
 
 
 class Bench:
@@ -42,30 +46,31 @@ class Bench:
 
     def __init__(self, chosen: Plan, window: int = 0) -> None:
         self.plan = chosen
-        shape = (chosen.layers, 2, chosen.d_ff)
-        self.active, self.reads = np.full(shape, -9, np.int32), np.full(shape, -9, np.int32)
+        shape = (chosen.layers, 2, chosen.most_units)
+        self.wanted, self.reads = np.full(shape, -9, np.int32), np.full(shape, -9, np.int32)
         self.cache = LayerCache(
-            chosen, self.active, self.reads, lambda layer: WindowThenOldest(chosen.d_ff, window)
+            chosen, self.wanted, self.reads, lambda layer: WindowThenOldest(chosen.units[layer], window)
         )
 
-    def tell(self, step: int, layer: int, *ids: int, guess: bool = False, done: int | None = None):
-        return self._send(step, layer, len(ids), 0, np.array(ids, np.int32), guess, False, done)
+    def tell(self, step: int, layer: int, *ids: int, doubtful=(), guess: bool = False, done=None):
+        return self._send(step_of(step), layer, (*ids, *doubtful), done, guess, doubtful=len(doubtful))
 
     def guess(self, step: int, layer: int, *ids: int):
         return self.tell(step, layer, *ids, guess=True)
 
     def every(self, step: int, layer: int, *keep: int, guess: bool = False):
         """A prefill's prediction."""
-        return self._send(step, layer, EVERY, len(keep), np.array(keep, np.int32), guess, True, None)
+        return self._send(step_of(step, every=True), layer, keep, None, guess, every=True, keep=len(keep))
 
     def all(self, step: int, layer: int, guess: bool = False):
         """Every neuron in decode."""
-        return self._send(step, layer, EVERY, EVERY, None, guess, False, None)
+        return self._send(step_of(step), layer, (), None, guess, every=True)
 
-    def _send(self, step, layer, count, keep, ids, guess, stream, done):
-        before = (step - 1) * self.plan.layers + layer if done is None else done
-        message = NeuronsPredicted(RUN, step, layer, count, keep, guess, stream, before)
-        instructions = self.cache.handle(message, ids)
+    def _send(self, step, layer, ids, done, guess, every=False, doubtful=0, keep=None):
+        before = (step.number - 1) * self.plan.layers + layer if done is None else done
+        certain = 0 if every else len(ids) - doubtful
+        message = NeuronsPredicted(RUN, step, layer, guess, every, certain, doubtful, keep, before)
+        instructions = self.cache.handle(message, np.array(ids, np.int32))
         self.cache.validate()
         return instructions
 
@@ -80,7 +85,7 @@ class Bench:
         """(id, slot) of every part that part 0 announces."""
         starts = np.cumsum((0, *instruction.counts))
         return [
-            self.table(self.active, layer, int(start), count)
+            self.table(self.wanted, layer, int(start), count)
             for start, count in zip(starts, instruction.counts, strict=False)
         ]
 
@@ -89,9 +94,9 @@ class Bench:
 
 
 def read(
-    step: int, layer: int, part: int, start: int, count: int, stream: bool = False, guess: bool = False
+    step: int, layer: int, part: int, start: int, count: int, every: bool = False, guess: bool = False
 ) -> ReadBundles:
-    return ReadBundles(RUN, step, layer, part, start, count, stream, guess)
+    return ReadBundles(RUN, step_of(step, every), layer, part, start, count, guess)
 
 
 def part0(step: int, layer: int, counts, closes, staged: bool = False) -> LayerPart:
@@ -103,7 +108,7 @@ def test_misses_are_read_and_then_hits():
     assert bench.tell(0, 1, 2, 5) == [read(0, 1, 1, 0, 2), part0(0, 1, (0, 2), (False, True))]
     assert bench.table(bench.reads, 1, 0, 2) == [(2, 4), (5, 5)]  # layer 1's slots begin at 4
     assert bench.tell(1, 1, 2, 5) == [part0(1, 1, (2,), (True,))]
-    assert bench.table(bench.active, 1, 0, 2) == [(2, 4), (5, 5)]
+    assert bench.table(bench.wanted, 1, 0, 2) == [(2, 4), (5, 5)]
     assert bench.tell(2, 1, 1, 5) == [read(2, 1, 1, 0, 1), part0(2, 1, (1, 1), (False, True))]
     assert bench.parts(1, part0(2, 1, (1, 1), (False, True))) == [[(5, 5)], [(1, 6)]]
 
@@ -134,16 +139,16 @@ def test_a_wrong_guess_is_still_a_part():
 def test_a_doubtful_neuron_is_wanted_only_where_it_is_resident():
     bench = Bench(plan((6,)))
     bench.tell(0, 0, 2, 5)
-    instructions = bench.tell(1, 0, 1, ~2, 3, ~4, 5)
+    instructions = bench.tell(1, 0, 1, 3, 5, doubtful=(2, 4))
     assert instructions == [read(1, 0, 1, 0, 2), part0(1, 0, (2, 2), (False, True))]
     assert bench.parts(0, instructions[-1]) == [[(2, 0), (5, 1)], [(1, 2), (3, 3)]]
-    assert bench.tell(2, 0, ~4) == [part0(2, 0, (0,), (True,))]
+    assert bench.tell(2, 0, doubtful=(4,)) == [part0(2, 0, (0,), (True,))]
 
 
 def test_a_doubtful_neuron_is_wanted_where_a_guess_is_reading_it():
     bench = Bench(plan((6,)))
     bench.guess(0, 0, 2, 4)
-    instructions = bench.tell(0, 0, 1, ~2, ~3)
+    instructions = bench.tell(0, 0, 1, doubtful=(2, 3))
     assert instructions == [read(0, 0, 2, 2, 1), part0(0, 0, (0, 1, 1), (False, False, True))]
     assert bench.parts(0, instructions[-1]) == [[], [(2, 0)], [(1, 2)]]
 
@@ -157,7 +162,7 @@ def test_a_guess_of_residents_asks_for_nothing_and_protects_them():
     assert bench.tell(1, 0, 1, 3) == [part0(1, 0, (1, 1), (False, True))]
 
 
-def test_more_misses_than_slots_become_segments():
+def test_more_misses_than_slots_become_groups():
     bench = Bench(plan((2,), staging=2))
     bench.tell(0, 0, 3, 4)
     instructions = bench.tell(1, 0, 0, 1, 2, 3, 5, 6, 7)
@@ -181,7 +186,7 @@ def test_more_misses_than_slots_become_segments():
     assert bench.cache.stats()["staged"] == 5
 
 
-def test_a_guess_before_segments_is_an_empty_part():
+def test_a_guess_before_groups_is_an_empty_part():
     bench = Bench(plan((2,), staging=2))
     assert bench.guess(0, 0, 1, 6, 7) == [read(0, 0, 1, 0, 2, guess=True)]
     instructions = bench.tell(0, 0, 1, 2, 7)
@@ -192,8 +197,8 @@ def test_a_guess_before_segments_is_an_empty_part():
     assert bench.parts(0, instructions[-1])[2] == [(1, 0), (2, 2), (7, 3)]
 
 
-def test_segments_of_two_layers_take_halves_in_turn():
-    bench = Bench(plan((0, 0), d_ff=6, staging=2))
+def test_groups_of_two_layers_take_halves_in_turn():
+    bench = Bench(plan((0, 0), units=6, staging=2))
     first, second = bench.tell(0, 0, 0, 1, 2), bench.tell(0, 1, 0, 1, 2)
     assert first == [
         read(0, 0, 1, 0, 2),
@@ -209,10 +214,10 @@ def test_segments_of_two_layers_take_halves_in_turn():
 
 
 def test_a_cold_cache_is_filled_by_a_prefill_kept_neurons_first():
-    bench = Bench(plan((4,), d_ff=6, staging=4))
+    bench = Bench(plan((4,), units=6, staging=4))
     instructions = bench.every(0, 0, 1, 4, 5)
     assert instructions == [
-        read(0, 0, 1, 0, 6, stream=True),
+        read(0, 0, 1, 0, 6, every=True),
         part0(0, 0, (0, 6), (False, True), staged=True),
     ]
     assert bench.parts(0, instructions[-1])[1] == [(0, 0), (1, 1), (2, 4), (3, 5), (4, 2), (5, 3)]
@@ -225,7 +230,7 @@ def test_a_cold_cache_is_filled_by_a_prefill_kept_neurons_first():
 
 
 def test_kept_neurons_evict_others_in_a_prefill_which_are_staged():
-    bench = Bench(plan((2,), d_ff=4, staging=4))
+    bench = Bench(plan((2,), units=4, staging=4))
     bench.tell(0, 0, 1)
     bench.tell(1, 0, 0)
     instructions = bench.every(2, 0, 1, 3)  # 1 is the older one, and kept
@@ -236,7 +241,7 @@ def test_kept_neurons_evict_others_in_a_prefill_which_are_staged():
 
 
 def test_every_neuron_in_decode_keeps_the_same_residents():
-    bench = Bench(plan((3,), d_ff=5, staging=2))
+    bench = Bench(plan((3,), units=5, staging=2))
     assert bench.all(0, 0)[-1].staged
     bench.done(0, 0, 1)
     for step in (1, 2):
@@ -251,11 +256,19 @@ def test_every_neuron_in_decode_keeps_the_same_residents():
 
 
 def test_a_pinned_layer_is_read_once():
-    bench = Bench(plan((5,), d_ff=5))
+    bench = Bench(plan((5,), units=5))
     assert bench.all(0, 0, guess=True) == [read(0, 0, 1, 0, 5, guess=True)]
     assert bench.all(0, 0) == [part0(0, 0, (0, 5), (False, True))]
     assert bench.all(1, 0, guess=True) == []
     assert bench.all(1, 0) == [part0(1, 0, (5,), (True,))]
+
+
+def test_layers_may_differ_in_units_and_have_none():
+    bench = Bench(replace(plan((0, 4)), units=(0, 4)))
+    assert bench.all(0, 0) == [part0(0, 0, (0,), (True,))]
+    assert bench.every(1, 0) == [part0(1, 0, (0,), (True,))]
+    assert bench.all(1, 1) == [read(1, 1, 1, 0, 4), part0(1, 1, (0, 4), (False, True))]
+    assert bench.all(2, 1) == [part0(2, 1, (4,), (True,))]
 
 
 def test_out_of_the_window_is_no_hit():
@@ -296,7 +309,6 @@ class World:
     random: Random
     plan: Plan
     window: int
-    refine: bool
     bench: Bench = field(init=False)
     predictions: deque = field(default_factory=deque)
     credits: deque = field(default_factory=deque)
@@ -311,23 +323,25 @@ class World:
         self.bench = Bench(self.plan, self.window)
         self.memory: dict[int, object] = {}
 
-    def announce(self, step: int, source: int, stream: bool) -> None:
-        mode = Mode(self.plan.layers, self.plan.lookahead, self.refine)
-        for target in targets(mode, source, stream):
-            chosen = np.flatnonzero([self.random.random() < 0.4 for _ in range(self.plan.d_ff)]).astype(
-                np.int32
-            )
+    def announce(self, step: Step, source: int) -> None:
+        for target in targets(self.plan.forecast, self.plan.layers, source, step.every):
+            units = self.plan.units[target.layer]
+            chosen = np.flatnonzero([self.random.random() < 0.4 for _ in range(units)]).astype(np.int32)
             every = target.every or self.random.random() < 0.1
-            count = EVERY if every else chosen.size
-            keep = (EVERY if self.random.random() < 0.3 else chosen.size) if every else 0
+            keep = (None if self.random.random() < 0.3 else chosen.size) if every else None
+            doubtful = 0
             if not target.guess:
-                self.sets[step, target.layer] = range(self.plan.d_ff) if every else chosen.tolist()
-                if not every and not stream:
+                self.sets[step.number, target.layer] = range(units) if every else chosen.tolist()
+                if not every:
                     left = np.array([self.random.random() < 0.3 for _ in chosen], np.bool_)
-                    self.doubtful[step, target.layer] = chosen[left].tolist()
-                    chosen[left] = ~chosen[left]
-            message = NeuronsPredicted(RUN, step, target.layer, count, keep, target.guess, stream, self.done)
-            self.predictions.append((message, chosen))
+                    self.doubtful[step.number, target.layer] = chosen[left].tolist()
+                    chosen, doubtful = np.concatenate((chosen[~left], chosen[left])), np.count_nonzero(left)
+            listed = chosen if not every or keep is not None else chosen[:0]
+            certain = 0 if every else chosen.size - doubtful
+            message = NeuronsPredicted(
+                RUN, step, target.layer, target.guess, every, certain, doubtful, keep, self.done
+            )
+            self.predictions.append((message, listed))
 
     def events(self) -> list:
         """What may happen next besides compute's own steps."""
@@ -342,7 +356,7 @@ class World:
     def predict(self, message: NeuronsPredicted, ids: np.ndarray) -> list:
         """Tell the cache; of a set's doubtful neurons, those that have a slot are to be computed."""
         instructions = self.bench.cache.handle(message, ids)
-        key = (message.step, message.layer)
+        key = (message.step.number, message.layer)
         if not message.guess and (doubtful := self.doubtful.get(key)):
             slot_of = self.bench.cache.layers[message.layer].residency.slot_of
             self.sets[key] = [one for one in self.sets[key] if one not in doubtful or slot_of[one] != NOWHERE]
@@ -351,13 +365,13 @@ class World:
     def carry_out(self, instructions: list) -> None:
         self.bench.cache.validate()
         for instruction in instructions:
-            if isinstance(instruction, LayerPart):
+            if isinstance(instruction, LayerPart):  # the schedule
                 self.arrived.setdefault((instruction.step, instruction.layer), {})[0] = instruction
                 continue
             rows = self.bench.asked(instruction)
             self.bundles_read += len(rows)
             if not instruction.guess:
-                doubtful = self.doubtful.get((instruction.step, instruction.layer), [])
+                doubtful = self.doubtful.get((instruction.step.number, instruction.layer), [])
                 assert not {neuron for neuron, _ in rows} & set(doubtful), "a doubtful neuron is read"
             for _, slot in rows:
                 assert self.memory.get(slot) != "garbage", "two reads into one slot"
@@ -368,7 +382,7 @@ class World:
         message, rows = self.outstanding.pop(at)
         for neuron, slot in rows:
             self.memory[slot] = (message.layer, neuron)
-        parts = self.arrived.setdefault((message.step, message.layer), {})
+        parts = self.arrived.setdefault((message.step.number, message.layer), {})
         assert message.part not in parts
         parts[message.part] = message
 
@@ -393,29 +407,29 @@ class World:
         assert len(tables) == len(announced.closes)
         assert announced.closes[-1]
         computed: list[int] = []
-        segment: list[tuple[int, int]] = []
+        group: list[tuple[int, int]] = []
         for part, table in enumerate(tables):
             self.wait(step, layer, part)
-            segment += table
-            for neuron, slot in segment:
+            group += table
+            for neuron, slot in group:
                 assert self.memory[slot] == (layer, neuron)
             if announced.closes[part]:
-                computed += sorted(neuron for neuron, _ in segment)
-                segment = []
+                computed += sorted(neuron for neuron, _ in group)
+                group = []
                 if announced.staged:
                     self.credits.append(PartDone(RUN, step, layer, part))
         assert computed == list(self.sets[step, layer])
         assert len(self.arrived.pop((step, layer))) == len(tables)
         self.done = step * self.plan.layers + layer
 
-    def run(self, step: int, stream: bool, cancel_after: int | None) -> None:
-        self.announce(step, EMBEDDING, stream)
+    def run(self, step: Step, cancel_after: int | None) -> None:
+        self.announce(step, EMBEDDING)
         for layer in range(self.plan.layers):
             if cancel_after is None or layer <= cancel_after:
-                self.announce(step, layer, stream)
-            elif (step, layer) not in self.sets:
+                self.announce(step, layer)
+            elif (step.number, layer) not in self.sets:
                 return
-            self.compute(step, layer)
+            self.compute(step.number, layer)
 
 
 @settings(max_examples=50, deadline=None)
@@ -429,9 +443,9 @@ class World:
     cancelled=st.integers(0, 3),
 )
 def test_any_ring_computes_exactly_its_sets(random, slots, staging, lookahead, window, refine, cancelled):
-    world = World(random, plan(tuple(slots), 12, staging, lookahead), window, refine)
-    for step, stream in enumerate((True, False, False, True, False)):
-        world.run(step, stream, cancelled if step == 3 else None)
+    world = World(random, plan(tuple(slots), 12, staging, lookahead, refine), window)
+    for number, every in enumerate((True, False, False, True, False)):
+        world.run(step_of(number, every), cancelled if number == 3 else None)
     while events := world.events():
         events[0]()
     assert world.bench.cache.idle

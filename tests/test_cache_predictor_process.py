@@ -16,11 +16,11 @@ import pytest
 from stores import bundle_store
 
 from pipeline.config import Config
+from pipeline.planner.resolve import resolve
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import (
     EMBEDDING,
-    EVERY,
     PROTOCOL_VERSION,
     Failed,
     HiddenReady,
@@ -32,6 +32,7 @@ from pipeline.ring.messages import (
     ReportStats,
     RingReady,
     Stats,
+    Step,
     Stop,
     WorkerReady,
 )
@@ -67,23 +68,23 @@ def driven(
     name: str, store: Store, tmp_path: Path, inboxes: tuple[str, ...], **sections: dict[str, Any]
 ) -> Iterator[Driven]:
     layout = store.layout
+    config = Config.parse(sections)
     plan = Plan(
-        layers=len(layout.layers),
         d_model=store.architecture.d_model,
-        d_ff=layout.most_units,
+        units=layout.units,
         stride=layout.stride,
         slots=(6,) * len(layout.layers),
         staging=4,
         context=16,
         hidden_rows=2,
-        lookahead=sections.get("predictor", {}).get("lookahead", 1),
-        pinned=frozenset(),
+        forecast=resolve(store, config).forecast,
     )
     directory = tmp_path / "ring"
     directory.mkdir()
-    config = Config.parse(sections).model_dump()
     descriptors = segments.create(plan)
-    spec = WorkerSpec(name, str(directory), str(store.path), config, plan.to_json(), descriptors, routes={})
+    spec = WorkerSpec(
+        name, str(directory), str(store.path), config.model_dump(), plan.to_json(), descriptors, routes={}
+    )
     with Channel(directory, ("supervisor", *inboxes)) as channel:
         process = subprocess.Popen(
             [sys.executable, "-m", f"workers.{name}"],
@@ -109,23 +110,24 @@ def store(tmp_path: Path) -> Store:
     return bundle_store(tmp_path / "store", layers=3, d_ff=12, d_model=128)
 
 
-def test_the_cache_turns_predictions_into_reads_and_plans(store, tmp_path):
+def test_the_cache_turns_predictions_into_reads_and_schedules(store, tmp_path):
     with driven("cache", store, tmp_path, ("compute", "prefetcher")) as cache:
         assert cache.receive("supervisor") == WorkerReady("cache", cache.process.pid, PROTOCOL_VERSION, ())
         cache.send(RingReady())
+        token, prompt = Step(0, 4, 1, every=False), Step(1, 0, 5, every=True)
         cache.shared.predicted[1, 1, :3] = [2, 5, 7]
-        cache.send(NeuronsPredicted(0, 0, 1, 3, 0, guess=True, stream=False, done=-1))
-        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 1, 0, 3, False, True)
+        cache.send(NeuronsPredicted(0, token, 1, True, False, certain=3, doubtful=0, keep=None, done=-1))
+        assert cache.receive("prefetcher") == ReadBundles(0, token, 1, 1, 0, 3, True)
         assert cache.shared.reads[1, :, :3].tolist() == [[2, 5, 7], [6, 7, 8]]
         cache.shared.predicted[1, 0, :2] = [5, 9]
-        cache.send(NeuronsPredicted(0, 0, 1, 2, 0, guess=False, stream=False, done=-1))
-        plan = cache.receive("compute")
-        assert plan == LayerPart(0, 0, 1, 0, (0, 1, 1), (False, False, True), False)
-        assert cache.receive("prefetcher") == ReadBundles(0, 0, 1, 2, 3, 1, False, False)
-        assert cache.shared.active[1, :, :2].tolist() == [[5, 9], [7, 9]]
-        cache.send(NeuronsPredicted(0, 1, 2, EVERY, EVERY, guess=False, stream=True, done=2))
-        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 1, 0, 10, True, False)
-        assert cache.receive("prefetcher") == ReadBundles(0, 1, 2, 2, 10, 2, True, False)
+        cache.send(NeuronsPredicted(0, token, 1, False, False, certain=2, doubtful=0, keep=None, done=-1))
+        schedule = cache.receive("compute")
+        assert schedule == LayerPart(0, 0, 1, 0, (0, 1, 1), (False, False, True), False)
+        assert cache.receive("prefetcher") == ReadBundles(0, token, 1, 2, 3, 1, False)
+        assert cache.shared.wanted[1, :, :2].tolist() == [[5, 9], [7, 9]]
+        cache.send(NeuronsPredicted(0, prompt, 2, False, True, certain=0, doubtful=0, keep=None, done=2))
+        assert cache.receive("prefetcher") == ReadBundles(0, prompt, 2, 1, 0, 10, False)
+        assert cache.receive("prefetcher") == ReadBundles(0, prompt, 2, 2, 10, 2, False)
         cache.send(PartDone(0, 1, 2, 1))
         cache.send(ReportStats(4))
         stats = cache.receive("supervisor")
@@ -162,8 +164,9 @@ def test_a_worker_leaves_with_its_supervisor(name, store, tmp_path):
 def test_the_predictor_of_kind_all(store, tmp_path):
     with driven("predictor", store, tmp_path, ("cache",), predictor={"kind": "all"}) as predictor:
         assert isinstance(predictor.receive("supervisor"), WorkerReady)
-        predictor.send(HiddenReady(3, 8, EMBEDDING, 1, stream=True, done=5))
-        assert predictor.receive("cache") == NeuronsPredicted(3, 8, 0, EVERY, EVERY, False, True, 5)
+        prompt = Step(8, 0, 3, every=True)
+        predictor.send(HiddenReady(3, prompt, EMBEDDING, 1, done=5))
+        assert predictor.receive("cache") == NeuronsPredicted(3, prompt, 0, False, True, 0, 0, None, 5)
         assert predictor.stop() == 0
 
 
@@ -174,14 +177,15 @@ def test_the_predictor_with_trained_maps(store, tmp_path):
         assert isinstance(predictor.receive("supervisor"), WorkerReady)
         x = np.random.default_rng(0).normal(size=128).astype(np.float32)
         predictor.shared.hidden[2, 0] = x
-        predictor.send(HiddenReady(0, 4, 1, 1, stream=False, done=9))
+        token = Step(4, 20, 1, every=False)
+        predictor.send(HiddenReady(0, token, 1, 1, done=9))
         for layer, guess, prefix in ((1, False, "inlayer"), (2, True, "layers")):
             down, up, bias = (
                 maps[f"{prefix}.{layer}.{name}"].astype(float) for name in ("down", "up", "bias")
             )
             expected = np.flatnonzero(up @ (down @ (0.5 * x)) + bias > 0)
             sent = predictor.receive("cache")
-            assert sent == NeuronsPredicted(0, 4, layer, expected.size, 0, guess, False, 9)
+            assert sent == NeuronsPredicted(0, token, layer, guess, False, expected.size, 0, None, 9)
             written = predictor.shared.predicted[layer, int(guess), : expected.size]
             assert written.tolist() == expected.tolist()
         predictor.send(ReportStats(1))

@@ -27,7 +27,7 @@ from pipeline.ring.messages import (
     PartDone,
     TokenReady,
 )
-from pipeline.ring.plan import Plan
+from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.store import Store
@@ -46,7 +46,7 @@ class FakeRing:
     """Answers every announcement with the whole layer, cut into parts as told.
 
     `cuts` are the ids at which a layer's neurons are divided into parts; `interleaved` gives the
-    parts neurons in turn instead; `staged` makes every part close a segment.
+    parts neurons in turn instead; `staged` makes every part close a group.
     """
 
     store: Store
@@ -57,7 +57,7 @@ class FakeRing:
     interleaved: int = 0
     staged: bool = False
     shuffle: int = 0
-    late_plan: bool = False
+    late_schedule: bool = False
     announced: list[HiddenReady] = field(default_factory=list)
     sources: list[np.ndarray] = field(default_factory=list)
     credits: list[PartDone] = field(default_factory=list)
@@ -72,12 +72,12 @@ class FakeRing:
 
     def slots(self, layer: int) -> np.ndarray:
         """The slot of every neuron."""
-        order = np.random.default_rng(self.shuffle).permutation(self.plan.d_ff)
+        order = np.random.default_rng(self.shuffle).permutation(self.plan.units[layer])
         return (self.plan.first_slot(layer) + order).astype(np.int32)
 
     def parts(self) -> list[np.ndarray]:
         """Ids of every part."""
-        ids = np.arange(self.plan.d_ff, dtype=np.int32)
+        ids = np.arange(self.plan.most_units, dtype=np.int32)
         if self.interleaved:
             return [ids[start :: self.interleaved] for start in range(self.interleaved)]
         return np.split(ids, self.cuts)
@@ -96,10 +96,11 @@ class FakeRing:
     def answer(self, message: HiddenReady) -> None:
         self.announced.append(message)
         self.sources.append(self.memory.hidden[message.layer + 1, : message.rows].copy())
-        if self.cancel_at == (message.step, message.layer):
+        if self.cancel_at == (message.step.number, message.layer):
             assert self.engine is not None
             self.engine.cancel(Cancel(message.run))
-        ahead = max(1, self.plan.lookahead) if message.stream else self.plan.lookahead
+        lookahead = self.plan.forecast.lookahead
+        ahead = max(1, lookahead) if message.step.every else lookahead
         targets = range(ahead) if message.layer == EMBEDDING else [message.layer + ahead]
         for layer in targets:
             if layer < self.plan.layers:
@@ -107,16 +108,16 @@ class FakeRing:
 
     def send(self, message: HiddenReady, layer: int) -> None:
         parts = self.parts()
-        table = self.memory.active[layer]
+        table = self.memory.wanted[layer]
         ids = np.concatenate(parts)
         table[ID, : ids.size], table[SLOT, : ids.size] = ids, self.slots(layer)[ids]
         counts = tuple(part.size for part in parts)
         last = len(parts) - 1
         closes = tuple(self.staged or number == last for number in range(len(parts)))
-        run, step = message.run, message.step
-        plan = LayerPart(run, step, layer, 0, counts, closes, self.staged)
+        run, step = message.run, message.step.number
+        schedule = LayerPart(run, step, layer, 0, counts, closes, self.staged)
         rest = [LayerPart(run, step, layer, number, (), (), False) for number in range(1, len(parts))]
-        for one in [*rest, plan] if self.late_plan else [plan, *rest]:
+        for one in [*rest, schedule] if self.late_schedule else [schedule, *rest]:
             self.channel.send("compute", one)
 
     @property
@@ -139,16 +140,14 @@ def ring(
 ) -> Iterator[FakeRing]:
     layout = store.layout
     plan = Plan(
-        layers=len(layout.layers),
         d_model=store.architecture.d_model,
-        d_ff=layout.most_units,
+        units=layout.units,
         stride=layout.stride,
-        slots=(layout.most_units,) * len(layout.layers),
+        slots=layout.units,
         staging=8,
         context=64,
         hidden_rows=4,
-        lookahead=lookahead,
-        pinned=frozenset(),
+        forecast=Forecast("all", lookahead, refine=False),
     )
     views = {name: np.zeros(shape, kind) for name, (shape, kind) in segments._shapes(plan).items()}
     memory = segments.Segments(**views)
@@ -238,9 +237,9 @@ def test_the_loop_writes_what_the_decoder_does(store, tmp_path):
     [
         {"cuts": (0, 1, 100)},
         {"interleaved": 3},
-        {"interleaved": 3, "late_plan": True},
+        {"interleaved": 3, "late_schedule": True},
         {"cuts": (50, 150), "staged": True},
-        {"cuts": tuple(range(0, 190, 7)), "staged": True, "late_plan": True},
+        {"cuts": tuple(range(0, 190, 7)), "staged": True, "late_schedule": True},
         {"shuffle": 5},
         {"lookahead": 0},
         {"lookahead": 2},
@@ -261,17 +260,17 @@ def test_announcements_follow_the_protocol(store, tmp_path):
     with ring(store, tmp_path) as fake:
         generate(fake, count=3)
     layers = fake.plan.layers
-    assert [(one.step, one.layer) for one in fake.announced] == [
+    assert [(one.step.number, one.layer) for one in fake.announced] == [
         (step, layer) for step in range(3) for layer in range(-1, layers)
     ]
-    assert [one.stream for one in fake.announced] == [True] * (layers + 1) + [False] * 2 * (layers + 1)
-    assert {one.rows for one in fake.announced if one.stream} == {4}
-    assert {one.rows for one in fake.announced if not one.stream} == {1}
+    assert [one.step.every for one in fake.announced] == [True] * (layers + 1) + [False] * 2 * (layers + 1)
+    assert {one.rows for one in fake.announced if one.step.every} == {4}
+    assert {one.rows for one in fake.announced if not one.step.every} == {1}
     embedded = []
     for one, hidden in zip(fake.announced, fake.sources, strict=True):
-        tick = one.step * layers + one.layer
+        tick = one.step.number * layers + one.layer
         # Everything before this layer is finished; the embedding comes after the last step's end.
-        assert one.done == (one.step * layers - 1 if one.layer == EMBEDDING else tick - 1)
+        assert one.done == (one.step.number * layers - 1 if one.layer == EMBEDDING else tick - 1)
         if one.layer == EMBEDDING:
             embedded.append(hidden)
     with DenseModel(store, 1) as model:
@@ -309,14 +308,14 @@ def test_steps_and_done_go_on_over_runs(opt, tmp_path):
         generate(fake, run=2, count=2)
         assert fake.tokens == first
     opening = fake.announced[seen]
-    assert (opening.run, opening.step, opening.done) == (2, 2, 2 * fake.plan.layers - 1)
-    assert opening.stream
+    assert (opening.run, opening.step.number, opening.done) == (2, 2, 2 * fake.plan.layers - 1)
+    assert opening.step.every
 
 
 def test_a_prompt_of_one_token_is_a_prefill(opt, tmp_path):
     with ring(opt, tmp_path) as fake:
         generate(fake, prompt=(5,), count=1)
-    assert all(one.stream for one in fake.announced)
+    assert all(one.step.every for one in fake.announced)
     assert len(fake.tokens) == 1
 
 

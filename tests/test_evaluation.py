@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from pipeline import cli
 from pipeline.config import Cache
-from pipeline.ring.messages import EMBEDDING, NeuronsPredicted
+from pipeline.ring.messages import EMBEDDING, NeuronsPredicted, Step
 from pipeline.ring.segments import ID
 from pipeline.ring.session import Session
 from storage.convert import convert
@@ -272,10 +272,10 @@ def test_cache_aware_choice_is_the_rings_caches(store, lookahead):
         make_chooser(store, chosen)
     chooser = make_chooser(store, chosen, in_order=True)
     divided = plan_for(store, chosen)
-    shape = (3, 2, divided.d_ff)
-    active = np.zeros(shape, np.int32)
-    policy = partial(make_policy, divided.d_ff, Cache(half_life=4.0))
-    cache = LayerCache(divided, active, np.zeros(shape, np.int32), lambda layer: policy())
+    shape = (3, 2, divided.most_units)
+    wanted = np.zeros(shape, np.int32)
+    policy = partial(make_policy, divided.most_units, Cache(half_life=4.0))
+    cache = LayerCache(divided, wanted, np.zeros(shape, np.int32), lambda layer: policy())
     source = torch.from_numpy(np.random.default_rng(4).normal(size=(40, store.architecture.d_model))).float()
     guessed = chooser.guess(1, source)
     found = torch.cat([chooser.choose(1, rows, some) for rows, some in blocks(source, guessed)])
@@ -283,10 +283,10 @@ def test_cache_aware_choice_is_the_rings_caches(store, lookahead):
     doubtful = 0
     for step in range(40):
         if guessed is not None:
-            cache.handle(*asked(step, np.flatnonzero(guessed[step]), guess=True))
-        ids = np.flatnonzero(likely[step])
-        *_, parts = cache.handle(*asked(step, np.where(sure[step, ids], ids, ~ids), guess=False))
-        computed = np.sort(active[1, ID, : sum(parts.counts)])
+            cache.handle(*asked(step, np.flatnonzero(guessed[step]), (), guess=True))
+        certain, doubted = (np.flatnonzero(likely[step] & mask) for mask in (sure[step], ~sure[step]))
+        *_, parts = cache.handle(*asked(step, certain, doubted, guess=False))
+        computed = np.sort(wanted[1, ID, : sum(parts.counts)])
         assert computed.tolist() == np.flatnonzero(found[step]).tolist()
         doubtful += int((found[step] & ~sure[step]).sum())
     assert doubtful > 100
@@ -297,9 +297,10 @@ def blocks(source, guessed):
         yield source[rows], None if guessed is None else guessed[rows]
 
 
-def asked(step: int, ids: np.ndarray, guess: bool) -> tuple[NeuronsPredicted, np.ndarray]:
-    message = NeuronsPredicted(0, step, 1, ids.size, 0, guess, False, 3 * step - 1)
-    return message, ids.astype(np.int32)
+def asked(step: int, certain, doubtful, guess: bool) -> tuple[NeuronsPredicted, np.ndarray]:
+    now = Step(step, step, 1, every=False)
+    message = NeuronsPredicted(0, now, 1, guess, False, len(certain), len(doubtful), None, 3 * step - 1)
+    return message, np.concatenate((certain, doubtful)).astype(np.int32)
 
 
 def test_text_is_cut_into_chunks_with_the_prefix(store):

@@ -9,6 +9,7 @@ import predictors
 import pytest
 from stores import bundle_store
 
+from pipeline.ring.plan import Forecast
 from storage.errors import StoreError
 from storage.store import Store
 from workers.predictor import lowrank
@@ -43,7 +44,7 @@ def both(store: Store) -> dict:
 def test_guesses_and_sets_use_their_own_maps(store, threshold):
     tensors = both(store)
     predictors.write(store, tensors)
-    scorer = lowrank.load(store, "default", 1, refines=True, threshold=threshold)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 1, True), threshold)
     x = hidden(store)
     for layer in LAYERS:
         for own, prefix in ((False, "layers"), (True, "inlayer")):
@@ -58,7 +59,7 @@ def test_numbers_that_are_none_are_refused(store, name):
     tensors[name][0] = np.nan
     predictors.write(store, tensors)
     with pytest.raises(StoreError, match=r"is damaged: layers\.1 holds numbers that are none"):
-        lowrank.load(store, "default", 1, refines=True, threshold=0.0)
+        lowrank.load(store, "default", Forecast("lowrank", 1, True), 0.0)
 
 
 def test_maps_may_share_the_matrices_of_the_layers_own(store):
@@ -71,33 +72,32 @@ def test_maps_may_share_the_matrices_of_the_layers_own(store):
     left = {name: tensor for name, tensor in tensors.items() if name not in repeated}
     assert predictors.write(store, left, name="left").stat().st_size < 0.7 * whole
     x = hidden(store)
-    scorer = lowrank.load(store, "left", 1, refines=True, threshold=0.0)
+    scorer = lowrank.load(store, "left", Forecast("lowrank", 1, True), 0.0)
     for layer in LAYERS:
         assert scorer.active(layer, x, False).tolist() == expected(tensors, "layers", layer, x).tolist()
         assert scorer.maps[False][layer].up is scorer.maps[True][layer].up
 
 
-def test_doubtful_neurons_are_told_as_complements(store):
+def test_doubtful_neurons_are_told_apart(store):
     tensors = both(store)
     for layer in LAYERS:
         tensors[f"inlayer.{layer}.resident"] = np.array([-0.6], np.float32)
         tensors[f"inlayer.{layer}.absent"] = np.array([0.9], np.float32)
     predictors.write(store, tensors)
     x = hidden(store)
-    scorer = lowrank.load(store, "default", 1, refines=True, threshold=0.2, cache_aware=True)
-    plain = lowrank.load(store, "default", 1, refines=True, threshold=0.2)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 1, True, cache_aware=True), 0.2)
+    plain = lowrank.load(store, "default", Forecast("lowrank", 1, True), 0.2)
     for layer in LAYERS:
-        listed = scorer.wanted(layer, x, True)
-        doubtful = listed < 0
-        assert 0 < doubtful.sum() < doubtful.size
-        ids = np.where(doubtful, ~listed, listed)
+        certain, doubtful = scorer.wanted(layer, x, True)
+        assert 0 < doubtful.size < doubtful.size + certain.size
+        ids = np.sort(np.concatenate((certain, doubtful)))
         assert ids.tolist() == np.flatnonzero(expected(tensors, "inlayer", layer, x, 0.2 - 0.6)).tolist()
         sure = np.flatnonzero(expected(tensors, "inlayer", layer, x, 0.2 + 0.9))
-        assert listed[~doubtful].tolist() == sure.tolist()
-        assert (
-            scorer.wanted(layer, x, False).tolist() == np.flatnonzero(plain.active(layer, x, False)).tolist()
-        )
-        assert plain.wanted(layer, x, True).tolist() == np.flatnonzero(plain.active(layer, x, True)).tolist()
+        assert certain.tolist() == sure.tolist()
+        for one, own in ((scorer, False), (plain, True)):  # guesses have no doubts
+            certain, doubtful = one.wanted(layer, x, own)
+            assert certain.tolist() == np.flatnonzero(plain.active(layer, x, own)).tolist()
+            assert doubtful.size == 0
 
 
 def test_guesses_have_a_threshold_of_their_own(store):
@@ -106,9 +106,9 @@ def test_guesses_have_a_threshold_of_their_own(store):
         tensors[f"layers.{layer}.guess"] = np.array([0.8], np.float32)
     predictors.write(store, tensors)
     x = hidden(store)
-    scorer = lowrank.load(store, "default", 1, refines=True, threshold=0.1)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 1, True), 0.1)
     assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x, 0.9).tolist()
-    scorer = lowrank.load(store, "default", 1, refines=False, threshold=0.1)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 1, False), 0.1)
     assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x, 0.1).tolist()
 
 
@@ -122,7 +122,7 @@ def test_weights_stay_in_sixteen_bits(store):
 def test_without_maps_for_the_guess_the_layers_own_are_used(store):
     tensors = predictors.maps(store, "inlayer", LAYERS)
     predictors.write(store, tensors)
-    scorer = lowrank.load(store, "default", 2, refines=True, threshold=0.0)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 2, True), 0.0)
     x = hidden(store)
     assert scorer.active(1, x, False).tolist() == expected(tensors, "inlayer", 1, x).tolist()
     assert "look-ahead" in scorer.notes[0]
@@ -131,7 +131,7 @@ def test_without_maps_for_the_guess_the_layers_own_are_used(store):
 def test_a_file_of_lookahead_0_holds_the_layers_own_maps(store):
     tensors = predictors.maps(store, "layers", LAYERS)
     predictors.write(store, tensors, changes={"lookahead": "0"})
-    scorer = lowrank.load(store, "default", 0, refines=False, threshold=0.0)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 0, False), 0.0)
     x = hidden(store)
     assert scorer.active(2, x, True).tolist() == expected(tensors, "layers", 2, x).tolist()
 
@@ -139,7 +139,7 @@ def test_a_file_of_lookahead_0_holds_the_layers_own_maps(store):
 def test_early_sets_need_only_maps_of_their_lookahead(store):
     tensors = predictors.maps(store, "layers", LAYERS)
     predictors.write(store, tensors, changes={"lookahead": "2"})
-    scorer = lowrank.load(store, "default", 2, refines=False, threshold=0.0)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 2, False), 0.0)
     x = hidden(store)
     assert scorer.active(2, x, False).tolist() == expected(tensors, "layers", 2, x).tolist()
 
@@ -147,7 +147,7 @@ def test_early_sets_need_only_maps_of_their_lookahead(store):
 def test_in_a_prefill_of_lookahead_0_the_layers_own_maps_look_ahead(store):
     tensors = predictors.maps(store, "inlayer", LAYERS)
     predictors.write(store, tensors)
-    scorer = lowrank.load(store, "default", 0, refines=False, threshold=0.0)
+    scorer = lowrank.load(store, "default", Forecast("lowrank", 0, False), 0.0)
     x = hidden(store)
     assert scorer.active(1, x, False).tolist() == expected(tensors, "inlayer", 1, x).tolist()
 
@@ -155,8 +155,8 @@ def test_in_a_prefill_of_lookahead_0_the_layers_own_maps_look_ahead(store):
 def test_layers_that_need_none_may_be_absent(store):
     predictors.write(store, predictors.maps(store, "inlayer", range(1, 3)))
     with pytest.raises(StoreError, match="no map for look-ahead 0 of layer 0"):
-        lowrank.load(store, "default", 1, refines=True, threshold=0.0)
-    lowrank.load(store, "default", 1, refines=True, threshold=0.0, skip=frozenset({0}))
+        lowrank.load(store, "default", Forecast("lowrank", 1, True), 0.0)
+    lowrank.load(store, "default", Forecast("lowrank", 1, True, pinned=frozenset({0})), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def test_layers_that_need_none_may_be_absent(store):
 def test_refused(store, metadata, lookahead, refines, message):
     predictors.write(store, predictors.maps(store, "layers", LAYERS), changes=metadata)
     with pytest.raises(StoreError, match=message) as caught:
-        lowrank.load(store, "default", lookahead, refines, 0.0)
+        lowrank.load(store, "default", Forecast("lowrank", lookahead, refines), 0.0)
     assert "train-predictor" in str(caught.value)
 
 
 def test_a_missing_file_names_the_command_that_makes_it(store):
     with pytest.raises(StoreError, match=r"no predictors named other: .*train-predictor"):
-        lowrank.load(store, "other", 1, True, 0.0)
+        lowrank.load(store, "other", Forecast("lowrank", 1, True), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_tensors_that_do_not_fit_are_refused(store, name, shape, kind, message):
     tensors = predictors.maps(store, "layers", LAYERS)
     predictors.write(store, {**tensors, name: np.zeros(shape, kind)})
     with pytest.raises(StoreError, match=message):
-        lowrank.load(store, "default", 1, False, 0.0)
+        lowrank.load(store, "default", Forecast("lowrank", 1, False), 0.0)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -10])
@@ -205,4 +205,4 @@ def test_a_truncated_file_is_refused(store, keep):
     with pytest.raises(
         StoreError, match=r"is truncated (or not a safetensors file|\(layers\.2\.up ends beyond)"
     ):
-        lowrank.load(store, "default", 1, False, 0.0)
+        lowrank.load(store, "default", Forecast("lowrank", 1, False), 0.0)

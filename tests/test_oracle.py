@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.ring.messages import EMBEDDING, EVERY, HiddenReady, NeuronsPredicted
+from pipeline.ring.messages import EMBEDDING, HiddenReady, NeuronsPredicted, Step
+from pipeline.ring.plan import Forecast, Plan
 from storage.codecs import CODECS, FLOAT32
 from storage.layout import Rows
 from workers.predictor.oracle import Oracle
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorer import Scorer
-from workers.predictor.targets import Mode
 
 LAYERS, D_FF, D_MODEL = 3, 40, 16
 
@@ -66,17 +66,23 @@ class OneOfLayer(Scorer):
         return mask
 
 
-def prediction(mode: Mode, rows: np.ndarray, scorer: OneOfLayer | None) -> tuple[Prediction, np.ndarray]:
+def prediction(
+    forecast: Forecast, rows: np.ndarray, scorer: OneOfLayer | None
+) -> tuple[Prediction, np.ndarray]:
     predicted = np.full((LAYERS, 2, D_FF), -1, np.int32)
-    return Prediction(mode, scorer, rows, predicted), predicted
+    plan = Plan(D_MODEL, (D_FF,) * LAYERS, 512, (1,) * LAYERS, 1, 16, 3, forecast)
+    return Prediction(plan, scorer, rows, predicted), predicted
+
+
+TOKEN, PROMPT = Step(9, 30, 1, every=False), Step(9, 0, 2, every=True)
 
 
 def test_a_set_and_a_guess_go_to_their_own_rows(hidden):
     hidden[1, 0, 0] = 30
-    under_test, predicted = prediction(Mode(LAYERS, 1, True), hidden, OneOfLayer())
-    assert under_test.handle(HiddenReady(5, 9, 0, 1, False, 26)) == [
-        NeuronsPredicted(5, 9, 0, 3, 0, guess=False, stream=False, done=26),
-        NeuronsPredicted(5, 9, 1, 3, 0, guess=True, stream=False, done=26),
+    under_test, predicted = prediction(Forecast("lowrank", 1, True), hidden, OneOfLayer())
+    assert under_test.handle(HiddenReady(5, TOKEN, 0, 1, 26)) == [
+        NeuronsPredicted(5, TOKEN, 0, False, every=False, certain=3, doubtful=0, keep=None, done=26),
+        NeuronsPredicted(5, TOKEN, 1, True, every=False, certain=3, doubtful=0, keep=None, done=26),
     ]
     assert predicted[0, 0, :3].tolist() == [0, 11, 30]
     assert predicted[1, 1, :3].tolist() == [1, 10, 30]
@@ -87,19 +93,19 @@ def test_a_set_and_a_guess_go_to_their_own_rows(hidden):
 
 def test_a_prefill_wants_everything_and_keeps_the_union_over_its_rows(hidden):
     hidden[0, :, 0] = [20, 25, 35]
-    under_test, predicted = prediction(Mode(LAYERS, 1, True), hidden, OneOfLayer())
-    assert under_test.handle(HiddenReady(5, 9, EMBEDDING, 2, True, 26)) == [
-        NeuronsPredicted(5, 9, 0, EVERY, 4, guess=False, stream=True, done=26)
+    under_test, predicted = prediction(Forecast("lowrank", 1, True), hidden, OneOfLayer())
+    assert under_test.handle(HiddenReady(5, PROMPT, EMBEDDING, 2, 26)) == [
+        NeuronsPredicted(5, PROMPT, 0, False, every=True, certain=0, doubtful=0, keep=4, done=26)
     ]
     assert predicted[0, 0, :4].tolist() == [0, 10, 20, 25]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_all_and_pinned_layers_keep_everything(hidden, stream):
-    everything = [NeuronsPredicted(5, 9, 1, EVERY, EVERY, guess=False, stream=stream, done=3)]
-    of_all, _ = prediction(Mode(LAYERS, 1, False, every=True), hidden, None)
-    pinned, _ = prediction(Mode(LAYERS, 1, False, pinned=frozenset({1})), hidden, OneOfLayer())
-    message = HiddenReady(5, 9, 0, 1, stream, 3)
+@pytest.mark.parametrize("step", [TOKEN, PROMPT])
+def test_all_and_pinned_layers_keep_everything(hidden, step):
+    everything = [NeuronsPredicted(5, step, 1, False, every=True, certain=0, doubtful=0, keep=None, done=3)]
+    of_all, _ = prediction(Forecast("all", 1, False), hidden, None)
+    pinned, _ = prediction(Forecast("lowrank", 1, False, pinned=frozenset({1})), hidden, OneOfLayer())
+    message = HiddenReady(5, step, 0, 1, 3)
     assert of_all.handle(message) == everything
     assert pinned.handle(message) == everything
-    assert of_all.stats()["layer.1.predicted"] == (0 if stream else D_FF)
+    assert of_all.stats()["layer.1.predicted"] == (0 if step.every else D_FF)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline import planner
 from pipeline.config import Config
+from pipeline.planner import divide
+from pipeline.planner.budget import parse_budget
+from pipeline.planner.probe import probe_rate
+from pipeline.planner.resolve import resolve
 from pipeline.ring import segments
+from pipeline.ring.plan import Forecast, Plan
 from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm
 from storage.errors import BudgetError, ConfigError, StoreError, UsageError
 from storage.layout import Layout, neuron
@@ -96,7 +101,7 @@ def with_budget(config: Config, budget: int) -> Config:
 def least(model: Store, config: Config) -> int:
     """The bytes that the refusal of a one-byte budget names."""
     with pytest.raises(BudgetError) as refusal:
-        planner.plan(model, with_budget(config, 1))
+        divide.plan(model, with_budget(config, 1))
     found = re.search(r"least that would do is (\d+)MiB$", str(refusal.value))
     assert found is not None
     return int(found[1]) * MIB
@@ -105,9 +110,9 @@ def least(model: Store, config: Config) -> int:
 @given(stores, configurations)
 def test_the_least_that_would_do_does_and_less_does_not(model: Store, config: Config) -> None:
     enough = least(model, config)
-    assert planner.plan(model, with_budget(config, enough)).total <= enough
+    assert divide.plan(model, with_budget(config, enough)).total <= enough
     with pytest.raises(BudgetError):
-        planner.plan(model, with_budget(config, enough - MIB))
+        divide.plan(model, with_budget(config, enough - MIB))
 
 
 @given(st.one_of(stores, oddly_aligned), configurations, st.integers(0, 8 << 30), st.integers(0, 1 << 30))
@@ -115,8 +120,8 @@ def test_a_budget_is_kept_and_more_of_it_never_gives_fewer_slots(
     model: Store, config: Config, extra: int, more: int
 ) -> None:
     budget = least(model, config) + extra
-    some = planner.plan(model, with_budget(config, budget))
-    larger = planner.plan(model, with_budget(config, budget + more))
+    some = divide.plan(model, with_budget(config, budget))
+    larger = divide.plan(model, with_budget(config, budget + more))
     assert some.total == sum(some.parts.values()) <= budget
     assert all(a <= b for a, b in zip(some.plan.slots, larger.plan.slots, strict=True))
 
@@ -124,27 +129,27 @@ def test_a_budget_is_kept_and_more_of_it_never_gives_fewer_slots(
 @given(stores, configurations, st.integers(0, 8 << 30))
 def test_no_room_for_another_slot_in_every_layer_is_left(model: Store, config: Config, extra: int) -> None:
     budget = least(model, config) + extra
-    report = planner.plan(model, with_budget(config, budget))
+    report = divide.plan(model, with_budget(config, budget))
     plan = report.plan
-    open_layers = [plan.slots[layer] for layer in range(plan.layers) if layer not in plan.pinned]
-    full = all(slots == plan.d_ff for slots in open_layers)
+    open_layers = [plan.slots[layer] for layer in range(plan.layers) if layer not in plan.forecast.pinned]
+    full = all(slots == plan.most_units for slots in open_layers)
     # Compute and the prefetcher map a slot, and the kernel pins it for reads.
-    slot = plan.stride * (1 + 2 / planner.PAGE_TABLES + 1 / planner.PINNED_PAGES)
+    slot = plan.stride * (1 + 2 / divide.PAGE_TABLES + 1 / divide.PINNED_PAGES)
     assert full or report.total + len(open_layers) * slot > budget
 
 
 @given(stores, configurations)
 def test_parts_hold_what_the_segments_take(model: Store, config: Config) -> None:
-    report = planner.plan(model, config)
+    report = divide.plan(model, config)
     parts = report.parts
     assert parts["slots"] + parts["staging"] + parts["tables"] == sum(segments.sizes(report.plan).values())
-    assert all(1 <= slots <= report.plan.d_ff for slots in report.plan.slots)
+    assert all(1 <= slots <= report.plan.most_units for slots in report.plan.slots)
 
 
 def test_a_slot_takes_what_maps_and_pins_it() -> None:
     model = store(layers=1)
     few, many = (
-        planner.plan(model, configured(cache={"slots_per_layer": slots})).parts for slots in (512, 1024)
+        divide.plan(model, configured(cache={"slots_per_layer": slots})).parts for slots in (512, 1024)
     )
     more = many["slots"] - few["slots"]
     assert more == 512 * model.layout.stride
@@ -157,21 +162,21 @@ def test_scratch_is_for_the_threads_that_compute_may_have(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 7})
 
     def scratch(threads: int) -> int:
-        return planner.plan(store(), configured(compute={"threads": threads})).parts["activations"]
+        return divide.plan(store(), configured(compute={"threads": threads})).parts["activations"]
 
     assert scratch(1) < scratch(2) == scratch(0) == scratch(64)
 
 
 def test_pinned_layers_have_a_slot_for_every_neuron() -> None:
     config = configured(predictor={"kind": "all", "pinned_layers": [0, -1]}, cache={"share": 0.25})
-    plan = planner.plan(store(), config).plan
+    plan = divide.plan(store(), config).plan
     assert plan.slots == (2048, 512, 512, 2048)
-    assert plan.pinned == {0, 3}
+    assert plan.forecast.pinned == {0, 3}
 
 
 def test_slots_per_layer_override_share_and_budget() -> None:
     config = configured(cache={"slots_per_layer": 77, "share": 1.0}, memory={"budget": "4GiB"})
-    assert planner.plan(store(), config).plan.slots == (77,) * 4
+    assert divide.plan(store(), config).plan.slots == (77,) * 4
 
 
 @pytest.mark.parametrize(
@@ -186,18 +191,18 @@ def test_slots_per_layer_override_share_and_budget() -> None:
     ],
 )
 def test_budgets_are_read(text: str, expected: int | None) -> None:
-    assert planner.parse_budget(text, store()) == expected
+    assert parse_budget(text, store()) == expected
 
 
 @pytest.mark.parametrize("text", ["much", "7 GiBs", "-1GiB", "50%+", "%"])
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"memory\.budget takes a size"):
-        planner.parse_budget(text, store())
+        parse_budget(text, store())
 
 
 def test_a_budget_beyond_all_numbers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"memory\.budget cannot be as large as 9999"):
-        planner.parse_budget(f"{'9' * 400}GiB", store())
+        parse_budget(f"{'9' * 400}GiB", store())
 
 
 @pytest.mark.parametrize(
@@ -206,16 +211,16 @@ def test_a_budget_beyond_all_numbers_is_refused() -> None:
      (1, 16384, 16384, 1), (16 * MIB, 512, 192, 192)],
 )  # fmt: skip
 def test_staging_is_whole_blocks_of_bundles(size: int, stride: int, d_ff: int, expected: int) -> None:
-    assert planner.staging_slots(size, stride, d_ff) == expected
+    assert divide.staging_slots(size, stride, d_ff) == expected
 
 
 def test_a_context_of_zero_is_the_models_limit_or_2048() -> None:
-    assert planner.resolve(store(), configured()).compute.context == 1280
+    assert resolve(store(), configured()).config.compute.context == 1280
 
 
 def test_a_context_beyond_the_models_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"1,281 tokens is beyond the model's limit of 1,280"):
-        planner.resolve(store(), configured(compute={"context": 1281}))
+        resolve(store(), configured(compute={"context": 1281}))
 
 
 def write_predictors(path: Path, lookahead: int, *prefixes: str) -> Path:
@@ -229,10 +234,10 @@ def write_predictors(path: Path, lookahead: int, *prefixes: str) -> Path:
 
 def test_auto_takes_predictors_where_they_are(tmp_path: Path) -> None:
     model = store(path=tmp_path)
-    assert planner.resolve(model, Config()).predictor.kind == "all"
+    assert resolve(model, Config()).forecast.kind == "all"
     file = write_predictors(tmp_path, 1, "layers")
-    assert planner.resolve(model, Config()).predictor.kind == "lowrank"
-    assert planner.plan(model, Config()).parts["predictors"] == file.stat().st_size
+    assert resolve(model, Config()).forecast.kind == "lowrank"
+    assert divide.plan(model, Config()).parts["predictors"] == file.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,7 @@ def test_refine_is_on_where_the_predictors_can(
     tmp_path: Path, lookahead: int, prefixes: tuple[str, ...], refine: bool
 ) -> None:
     write_predictors(tmp_path, lookahead, *prefixes)
-    assert planner.resolve(store(path=tmp_path), Config()).predictor.refine is refine
+    assert resolve(store(path=tmp_path), Config()).forecast.refine is refine
 
 
 @pytest.mark.parametrize("predictor", [{"refine": True}, {"lookahead": 0}, {"lookahead": 2}])
@@ -252,23 +257,23 @@ def test_predictors_that_do_not_fit_are_refused_before_the_ring_starts(
 ) -> None:
     write_predictors(tmp_path, 1, "layers")
     with pytest.raises(ConfigError, match=r"set predictor\.lookahead=1 and predictor\.refine=false"):
-        planner.resolve(store(path=tmp_path), configured(predictor=predictor))
+        resolve(store(path=tmp_path), configured(predictor=predictor))
 
 
 def test_cache_aware_needs_predictors_with_thresholds_by_residency(tmp_path: Path) -> None:
     model, chosen = store(path=tmp_path), configured(predictor={"cache_aware": True})
     with pytest.raises(ConfigError, match=r"cache_aware needs trained predictors, .*kind is all"):
-        planner.resolve(model, chosen)
+        resolve(model, chosen)
     file = write_predictors(tmp_path, 1, "layers")
     with pytest.raises(ConfigError, match=r"no thresholds for predictor\.cache_aware"):
-        planner.resolve(model, chosen)
+        resolve(model, chosen)
     one = np.ones(1, np.float32)
     maps = {"layers.0.bias": one, "layers.0.absent": one, "layers.1.bias": one}
     save_file(maps, file, metadata={"lookahead": "1"})
     with pytest.raises(ConfigError, match="no thresholds"):  # of one layer
-        planner.resolve(model, chosen)
+        resolve(model, chosen)
     save_file({**maps, "layers.1.absent": one}, file, metadata={"lookahead": "1"})
-    assert planner.resolve(model, chosen).predictor.cache_aware
+    assert resolve(model, chosen).forecast.cache_aware
 
 
 def header_of(metadata: object) -> bytes:
@@ -282,14 +287,14 @@ def header_of(metadata: object) -> bytes:
 def test_damaged_predictors_are_refused(tmp_path: Path, data: bytes) -> None:
     write_predictors(tmp_path, 1, "layers").write_bytes(data)
     with pytest.raises(StoreError, match=r"default\.safetensors is damaged"):
-        planner.resolve(store(path=tmp_path), Config())
+        resolve(store(path=tmp_path), Config())
 
 
 def test_predictors_without_a_look_ahead_that_is_a_number_are_refused(tmp_path: Path) -> None:
     file = write_predictors(tmp_path, 1, "layers")
     save_file({"layers.0.bias": np.ones(1, np.float32)}, file, metadata={"lookahead": "far"})
     with pytest.raises(StoreError, match="their look-ahead is not a number"):
-        planner.resolve(store(path=tmp_path), Config())
+        resolve(store(path=tmp_path), Config())
 
 
 @pytest.mark.parametrize("kind", ["auto", "lowrank"])
@@ -299,18 +304,18 @@ def test_predictors_that_are_not_there_are_refused_with_the_command_that_makes_t
     write_predictors(tmp_path, 1, "layers")
     config = Config.load(None, ["model.predictor=foo", f"predictor.kind={kind}"])
     with pytest.raises(ConfigError, match=r"'foo', only default: .*train-predictor --store .* --name foo"):
-        planner.resolve(store(path=tmp_path), config)
+        resolve(store(path=tmp_path), config)
 
 
 @pytest.mark.parametrize("name", ["../default", "a/b", "", ".hidden"])
 def test_predictors_are_named_by_plain_file_names(tmp_path: Path, name: str) -> None:
     write_predictors(tmp_path, 1, "layers")
     with pytest.raises(UsageError, match="must be a plain file name"):
-        planner.resolve(store(path=tmp_path), Config.parse({"model": {"predictor": name}}))
+        resolve(store(path=tmp_path), Config.parse({"model": {"predictor": name}}))
 
 
 def test_a_dense_model_is_never_given_a_predictor() -> None:
-    assert planner.resolve(store(activation="gelu"), Config()).predictor.kind == "all"
+    assert resolve(store(activation="gelu"), Config()).forecast.kind == "all"
 
 
 @pytest.mark.parametrize(
@@ -327,11 +332,28 @@ def test_what_a_model_cannot_do_is_refused(
     activation: Activation, predictor: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        planner.plan(store(activation=activation), Config.parse({"predictor": predictor}))
+        divide.plan(store(activation=activation), Config.parse({"predictor": predictor}))
+
+
+def test_layers_with_nothing_on_flash_are_pinned_and_have_no_slots() -> None:
+    model = store(layers=3)
+    few = model.layout.layers[0].unit
+    layout = Layout.of([(0, few), (2048, few), (64, few)])
+    mixed = Store(model.path, replace(model.manifest, layout=layout))
+    plan = divide.plan(mixed, configured(cache={"share": 0.25})).plan
+    assert (plan.units, plan.slots, plan.forecast.pinned) == ((0, 2048, 64), (0, 512, 16), {0})
+    assert divide.most(mixed, configured()).plan.slots == (0, 2048, 64)
+
+
+def test_a_plan_reaches_the_workers_as_it_is(tmp_path: Path) -> None:
+    write_predictors(tmp_path, 1, "layers", "inlayer")
+    plan = divide.plan(store(path=tmp_path), Config.parse({"predictor": {"pinned_layers": [-1]}})).plan
+    assert plan.forecast == Forecast("lowrank", 1, refine=True, pinned=frozenset({3}))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 def test_the_division_is_told() -> None:
-    report = planner.plan(store(), configured(memory={"budget": "2GiB"}))
+    report = divide.plan(store(), configured(memory={"budget": "2GiB"}))
     assert "of 2.00 GiB" in report.lines[0]
     assert len(report.lines) == 1 + len(report.parts)
 
@@ -339,16 +361,16 @@ def test_the_division_is_told() -> None:
 def test_the_disk_is_probed_with_what_is_there(tmp_path: Path) -> None:
     model = store(path=tmp_path)
     (tmp_path / BUNDLES).write_bytes(bytes(model.layout.total_bytes))
-    assert planner.probe_rate(model) > 1e6
+    assert probe_rate(model) > 1e6
 
 
 def test_the_readmes_recipe_for_opt_6_7b_has_room_for_a_working_set() -> None:
     """`--config configs/opt-6.7b.toml --memory 50%+1GiB --context 512`, with predictors of 8 % of the FFN."""
     model = store(layers=32, d_model=4096, d_ff=16_384, resident=4_727_043_728)
     file = Path(__file__).parent.parent / "configs" / "opt-6.7b.toml"
-    budget = planner.parse_budget("50%+1GiB", model)
+    budget = parse_budget("50%+1GiB", model)
     assert budget is not None
     left = budget - round(0.08 * model.layout.total_bytes)
     settings = ["predictor.kind=all", "compute.context=512", "compute.threads=2", f"memory.budget={left}B"]
-    divided = planner.plan(model, Config.load(file, settings)).plan
+    divided = divide.plan(model, Config.load(file, settings)).plan
     assert min(divided.slots) > 0.15 * model.layout.most_units

@@ -17,7 +17,8 @@ import torch
 from ring import config
 from safetensors import safe_open
 
-from pipeline.planner import plan
+from pipeline.planner.divide import plan
+from pipeline.ring.plan import Forecast
 from storage.convert import convert
 from storage.errors import StoreError, UnsupportedModel, UsageError
 from storage.lock import locked
@@ -188,7 +189,7 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
     for one in reports:
         if one.lookahead == 0:
             assert one.recall > one.predicted + 0.2  # chance has as much recall as it predicts
-    scorer = lowrank.load(store, "file", 1, True, 0.0, cache_aware=True)
+    scorer = lowrank.load(store, "file", Forecast("lowrank", 1, True, cache_aware=True), 0.0)
     recorded = activations.Activations(tmp_path / "activations", store)
     for own in (True, False):
         samples = recorded.samples(1, 0 if own else 1)
@@ -202,8 +203,8 @@ def test_the_file_is_read_by_the_ring_and_better_than_chance(
         assert np.array_equal(mask[sure], (scores > 0)[sure])
         if own:
             assert found.resident < 0 < found.absent
-            listed = scorer.wanted(1, row[0].numpy() / samples.scale, own)
-            assert np.count_nonzero(listed >= 0) < np.count_nonzero(mask) < listed.size
+            certain, doubtful = scorer.wanted(1, row[0].numpy() / samples.scale, own)
+            assert certain.size < np.count_nonzero(mask) < certain.size + doubtful.size
     with safe_open(store.path / PREDICTORS / "file.safetensors", "np") as file:
         told = json.loads(file.metadata()["report"])
     assert [one["layer"] for one in told["layers"]] == list(range(len(store.layout.layers))) * 2
@@ -254,7 +255,7 @@ def test_early_maps_learn_from_what_is_announced_before_attention(
     assert all(one.recall > one.predicted + 0.15 for one in early[1:])
     for name, wanted in (("own", False), ("early", True)):
         chosen = config(predictor={"kind": "lowrank", "lookahead": 0}, model={"predictor": name})
-        assert plan(store, chosen).plan.early is wanted
+        assert plan(store, chosen).plan.forecast.early is wanted
 
 
 def test_resuming_gives_the_same_bytes(store: Store, tokens: np.ndarray, tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_predictors_of_another_store_are_refused(store: Store, tokens: np.ndarra
     name = f"{PREDICTORS}/foreign.safetensors"
     (other.path / name).write_bytes((store.path / name).read_bytes())
     with pytest.raises(StoreError, match="other weights"):
-        lowrank.load(other, "foreign", 1, False, 0.0)
+        lowrank.load(other, "foreign", Forecast("lowrank", 1, False), 0.0)
 
 
 def test_a_model_without_relu_is_refused(tmp_path: Path) -> None:

@@ -31,10 +31,11 @@ from pipeline.ring.messages import (
     ReportStats,
     RingReady,
     Stats,
+    Step,
     Stop,
     WorkerReady,
 )
-from pipeline.ring.plan import Plan
+from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.process import WorkerSpec
 from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
@@ -67,16 +68,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def plan_of(store: Store) -> Plan:
     layout = store.layout
     return Plan(
-        layers=len(layout.layers),
         d_model=store.architecture.d_model,
-        d_ff=layout.most_units,
+        units=layout.units,
         stride=layout.stride,
-        slots=(layout.most_units,) * len(layout.layers),
+        slots=layout.units,
         staging=8,
         context=16,
         hidden_rows=1,
-        lookahead=1,
-        pinned=frozenset(),
+        forecast=Forecast("all", 1, refine=False),
     )
 
 
@@ -498,10 +497,10 @@ class Ring:
     views: segments.Segments
     ready: WorkerReady
 
-    def ask(self, layer: int, part: int, ids: list[int], slots: list[int], stream: bool = False) -> None:
+    def ask(self, layer: int, part: int, ids: list[int], slots: list[int], every: bool = False) -> None:
         self.views.reads[layer, ID, : len(ids)] = ids
         self.views.reads[layer, SLOT, : len(ids)] = slots
-        self.channel.send("prefetcher", ReadBundles(1, 1, layer, part, 0, len(ids), stream, False))
+        self.channel.send("prefetcher", ReadBundles(1, Step(1, 0, 1, every), layer, part, 0, len(ids), False))
 
     def hear(self, inbox: str = "compute") -> Message:
         message = self.channel.receive(inbox, WAIT)
@@ -561,7 +560,7 @@ def test_the_process_reads_counts_and_stops(tmp_path: Path, directory: Path, shu
         one.ask(1, 1, [3, 90, 4, 17], [100, 7, 101, 50])
         assert one.hear() == LayerPart(1, 1, 1, 1, (), (), False)
         assert (one.views.bundles[[100, 7, 101, 50]] == raw[1, [3, 90, 4, 17]]).all()
-        one.ask(2, 2, list(range(d_ff)), list(range(2 * d_ff, 3 * d_ff)), stream=True)
+        one.ask(2, 2, list(range(d_ff)), list(range(2 * d_ff, 3 * d_ff)), every=True)
         assert one.hear() == LayerPart(1, 1, 2, 2, (), (), False)
         assert (one.views.bundles[2 * d_ff : 3 * d_ff] == raw[2]).all()
         one.ask(0, 1, [], [])

@@ -127,7 +127,7 @@ class Withholder:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.plans: dict[tuple[int, int], int] = {}
+        self.schedules: dict[tuple[int, int], int] = {}
         self.held: list[LayerPart] = []
         self.asked: set[tuple[int, int]] = set()
         self.released = 0
@@ -135,18 +135,18 @@ class Withholder:
     def __call__(self, inbox: str, message: Message, channel: Channel) -> None:
         if inbox == "prefetcher":
             if isinstance(message, ReadBundles):
-                self.asked.add((message.step, message.layer))
+                self.asked.add((message.step.number, message.layer))
             channel.send("prefetcher", message)
         elif isinstance(message, LayerPart):
             if message.part == 0:
-                self.plans[message.step, message.layer] = len(message.counts) - 1
+                self.schedules[message.step, message.layer] = len(message.counts) - 1
             self.held.append(message)
         else:
             channel.send("compute", message)
         self.release(channel)
 
     def may_pass(self, part: LayerPart) -> bool:
-        last = self.plans.get((part.step, part.layer))
+        last = self.schedules.get((part.step, part.layer))
         if last is None or part.part < last or part.layer == self.layers - 1 or part.step == 0:
             return True
         return (part.step, part.layer + 1) in self.asked

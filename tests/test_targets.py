@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.ring.messages import EMBEDDING
-from workers.predictor.targets import Mode, Target, targets
+from pipeline.ring.plan import Forecast
+from workers.predictor.targets import Target, targets
 
 
 def sets(*layers: int) -> list[Target]:
@@ -16,7 +17,7 @@ def guesses(*layers: int) -> list[Target]:
     return [Target(layer, guess=True, every=False) for layer in layers]
 
 
-def streams(*layers: int) -> list[Target]:
+def everything(*layers: int) -> list[Target]:
     return [Target(layer, guess=False, every=True) for layer in layers]
 
 
@@ -43,43 +44,43 @@ def streams(*layers: int) -> list[Target]:
     ],
 )
 def test_decode(lookahead, refine, source, expected):
-    assert targets(Mode(4, lookahead, refine), source, stream=False) == expected
+    assert targets(Forecast("lowrank", lookahead, refine), 4, source, every=False) == expected
 
 
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize(
     ("lookahead", "source", "expected"),
     [
-        (0, EMBEDDING, streams(0)),
-        (0, 0, streams(1)),
-        (1, EMBEDDING, streams(0)),
-        (1, 2, streams(3)),
+        (0, EMBEDDING, everything(0)),
+        (0, 0, everything(1)),
+        (1, EMBEDDING, everything(0)),
+        (1, 2, everything(3)),
         (1, 3, []),
-        (2, EMBEDDING, streams(0, 1)),
-        (2, 1, streams(3)),
+        (2, EMBEDDING, everything(0, 1)),
+        (2, 1, everything(3)),
         (2, 2, []),
     ],
 )
 def test_prefill(lookahead, source, expected, refine):
-    assert targets(Mode(4, lookahead, refine), source, stream=True) == expected
+    assert targets(Forecast("lowrank", lookahead, refine), 4, source, every=True) == expected
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("kind", ["lowrank", "all"])
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 5])
-def test_every_layer_has_one_set_in_layer_order(lookahead, refine, stream, every):
-    mode = Mode(4, lookahead, refine, every=every)
-    sent = [target for source in range(EMBEDDING, 4) for target in targets(mode, source, stream)]
+def test_every_layer_has_one_set_in_layer_order(lookahead, refine, every, kind):
+    forecast = Forecast(kind, lookahead, refine)
+    sent = [target for source in range(EMBEDDING, 4) for target in targets(forecast, 4, source, every)]
     assert [target.layer for target in sent if not target.guess] == [0, 1, 2, 3]
 
 
 def test_pinned_layers_have_every_neuron_as_guess_and_set():
-    mode = Mode(3, 1, True, pinned=frozenset({1}))
-    assert targets(mode, 0, stream=False) == [Target(0, False, False), Target(1, True, True)]
-    assert targets(mode, 1, stream=False) == [Target(1, False, True), Target(2, True, False)]
+    forecast = Forecast("lowrank", 1, True, pinned=frozenset({1}))
+    assert targets(forecast, 3, 0, every=False) == [Target(0, False, False), Target(1, True, True)]
+    assert targets(forecast, 3, 1, every=False) == [Target(1, False, True), Target(2, True, False)]
 
 
 def test_kind_all_never_waits_for_the_layers_own_input():
-    mode = Mode(3, 1, True, every=True)
-    assert targets(mode, 0, stream=False) == [Target(1, False, True)]
+    forecast = Forecast("all", 1, True)
+    assert targets(forecast, 3, 0, every=False) == [Target(1, False, True)]

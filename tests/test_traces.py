@@ -15,8 +15,8 @@ from ring import config
 from pipeline import ending
 from pipeline.cli import main
 from pipeline.config import Cache
-from pipeline.ring.messages import NeuronsPredicted
-from pipeline.ring.plan import Plan
+from pipeline.ring.messages import NeuronsPredicted, Step
+from pipeline.ring.plan import Forecast, Plan
 from storage.convert import convert
 from storage.errors import StoreError
 from storage.store import Store
@@ -182,7 +182,7 @@ def test_hot_neurons_stay_beyond_the_window():
 def test_replay_reads_what_the_rings_cache_reads(guesses, half_life):
     """The same sets through the cache worker's own state machine: as many hits and reads."""
     trace, slots, settings = make_trace(guesses=guesses), 24, Cache(half_life=half_life)
-    plan = Plan(LAYERS, 64, D_FF, 512, (slots,) * LAYERS, D_FF, 128, 1, 1, frozenset())
+    plan = Plan(64, (D_FF,) * LAYERS, 512, (slots,) * LAYERS, D_FF, 128, 1, Forecast("lowrank", 1, guesses))
     table = np.zeros((LAYERS, 2, D_FF), np.int32)
     cache = LayerCache(plan, table, table.copy(), lambda layer: make_policy(D_FF, settings))
     sets = [(trace.guessed, True), (trace.used, False)] if guesses else [(trace.used, False)]
@@ -190,7 +190,8 @@ def test_replay_reads_what_the_rings_cache_reads(guesses, half_life):
         for bits, guess in sets:
             ids = np.flatnonzero(trace.masks(bits, layer)[step])
             done = (step - 1) * LAYERS + layer
-            cache.handle(NeuronsPredicted(1, step, layer, ids.size, 0, guess, False, done), ids)
+            now = Step(step, step, 1, every=False)
+            cache.handle(NeuronsPredicted(1, now, layer, guess, False, ids.size, 0, None, done), ids)
     found = replay.replay(trace, [slots] * LAYERS, lambda layer, slots: make_policy(D_FF, settings))
     counted = cache.stats()
     assert counted["staged"] == 0

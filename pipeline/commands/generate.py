@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import planner
 from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
 from pipeline.models.names import configure
+from pipeline.planner.divide import PlanReport, plan
+from pipeline.planner.probe import probe_rate, why_dense
 from pipeline.quality import quality_settings
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.version import name_and_version
@@ -115,14 +116,13 @@ def command(
     source, config = configure(model, config_file, settings, values)
     params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
-    config = planner.resolve(store, config)
-    report = planner.plan(store, config)
+    report = plan(store, config)
     request = _request(prompt, params, store, report)  # before the ring starts, which can take a while
     if verbose or config.memory.budget:
         for line in report.lines:
             say(line)
-    warn_if_dense(store, config, report)
-    summary = _generate(store, config, report, prompt, request, quiet=as_json)
+    warn_if_dense(store, report)
+    summary = _generate(store, report, prompt, request, quiet=as_json)
     if verbose:
         for note in summary.notes:
             say(note)
@@ -136,8 +136,7 @@ def command(
 
 def _generate(
     store: Store,
-    config: Config,
-    report: planner.PlanReport,
+    report: PlanReport,
     prompt: str,
     request: Request,
     *,
@@ -146,7 +145,7 @@ def _generate(
     """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
     from pipeline.ring.session import Session
 
-    with Session(store, config, report.plan, budget=report.budget) as session:
+    with Session(store, report.config, report.plan, budget=report.budget) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
             write(prompt)  # for people; a pipe gets the continuation alone
@@ -185,7 +184,7 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
     return params
 
 
-def _request(prompt: str, params: GenerationParams, store: Store, report: planner.PlanReport) -> Request:
+def _request(prompt: str, params: GenerationParams, store: Store, report: PlanReport) -> Request:
     from pipeline.ring.request import Request
     from storage.tokenizer import load_tokenizer
 
@@ -204,16 +203,16 @@ def _read_tokens(file: Path) -> tuple[int, ...]:
     return tokens
 
 
-def warn_if_dense(store: Store, config: Config, report: planner.PlanReport) -> None:
+def warn_if_dense(store: Store, report: PlanReport) -> None:
     """Say before the first token what a token costs when every neuron is needed."""
-    if config.predictor.kind != "all":
+    if not report.plan.forecast.every:
         return
     streamed = report.streamed_bytes
     if not streamed:
         return
-    rate = planner.probe_rate(store)
+    rate = probe_rate(store)
     say(
-        f"{store.manifest.name} {planner.why_dense(store, config)}: every token reads "
+        f"{store.manifest.name} {why_dense(store, report.config)}: every token reads "
         f"{streamed / 1e9:.3g} GB from flash, about {streamed / rate:.2g} s a token at "
         f"{rate / 1e9:.2g} GB/s"
     )

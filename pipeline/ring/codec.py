@@ -1,15 +1,17 @@
 """The codec of both protocols: a message is msgpack of `[tag, *fields]`.
 
 A family of messages is the frozen, slotted dataclasses that derive from one base and carry a `TAG`.
-Decoding checks tag, number and types of the fields; there is no pickle and no name on the wire.
+Decoding checks tag, number and types of the fields; there is no pickle and no name on the wire. A field
+may be a record, a dataclass of plain fields, which stand in its place.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgpack
@@ -29,28 +31,69 @@ Kind = TypeVar("Kind", bound=Tagged)
 Check = Callable[[Any], Any]  # returns the value as the field's type, or raises ProtocolError
 
 
+@dataclass(frozen=True, slots=True)
+class _Form(Generic[Kind]):
+    """How one kind of message stands on the wire."""
+
+    kind: type[Kind]
+    values: Callable[[Kind], tuple[Any, ...]]  # all that follow the tag
+    checks: tuple[Check, ...]  # of each value
+    records: tuple[tuple[int, int, type[Any]], ...]  # field, width and type of the fields that are records
+
+    @classmethod
+    def of(cls, kind: type[Kind]) -> _Form[Kind]:
+        names: list[str] = []
+        checks: list[Check] = []
+        records: list[tuple[int, int, type[Any]]] = []
+        for number, (name, wanted) in enumerate(_fields(kind)):
+            if not (isinstance(wanted, type) and is_dataclass(wanted)):
+                names.append(name)
+                checks.append(_checker(wanted))
+                continue
+            inner = list(_fields(wanted))
+            names += [f"{name}.{part}" for part, _ in inner]
+            checks += [_checker(part) for _, part in inner]
+            records.append((number, len(inner), wanted))
+        return cls(kind, _reader(names), tuple(checks), tuple(records))
+
+    def message(self, values: list[Any]) -> Kind:
+        """Raises ProtocolError for values of another number or type."""
+        if len(values) != len(self.checks):
+            raise ProtocolError(f"{self.kind.__name__} has {len(self.checks)} values, got {len(values)}")
+        checked = [check(value) for check, value in zip(self.checks, values, strict=True)]
+        for at, width, record in self.records:  # those before have become one value each
+            checked[at : at + width] = [record(*checked[at : at + width])]
+        return self.kind(*checked)
+
+
+def _fields(kind: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Names and types, in their order."""
+    hints = typing.get_type_hints(kind)
+    return ((field.name, hints[field.name]) for field in fields(kind))
+
+
+def _reader(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Gives the attributes of these names, as a tuple also of one or none."""
+    if len(names) < 2:
+        return lambda message: tuple(getattr(message, name) for name in names)
+    return attrgetter(*names)
+
+
 class Codec(Generic[Kind]):
     """Encodes and decodes the messages that derive from `base`; make it after the last of them."""
 
     def __init__(self, base: type[Kind]) -> None:
-        self._by_tag: dict[int, type[Kind]] = {}
-        self._names: dict[type[Kind], tuple[str, ...]] = {}
-        self._checks: dict[int, tuple[Check, ...]] = {}
+        self._by_tag: dict[int, _Form[Kind]] = {}
         for kind in base.__subclasses__():
             if "__slots__" not in vars(kind):
                 continue  # the class that `slots=True` replaced, until it is collected
             if kind.TAG in self._by_tag:
                 raise TypeError(f"two messages have tag {kind.TAG}")
-            hints = typing.get_type_hints(kind)
-            names = tuple(field.name for field in fields(typing.cast(Any, kind)))
-            self._by_tag[kind.TAG] = kind
-            self._names[kind] = names
-            self._checks[kind.TAG] = tuple(_checker(hints[name]) for name in names)
+            self._by_tag[kind.TAG] = _Form.of(kind)
 
     def encode(self, message: Kind) -> bytes:
         """`[tag, *fields]` as msgpack."""
-        names = self._names[type(message)]
-        packed: bytes = msgpack.packb([message.TAG, *[getattr(message, name) for name in names]])
+        packed: bytes = msgpack.packb((message.TAG, *self._by_tag[message.TAG].values(message)))
         return packed
 
     def decode(self, frame: bytes) -> Kind:
@@ -61,11 +104,7 @@ class Codec(Generic[Kind]):
             raise ProtocolError(f"not msgpack: {error}") from error
         if not isinstance(data, list) or not data or type(data[0]) is not int or data[0] not in self._by_tag:
             raise ProtocolError("not a message of this protocol")
-        kind = self._by_tag[data[0]]
-        checks = self._checks[data[0]]
-        if len(data) - 1 != len(checks):
-            raise ProtocolError(f"{kind.__name__} has {len(checks)} fields, got {len(data) - 1}")
-        return kind(*[check(value) for check, value in zip(checks, data[1:], strict=True)])
+        return self._by_tag[data[0]].message(data[1:])
 
 
 def _checker(wanted: Any) -> Check:

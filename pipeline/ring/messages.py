@@ -4,8 +4,7 @@ On the wire a message is msgpack of `[tag, *fields]`; `decode` checks tag, numbe
 fields. PROTOCOL.md describes who sends what to whom and why. Bulk data never travels here: it is
 in the shared segments of `segments.py`, at the row that (layer, part) names.
 
-`run` numbers generations. `step` numbers forward passes over the ring's whole life (it is also
-residency's clock). A step with `tokens > 1`, or the first of a run, is a prefill.
+`run` numbers generations. `step` is a forward pass: a `Step` where it is said what for, else its number.
 """
 
 from __future__ import annotations
@@ -16,8 +15,18 @@ from typing import ClassVar
 from pipeline.ring.codec import Codec
 from pipeline.ring.codec import ProtocolError as ProtocolError  # noqa: PLC0414 - part of this protocol
 
-PROTOCOL_VERSION = 1
-EMBEDDING = -1  # as a layer: the new token's embedding, before any layer
+PROTOCOL_VERSION = 2
+EMBEDDING = -1  # as a layer: the new tokens' embedding, before any layer
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass, of tokens at positions `first` .. `first + count - 1`."""
+
+    number: int  # over the ring's whole life; it is also residency's clock
+    first: int
+    count: int
+    every: bool  # every neuron is computed (a prompt), and predictions say what to keep; else predicted sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +106,16 @@ class Cancel(Message):
 
 @dataclass(frozen=True, slots=True)
 class HiddenReady(Message):
-    """compute → predictor: `rows` hidden rows of `layer` are in the segment.
+    """compute → predictor: the step's last `rows` hidden rows of `layer` are in the segment.
 
     `layer` is the layer whose FFN input this is, or EMBEDDING.
     """
 
     TAG = 20
     run: int
-    step: int
+    step: Step
     layer: int
-    rows: int  # 1 in decode; in prefill the last window's tokens
-    stream: bool  # prefill: every neuron is wanted, the prediction only says which ones to keep
+    rows: int  # the last window's tokens, or all where the step has fewer
     done: int  # every FFN with step · layers + layer <= done is finished: its leases end
 
 
@@ -115,23 +123,26 @@ class HiddenReady(Message):
 class NeuronsPredicted(Message):
     """predictor → cache: the neurons that `layer` will need.
 
-    `count` ids stand ascending in the segment's row (layer, guess); EVERY neuron needs no ids.
-    A decode set may hold an id's complement: that neuron is wanted only where it is resident.
-    A `guess` only starts reads early: the set that is computed is the one that follows without it.
+    The segment's row (layer, guess) holds `certain` ids, then `doubtful` ones, or with `every` those to
+    `keep`; each ascending. A `guess` only starts reads early: the set that is computed is the one that
+    follows without it.
     """
 
     TAG = 21
     run: int
-    step: int
+    step: Step
     layer: int
-    count: int  # number of ids, or EVERY
-    keep: int  # with EVERY: how many ids of the row should stay in slots afterwards, or EVERY
     guess: bool
-    stream: bool  # prefill, as in HiddenReady
+    every: bool  # every neuron is wanted, and none of them is listed
+    certain: int  # neurons that are wanted
+    doubtful: int  # neurons that are wanted only where they are resident
+    keep: int | None  # with `every`: neurons that should stay in slots afterwards; None: no matter which
     done: int
 
-
-EVERY = -1
+    @property
+    def listed(self) -> int:
+        """How many ids the row holds."""
+        return self.certain + self.doubtful + (self.keep or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +151,11 @@ class ReadBundles(Message):
 
     TAG = 22
     run: int
-    step: int
+    step: Step
     layer: int
     part: int
     start: int
     count: int
-    stream: bool  # prefill, counted apart
     guess: bool  # nobody waits for it yet: it gives way to other reads
 
 
@@ -153,9 +163,9 @@ class ReadBundles(Message):
 class LayerPart(Message):
     """cache (part 0) and prefetcher (all others) → compute: a part's bundles are in their slots.
 
-    Part 0 carries the plan of the layer: how many neurons each part has in the layer's active
-    table, and which parts close a segment. A segment's neurons are summed, in ascending id, when
-    its closing part is there; segments ascend. A part that used staging is answered by `PartDone`.
+    Part 0 carries the schedule of the layer: how many neurons each part has in the layer's table of
+    wanted ones, and which parts close a group. A group's neurons are summed, in ascending id, when
+    its closing part is there; groups ascend. A part that used staging is answered by `PartDone`.
     """
 
     TAG = 23
@@ -164,7 +174,7 @@ class LayerPart(Message):
     layer: int
     part: int
     counts: tuple[int, ...]  # part 0 only: neurons of every part of this layer
-    closes: tuple[bool, ...]  # part 0 only: whether the part ends a segment
+    closes: tuple[bool, ...]  # part 0 only: whether the part ends a group
     staged: bool  # part 0 only: every closing part is answered by PartDone
 
 

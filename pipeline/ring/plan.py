@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
+
+Kind: TypeAlias = Literal["lowrank", "oracle", "all"]  # of predictor
+
+# How compute cuts the products of a prompt: the planner reserves scratch for as much, and whole blocks of
+# staging. They are the same in every ring, because the order of a sum, and with it the text, hangs on them.
+TILE: Final = 512  # rows of a weight that are widened at once
+BLOCK: Final = 256  # units of one product, at multiples of BLOCK
+BLOCKS: Final = 8  # blocks whose activations are kept at once
+QUERIES: Final = 128  # tokens of one head whose attention is computed at once
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How neurons are foreseen, with nothing left open. PROTOCOL.md says what is predicted when."""
+
+    kind: Kind
+    lookahead: int  # layers
+    refine: bool  # predict again from the layer's own input: then early predictions are guesses
+    early: bool = False  # hidden states are announced before their layer's attention
+    pinned: frozenset[int] = frozenset()  # layers that are resident and computed whole
+    cache_aware: bool = False  # some neurons are wanted only where they are resident
+
+    @property
+    def every(self) -> bool:
+        """Whether every neuron is computed: no set depends on an input."""
+        return self.kind == "all"
+
+    @property
+    def refines(self) -> bool:
+        """Whether sets wait for the layer's own input, and guesses come before them."""
+        return self.refine and not self.every and self.lookahead > 0
+
+    @property
+    def from_own_input(self) -> bool:
+        """Whether a layer's set is predicted from the layer's own input."""
+        return self.refines or self.lookahead == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the memory of one ring is divided.
+    """How the memory of one ring is divided, and how it foresees neurons.
 
     Slots are numbered over the whole ring: layer l owns `first_slot(l) .. + slots[l] - 1`; the two
     staging halves follow the last layer's, `staging` slots each.
     """
 
-    layers: int
     d_model: int
-    d_ff: int
-    stride: int  # bytes of a bundle's slot
-    slots: tuple[int, ...]  # per layer
+    units: tuple[int, ...]  # of each layer; 0: the layer has nothing on flash
+    stride: int  # bytes of a slot: of the largest unit
+    slots: tuple[int, ...]  # of each layer
     staging: int  # slots of one staging half
     context: int  # tokens of KV cache
     hidden_rows: int  # rows of the hidden segment per layer: the window's tokens in prefill
-    lookahead: int
-    pinned: frozenset[int]
+    forecast: Forecast
     cache_dtype: str = "float32"  # of keys and values
-    early: bool = False  # hidden states are announced before their layer's attention
+
+    @property
+    def layers(self) -> int:
+        return len(self.units)
+
+    @property
+    def most_units(self) -> int:
+        """Of any layer."""
+        return max(self.units)
 
     @property
     def total_slots(self) -> int:
@@ -39,8 +81,11 @@ class Plan:
         return self.total_slots + half * self.staging
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "pinned": sorted(self.pinned)}
+        forecast = {**asdict(self.forecast), "pinned": sorted(self.forecast.pinned)}
+        return {**asdict(self), "forecast": forecast}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        return cls(**{**data, "slots": tuple(data["slots"]), "pinned": frozenset(data["pinned"])})
+        forecast = Forecast(**{**data["forecast"], "pinned": frozenset(data["forecast"]["pinned"])})
+        lists = {name: tuple(data[name]) for name in ("units", "slots")}
+        return cls(**{**data, **lists, "forecast": forecast})

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.ring.plan import Plan
 
-ID, SLOT = 0, 1  # the two columns of the active and read tables
+ID, SLOT = 0, 1  # the two columns of the tables of wanted neurons and of reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,19 @@ class Segments:
     hidden: npt.NDArray[
         np.float32
     ]  # [1 + layers, hidden_rows, d_model], row 0: the embedding; compute → predictor
-    predicted: npt.NDArray[np.int32]  # [layers, 2, d_ff] ids (or ~ids), row 1: guesses; predictor → cache
-    active: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT of every part in turn; cache → compute
-    reads: npt.NDArray[np.int32]  # [layers, 2, d_ff] ID and SLOT to read; cache → prefetcher
+    # The tables are [layers, 2, units of the layer that has most].
+    predicted: npt.NDArray[np.int32]  # ids, row 1: of guesses; predictor → cache
+    wanted: npt.NDArray[np.int32]  # ID and SLOT of every part in turn; cache → compute
+    reads: npt.NDArray[np.int32]  # ID and SLOT to read; cache → prefetcher
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-    per_layer = (plan.layers, 2, plan.d_ff)
+    per_layer = (plan.layers, 2, plan.most_units)
     return {
         "bundles": ((plan.total_slots + 2 * plan.staging, plan.stride), np.uint8),
         "hidden": ((1 + plan.layers, plan.hidden_rows, plan.d_model), np.float32),
         "predicted": (per_layer, np.int32),
-        "active": (per_layer, np.int32),
+        "wanted": (per_layer, np.int32),
         "reads": (per_layer, np.int32),
     }
 

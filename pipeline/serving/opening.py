@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import planner
 from pipeline.config import Values
 from pipeline.models.names import configure
+from pipeline.planner.divide import plan
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
@@ -41,14 +41,13 @@ def open_ring(
     values: Values = {"memory": {"budget": memory or None}, "compute": {"context": context or None}}
     source, config = configure(model, config_file, settings, values)
     store = source.open_store()
-    config = planner.resolve(store, config)
-    plan = planner.plan(store, config).plan
+    report = plan(store, config)
     template = ChatTemplate.of_store(store.path, chat_template)
 
     def open_session() -> Session:
-        session = Session(store, config, plan)
+        session = Session(store, report.config, report.plan)
         session.reuse_prefix = reuse_prefix
         return session
 
-    ring = WarmRing(open_session, template, config.sampling, say=say)
-    return OpenRing(ring=ring, name=store.manifest.name, plan=plan)
+    ring = WarmRing(open_session, template, report.config.sampling, say=say)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)

@@ -1,11 +1,11 @@
-"""The cache's process: predictions in, reads and plans out."""
+"""The cache's process: predictions in, reads and schedules out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from pipeline.ring.messages import EVERY, LayerPart, Message, NeuronsPredicted, PartDone, RingReady
+from pipeline.ring.messages import LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.ring.process import Worker, run
 from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
@@ -22,14 +22,13 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
     def handle(message: Message) -> None:
         started = time.perf_counter()
         answer(message)
-        if isinstance(message, NeuronsPredicted) and not message.stream:
+        if isinstance(message, NeuronsPredicted) and not message.step.every:
             cache.decode_seconds += time.perf_counter() - started
 
     def answer(message: Message) -> None:
         match message:
             case NeuronsPredicted():
-                listed = message.keep if message.count == EVERY else message.count
-                ids = None if listed == EVERY else predicted[message.layer, int(message.guess), :listed]
+                ids = predicted[message.layer, int(message.guess), : message.listed]
                 instructions = cache.handle(message, ids)
             case PartDone():
                 instructions = cache.handle(message)
@@ -49,9 +48,9 @@ async def main(worker: Worker) -> None:
     plan, segments = worker.plan, worker.segments
 
     def policy(layer: int) -> Policy:
-        return make_policy(plan.d_ff, worker.config.cache)
+        return make_policy(plan.units[layer], worker.config.cache)
 
-    cache = LayerCache(plan, segments.active, segments.reads, policy)
+    cache = LayerCache(plan, segments.wanted, segments.reads, policy)
     await serve(worker, answering(worker, cache), cache.stats)
 
 

@@ -19,11 +19,11 @@ class RecentlyFrequent(WindowThenOldest):
     use: a number that changes only when its neuron is used. A tiny half-life is LRU, a huge one LFU.
     """
 
-    def __init__(self, d_ff: int, window: int, half_life: float) -> None:
+    def __init__(self, units: int, window: int, half_life: float) -> None:
         """`window` and `half_life` in tokens; window 0: no limit."""
-        super().__init__(d_ff, window)
+        super().__init__(units, window)
         self._half_life = half_life
-        self._level = np.full(d_ff, _NEVER)
+        self._level = np.full(units, _NEVER)
 
     def used(self, ids: Ids, step: int) -> None:
         fresh = ids[self._last_used[ids] != step]  # a guess and its set are one use
@@ -34,10 +34,10 @@ class RecentlyFrequent(WindowThenOldest):
         return (self._level[ids] * _RESOLUTION).astype(np.int64)
 
 
-def make_policy(d_ff: int, settings: Cache) -> Policy:
+def make_policy(units: int, settings: Cache) -> Policy:
     """One layer's policy of the configuration; half-life 0: the least recently used leaves first."""
     if not settings.keep:
         return KeepNothing()
     if not settings.half_life:
-        return WindowThenOldest(d_ff, settings.window)
-    return RecentlyFrequent(d_ff, settings.window, settings.half_life)
+        return WindowThenOldest(units, settings.window)
+    return RecentlyFrequent(units, settings.window, settings.half_life)

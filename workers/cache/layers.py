@@ -11,16 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.ring.counters import of_layer
-from pipeline.ring.messages import EVERY, LayerPart, NeuronsPredicted, PartDone, ReadBundles
+from pipeline.ring.messages import LayerPart, NeuronsPredicted, PartDone, ReadBundles
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
-from workers.cache.policy import Ids, Policy, WindowThenOldest
+from workers.cache.policy import NOTHING, Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
 from workers.cache.staging import Staging
 
 Table = npt.NDArray[np.int32]
 Instruction = LayerPart | ReadBundles
-NOTHING = np.zeros(0, np.intp)
 
 COUNTED = ("decode_hits", "decode_misses", "decode_wasted", "stream_hits", "stream_misses", "staged")
 
@@ -39,61 +38,69 @@ class _Layer:
 
 
 class LayerCache:
-    """Answers predictions with reads and plans."""
+    """Answers predictions with reads and schedules."""
 
     def __init__(
-        self, plan: Plan, active: Table, reads: Table, policy: Callable[[int], Policy] | None = None
+        self, plan: Plan, wanted: Table, reads: Table, policy: Callable[[int], Policy] | None = None
     ) -> None:
-        """`active` and `reads`: [layers, 2, d_ff]; `policy` makes one layer's, by default without window."""
-        make = policy or (lambda layer: WindowThenOldest(plan.d_ff, 0))
+        """The tables are [layers, 2, most units]; `policy` makes one layer's, by default without window."""
+        make = policy or (lambda layer: WindowThenOldest(plan.units[layer], 0))
         self._plan = plan
-        self._active, self._reads = active, reads
-        self._every = np.arange(plan.d_ff)
+        self._wanted, self._reads = wanted, reads
+        self._every = np.arange(plan.most_units)
         self._staging = Staging()
         self._first_staging = [plan.first_staging_slot(half) for half in range(2)]
         self._done = -1
         self._counts: Counter[str] = Counter()
         self.decode_seconds = 0.0  # of answering decode's predictions; its caller measures
         self.layers = [
-            _Layer(Residency(plan.d_ff, plan.slots[layer], make(layer)), plan.first_slot(layer))
+            _Layer(Residency(plan.units[layer], plan.slots[layer], make(layer)), plan.first_slot(layer))
             for layer in range(plan.layers)
         ]
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def handle(self, message: NeuronsPredicted | PartDone, ids: Table | None = None) -> list[Instruction]:
+    def handle(self, message: NeuronsPredicted | PartDone, ids: Table | Ids = NOTHING) -> list[Instruction]:
         """What to send, in this order; the tables are written by then.
 
-        `ids`, ascending, are those of the prediction's row: `count` of them or, with EVERY, `keep`.
-        Of a set, complements of ids count where they are resident. They are not kept beyond the call.
+        `ids` are those that the prediction's row lists. They are not kept beyond the call.
         """
         if isinstance(message, PartDone):
             return list(self._staging.done(message))
         self._done = max(self._done, message.done)
         layer = self._turn(message)
-        listed = message.keep if message.count == EVERY else message.count
-        if listed == EVERY:
-            wanted = self._every
-        else:
-            assert ids is not None, "a prediction without its neurons"
-            wanted = ids.astype(np.intp)
-        assert wanted.size == (self._plan.d_ff if listed == EVERY else listed), "ids are missing"
+        assert ids.size == message.listed, "ids are missing"
+        listed = ids.astype(np.intp)
+        if message.every and message.keep is None:
+            listed = self._all(message.layer)
         if message.guess:
-            return self._guess(layer, message, wanted)
-        assert not layer.settled, f"layer {message.layer} has two sets in step {message.step}"
+            assert not message.doubtful, "a guess that doubts"
+            return self._guess(layer, message, listed)
+        assert not layer.settled, f"layer {message.layer} has two sets in step {message.step.number}"
         layer.settled = True
-        if message.count == EVERY and listed != EVERY:
-            return self._everything(layer, message, wanted)
-        return self._set(layer, message, wanted)
+        if message.keep is not None:
+            return self._everything(layer, message, listed)
+        return self._set(layer, message, self._settled(layer, message, listed))
+
+    def _all(self, layer: int) -> Ids:
+        """Every neuron of a layer."""
+        return self._every[: self._plan.units[layer]]
+
+    def _settled(self, layer: _Layer, message: NeuronsPredicted, listed: Ids) -> Ids:
+        """The set that a prediction comes to, as doubtful neurons are resident or not."""
+        if not message.doubtful:
+            return listed
+        return layer.residency.settle(listed[: message.certain], listed[message.certain :])
 
     def _turn(self, message: NeuronsPredicted) -> _Layer:
         """The message's layer, moved on to the message's step."""
         layer = self.layers[message.layer]
-        tick = message.step * self._plan.layers + message.layer
+        step = message.step.number
+        tick = step * self._plan.layers + message.layer
         if layer.tick != tick:
-            assert tick > layer.tick, f"step {message.step} of layer {message.layer} is over"
+            assert tick > layer.tick, f"step {step} of layer {message.layer} is over"
             assert layer.tick <= self._done, f"layer {message.layer} is still in use"
-            layer.residency.begin(message.step)
+            layer.residency.begin(step)
             layer.tick, layer.settled, layer.guessed = tick, False, 0
         return layer
 
@@ -109,7 +116,7 @@ class LayerCache:
         if not admitted.size:
             return []
         residency.admit(admitted)
-        residency.use(admitted, message.step)
+        residency.use(admitted, message.step.number)
         layer.guessed = admitted.size
         self._count(layer, message, hits=0, misses=admitted.size)
         return [self._read(layer, message, 1, 0, admitted, residency.slot_of[admitted] + layer.first_slot)]
@@ -117,12 +124,8 @@ class LayerCache:
     # -- sets -------------------------------------------------------------------------------------
 
     def _set(self, layer: _Layer, message: NeuronsPredicted, ids: Ids) -> list[Instruction]:
-        """Hits, guessed neurons, and slots for the missing ones while there are any.
-
-        `ids` may be complements: those neurons only where they are resident, or a guess is reading them.
-        """
+        """Hits, guessed neurons, and slots for the missing ones while there are any."""
         residency = layer.residency
-        ids = residency.settle(ids)
         slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight[slots]
@@ -131,7 +134,7 @@ class LayerCache:
             absent = ids[places]
             residency.admit(absent[: residency.make_room(absent.size)])
             slots[places] = residency.slot_of[absent]
-        residency.use(ids, message.step)
+        residency.use(ids, message.step.number)
         return self._answer(layer, message, ids, slots, missing, guessed)
 
     def _everything(self, layer: _Layer, message: NeuronsPredicted, keep: Ids) -> list[Instruction]:
@@ -142,8 +145,8 @@ class LayerCache:
         residency = layer.residency
         kept = keep[residency.lease(keep) == NOWHERE]
         kept = kept[: residency.make_room(kept.size)]
-        before = self._every
-        slots = residency.lease(before)
+        ids = self._all(message.layer)
+        slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight[slots]
         other = missing.copy()
@@ -152,8 +155,8 @@ class LayerCache:
         chosen.sort()
         residency.admit(chosen)
         slots[missing] = residency.slot_of[missing]
-        residency.use(keep, message.step)
-        return self._answer(layer, message, before, slots, missing, guessed)
+        residency.use(keep, message.step.number)
+        return self._answer(layer, message, ids, slots, missing, guessed)
 
     def _answer(
         self,
@@ -164,7 +167,7 @@ class LayerCache:
         missing: npt.NDArray[np.bool_],
         guessed: npt.NDArray[np.bool_],
     ) -> list[Instruction]:
-        """Write the tables of a set and plan its parts.
+        """Write the tables of a set and schedule its parts.
 
         All arrays are [wanted neurons]: `slots` of the layer, NOWHERE for what has to be staged;
         `missing` has to be read now; `guessed` is being read already.
@@ -172,12 +175,12 @@ class LayerCache:
         misses = int(np.count_nonzero(missing))
         wanted_guesses = int(np.count_nonzero(guessed)) if layer.guessed else 0
         self._count(layer, message, hits=ids.size - misses - wanted_guesses, misses=misses)
-        if not message.stream:
+        if not message.step.every:
             self._counts["decode_wasted"] += layer.guessed - wanted_guesses
         staged = np.flatnonzero(slots == NOWHERE) if misses else NOTHING
         slots += layer.first_slot
         if staged.size:
-            return self._segments(layer, message, ids, slots, missing, staged)
+            return self._groups(layer, message, ids, slots, missing, staged)
         return self._parts(layer, message, ids, slots, missing, guessed, misses)
 
     def _parts(
@@ -200,13 +203,13 @@ class LayerCache:
             read = (ids[places[-1]], slots[places[-1]])
             instructions.append(self._read(layer, message, len(places) - 1, layer.guessed, *read))
         order = np.concatenate(places) if len(places) > 1 else places[0]
-        self._active[message.layer, ID, : ids.size] = ids[order]
-        self._active[message.layer, SLOT, : ids.size] = slots[order]
+        self._wanted[message.layer, ID, : ids.size] = ids[order]
+        self._wanted[message.layer, SLOT, : ids.size] = slots[order]
         counts = tuple(some.size for some in places)
         closes = (False,) * (len(places) - 1) + (True,)
-        return [*instructions, _plan(message, counts, closes, staged=False)]
+        return [*instructions, _schedule(message, counts, closes, staged=False)]
 
-    def _segments(
+    def _groups(
         self,
         layer: _Layer,
         message: NeuronsPredicted,
@@ -215,7 +218,7 @@ class LayerCache:
         missing: npt.NDArray[np.bool_],
         staged: npt.NDArray[np.intp],
     ) -> list[Instruction]:
-        """More than fits: segments by ascending id, each with at most one half of staged neurons.
+        """More than fits: groups by ascending id, each with at most one half of staged neurons.
 
         `staged` are the places in `ids` of what has no slot.
         """
@@ -226,18 +229,18 @@ class LayerCache:
             first = self._first_staging[self._staging.next_half(number)]
             slots[some] = np.arange(first, first + some.size)
         self._counts["staged"] += staged.size
-        self._active[message.layer, ID, : ids.size] = ids
-        self._active[message.layer, SLOT, : ids.size] = slots
+        self._wanted[message.layer, ID, : ids.size] = ids
+        self._wanted[message.layer, SLOT, : ids.size] = slots
         before = (0, 0) if layer.guessed else (0,)
-        at, segments = layer.guessed, []
+        at, groups = layer.guessed, []
         for number, (start, end) in enumerate(itertools.pairwise(cuts)):
             asked = missing[start:end]
             read = (ids[start:end][asked], slots[start:end][asked])
-            segments.append(self._read(layer, message, len(before) + number, at, *read))
+            groups.append(self._read(layer, message, len(before) + number, at, *read))
             at += read[0].size
         counts = (*before, *(end - start for start, end in itertools.pairwise(cuts)))
-        closes = (False,) * len(before) + (True,) * len(segments)
-        return [*self._staging.enrol(segments), _plan(message, counts, closes, staged=True)]
+        closes = (False,) * len(before) + (True,) * len(groups)
+        return [*self._staging.enrol(groups), _schedule(message, counts, closes, staged=True)]
 
     # -- tables and counters ------------------------------------------------------------------------
 
@@ -246,25 +249,18 @@ class LayerCache:
     ) -> ReadBundles:
         """Write rows of the layer's read table."""
         table = self._reads[message.layer]
-        assert start + ids.size <= self._plan.d_ff, "a layer reads more than it has"
+        assert start + ids.size <= self._plan.units[message.layer], "a layer reads more than it has"
         table[ID, start : start + ids.size] = ids
         table[SLOT, start : start + ids.size] = slots
         return ReadBundles(
-            message.run,
-            message.step,
-            message.layer,
-            part,
-            start,
-            int(ids.size),
-            message.stream,
-            message.guess,
+            message.run, message.step, message.layer, part, start, int(ids.size), message.guess
         )
 
     def _count(self, layer: _Layer, message: NeuronsPredicted, hits: int, misses: int) -> None:
-        kind = "stream" if message.stream else "decode"
+        kind = "stream" if message.step.every else "decode"
         self._counts[f"{kind}_hits"] += hits
         self._counts[f"{kind}_misses"] += misses
-        if not message.stream:
+        if not message.step.every:
             layer.hits += hits
             layer.misses += misses
 
@@ -292,7 +288,7 @@ class LayerCache:
         return self._staging.idle
 
 
-def _plan(
+def _schedule(
     message: NeuronsPredicted, counts: tuple[int, ...], closes: tuple[bool, ...], staged: bool
 ) -> LayerPart:
-    return LayerPart(message.run, message.step, message.layer, 0, counts, closes, staged)
+    return LayerPart(message.run, message.step.number, message.layer, 0, counts, closes, staged)

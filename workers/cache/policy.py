@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.intp]  # numpy converts narrower indices on every use, which costs more than it saves
+NOTHING: Ids = np.zeros(0, np.intp)
 
 
 class Policy(Protocol):
@@ -45,10 +46,10 @@ class KeepNothing:
 class WindowThenOldest:
     """The paper's window: what was not used in the last `window` tokens goes; then the least recent."""
 
-    def __init__(self, d_ff: int, window: int) -> None:
+    def __init__(self, units: int, window: int) -> None:
         """`window` in tokens; 0: no limit."""
         self._window = window
-        self._last_used = np.full(d_ff, -1, np.int64)  # in steps; -1: never
+        self._last_used = np.full(units, -1, np.int64)  # in steps; -1: never
 
     def used(self, ids: Ids, step: int) -> None:
         self._last_used[ids] = step

@@ -20,9 +20,9 @@ NOWHERE = -1  # as a slot or an id; also indexes the sentinel behind the last sl
 class Residency:
     """Slots of one layer. Arrays of ids have no duplicates."""
 
-    def __init__(self, d_ff: int, slots: int, policy: Policy) -> None:
+    def __init__(self, units: int, slots: int, policy: Policy) -> None:
         self.slots = slots
-        self.slot_of = np.full(d_ff, NOWHERE, np.intp)
+        self.slot_of = np.full(units, NOWHERE, np.intp)
         self.id_of = np.full(slots, NOWHERE, np.intp)
         self.leased = np.zeros(slots + 1, np.bool_)
         self.in_flight = np.zeros(slots + 1, np.bool_)
@@ -45,14 +45,10 @@ class Residency:
             expired = self._policy.expired(self.id_of[occupied], step)
             self.dropped += self._vacate(occupied[expired])
 
-    def settle(self, ids: Ids) -> Ids:
-        """`ids`, and of the complements of ids those whose neuron has a slot, be it in flight, as ids."""
-        doubtful = ids < 0
-        if not doubtful.any():
-            return ids
-        plain = np.where(doubtful, ~ids, ids)
-        settled: Ids = plain[~doubtful | (self.slot_of[plain] != NOWHERE)]
-        return settled
+    def settle(self, certain: Ids, doubtful: Ids) -> Ids:
+        """The set, ascending: `certain`, and those of `doubtful` that have a slot, be it in flight."""
+        present = doubtful[self.slot_of[doubtful] != NOWHERE]
+        return np.sort(np.concatenate((certain, present))) if present.size else certain
 
     def lease(self, ids: Ids) -> Ids:
         """Protect the resident ones among `ids`; returns all their slots, NOWHERE for the others."""

@@ -1,4 +1,4 @@
-"""The two staging halves: granted in turn to segments of all layers, in the order of their sets."""
+"""The two staging halves: granted in turn to groups of all layers, in the order of their sets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ HALVES = 2
 
 
 class Staging:
-    """Which segments read into a half, and which wait for one."""
+    """Which groups of parts read into a half, and which wait for one."""
 
     def __init__(self) -> None:
-        self._segments = 0  # enrolled since the start
+        self._groups = 0  # enrolled since the start
         self._granted: deque[ReadBundles] = deque()
         self._waiting: deque[ReadBundles] = deque()
 
     def next_half(self, ahead: int) -> int:
-        """The half of the segment that is enrolled after `ahead` others."""
-        return (self._segments + ahead) % HALVES
+        """The half of the group that is enrolled after `ahead` others."""
+        return (self._groups + ahead) % HALVES
 
-    def enrol(self, segments: list[ReadBundles]) -> list[ReadBundles]:
-        """Queue a set's segments; returns those that may be read now."""
-        self._segments += len(segments)
-        self._waiting.extend(segments)
+    def enrol(self, groups: list[ReadBundles]) -> list[ReadBundles]:
+        """Queue a set's groups; returns those that may be read now."""
+        self._groups += len(groups)
+        self._waiting.extend(groups)
         return self._grant()
 
     def done(self, message: PartDone) -> list[ReadBundles]:
@@ -33,7 +33,7 @@ class Staging:
         oldest = self._granted.popleft()
         ended, expected = (
             (message.step, message.layer, message.part),
-            (oldest.step, oldest.layer, oldest.part),
+            (oldest.step.number, oldest.layer, oldest.part),
         )
         assert ended == expected, f"part {ended} is done before part {expected}"
         return self._grant()

@@ -125,8 +125,8 @@ class Engine:
         """The last layer's output [rows, d_model] for tokens of which the first has position `first`."""
         self._device.begin(first, len(tokens), every)
         x = self._device.embed(np.array(tokens))
-        self._units.begin(run_number, every, x)
-        return run(self._architecture, self._device, x, self._units, self._plan.early)
+        self._units.begin(run_number, first, every, x)
+        return run(self._architecture, self._device, x, self._units, self._plan.forecast.early)
 
     def close(self) -> None:
         """Give the device's threads and memory back."""

@@ -10,12 +10,12 @@ from pipeline.ring.messages import LayerPart, Message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part: `count` neurons at `start` of the layer's active table."""
+    """One part: `count` neurons at `start` of the layer's table of wanted ones."""
 
     number: int
     start: int
     count: int
-    closes: bool  # ends a segment, which can now be summed
+    closes: bool  # ends a group, which can now be summed
     staged: bool  # closing parts are to be answered by PartDone
 
 
@@ -23,12 +23,12 @@ class Part:
 class _Arrived:
     """What is known of one layer of one step."""
 
-    plan: LayerPart | None = None
+    schedule: LayerPart | None = None
     numbers: set[int] = field(default_factory=set)
 
 
 class Parts:
-    """Parts of every layer under way; early ones are kept until the plan and all before are there."""
+    """Parts of every layer under way; early ones are kept until the schedule and all before are there."""
 
     def __init__(self, receive: Callable[[], Message]) -> None:
         self._receive = receive
@@ -39,13 +39,13 @@ class Parts:
         key = (step, layer)
         arrived = self._layers.setdefault(key, _Arrived())
         start = number = 0
-        while arrived.plan is None or number < len(arrived.plan.counts):
-            if arrived.plan is None or number not in arrived.numbers:
+        while arrived.schedule is None or number < len(arrived.schedule.counts):
+            if arrived.schedule is None or number not in arrived.numbers:
                 self._wait()
                 continue
-            plan = arrived.plan
-            yield Part(number, start, plan.counts[number], plan.closes[number], plan.staged)
-            start += plan.counts[number]
+            schedule = arrived.schedule
+            yield Part(number, start, schedule.counts[number], schedule.closes[number], schedule.staged)
+            start += schedule.counts[number]
             number += 1
         del self._layers[key]
 
@@ -58,4 +58,4 @@ class Parts:
             raise RuntimeError(f"part {message.part} of layer {message.layer} arrived twice")
         arrived.numbers.add(message.part)
         if message.part == 0:
-            arrived.plan = message
+            arrived.schedule = message

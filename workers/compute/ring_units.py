@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.ring.channel import Channel
 from pipeline.ring.counters import of_layer
-from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone
+from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
 from workers.compute.audit import Audit
@@ -48,19 +48,21 @@ class RingUnits:
         self._cancelled = cancelled
         self._parts = Parts(self._receive)
         self._run = 0
-        self._step = -1  # of the ring's life
+        self._step = Step(-1, 0, 0, every=False)
         self._done = -1  # tick of the last finished FFN
-        self._every = False  # a prefill, which wants every unit
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
         self._active_names = [of_layer(index, "active") for index in range(plan.layers)]
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
         self.counts: dict[str, float] = defaultdict(float)
 
-    def begin(self, run: int, every: bool, x: Any) -> None:
-        """A step of this run begins with the residual stream x before layer 0, [rows, d_model]."""
-        self._run, self._every = run, every
-        self._step += 1
+    def begin(self, run: int, first: int, every: bool, x: Any) -> None:
+        """A step of this run begins with the residual stream x before layer 0, [rows, d_model].
+
+        `first` is the first row's position; `every`: a prefill, which wants every unit.
+        """
+        self._run = run
+        self._step = Step(self._step.number + 1, first, x.shape[0], every)
         if self._audit is not None and not every:
             self._audit.next_token()
         self.announce(EMBEDDING, x)
@@ -70,16 +72,14 @@ class RingUnits:
         """Write the last rows of `hidden` [rows, d_model] and tell the predictor."""
         rows = min(hidden.shape[0], self._plan.hidden_rows)
         self._segments.hidden[index + 1, :rows] = self._device.host(hidden[-rows:])
-        self._channel.send(
-            "predictor", HiddenReady(self._run, self._step, index, rows, self._every, self._done)
-        )
+        self._channel.send("predictor", HiddenReady(self._run, self._step, index, rows, self._done))
 
     def ffn(self, index: int, ffn_input: Any) -> Any:
         """Add the layer's parts as they arrive, each group summed when it is whole."""
-        if not self._every:
+        if not self._step.every:
             self._spend("attention", self._mark)
         ffn = self._device.ffn(index, ffn_input)
-        table, neurons = self._segments.active[index], 0
+        table, neurons = self._segments.wanted[index], 0
         for part in self._arriving(index):
             which = slice(part.start, part.start + part.count)
             neurons += part.count
@@ -87,17 +87,17 @@ class RingUnits:
             ffn.add(table[ID, which], table[SLOT, which], self._segments.bundles)
             if part.closes:
                 ffn.close()
-            if not self._every:
+            if not self._step.every:
                 self._spend("ffn", started)
             self._answer(index, part)
         output = ffn.finish()
-        if self._audit is not None and not self._every and self._audit.layer == index:
+        if self._audit is not None and not self._step.every and self._audit.layer == index:
             started = time.perf_counter()
             seen = self._device.host(ffn_input)[0], table[ID, :neurons], self._device.host(output)[0]
             self._audit.look(*seen, self.counts)
             self._spend("audit", started)
         self._finish(index)
-        if not self._every:
+        if not self._step.every:
             self.counts[self._active_names[index]] += ffn.active
             self.counts["active"] += ffn.active
         elif self._cancelled(self._run):
@@ -108,8 +108,8 @@ class RingUnits:
 
     def _arriving(self, index: int) -> Iterator[Part]:
         """The layer's parts, counting the time spent waiting."""
-        phase = "prefill_waiting" if self._every else "waiting"
-        parts = self._parts.of(self._step, index)
+        phase = "prefill_waiting" if self._step.every else "waiting"
+        parts = self._parts.of(self._step.number, index)
         while True:
             started = time.perf_counter()
             part = next(parts, None)
@@ -121,14 +121,14 @@ class RingUnits:
     def _answer(self, index: int, part: Part) -> None:
         """Give the staging half back, where the part used one."""
         if part.staged and part.closes:
-            self._channel.send("cache", PartDone(self._run, self._step, index, part.number))
+            self._channel.send("cache", PartDone(self._run, self._step.number, index, part.number))
 
     def _finish(self, index: int) -> None:
-        self._done = self._step * self._plan.layers + index
+        self._done = self._step.number * self._plan.layers + index
 
     def _drain(self, index: int) -> None:
         """Receive, computing nothing, what the announcements up to layer `index` of a prefill will bring."""
-        last = min(self._plan.layers - 1, index + max(1, self._plan.lookahead))
+        last = min(self._plan.layers - 1, index + max(1, self._plan.forecast.lookahead))
         for later in range(index + 1, last + 1):
             for part in self._arriving(later):
                 self._answer(later, part)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.plan import Forecast
 from storage.codecs import FLOAT16
 from storage.errors import StoreError
 from storage.layout import Rows
@@ -101,38 +102,32 @@ class LowRankScorer(Scorer):
         mask: Mask = self.maps[own][layer].scores(hidden) > self._threshold
         return mask
 
-    def wanted(self, layer: int, hidden: F32, own: bool) -> Ids:
+    def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
         if not self._cache_aware:
             return super().wanted(layer, hidden, own)
         one = self.maps[own][layer]
         scores = one.scores(hidden) - self._threshold
         ids = np.flatnonzero(scores > one.resident)
-        return np.where(scores[ids] > one.absent, ids, ~ids)
+        certain = scores[ids] > one.absent
+        return ids[certain], ids[~certain]
 
 
-def load(
-    store: Store,
-    name: str,
-    lookahead: int,
-    refines: bool,
-    threshold: float,
-    skip: frozenset[int] = frozenset(),
-    cache_aware: bool = False,
-) -> LowRankScorer:
-    """The store's predictors `name`, for a ring of this look-ahead; `skip`: layers that need none.
+def load(store: Store, name: str, forecast: Forecast, threshold: float) -> LowRankScorer:
+    """The store's predictors `name`, for a ring of this forecast; pinned layers need none.
 
-    Which look-ahead and `refine` a file is for, `planner.resolve` has decided. Sets need maps of their
-    own look-ahead; guesses take the layer's own where there are no better. Raises StoreError, naming
+    Whether the file can do what the forecast says, `planner/resolve.py` has decided. Sets need maps of
+    their own look-ahead; guesses take the layer's own where there are no better. Raises StoreError, naming
     the command that helps, for predictors that are missing, of another model, or not of every layer.
     """
+    lookahead, refines = forecast.lookahead, forecast.refines
     file = open_file(store, name)
     trained = int(file.metadata.get("lookahead", "0"))
-    wanted = [layer for layer in range(len(store.layout.layers)) if layer not in skip]
+    wanted = [layer for layer in range(len(store.layout.layers)) if layer not in forecast.pinned]
     own = _maps(file, OWN, wanted, store)
     ahead = _maps(file, AHEAD, wanted, store, own) if refines or trained in {0, lookahead} else {}
     if trained == 0:
         own, ahead = own or ahead, {}
-    sets = own if refines or not lookahead else ahead
+    sets = own if forecast.from_own_input else ahead
     if lacking := [layer for layer in wanted if layer not in sets]:
         needed = f"for look-ahead {0 if sets is own else lookahead}"
         raise StoreError(f"{file.path} has no map {needed} of layer {lacking[0]}: {REMEDY}")
@@ -142,7 +137,7 @@ def load(
     early = {**own, **ahead}
     if refines:
         early = {layer: one.guessing() for layer, one in early.items()}
-    return LowRankScorer(early, sets, threshold, cache_aware, notes)
+    return LowRankScorer(early, sets, threshold, forecast.cache_aware, notes)
 
 
 def open_file(store: Store, name: str) -> Tensors:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.ring.counters import of_layer
-from pipeline.ring.messages import EVERY, HiddenReady, NeuronsPredicted
+from pipeline.ring.messages import HiddenReady, NeuronsPredicted
+from pipeline.ring.plan import Plan
 from workers.predictor.scorer import Ids, Scorer
-from workers.predictor.targets import Mode, Target, targets
+from workers.predictor.targets import Target, targets
 
 
 class Prediction:
@@ -18,56 +19,71 @@ class Prediction:
 
     def __init__(
         self,
-        mode: Mode,
+        plan: Plan,
         scorer: Scorer | None,
         hidden: npt.NDArray[np.float32],
         predicted: npt.NDArray[np.int32],
     ) -> None:
-        """`hidden` [1 + layers, rows, d_model]; `predicted` [layers, 2, d_ff]."""
-        self._mode, self._scorer = mode, scorer
+        """`hidden` [1 + layers, rows, d_model]; `predicted` [layers, 2, most units]."""
+        self._plan, self._scorer = plan, scorer
         self._hidden, self._predicted = hidden, predicted
         self._seconds = self._decode_seconds = 0.0
         self._calls = 0
-        self._totals = np.zeros(mode.layers, np.int64)
+        self._totals = np.zeros(plan.layers, np.int64)
 
     def handle(self, message: HiddenReady) -> list[NeuronsPredicted]:
         """What to send, in this order; the ids are written by then."""
         started = time.perf_counter()
-        answers = [
-            self._answer(message, target) for target in targets(self._mode, message.layer, message.stream)
-        ]
+        due = targets(self._plan.forecast, self._plan.layers, message.layer, message.step.every)
+        answers = [self._answer(message, target) for target in due]
         took = time.perf_counter() - started
         self._seconds += took
-        self._decode_seconds += 0.0 if message.stream else took
+        self._decode_seconds += 0.0 if message.step.every else took
         self._calls += 1
         return answers
 
     def _answer(self, message: HiddenReady, target: Target) -> NeuronsPredicted:
-        count = keep = EVERY
-        if self._scorer is not None and target.layer not in self._mode.pinned:
-            listed = self._write(target, self._ids(message, target))
-            count, keep = (EVERY, listed) if target.every else (listed, 0)
-        if not target.guess and not message.stream:
-            self._totals[target.layer] += self._predicted.shape[2] if count == EVERY else count
+        certain = doubtful = 0
+        keep: int | None = None
+        if self._scorer is not None and target.layer not in self._plan.forecast.pinned:
+            if target.every:
+                keep = self._write(target, self._likely(self._scorer, message, target))
+            else:
+                certain, doubtful = self._choose(self._scorer, message, target)
+        if not target.guess and not message.step.every:
+            units = self._plan.units[target.layer]
+            self._totals[target.layer] += units if target.every else certain + doubtful
         return NeuronsPredicted(
-            message.run, message.step, target.layer, count, keep, target.guess, message.stream, message.done
+            run=message.run,
+            step=message.step,
+            layer=target.layer,
+            guess=target.guess,
+            every=target.every,
+            certain=certain,
+            doubtful=doubtful,
+            keep=keep,
+            done=message.done,
         )
 
-    def _ids(self, message: HiddenReady, target: Target) -> Ids:
-        """What the message's row wants, or, in prefill, the neurons that any of its rows predicts."""
-        assert self._scorer is not None
+    def _choose(self, scorer: Scorer, message: HiddenReady, target: Target) -> tuple[int, int]:
+        """Write what the message's row wants; returns the numbers of certain and of doubtful neurons."""
+        own = target.layer == message.layer
+        certain, doubtful = scorer.wanted(target.layer, self._hidden[message.layer + 1, 0], own)
+        first = self._write(target, certain)
+        return first, self._write(target, doubtful, first)
+
+    def _likely(self, scorer: Scorer, message: HiddenReady, target: Target) -> Ids:
+        """The neurons that any of the message's rows predicts, ascending."""
         rows = self._hidden[message.layer + 1, : message.rows]
         own = target.layer == message.layer
-        if not message.stream:
-            return self._scorer.wanted(target.layer, rows[0], own)
-        mask = self._scorer.active(target.layer, rows[0], own)
+        mask = scorer.active(target.layer, rows[0], own)
         for row in rows[1:]:
-            mask |= self._scorer.active(target.layer, row, own)
+            mask |= scorer.active(target.layer, row, own)
         return np.flatnonzero(mask)
 
-    def _write(self, target: Target, ids: Ids) -> int:
-        """Put the ids into the target's row; returns their number."""
-        self._predicted[target.layer, int(target.guess), : ids.size] = ids
+    def _write(self, target: Target, ids: Ids, start: int = 0) -> int:
+        """Put the ids into the target's row, from `start`; returns their number."""
+        self._predicted[target.layer, int(target.guess), start : start + ids.size] = ids
         return int(ids.size)
 
     def stats(self) -> dict[str, float]:

@@ -11,6 +11,8 @@ F32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.intp]
 
+NOTHING: Ids = np.zeros(0, np.intp)
+
 
 class Scorer(Protocol):
     """A kind of predictor, loaded."""
@@ -24,6 +26,6 @@ class Scorer(Protocol):
         layers before it.
         """
 
-    def wanted(self, layer: int, hidden: F32, own: bool) -> Ids:
-        """The same as ids, ascending; the complement of an id wants it only where it is resident."""
-        return np.flatnonzero(self.active(layer, hidden, own))
+    def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
+        """The same as ids, each ascending: what is certain, and what is wanted only where it is resident."""
+        return np.flatnonzero(self.active(layer, hidden, own)), NOTHING

@@ -58,16 +58,16 @@ class Prefetcher:
         ids = table[ID, rows].copy()
         assert ids.size == message.count, "a part beyond the read table"
         positions = ids if self._positions is None else self._positions[message.layer][ids]
-        by_halves = self._split and not message.stream
+        by_halves = self._split and not message.step.every
         plan = self._planner.plan_halves if by_halves else self._planner.plan
         requests = plan(message.layer, positions, table[SLOT, rows].copy())
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
-        part = LayerPart(message.run, message.step, message.layer, message.part, (), (), False)
+        part = LayerPart(message.run, message.step.number, message.layer, message.part, (), (), False)
         self._worker.channel.send("compute", part)
-        kind = "stream" if message.stream else "decode"
+        kind = "stream" if message.step.every else "decode"
         self._values[f"{kind}_bytes"] += requests.total_bytes
         self._values[f"{kind}_reads"] += len(requests)
         self._values[f"{kind}_bundles"] += requests.bundles

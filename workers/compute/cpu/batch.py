@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.plan import BLOCK, BLOCKS, QUERIES, TILE
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from storage.layout import Role, Unit
@@ -26,11 +27,6 @@ from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.positions import Positions
-
-TILE = 512  # rows of a weight widened at once
-BLOCK = 256  # units of one product, at multiples of BLOCK
-QUERIES = 128  # tokens of one head whose attention is computed at once
-_GROUP = 8  # blocks whose activations are kept at once
 
 
 class BatchOperations:
@@ -205,8 +201,8 @@ class BatchFfn:
             self._waiting.sources.append((memory, where))
             if some[-1] % BLOCK == BLOCK - 1 or some[-1] == self._ffn.units - 1:
                 blocks.append(self._take())
-        for start in range(0, len(blocks), _GROUP):
-            self._sum(blocks[start : start + _GROUP])
+        for start in range(0, len(blocks), BLOCKS):
+            self._sum(blocks[start : start + BLOCKS])
         self._keep(memory)
 
     def _take(self) -> _Block:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline import planner
 from pipeline.console import size
+from pipeline.planner import divide
 from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import Row
 
@@ -13,7 +13,7 @@ from workers.lab.bench.rows import Row
 def budgets(job: BenchJob, settings: Mapping[str, str], points: int) -> list[int]:
     """Budgets in bytes, evenly spaced from the least to what holds every neuron."""
     config = job.resolved(settings)
-    least, most = planner.least(job.store, config).total, planner.most(job.store, config).total
+    least, most = divide.least(job.store, config).total, divide.most(job.store, config).total
     return [least + (most - least) * point // (points - 1) for point in range(points)]
 
 

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline import planner
 from pipeline.config import Config
+from pipeline.planner.budget import parse_budget
+from pipeline.planner.divide import least
+from pipeline.planner.resolve import resolve
 from storage.errors import ConfigError, UsageError, reason
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -54,7 +56,7 @@ class BenchJob:
 
     def resolved(self, settings: Mapping[str, str] | None = None) -> Config:
         """The configuration of a ring with these settings and no budget."""
-        return planner.resolve(self.store, Config.load(None, self.arguments_of(settings or {})))
+        return resolve(self.store, Config.load(None, self.arguments_of(settings or {}))).config
 
     def knows(self, settings: Mapping[str, str]) -> bool:
         """Whether the store's predictors can do what these settings ask for."""
@@ -85,7 +87,7 @@ class BenchJob:
         settings, memory = settings or {}, budget or self.budget
         line = ["--model", str(self.store.path), "--prompt", self.prompt, "--memory", memory]
         line += [f"--set={one}" for one in self.arguments_of(settings)]
-        limit = planner.parse_budget(memory, self.store)
+        limit = parse_budget(memory, self.store)
 
         def run() -> Ran:
             with self._tokens(few=streams) as tokens:
@@ -99,7 +101,7 @@ class BenchJob:
     def naive(self) -> Series:
         """Runs of the baseline that keeps nothing; all of its tokens take the same."""
         line = [str(self.store.path), "--position", str(self.prompt_tokens), "--threads", str(self.threads)]
-        limit = planner.parse_budget(self.budget, self.store)
+        limit = parse_budget(self.budget, self.store)
 
         def run() -> Ran:
             with self._tokens(few=True) as tokens:
@@ -163,4 +165,4 @@ def make_job(
 def quick_budget(store: Store, settings: tuple[str, ...], context: int, threads: int) -> str:
     """A budget that leaves a tiny model a quarter of its FFN: half of it would be less than a process."""
     config = Config.load(None, [f"compute.context={context}", *settings, f"compute.threads={threads}"])
-    return f"{planner.least(store, config).total + store.layout.total_bytes // 4}B"
+    return f"{least(store, config).total + store.layout.total_bytes // 4}B"

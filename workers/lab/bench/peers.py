@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline import directories, planner
+from pipeline import directories
 from pipeline.console import size
 from pipeline.launch import module_environment
+from pipeline.planner.budget import parse_budget
 from storage.errors import DiskFull, UsageError
 from workers.lab.bench import children
 from workers.lab.bench.children import Ran
@@ -63,7 +64,7 @@ def series(job: BenchJob, python: Mapping[str, Path], checkpoint: Path, work: Pa
 
 
 def _series(job: BenchJob, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
-    limit = planner.parse_budget(job.budget, job.store)
+    limit = parse_budget(job.budget, job.store)
     environment = {**module_environment(), "HF_HUB_OFFLINE": "1"}
     line = [str(python), "-m", f"workers.lab.peers.run_{name}", str(checkpoint), "--limit", str(limit)]
     line += ["--prompt-tokens", str(job.prompt_tokens)]

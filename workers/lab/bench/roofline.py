@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline import planner
 from pipeline.config import Config
+from pipeline.planner.budget import checkpoint_bytes
 from storage.codecs import CODECS
 from storage.manifest import RESIDENT
 from storage.store import Store
@@ -140,7 +140,7 @@ def measure(job: BenchJob, row: Row, memory: float, ceilings: Sequence[Ceilings]
         request_bytes=ceilings[-1].request_bytes,
         memory=memory,
         flash_bytes=row.bytes_per_token,
-        memory_bytes=float(planner.checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
+        memory_bytes=float(checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
         run_ms=row.run_ms,
         ceilings=tuple(ceilings),
     )

@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from pipeline import planner, program
+from pipeline import program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Config
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
+from pipeline.planner.resolve import resolve
 from storage.errors import UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -61,7 +62,7 @@ def main(
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
     source, config = configure(model, config_file, settings or ())
     store = source.open_store()
-    config = planner.resolve(store, config)
+    config = resolve(store, config).config
     named = _points(
         [*(point or ()), *(f"{one}: predictor.threshold={one}" for one in thresholds.split(",") if one)]
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline import planner
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
+from pipeline.planner.divide import plan
 from pipeline.quality import quality_settings
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.sampling import Sampling
@@ -38,7 +38,7 @@ class Harness:
         """`settings`: `section.key=value`, as `--set`. Raises what the main job's start raises."""
         source, config = configure(model, None, [*quality_settings(quality), *settings])
         self._store = source.open_store()
-        self._config = planner.resolve(self._store, config)
+        self._config = config
         self._chooser = make_chooser(self._store, self._config)
         self._dense = DenseModel(self._store, thread_count(threads))
         self._tokenizer = load_tokenizer(self._store)
@@ -66,8 +66,8 @@ class Harness:
 
     def write(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """Texts that follow the contexts, each under its own keywords (`params`), without the stop."""
-        plan = planner.plan(self._store, self._config).plan
-        with Session(self._store, self._config, plan) as session:
+        report = plan(self._store, self._config)
+        with Session(self._store, report.config, report.plan) as session:
             return [self._text(session, context, keywords) for context, keywords in requests]
 
     def _text(self, session: Session, context: str, keywords: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from pipeline import planner
 from pipeline.config import Config
+from pipeline.planner.divide import plan, predictor_bytes
 from workers.cache.frequency import make_policy
 from workers.lab.evaluation.report import compare_text
 from workers.lab.evaluation.statistics import Estimate
@@ -90,7 +90,7 @@ def measure(
     """Every point, on the same tokens. `points`: name, configuration and what was set."""
     for _, chosen, _ in points:  # what cannot be is refused before the work
         make_chooser(model.store, chosen, in_order=True)
-        planner.plan(model.store, chosen)
+        plan(model.store, chosen)
     progress("points", 0, len(points) + 1)
     dense, active, _ = run(model, None, rows)
     found = []
@@ -115,12 +115,13 @@ def _point(
     seed: int,
 ) -> Point:
     text = compare_text(dense, scored, 1, seed)
-    slots = planner.plan(model.store, config).plan.slots
+    divided = plan(model.store, config).plan
+    slots = divided.slots
     outcome = replay(
         trace, slots, lambda layer, slots: make_policy(trace.d_ff, config.cache), warm_up=trace.tokens // 8
     )
     used = np.bitwise_count(trace.used).sum() / (trace.layers * trace.tokens * trace.d_ff)
-    every = planner.resolve(model.store, config).predictor.kind == "all"
+    every = divided.forecast.every
     neurons = trace.layers * trace.d_ff
     capacity = sum(slots) / neurons
     return Point(
@@ -138,7 +139,7 @@ def _point(
             (neurons - sum(slots)) * trace.stride if every else outcome.reads * trace.stride / outcome.tokens
         ),
         wasted_bytes_per_token=0.0 if every else outcome.wasted * trace.stride / outcome.tokens,
-        predictor_bytes=planner.predictor_bytes(model.store, config),
+        predictor_bytes=predictor_bytes(model.store, config),
     )
 
 

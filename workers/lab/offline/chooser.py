@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
-from pipeline.planner import pinned_layers, plan, predicts_early, resolve
+from pipeline.planner.divide import plan
+from pipeline.planner.resolve import resolve
 from pipeline.ring.messages import EMBEDDING
+from pipeline.ring.plan import Forecast
 from storage.errors import ConfigError
 from storage.store import Store
 from workers.cache.frequency import make_policy
@@ -26,7 +28,6 @@ from workers.lab.training import activations
 from workers.predictor import lowrank
 from workers.predictor.lowrank import LowRank
 from workers.predictor.oracle import MARGIN
-from workers.predictor.targets import Mode
 
 
 class Scores(Protocol):
@@ -88,37 +89,37 @@ class OracleScores:
 
 
 class RingChooser:
-    """Chooses, for a layer and its source rows, as the ring of this mode does."""
+    """Chooses, for a layer and its source rows, as the ring of this forecast does."""
 
-    def __init__(self, mode: Mode, scores: Scores, early: bool = False) -> None:
-        self.mode = mode
+    def __init__(self, forecast: Forecast, scores: Scores) -> None:
+        self.forecast = forecast
         self.scores = scores
-        self.early = early
 
     @property
-    def from_own_input(self) -> bool:
-        return self.mode.refines or self.mode.lookahead == 0
+    def early(self) -> bool:
+        return self.forecast.early
 
     def sources(self, layer: int) -> int:
-        if self.from_own_input:
+        if self.forecast.from_own_input:
             return layer
         return self.guess_source(layer)
 
     def guess_source(self, layer: int) -> int:
         """Where the early prediction of a layer comes from."""
-        return layer - self.mode.lookahead if layer >= self.mode.lookahead else EMBEDDING
+        lookahead = self.forecast.lookahead
+        return layer - lookahead if layer >= lookahead else EMBEDDING
 
     def choose(
         self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """The layer's set for each source row; None: every neuron. What was `guessed` does not matter."""
-        if layer in self.mode.pinned:
+        if layer in self.forecast.pinned:
             return None
-        return self.scores.active(layer, source, self.from_own_input)
+        return self.scores.active(layer, source, self.forecast.from_own_input)
 
     def guess(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
         """The neurons whose reads start early; None where there are no guesses."""
-        if not self.mode.refines or layer in self.mode.pinned:
+        if not self.forecast.refines or layer in self.forecast.pinned:
             return None
         return self.scores.active(layer, source, own=False)
 
@@ -126,29 +127,30 @@ class RingChooser:
 class CacheAwareChooser(RingChooser):
     """Chooses by what is resident, too: its source rows are the tokens of one ring's life, in their order."""
 
-    def __init__(
-        self, mode: Mode, scores: LowRankScores, early: bool, residencies: Sequence[Residency]
-    ) -> None:
+    def __init__(self, forecast: Forecast, scores: LowRankScores, residencies: Sequence[Residency]) -> None:
         """`residencies`: every layer's, as a ring starts with them."""
-        super().__init__(mode, scores, early)
+        super().__init__(forecast, scores)
         self._graded = scores
         self._residencies = residencies
-        self._steps = [0] * mode.layers
+        self._steps = [0] * len(residencies)
 
     def choose(
         self, layer: int, source: torch.Tensor, guessed: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        if layer in self.mode.pinned:
+        if layer in self.forecast.pinned:
             return None
-        likely, sure = (mask.numpy() for mask in self._graded.graded(layer, source, self.from_own_input))
+        likely, sure = (
+            mask.numpy() for mask in self._graded.graded(layer, source, self.forecast.from_own_input)
+        )
         residency = self._residencies[layer]
         chosen = np.zeros_like(likely)
         for row in range(len(source)):
-            listed = np.flatnonzero(likely[row])
-            listed = np.where(sure[row, listed], listed, ~listed)
+            certain = np.flatnonzero(likely[row] & sure[row])
+            doubtful = np.flatnonzero(likely[row] & ~sure[row])
             guess = None if guessed is None else np.flatnonzero(guessed[row].numpy())
-            turn(residency, self._steps[layer], listed, guess)
-            chosen[row, residency.settle(listed)] = True  # a doubtful one that was resident still is
+            turn(residency, self._steps[layer], certain, guess, doubtful)
+            # A doubtful one that was resident still is.
+            chosen[row, residency.settle(certain, doubtful)] = True
             self._steps[layer] += 1
         return torch.from_numpy(chosen)
 
@@ -159,29 +161,20 @@ def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingCh
     `in_order`: source rows will come as the tokens of one ring's life, which cache-aware choice needs.
     Raises ConfigError and StoreError as the ring's start does.
     """
-    config = resolve(store, config)
-    kind = config.predictor.kind
-    pinned = pinned_layers(store, config)
-    mode = Mode(
-        len(store.layout.layers),
-        config.predictor.lookahead,
-        bool(config.predictor.refine),
-        pinned,
-        kind == "all",
-    )
-    if kind == "all":
+    forecast = resolve(store, config).forecast
+    if forecast.every:
         return None
-    if kind == "oracle":
-        return RingChooser(mode, OracleScores(store))
-    scorer = lowrank.load(store, config.model.predictor, mode.lookahead, mode.refines, 0.0, pinned)
-    early = predicts_early(store, config)
+    if forecast.kind == "oracle":
+        return RingChooser(forecast, OracleScores(store))
+    scorer = lowrank.load(store, config.model.predictor, forecast, 0.0)
     scores = LowRankScores(scorer.maps, config.predictor.threshold)
-    if not config.predictor.cache_aware:
-        return RingChooser(mode, scores, early)
+    if not forecast.cache_aware:
+        return RingChooser(forecast, scores)
     if not in_order:
         raise ConfigError("predictor.cache_aware needs tokens in their order: evaluate it by --point")
     divided = plan(store, config).plan
     residencies = [
-        Residency(divided.d_ff, slots, make_policy(divided.d_ff, config.cache)) for slots in divided.slots
+        Residency(units, slots, make_policy(units, config.cache))
+        for units, slots in zip(divided.units, divided.slots, strict=True)
     ]
-    return CacheAwareChooser(mode, scores, early, residencies)
+    return CacheAwareChooser(forecast, scores, residencies)

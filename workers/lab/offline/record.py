@@ -56,7 +56,7 @@ def run_block(
         applied.view(*tokens.shape, -1)[:, :PREFILLED] = True
         return applied
 
-    keep = 0 if chooser is None else chooser.mode.lookahead
+    keep = 0 if chooser is None else chooser.forecast.lookahead
     for layer in range(len(model.architecture.layers)):
         _, x = model.layer(layer, x, mask, early=chooser is not None and chooser.early)
         states.pop(layer - keep, None)
@@ -72,7 +72,7 @@ class Recorder:
         self._at = 0  # tokens of the blocks before this one
         self._active: Bits = np.zeros(shape, np.uint8)
         self._predicted = np.zeros_like(self._active) if chooser is not None else None
-        guesses = chooser is not None and chooser.mode.refines
+        guesses = chooser is not None and chooser.forecast.refines
         self._guessed = np.zeros_like(self._active) if guesses else None
 
     def see(self, layer: int, sets: Sets) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.cache.frequency import RecentlyFrequent
-from workers.cache.policy import Ids, Policy, WindowThenOldest
+from workers.cache.policy import NOTHING, Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
 from workers.lab.offline.policies import Belady, PinnedThenOldest
 from workers.lab.offline.trace import Trace
@@ -53,10 +53,12 @@ def replay(trace: Trace, slots: Sequence[int], make: Make, warm_up: int = 0) -> 
     return Outcome(hits, reads, wasted, trace.tokens - warm_up)
 
 
-def turn(residency: Residency, step: int, wanted: Ids, guess: Ids | None) -> tuple[int, int, int]:
+def turn(
+    residency: Residency, step: int, wanted: Ids, guess: Ids | None, doubtful: Ids = NOTHING
+) -> tuple[int, int, int]:
     """One token of one layer, as `workers/cache/layers.py` does it: hits, reads, wasted reads.
 
-    What does not fit is read and dropped. `wanted` may hold complements, for `Residency.settle`.
+    What does not fit is read and dropped; `doubtful` ones are wanted where they are resident.
     """
     residency.begin(step)
     guessed = 0
@@ -66,7 +68,7 @@ def turn(residency: Residency, step: int, wanted: Ids, guess: Ids | None) -> tup
         residency.admit(admitted)
         residency.use(admitted, step)
         guessed = admitted.size
-    wanted = residency.settle(wanted)
+    wanted = residency.settle(wanted, doubtful)
     slots = residency.lease(wanted)
     absent = wanted[slots == NOWHERE]
     useful = int(np.count_nonzero(residency.in_flight[slots]))

@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import planner, program
+from pipeline import program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from pipeline.models.names import configure
+from pipeline.planner.resolve import resolve
 from storage.errors import UsageError
 from storage.files import replacing
 from workers.cache.frequency import make_policy
@@ -65,7 +66,7 @@ def record_command(
     store = source.open_store()
     if not store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
-    config = planner.resolve(store, config)
+    config = resolve(store, config).config
     some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
     with (

@@ -1,0 +1,37 @@
+"""What a memory budget says: `7GiB`, `50%` of the checkpoint, or a sum."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from storage.errors import ConfigError
+from storage.manifest import RESIDENT
+from storage.store import Store
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B|B|)", re.IGNORECASE)
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+
+def parse_budget(text: str, store: Store) -> int | None:
+    """Bytes of `7GiB`, `50%` (of the checkpoint) or a sum such as `50%+1GiB`; None for ''."""
+    if not text.strip():
+        return None
+    total = 0.0
+    for term in text.split("+"):
+        match = _SIZE.fullmatch(term.strip())
+        if match is None:
+            raise ConfigError(f"memory.budget takes a size such as 7GiB or 50%, not {text!r}")
+        number, unit = float(match[1]), match[2].upper()
+        total += number / 100 * checkpoint_bytes(store) if unit == "%" else number * _UNITS[unit]
+    if not math.isfinite(total):
+        raise ConfigError(f"memory.budget cannot be as large as {text[:20]}…")
+    return int(total)
+
+
+def checkpoint_bytes(store: Store) -> int:
+    """The model's weights without padding: resident tensors and FFN matrices."""
+    return store.manifest.files[RESIDENT].bytes + store.layout.useful_bytes

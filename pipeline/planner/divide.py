@@ -1,0 +1,190 @@
+"""Divides the memory: what one ring holds, how large each part is, and whether a budget allows it.
+
+Slots take what is left. Everything else is decided by the model and the configuration, so the
+least budget is known exactly: all of that, and one slot per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pipeline.config import Config
+from pipeline.console import size
+from pipeline.cores import thread_count
+from pipeline.planner.budget import parse_budget
+from pipeline.planner.resolve import Resolved, resolve
+from pipeline.ring import segments
+from pipeline.ring.plan import BLOCK, BLOCKS, TILE, Plan
+from storage.codecs import CODECS
+from storage.errors import BudgetError
+from storage.manifest import RESIDENT
+from storage.store import Store
+
+DEFAULT_WINDOW = 5  # tokens; the paper's k
+F32 = 4  # bytes
+
+# Proportional set size of each process without what the plan's other parts count, in bytes. Measured
+# on Linux 6.18, Python 3.11: on a tiny model compute 110 MiB, predictor 93 (30 for kind `all`), cache
+# 30, prefetcher 31, supervisor 36; on OPT-6.7B's shape compute less than 120, predictor 93, cache 46,
+# prefetcher 32, supervisor 83; on Falcon-7B's compute 130, supervisor 110 with its larger tokenizer.
+BASES: Final = {
+    "compute": 140 << 20,
+    "predictor": 110 << 20,
+    "cache": 50 << 20,
+    "prefetcher": 40 << 20,
+    "supervisor": 110 << 20,
+}
+PAGE_TABLES: Final = 512  # bytes that one byte of page tables maps: 8 for every 4 KiB
+PINNED_PAGES: Final = 256  # the same for io_uring's table of registered buffers: 16 for every 4 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """A plan and how it came about. All sizes in bytes."""
+
+    plan: Plan
+    config: Config  # with nothing left open
+    parts: dict[str, int]  # what holds how much
+    budget: int | None  # None: no budget was given
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a token reads when every neuron is needed: all bundles without a slot."""
+        plan = self.plan
+        return (sum(plan.units) - plan.total_slots) * plan.stride
+
+    @property
+    def lines(self) -> list[str]:
+        """The division of the memory, for people."""
+        plan = self.plan
+        resident = plan.total_slots / sum(plan.units)
+        within = f" of {size(self.budget)}" if self.budget is not None else ""
+        head = f"memory: {size(self.total)}{within}; {resident:.1%} of the FFN in {plan.total_slots:,} slots"
+        return [head, *(f"  {name:<18}{size(value):>12}" for name, value in self.parts.items())]
+
+
+def plan(store: Store, config: Config) -> PlanReport:
+    """Resolve the configuration and divide the memory.
+
+    Raises BudgetError, naming the least that would do, when the budget is too small, and
+    ConfigError for what cannot be.
+    """
+    resolved = resolve(store, config)
+    budget = parse_budget(config.memory.budget, store)
+    least = _report(store, resolved, _least_slots(store, config), budget)
+    units = store.layout.units
+    if budget is None:
+        shares = [config.cache.slots_per_layer or round(config.cache.share * count) for count in units]
+        return _report(store, resolved, shares, None)
+    if budget < least.total:
+        raise BudgetError(
+            f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
+            f"the least that would do is {math.ceil(least.total / (1 << 20))}MiB"
+        )
+    if config.cache.slots_per_layer or not (open_layers := len(units) - len(resolved.forecast.pinned)):
+        return least
+    each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
+    spare = (budget - least.total) // (open_layers * each)
+    return _report(store, resolved, [slots + spare for slots in _least_slots(store, config)], budget)
+
+
+def least(store: Store, config: Config) -> PlanReport:
+    """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
+    return _report(store, resolve(store, config), _least_slots(store, config), None)
+
+
+def most(store: Store, config: Config) -> PlanReport:
+    """The plan that holds every neuron, whatever the budget. Raises ConfigError."""
+    return _report(store, resolve(store, config), store.layout.units, None)
+
+
+def _least_slots(store: Store, config: Config) -> list[int]:
+    return [config.cache.slots_per_layer or 1] * len(store.layout.layers)
+
+
+def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int | None) -> PlanReport:
+    """The plan with so many `slots` in each layer that is not pinned: at least one, at most all."""
+    config, forecast, units = resolved.config, resolved.forecast, store.layout.units
+    divided = Plan(
+        d_model=store.architecture.d_model,
+        units=units,
+        stride=store.layout.stride,
+        slots=tuple(
+            count if layer in forecast.pinned else max(1, min(count, slots[layer]))
+            for layer, count in enumerate(units)
+        ),
+        staging=staging_slots(config.prefetcher.staging, store.layout.stride, store.layout.most_units),
+        context=config.compute.context,
+        hidden_rows=config.cache.window or DEFAULT_WINDOW,
+        forecast=forecast,
+        cache_dtype=config.compute.kv_cache,
+    )
+    return PlanReport(divided, config, _parts(store, config, divided), budget)
+
+
+def staging_slots(size_bytes: int, stride: int, most: int) -> int:
+    """Units of one staging half: `most`, or whole blocks, so that kernels see them, where there is room."""
+    count = max(1, size_bytes // stride)
+    if count > BLOCK:
+        count -= count % BLOCK
+    return min(count, most)
+
+
+def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
+    architecture = store.architecture
+    shared = segments.sizes(divided)
+    resident = store.manifest.files[RESIDENT].bytes
+    mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
+    tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
+    staging = 2 * divided.staging * divided.stride
+    heads = sum(layer.attention.kv_heads * layer.attention.head_dim for layer in architecture.layers)
+    cached = 2 * CODECS[divided.cache_dtype].size(divided.context * heads)
+    return {
+        "resident weights": resident,
+        "KV cache": cached,
+        "predictors": _held_by_predictor(store, config, divided),
+        "slots": shared.pop("bundles") - staging,
+        "staging": staging,
+        "tables": sum(shared.values()),
+        "activations": _activation_bytes(store, config, divided),
+        "processes": sum(BASES.values()),
+        "page tables": tables,
+    }
+
+
+def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
+    """Compute's scratch at its largest, the prefill of a full context, all float32.
+
+    Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
+    and values before and after rotation, and the FFN activations of a few blocks of units. Per
+    thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens.
+    """
+    a = store.architecture
+    threads = thread_count(config.compute.threads)
+    heads = max(layer.attention.projected for layer in a.layers)
+    per_token = 7 * a.d_model + 2 * heads + min(divided.most_units, BLOCKS * BLOCK)
+    per_thread = TILE * (a.d_model + divided.context)
+    return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
+
+
+def predictor_bytes(store: Store, config: Config) -> int:
+    """Size of the chosen predictors' file; 0 when there is none."""
+    try:
+        return store.predictors(config.model.predictor).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _held_by_predictor(store: Store, config: Config, divided: Plan) -> int:
+    if divided.forecast.kind == "lowrank":
+        return predictor_bytes(store, config)
+    if divided.forecast.kind == "oracle":
+        return sum(one.units * one.unit.row_bytes("up") for one in store.layout.layers)
+    return 0

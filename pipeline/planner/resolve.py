@@ -1,0 +1,112 @@
+"""What a configuration leaves open, decided once for a store: what `auto` and 0 stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Config, Model
+from pipeline.ring.plan import Forecast, Kind
+from storage.errors import ConfigError, StoreError
+from storage.store import Store
+from storage.tensors import Tensors
+
+DEFAULT_CONTEXT = 2048  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration with nothing left open."""
+
+    config: Config  # with decided kind, refine and context: what is written down beside results
+    forecast: Forecast
+
+
+def resolve(store: Store, config: Config) -> Resolved:
+    """Decide what is open. Raises ConfigError for what this model cannot do."""
+    limit = store.architecture.max_positions
+    context = config.compute.context or min(DEFAULT_CONTEXT, limit)
+    if context > limit:
+        raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
+    forecast = _forecast(store, config)
+    decided = {"kind": forecast.kind, "refine": forecast.refine}
+    return Resolved(config.replace(predictor=decided, compute={"context": context}), forecast)
+
+
+def _forecast(store: Store, config: Config) -> Forecast:
+    wanted = config.predictor
+    kind = _kind(store, config)
+    if kind == "oracle" and not store.architecture.sparse:
+        raise ConfigError(
+            "predictor.kind oracle needs a ReLU model, "
+            f"and {store.manifest.name} has {store.architecture.activation}"
+        )
+    if wanted.cache_aware and kind != "lowrank":
+        raise ConfigError(f"predictor.cache_aware needs trained predictors, and predictor.kind is {kind}")
+    refine, early = wanted.refine is not False, False
+    if kind == "lowrank":
+        refine, early = _fitting(store, config)
+    if kind == "oracle" and wanted.lookahead and not refine:
+        raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
+    pinned = _pinned_layers(store, config)
+    return Forecast(kind, wanted.lookahead, refine, early, pinned, wanted.cache_aware)
+
+
+def _kind(store: Store, config: Config) -> Kind:
+    """Raises ConfigError for predictors that are not there."""
+    kind, name = config.predictor.kind, config.model.predictor
+    has_predictors = store.predictors(name).is_file()
+    if not has_predictors and (kind == "lowrank" or (kind == "auto" and name != Model().predictor)):
+        others = ", ".join(sorted(file.stem for file in store.predictors(name).parent.glob("*.safetensors")))
+        raise ConfigError(
+            f"{store.manifest.name} has no predictors named {name!r}{f', only {others}' if others else ''}: "
+            f"make them with `run.py train-predictor --store {store.path} --name {name} --text FILE`, "
+            "or choose another model.predictor or predictor.kind"
+        )
+    if kind != "auto":
+        return kind
+    return "lowrank" if store.architecture.sparse and has_predictors else "all"
+
+
+def _fitting(store: Store, config: Config) -> tuple[bool, bool]:
+    """Whether to refine, and whether the predictors want hidden states before attention.
+
+    Raises ConfigError where the predictors do not fit the configuration.
+    """
+    wanted, lookahead = config.predictor.refine, config.predictor.lookahead
+    path = store.predictors(config.model.predictor)
+    whose = f"the predictors {config.model.predictor!r} of {store.manifest.name}"
+    file = Tensors(path)
+    names = file.names
+    try:
+        trained = int(file.metadata.get("lookahead", "0"))
+    except ValueError:
+        raise StoreError(f"the predictors {path} are damaged: their look-ahead is not a number") from None
+    own = trained == 0 or any(name.startswith("inlayer.") for name in names)
+    if not own and (wanted or lookahead != trained):
+        raise ConfigError(
+            f"{whose} are for look-ahead {trained} "
+            f"without refine: set predictor.lookahead={trained} and predictor.refine=false, or train others"
+        )
+    refine = own if wanted is None else wanted
+    if not refine and lookahead not in {0, trained}:
+        raise ConfigError(
+            f"{whose} are for look-ahead {trained}, "
+            f"not {lookahead}: set predictor.lookahead={trained} or predictor.refine=true, or train others"
+        )
+    if config.predictor.cache_aware:
+        in_layer = (refine or not lookahead) and any(name.startswith("inlayer.") for name in names)
+        sets = "inlayer." if in_layer else "layers."  # guesses need no such thresholds
+        maps = [name[: -len(".bias")] for name in names if name.startswith(sets) and name.endswith(".bias")]
+        if not maps or not all(f"{one}.absent" in names for one in maps):
+            raise ConfigError(f"{whose} have no thresholds for predictor.cache_aware: train others")
+    return refine, file.metadata.get("early") == "true"
+
+
+def _pinned_layers(store: Store, config: Config) -> frozenset[int]:
+    """By their number from the front; those that have nothing on flash are always among them."""
+    units = store.layout.units
+    for layer in config.predictor.pinned_layers:
+        if not -len(units) <= layer < len(units):
+            raise ConfigError(f"predictor.pinned_layers names layer {layer}, and the model has {len(units)}")
+    asked = {layer % len(units) for layer in config.predictor.pinned_layers}
+    return frozenset(asked | {layer for layer, count in enumerate(units) if not count})
