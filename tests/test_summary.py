@@ -13,20 +13,18 @@ from pipeline.ring.audit import AuditReport, AuditSums
 from pipeline.ring.counters import layer_and_name, of_layer
 from pipeline.ring.generation import Generation
 from pipeline.ring.messages import Finished
-from pipeline.ring.plan import Plan
+from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.summary import MemoryUse, Summary
 
 PLAN = Plan(
-    layers=2,
     d_model=16,
-    d_ff=32,
+    units=(32, 32),
     stride=512,
     slots=(10, 12),
     staging=4,
     context=64,
     hidden_rows=4,
-    lookahead=1,
-    pinned=frozenset(),
+    forecast=Forecast("all", 1, refine=False),
 )
 AUDITED = AuditSums(
     tokens=2, active=8, missed=2, wrong=6, inactive=24, magnitude=4, magnitude_missed=1, output=9, error=1
