@@ -62,6 +62,7 @@ class Cache(Section):
     half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
     slots_per_layer: Count = 0  # overrides share; 0: by share or budget
+    policy: str = "lrfu"  # who leaves first: lrfu by recency and frequency, lru the least recently used
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that
 
 

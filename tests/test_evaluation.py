@@ -27,8 +27,8 @@ from storage.convert import convert
 from storage.errors import ConfigError, UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
-from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
+from workers.cache.policies import make_policy
 from workers.lab.evaluation import __main__ as evaluation
 from workers.lab.evaluation import evaluate, points
 from workers.lab.evaluation.report import compare_task, compare_text, judge

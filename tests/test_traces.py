@@ -20,8 +20,9 @@ from pipeline.ring.plan import Forecast, Plan
 from storage.convert import convert
 from storage.errors import StoreError
 from storage.store import Store
-from workers.cache.frequency import RecentlyFrequent, make_policy
+from workers.cache.frequency import RecentlyFrequent
 from workers.cache.layers import LayerCache
+from workers.cache.policies import make_policy
 from workers.cache.policy import KeepNothing, WindowThenOldest
 from workers.cache.residency import Residency
 from workers.lab.offline import replay

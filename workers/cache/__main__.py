@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from pipeline.ring.messages import LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.ring.process import Worker, run
-from workers.cache.frequency import make_policy
 from workers.cache.layers import LayerCache
+from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
 from workers.loop import serve
 

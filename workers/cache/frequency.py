@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import Cache
-from workers.cache.policy import Ids, KeepNothing, Policy, WindowThenOldest
+from workers.cache.policy import Ids, WindowThenOldest
 
 _NEVER = -1e6  # far below any level that a use gives
 _RESOLUTION = 2.0**30  # of a worth, per doubling
@@ -32,12 +31,3 @@ class RecentlyFrequent(WindowThenOldest):
 
     def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
         return (self._level[ids] * _RESOLUTION).astype(np.int64)
-
-
-def make_policy(units: int, settings: Cache) -> Policy:
-    """One layer's policy of the configuration; half-life 0: the least recently used leaves first."""
-    if not settings.keep:
-        return KeepNothing()
-    if not settings.half_life:
-        return WindowThenOldest(units, settings.window)
-    return RecentlyFrequent(units, settings.window, settings.half_life)

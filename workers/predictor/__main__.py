@@ -8,24 +8,9 @@ from pipeline.ring.messages import HiddenReady, Message, RingReady
 from pipeline.ring.process import Worker, run
 from workers.loop import serve
 from workers.predictor.prediction import Prediction
-from workers.predictor.scorer import Scorer
+from workers.predictor.scorers import load_scorer
 
 NAME = "predictor"
-
-
-def load_scorer(worker: Worker) -> Scorer | None:
-    """The scorer of the plan's kind; None for `all`. Kernels are loaded only where they are used."""
-    forecast = worker.plan.forecast
-    if forecast.kind == "oracle":
-        from workers.predictor.oracle import Oracle
-
-        return Oracle.load(worker.store)
-    if forecast.kind == "lowrank":
-        from workers.predictor import lowrank
-
-        config = worker.config
-        return lowrank.load(worker.store, config.model.predictor, forecast, config.predictor.threshold)
-    return None
 
 
 def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], None]:
@@ -46,7 +31,7 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
 
 async def main(worker: Worker) -> None:
     """Answer messages until Stop."""
-    scorer = load_scorer(worker)
+    scorer = load_scorer(worker.store, worker.config, worker.plan.forecast)
     prediction = Prediction(worker.plan, scorer, worker.segments.hidden, worker.segments.predicted)
     await serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.planner.divide import plan, predictor_bytes
-from workers.cache.frequency import make_policy
+from workers.cache.policies import make_policy
 from workers.lab.evaluation.report import compare_text
 from workers.lab.evaluation.statistics import Estimate
 from workers.lab.offline.chooser import RingChooser, make_chooser

@@ -21,7 +21,7 @@ from pipeline.ring.messages import EMBEDDING
 from pipeline.ring.plan import Forecast
 from storage.errors import ConfigError
 from storage.store import Store
-from workers.cache.frequency import make_policy
+from workers.cache.policies import make_policy
 from workers.cache.residency import Residency
 from workers.lab.offline.replay import turn
 from workers.lab.training import activations

@@ -25,7 +25,7 @@ from pipeline.models.names import configure
 from pipeline.planner.resolve import resolve
 from storage.errors import UsageError
 from storage.files import replacing
-from workers.cache.frequency import make_policy
+from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
 from workers.lab.offline import record, replay
 from workers.lab.offline.chooser import make_chooser
