@@ -1,4 +1,4 @@
-"""Eviction policies by name, as `cache.policy` of the configuration. A new one is a file and an entry here."""
+"""Eviction policies by name, as `cache.policy` names them. A new one is a file and an entry here."""
 
 from __future__ import annotations
 
