@@ -115,8 +115,8 @@ class LowRankScorer(Scorer):
 def load(store: Store, name: str, forecast: Forecast, threshold: float) -> LowRankScorer:
     """The store's predictors `name`, for a ring of this forecast; pinned layers need none.
 
-    Whether the file can do what the forecast says, `pipeline/planner/resolve.py` has decided. Sets need maps of
-    their own look-ahead; guesses take the layer's own where there are no better. Raises StoreError, naming
+    Whether the file can do what the forecast says, `pipeline/planner/resolve.py` has decided. Sets need maps
+    of their own look-ahead; guesses take the layer's own where there are no better. Raises StoreError, naming
     the command that helps, for predictors that are missing, of another model, or not of every layer.
     """
     lookahead, refines = forecast.lookahead, forecast.refines
