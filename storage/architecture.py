@@ -6,10 +6,9 @@ Compute runs any `Architecture`; a family's file only has to describe itself in 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, TypeAdapter
+from storage.records import read_record
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh"]
 
@@ -22,7 +21,6 @@ NormPlace: TypeAlias = Literal["attention_input", "ffn_input", "attention_sum", 
 class Norm:
     """A layer norm with weight and bias."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     epsilon: float
 
 
@@ -30,7 +28,6 @@ class Norm:
 class Rope:
     """Rotary positions of queries and keys: angles `position · base^(-2i / head_dim)`."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     base: float
 
 
@@ -38,7 +35,6 @@ class Rope:
 class Attention:
     """Query head h uses key-value head h // (heads // kv_heads)."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     heads: int
     kv_heads: int
     head_dim: int
@@ -61,7 +57,6 @@ class Attention:
 class Ffn:
     """Two matrices, `down @ activation(up @ x)`, in `units` units of `width` neurons."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     kind: Literal["plain"]
     units: int
     width: int
@@ -86,7 +81,6 @@ class Layer:
       FFN reads attention's input
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     attention: Attention
     ffn: Ffn
     norms: dict[NormPlace, Norm]
@@ -97,7 +91,6 @@ class Layer:
 class Architecture:
     """A decoder-only transformer."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     family: str
     d_model: int
     vocabulary: int
@@ -126,12 +119,7 @@ class Architecture:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """Inverse of `to_json`. Raises ValueError for fields that are missing, unknown or of another type."""
-        return _adapter().validate_python(data)
-
-
-@cache
-def _adapter() -> TypeAdapter[Architecture]:
-    return TypeAdapter(Architecture)
+        return read_record(cls, data)
 
 
 # Canonical names of the resident tensors in a store. Linear weights are [out, in].
