@@ -18,7 +18,7 @@ from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
-from workers.compute.weights import Weights
+from workers.compute.weights import Weights, codecs
 
 NAME = "compute"
 
@@ -75,9 +75,10 @@ async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
     threads = thread_count(worker.config.compute.threads)
     cache_codec = CODECS[worker.plan.cache_dtype]
-    weights = Weights(worker.store)
-    for codec in weights.codecs:
+    reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
+    for codec in codecs(worker.store):  # while the disk works
         kernels.warm(codec, cache_codec)
+    weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
     loop = LayerLoop(worker, weights, device)
     stopped = asyncio.Event()

@@ -51,14 +51,6 @@ class Weights:
                     self._matrices[name] = Rows.of_matrix(array.reshape(place.shape), codec)
 
     @property
-    def codecs(self) -> tuple[Codec, ...]:
-        """Of all matrices and units, each once."""
-        found = [matrix.codec for matrix in self._matrices.values()]
-        units = (layer.unit for layer in self.layout.layers)
-        found += [unit.codec(row.role) for unit in units for row in unit.rows]
-        return tuple({codec.name: codec for codec in found}.values())
-
-    @property
     def names(self) -> list[str]:
         """Names of all tensors, in the file's order within matrices and vectors."""
         return [*self._matrices, *self._vectors]
@@ -81,6 +73,14 @@ class Weights:
 
 
 _NOTHING = np.zeros(0, np.float32)
+
+
+def codecs(store: Store) -> tuple[Codec, ...]:
+    """Of all matrices and units of a store, each once; nothing but headers is read."""
+    places = Tensors(store.path / RESIDENT).places.values()
+    found = {place.dtype for place in places if len(place.shape) > 1}
+    found |= {row.codec for layer in store.layout.layers for row in layer.unit.rows}
+    return tuple(CODECS[name] for name in sorted(found))
 
 
 def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:
