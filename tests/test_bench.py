@@ -37,7 +37,7 @@ from workers.lab.bench.roofline import measure as measure_roof
 from workers.lab.bench.rows import TECHNIQUES, Row
 from workers.lab.bench.series import Series
 from workers.lab.offline.dense import DenseModel
-from workers.prefetcher.requests import Planner
+from workers.prefetcher.requests import RequestBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -660,7 +660,7 @@ def test_without_a_window_every_token_begins_with_empty_slots():
 @pytest.mark.parametrize("stride", [512, 1024, 1536, 18432])
 def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
     layout = Layout.uniform(4, 10, neuron("float16", stride // 4))
-    requests = Planner(
+    requests = RequestBuilder(
         base=1 << 20, slots=8, stride=stride, layout=layout, max_read=1 << 20, max_gap=0, sink=0
     )
     positions, slots = np.array([7, 2, 3], np.int32), np.array([0, 5, 1], np.int32)
@@ -676,8 +676,8 @@ def test_bundles_by_halves_bring_the_same_bytes(stride: int) -> None:
                 offset += length
         return found
 
-    halves = requests.plan_halves(2, positions, slots)
-    whole = requests.plan(2, positions, slots)
+    halves = requests.build_halves(2, positions, slots)
+    whole = requests.build(2, positions, slots)
     assert landed(halves) == landed(whole)
     assert halves.total_bytes == whole.total_bytes == 3 * stride
     if stride > 512:

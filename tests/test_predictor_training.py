@@ -25,9 +25,9 @@ from storage.lock import locked
 from storage.manifest import PREDICTORS
 from storage.store import Store
 from storage.tensors import Tensors
-from workers.lab.offline import record
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
+from workers.lab.offline.forward import forward
 from workers.lab.training import __main__ as training
 from workers.lab.training import activations, fit, lowmap, report, svd, texts
 from workers.lab.training.__main__ import Split, TrainingJob, make
@@ -221,7 +221,7 @@ def test_the_rings_first_layer_sees_what_its_map_was_trained_on(
     assert chooser is not None
     found = []
     with DenseModel(store, 1) as model, torch.no_grad():
-        record.run_block(model, chooser, tokens, lambda layer, sets: found.append(sets.predicted))
+        forward(model, tokens, chooser, lambda layer, sets: found.append(sets.predicted))
     made = lowmap.LowMap.read(Tensors(store.path / PREDICTORS / "first.safetensors"), "layers.0")
     samples = activations.Activations(tmp_path / "activations", store).samples(0, 1)
     scores = made.scores(samples.rows(slice(None))[0])

@@ -48,7 +48,7 @@ from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.io_uring import IoUring
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.queues import open_queues
-from workers.prefetcher.requests import Planner, Requests
+from workers.prefetcher.requests import RequestBuilder, Requests
 from workers.prefetcher.threads import Threads
 
 BACKENDS = ("io_uring", "threads", "aiofiles")
@@ -87,7 +87,7 @@ class Bench:
     """A pool over a store's bundles, and slots for it to fill."""
 
     pool: ReaderPool
-    planner: Planner
+    builder: RequestBuilder
     slots: npt.NDArray[np.uint8]  # [layers · d_ff, stride]
 
 
@@ -116,7 +116,7 @@ def with_pool(
         for descriptor in memory.values():
             os.close(descriptor)
         sink = np.frombuffer(mmap.mmap(-1, max_gap + layout.stride), np.uint8)
-        planner = Planner(
+        builder = RequestBuilder(
             slots.ctypes.data,
             slots.shape[0],
             layout.stride,
@@ -130,7 +130,7 @@ def with_pool(
             pool = ReaderPool(queues, depth, file.size, lambda at: f"bundle {at // layout.stride}", in_flight)
             tasks = [
                 asyncio.ensure_future(pool.run()),
-                asyncio.ensure_future(body(Bench(pool, planner, slots))),
+                asyncio.ensure_future(body(Bench(pool, builder, slots))),
             ]
             try:
                 done, _ = await asyncio.wait(tasks, timeout=WAIT, return_when=asyncio.FIRST_COMPLETED)
@@ -147,7 +147,7 @@ def with_pool(
 
 
 def requests_for(bench: Bench, layer: int, ids: list[int], slots: list[int]) -> Requests:
-    return bench.planner.plan(layer, np.array(ids, np.int32), np.array(slots, np.int32))
+    return bench.builder.build(layer, np.array(ids, np.int32), np.array(slots, np.int32))
 
 
 async def read_and_check(bench: Bench, store: Store, seed: int = 0) -> None:
@@ -200,7 +200,7 @@ def test_plain_reads_use_registered_buffers(store: Store, readers: int) -> None:
         with BundleFile.open(store.path / BUNDLES, store.layout.stride) as file:
             queues, note = await open_queues("io_uring", file, 2, readers, memory)
             assert note.endswith(", registered buffers")
-            planner = Planner(
+            builder = RequestBuilder(
                 memory.ctypes.data,
                 16,
                 store.layout.stride,
@@ -210,7 +210,7 @@ def test_plain_reads_use_registered_buffers(store: Store, readers: int) -> None:
                 memory.ctypes.data,
             )
             ids, slots = np.array([1, 5, 6], np.int32), np.array([0, 3, 2], np.int32)
-            (prepared,) = {bytes(queue.prepare(planner.plan(0, ids, slots), 1)) for queue in queues}
+            (prepared,) = {bytes(queue.prepare(builder.build(0, ids, slots), 1)) for queue in queues}
             opcodes = [prepared[at] for at in range(0, len(prepared), io_uring.ENTRY)]
             assert opcodes == [io_uring.OP_READ_FIXED, io_uring.OP_READV]
             for queue in queues:

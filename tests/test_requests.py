@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.layout import Layout, neuron
-from workers.prefetcher.requests import IOV_MAX, Planner, Requests
+from workers.prefetcher.requests import IOV_MAX, RequestBuilder, Requests
 
 STRIDE = 512
 BASE = 1 << 40
 SINK = 1 << 30
 
 
-def planner(d_ff: int, slots: int, max_read: int = 4096, max_gap: int = 0) -> Planner:
+def builder(d_ff: int, slots: int, max_read: int = 4096, max_gap: int = 0) -> RequestBuilder:
     layout = Layout.uniform(4, d_ff, neuron("float16", STRIDE // 4))
-    return Planner(BASE, slots, STRIDE, layout, max_read, max_gap, SINK)
+    return RequestBuilder(BASE, slots, STRIDE, layout, max_read, max_gap, SINK)
 
 
-def plan(one: Planner, layer: int, positions: list[int], slots: list[int]) -> Requests:
-    return one.plan(layer, np.array(positions, np.int32), np.array(slots, np.int32))
+def plan(one: RequestBuilder, layer: int, positions: list[int], slots: list[int]) -> Requests:
+    return one.build(layer, np.array(positions, np.int32), np.array(slots, np.int32))
 
 
 @dataclass
@@ -71,7 +71,7 @@ def test_every_bundle_lands_in_its_slot_once(
     part: tuple[int, list[int], list[int]], layer: int, max_read: int, max_gap: int
 ) -> None:
     d_ff, positions, slots = part
-    requests = plan(planner(d_ff, max(slots, default=0) + 1, max_read, max_gap), layer, positions, slots)
+    requests = plan(builder(d_ff, max(slots, default=0) + 1, max_read, max_gap), layer, positions, slots)
     landed = follow(requests)
     assert landed.slots == {
         slot: layer * d_ff + position for position, slot in zip(positions, slots, strict=True)
@@ -83,14 +83,14 @@ def test_every_bundle_lands_in_its_slot_once(
     assert (requests.counts <= IOV_MAX).all()
     for index in range(len(requests)):
         for address, length in requests.vector(index):
-            assert address >= BASE or length <= Planner.sink_bytes(STRIDE, max_gap)
+            assert address >= BASE or length <= RequestBuilder.sink_bytes(STRIDE, max_gap)
 
 
 @settings(max_examples=100, deadline=None)
 @given(parts(), st.data())
 def test_a_remainder_is_what_is_left(part: tuple[int, list[int], list[int]], data: st.DataObject) -> None:
     d_ff, positions, slots = part
-    requests = plan(planner(d_ff, max(slots, default=0) + 1, 8192, STRIDE), 0, positions, slots)
+    requests = plan(builder(d_ff, max(slots, default=0) + 1, 8192, STRIDE), 0, positions, slots)
     for index in range(len(requests)):
         done = data.draw(st.integers(0, int(requests.lengths[index]) - 1))
         rest = requests.remainder(index, done)
@@ -104,7 +104,7 @@ def bytes_of(requests: Requests, index: int) -> list[int]:
 
 
 def test_neighbours_become_one_read_with_merged_iovecs() -> None:
-    requests = plan(planner(64, 64), 1, [10, 12, 11, 20], [4, 9, 5, 6])
+    requests = plan(builder(64, 64), 1, [10, 12, 11, 20], [4, 9, 5, 6])
     assert requests.offsets.tolist() == [(64 + 10) * STRIDE, (64 + 20) * STRIDE]
     assert requests.lengths.tolist() == [3 * STRIDE, STRIDE]
     assert requests.vector(0) == [(BASE + 4 * STRIDE, 2 * STRIDE), (BASE + 9 * STRIDE, STRIDE)]
@@ -115,16 +115,16 @@ def test_neighbours_become_one_read_with_merged_iovecs() -> None:
 
 def test_small_gaps_are_read_and_counted_and_large_ones_are_not() -> None:
     positions, slots = [0, 2, 5], [0, 1, 2]
-    assert len(plan(planner(8, 3, max_gap=0), 0, positions, slots)) == 3
-    joined = plan(planner(8, 3, max_gap=STRIDE), 0, positions, slots)
+    assert len(plan(builder(8, 3, max_gap=0), 0, positions, slots)) == 3
+    joined = plan(builder(8, 3, max_gap=STRIDE), 0, positions, slots)
     assert joined.lengths.tolist() == [3 * STRIDE, STRIDE]
     assert joined.gap_bytes == STRIDE
     assert joined.vector(0) == [(BASE, STRIDE), (SINK, STRIDE), (BASE + STRIDE, STRIDE)]
-    assert plan(planner(8, 3, max_gap=2 * STRIDE), 0, positions, slots).gap_bytes == 3 * STRIDE
+    assert plan(builder(8, 3, max_gap=2 * STRIDE), 0, positions, slots).gap_bytes == 3 * STRIDE
 
 
 def test_a_streamed_layer_is_read_in_plain_reads_of_the_largest_size() -> None:
-    requests = plan(planner(100, 100, max_read=16 * STRIDE), 0, list(range(100)), list(range(100)))
+    requests = plan(builder(100, 100, max_read=16 * STRIDE), 0, list(range(100)), list(range(100)))
     assert requests.lengths.tolist() == [16 * STRIDE] * 6 + [4 * STRIDE]
     assert not requests.scattered.any()
 
@@ -132,18 +132,18 @@ def test_a_streamed_layer_is_read_in_plain_reads_of_the_largest_size() -> None:
 def test_no_read_has_more_iovecs_than_the_system_takes() -> None:
     count = 2 * IOV_MAX + 5
     requests = plan(
-        planner(count, 2 * count, max_read=1 << 30), 0, list(range(count)), list(range(0, 2 * count, 2))
+        builder(count, 2 * count, max_read=1 << 30), 0, list(range(count)), list(range(0, 2 * count, 2))
     )
     assert requests.counts.tolist() == [IOV_MAX, IOV_MAX, 5]
 
 
 def test_a_bundle_larger_than_the_largest_read_is_still_read_whole() -> None:
-    requests = plan(planner(4, 4, max_read=STRIDE // 2), 0, [1, 2], [0, 1])
+    requests = plan(builder(4, 4, max_read=STRIDE // 2), 0, [1, 2], [0, 1])
     assert requests.lengths.tolist() == [STRIDE, STRIDE]
 
 
 def test_nothing_asked_for_is_no_read() -> None:
-    requests = plan(planner(4, 4), 0, [], [])
+    requests = plan(builder(4, 4), 0, [], [])
     assert len(requests) == 0
     assert requests.total_bytes == 0
 
@@ -155,4 +155,4 @@ def test_nothing_asked_for_is_no_read() -> None:
 )  # fmt: skip
 def test_malformed_tables_are_refused(positions: list[int], slots: list[int], complaint: str) -> None:
     with pytest.raises(AssertionError, match=complaint):
-        plan(planner(4, 4), 0, positions, slots)
+        plan(builder(4, 4), 0, positions, slots)

@@ -22,16 +22,16 @@ from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.queues import open_queues
-from workers.prefetcher.requests import Planner, Requests
+from workers.prefetcher.requests import RequestBuilder, Requests
 
 
 class Prefetcher:
-    """Plans every part's reads, submits them and announces the part."""
+    """Builds every part's reads, submits them and announces the part."""
 
-    def __init__(self, worker: Worker, pool: ReaderPool, planner: Planner) -> None:
+    def __init__(self, worker: Worker, pool: ReaderPool, builder: RequestBuilder) -> None:
         self._worker = worker
         self._pool = pool
-        self._planner = planner
+        self._builder = builder
         self._positions = worker.store.positions()
         self._values: Counter[str] = Counter()
         self._split = worker.config.prefetcher.split
@@ -59,8 +59,8 @@ class Prefetcher:
         assert ids.size == message.count, "a part beyond the read table"
         positions = ids if self._positions is None else self._positions[message.layer][ids]
         by_halves = self._split and not message.step.every
-        plan = self._planner.plan_halves if by_halves else self._planner.plan
-        requests = plan(message.layer, positions, table[SLOT, rows].copy())
+        build = self._builder.build_halves if by_halves else self._builder.build
+        requests = build(message.layer, positions, table[SLOT, rows].copy())
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
 
@@ -118,7 +118,9 @@ async def main(worker: Worker) -> None:
     be_prompt()
     settings = worker.config.prefetcher
     stride = worker.plan.stride
-    sink = np.frombuffer(mmap.mmap(-1, Planner.sink_bytes(stride, settings.max_gap) + stride), np.uint8)
+    sink = np.frombuffer(
+        mmap.mmap(-1, RequestBuilder.sink_bytes(stride, settings.max_gap) + stride), np.uint8
+    )
     path = worker.store.path / BUNDLES
     with BundleFile.open(path, stride, settings.direct) as file:
         bundles = worker.segments.bundles
@@ -127,7 +129,7 @@ async def main(worker: Worker) -> None:
         )
         describe = Describer(path, worker.store.layout, worker.store.order())
         pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
-        planner = Planner(
+        builder = RequestBuilder(
             base=bundles.ctypes.data,
             slots=bundles.shape[0],
             stride=stride,
@@ -138,7 +140,7 @@ async def main(worker: Worker) -> None:
         )
         try:
             note = f"{chosen}, {settings.readers} × {settings.queue_depth} deep, {file.note}"
-            await serve(worker, Prefetcher(worker, pool, planner), pool, note)
+            await serve(worker, Prefetcher(worker, pool, builder), pool, note)
         finally:
             await pool.close()
 

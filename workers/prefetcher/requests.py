@@ -1,10 +1,10 @@
-"""Which bytes of `bundles.bin` go where: pure planning, vectorised over the neurons of a part.
+"""Which bytes of `bundles.bin` go where: pure arithmetic, vectorised over the neurons of a part.
 
 Neighbouring bundles become one read, as do bundles that a small gap separates; the gap's bytes go
 to a sink and are counted. Slots need not be contiguous, since a read scatters over iovecs; where
 they are, iovecs merge too, so that a streamed layer is read in large plain reads.
 
-A part of decode is a few hundred bundles, and what planning it costs is the number of array operations:
+A part of decode is a few hundred bundles, and building its reads costs by the number of array operations:
 with the caches full of the kernels' data, ten microseconds each.
 """
 
@@ -101,7 +101,7 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
-class Planner:
+class RequestBuilder:
     """Turns neurons and slots into requests. All sizes in bytes."""
 
     base: int  # address of slot 0
@@ -122,7 +122,7 @@ class Planner:
         # a read within IOV_MAX iovecs.
         return min(max(1, self.max_read // stride), IOV_MAX)
 
-    def plan_halves(
+    def build_halves(
         self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]
     ) -> Requests:
         """The same by two reads a bundle, first halves first: what a layout without bundles costs.
@@ -132,7 +132,7 @@ class Planner:
         part = self.layout.layers[layer]
         cut = part.unit.stride // 2 // DIRECT_UNIT * DIRECT_UNIT
         if cut == 0 or positions.size == 0:
-            return self.plan(layer, positions, slots)
+            return self.build(layer, positions, slots)
         offsets = part.offset(positions.astype(np.int64))
         bases = self.base + slots.astype(np.int64) * self.stride
         iovecs = np.empty((2 * positions.size, 2), np.int64)
@@ -145,7 +145,7 @@ class Planner:
             bundles=positions.size,
         )
 
-    def plan(self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Requests:
+    def build(self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Requests:
         """Reads that bring the bundle at file position `positions[i]` of `layer` into `slots[i]`."""
         assert positions.shape == slots.shape
         if positions.size == 0:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from storage.errors import UsageError
 from workers.lab.evaluation.report import TaskReport, TextReport, compare_task, compare_text, judge
 from workers.lab.evaluation.tasks import Item, find, load
+from workers.lab.offline.chooser import RingChooser
 from workers.lab.offline.dense import DenseModel
-from workers.lab.offline.scoring import Chooser, Scored, score
+from workers.lab.offline.scoring import Scored, score
 
 ITEMS_PER_ROUND = 256  # items between two progress reports
 Progress = Callable[[str, int, int], None]
@@ -36,7 +37,7 @@ def chunks(tokenizer: Tokenizer, text: str, length: int, limit: int | None) -> t
 
 def evaluate_text(
     model: DenseModel,
-    chooser: Chooser | None,
+    chooser: RingChooser | None,
     sequences: list[list[int]],
     text_bytes: int,
     seed: int,
@@ -44,7 +45,7 @@ def evaluate_text(
 ) -> TextReport:
     """Perplexity of both models on the same chunks."""
 
-    def scored(stage: str, by: Chooser | None) -> list[Scored]:
+    def scored(stage: str, by: RingChooser | None) -> list[Scored]:
         return score(model, sequences, by, lambda done, total: progress(stage, done, total))
 
     dense = scored("text, dense", None)
@@ -54,7 +55,7 @@ def evaluate_text(
 
 def evaluate_task(
     model: DenseModel,
-    chooser: Chooser | None,
+    chooser: RingChooser | None,
     tokenizer: Tokenizer,
     task: str,
     directory: Path,
@@ -73,7 +74,7 @@ def evaluate_task(
 
 
 def answer(
-    model: DenseModel, chooser: Chooser | None, tokenizer: Tokenizer, items: Sequence[Item]
+    model: DenseModel, chooser: RingChooser | None, tokenizer: Tokenizer, items: Sequence[Item]
 ) -> list[list[tuple[float, bool]]]:
     """Each choice's summed log-probability, and whether all its tokens are the greedy ones."""
     pairs: list[tuple[list[int], list[int]]] = []
@@ -85,7 +86,7 @@ def answer(
 
 
 def continuations(
-    model: DenseModel, chooser: Chooser | None, pairs: Sequence[tuple[list[int], list[int]]]
+    model: DenseModel, chooser: RingChooser | None, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[float, bool]]:
     """Summed log-probability of each continuation after its context, and whether it is the greedy one.
 

@@ -22,7 +22,8 @@ from workers.lab.evaluation.report import compare_text
 from workers.lab.evaluation.statistics import Estimate
 from workers.lab.offline.chooser import RingChooser, make_chooser
 from workers.lab.offline.dense import DenseModel
-from workers.lab.offline.record import BLOCK_TOKENS, Recorder, Sets, run_block
+from workers.lab.offline.forward import Sets, forward
+from workers.lab.offline.record import BLOCK_TOKENS, Recorder
 from workers.lab.offline.replay import replay
 from workers.lab.offline.scoring import Scored, score_rows
 from workers.lab.offline.trace import Trace
@@ -74,7 +75,7 @@ def run(
     step = max(1, BLOCK_TOKENS // rows.shape[1])
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
-        x = run_block(model, chooser, block, tally.see)
+        x = forward(model, block, chooser, tally.see)
         scored += [score_rows(model, one[:-1], row[1:]) for one, row in zip(x, block, strict=True)]
         recorder.next_block(block.size)
     return scored, recorder.trace({}), tally.counts

@@ -1,66 +1,20 @@
-"""Runs a text through the model, dense or as the ring's predictors would have it, and keeps the sets."""
+"""The sets of a text, kept as bits: what a trace is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from pipeline.ring.messages import EMBEDDING
 from storage.store import Store
-from workers.lab.offline.chooser import OracleScores, RingChooser
+from workers.lab.offline.chooser import RingChooser
 from workers.lab.offline.dense import DenseModel
-from workers.lab.offline.scoring import PREFILLED
+from workers.lab.offline.forward import Sets, forward
 from workers.lab.offline.trace import Bits, Trace, pack
 
 BLOCK_TOKENS = 4096  # that pass through a layer at once
 Progress = Callable[[int, int], None]  # tokens done, of all
-
-
-@dataclass(frozen=True, slots=True)
-class Sets:
-    """One layer's neurons for a block's tokens, `[n, d_ff]` bool."""
-
-    active: torch.Tensor
-    predicted: torch.Tensor | None  # None: all were computed
-    guessed: torch.Tensor | None
-
-
-def run_block(
-    model: DenseModel,
-    chooser: RingChooser | None,
-    tokens: npt.NDArray[np.int64],
-    see: Callable[[int, Sets], None],
-) -> torch.Tensor:
-    """The last layer's output of `tokens` `[rows, length]`; `see` gets every layer's sets.
-
-    A row's first tokens, which a ring prefills, compute every neuron, whatever was predicted.
-    """
-    truth = OracleScores(model.store, margin=0.0)
-    x = model.embed(tokens)
-    states = {EMBEDDING: x.flatten(0, 1)}
-
-    def mask(layer: int, announced: torch.Tensor, ffn_input: torch.Tensor) -> torch.Tensor | None:
-        states[layer] = announced
-        chosen = guessed = None
-        if chooser is not None:
-            guessed = chooser.guess(layer, states[chooser.guess_source(layer)])
-            chosen = chooser.choose(layer, states[chooser.sources(layer)], guessed)
-        see(layer, Sets(truth.active(layer, ffn_input, own=True), chosen, guessed))
-        if chosen is None:
-            return None
-        applied = chosen.clone()
-        applied.view(*tokens.shape, -1)[:, :PREFILLED] = True
-        return applied
-
-    keep = 0 if chooser is None else chooser.forecast.lookahead
-    for layer in range(len(model.architecture.layers)):
-        _, x = model.layer(layer, x, mask, early=chooser is not None and chooser.early)
-        states.pop(layer - keep, None)
-    return x
 
 
 class Recorder:
@@ -111,7 +65,7 @@ def record(
     step = max(1, BLOCK_TOKENS // rows.shape[1])
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
-        run_block(model, chooser, block, recorder.see)
+        forward(model, block, chooser, recorder.see)
         recorder.next_block(block.size)
         progress(start * rows.shape[1] + block.size, rows.size)
     return recorder.trace(meta)

@@ -10,32 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.lab.offline.chooser import RingChooser
 from workers.lab.offline.dense import DenseModel
+from workers.lab.offline.forward import forward
 
 TOKENS_PER_BATCH = 8192  # a batch's activations: this × d_model × 4 bytes, a few times over
 LOGIT_ROWS = 512  # tokens whose logits exist at once
-PREFILLED = 1  # tokens of every sequence that have all their neurons
 PAD = 0  # any token: padding comes after the scored tokens, and attention is causal
-
-
-class Chooser(Protocol):
-    """Chooses the neurons of a layer for many tokens."""
-
-    @property
-    def early(self) -> bool:
-        """Whether it goes by what is announced before attention."""
-
-    def sources(self, layer: int) -> int:
-        """The layer whose FFN input decides, or EMBEDDING (−1)."""
-
-    def choose(self, layer: int, source: torch.Tensor) -> torch.Tensor | None:
-        """`[n, d_ff]` bool for source states `[n, d_model]`; None: all neurons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +32,10 @@ class Scored:
     likeliest: npt.NDArray[np.int64]  # [tokens - 1]
 
 
-def forward(model: DenseModel, tokens: npt.NDArray[np.int64], chooser: Chooser | None) -> torch.Tensor:
-    """The last layer's output `[sequences, tokens, d_model]` of `tokens` `[sequences, tokens]`."""
-    x = model.embed(tokens)
-    layers = len(model.architecture.layers)
-    states: dict[int, torch.Tensor] = {-1: x.flatten(0, 1)}
-    for index in range(layers):
-
-        def mask(layer: int, announced: torch.Tensor, ffn_input: torch.Tensor) -> torch.Tensor | None:
-            states[layer] = announced
-            if chooser is None:
-                return None
-            chosen = chooser.choose(layer, states[chooser.sources(layer)])
-            if chosen is not None:
-                chosen.view(*tokens.shape, -1)[:, :PREFILLED] = True
-            return chosen
-
-        _, x = model.layer(index, x, mask, early=chooser is not None and chooser.early)
-        later = [] if chooser is None else [chooser.sources(i) for i in range(index + 1, layers)]
-        for layer in [layer for layer in states if layer < min(later, default=index + 1)]:
-            del states[layer]
-    return x
-
-
 def score(
     model: DenseModel,
     sequences: Sequence[Sequence[int]],
-    chooser: Chooser | None,
+    chooser: RingChooser | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Scored]:
     """Score every sequence, each at least two tokens long; results in the same order.

@@ -105,10 +105,11 @@ def _differ(store: Store, early: bool) -> bool:
 
 def up_projection(store: Store, layer: int) -> tuple[Tensor, Tensor]:
     """`[d_ff, d_model]` and bias `[d_ff]` (zero where there is none), float32."""
-    return _up(store, layer, store.read_layer(layer))
+    return up_of(store, layer, store.read_layer(layer))
 
 
-def _up(store: Store, layer: int, units: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+def up_of(store: Store, layer: int, units: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """The same out of the layer's units, `Store.read_layer`."""
     up = store.layout.layers[layer].unit.view(units, "up").widened()
     return torch.from_numpy(up), torch.from_numpy(store.up_bias(layer))
 
@@ -217,7 +218,7 @@ def _pass(
 ) -> None:
     """Everything through one layer."""
     units = store.read_layer(layer)
-    up, bias = _up(store, layer, units)
+    up, bias = up_of(store, layer, units)
     rows, length = shape
     tokens, width = rows * length, store.architecture.d_model
     before = np.load(_stream(directory, layer), mmap_mode="r")
