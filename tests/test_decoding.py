@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import write_checkpoint
 
+from pipeline import cli
 from pipeline.config import Config
 from pipeline.planner.decoding import describe
 from pipeline.planner.divide import plan
@@ -28,6 +30,7 @@ QWEN = {
     "eos_token_id": [2, 5],
 }
 Saying = Callable[[Any], Store]
+Here = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `here`
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,18 @@ def test_a_damaged_file_is_named(saying: Saying, text: str, words: str) -> None:
     (store.path / "generation_config.json").write_text(text)
     with pytest.raises(StoreError, match=rf"generation_config\.json {words}"):
         resolve(store, Config())
+
+
+@pytest.mark.ring
+def test_a_text_is_sampled_as_the_model_says(saying: Saying, here: Here) -> None:
+    store = saying({**QWEN, "temperature": 1.5})
+
+    def text(*options: str) -> str:
+        arguments = ("--prompt", "hello", "--model", store.path, "--max-new-tokens", "12", "--ignore-eos")
+        done = here(cli.main, *arguments, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = text()
+    assert said == text("--temperature", "1.5", "--top-k", "20", "--set", "sampling.top_p=0.8")
+    assert said != text("--temperature", "0")
