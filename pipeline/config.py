@@ -92,7 +92,10 @@ class Compute(Section):
 
 
 class Decoding(Section):
-    """How to decode where the command line, or a request, does not say: how to sample, and how long."""
+    """How to decode where the command line, or a request, does not say: how to sample, and how long.
+
+    What is left out here, the model's `generation_config.json` decides (`planner/decoding.py`).
+    """
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
     top_k: Count = 0  # 0: no limit
@@ -155,10 +158,10 @@ class Config(Section):
             raise ConfigError(_explain(error)) from error
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
-        """A copy with some keys of some sections changed, validated again."""
-        data = self.model_dump()
+        """A copy with some keys of some sections changed, validated again. What nobody set stays so."""
+        data = self.model_dump(exclude_unset=True)
         for section, changes in sections.items():
-            data[section] = {**data[section], **changes}
+            data[section] = {**data.get(section, {}), **changes}
         return Config.parse(data)
 
     def changes(self, *sections: str) -> tuple[str, ...]:

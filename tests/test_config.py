@@ -8,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import Config
+from pipeline.models import builtin
+from pipeline.models.hub import HUB_ID
 from pipeline.models.names import presets
 from storage.errors import ConfigError
 
@@ -24,7 +26,21 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
 def test_every_promised_preset_is_shipped() -> None:
     opt = {f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")}
     falcon = {f"falcon-{size}" for size in ("rw-1b", "7b", "7b-instruct", "40b")}
-    assert set(presets()) == {"builtin", *opt, *falcon}
+    llama = {f"llama-{size}-instruct" for size in ("3.2-1b", "3.2-3b", "3.1-8b")}
+    smollm = {*(f"smollm2-{size}-instruct" for size in ("135m", "360m", "1.7b")), "smollm3-3b"}
+    qwen2 = {f"qwen2.5-{size}-instruct" for size in ("0.5b", "1.5b", "3b", "7b")}
+    qwen3 = {f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b")}
+    gemma = {f"gemma-3-{size}-it" for size in ("270m", "1b", "4b")}
+    granite = {f"granite-3.3-{size}" for size in ("2b", "8b")}
+    single = {"mistral-7b-instruct", "phi-4-mini", "olmo-2-7b"}
+    families = {*opt, *falcon, *llama, *smollm, *qwen2, *qwen3, *gemma, *granite, *single}
+    assert set(presets()) == {"builtin", *families}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_configuration_names_a_model(file: Path) -> None:
+    checkpoint = Config.load(file).model.checkpoint
+    assert checkpoint == builtin.NAME or HUB_ID.fullmatch(checkpoint)
 
 
 def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from checkpoints import write_checkpoint
@@ -157,6 +159,68 @@ def test_a_download_that_cannot_be_kept_is_not_said_to_be_unreachable(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be fetched into .* HF_HOME moves: the reason$"):
         download("org/tiny")
+
+
+def answered(kind: str, status: int) -> Exception:
+    """What huggingface_hub raises for an answer of the hub's."""
+    import huggingface_hub.errors
+
+    http = sys.modules[huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
+    response = http.Response(status, request=http.Request("GET", "https://huggingface.co"))
+    return getattr(huggingface_hub.errors, kind)("the hub's own words", response=response)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        (
+            "GatedRepoError",
+            403,
+            r"accept it on https://huggingface\.co/org/tiny, log in with `hf auth login`",
+        ),
+        (
+            "RepositoryNotFoundError",
+            404,
+            r"no model org/tiny .*check the name, or log in with `hf auth log",
+        ),
+        ("HfHubHTTPError", 401, r"refuses your token for org/tiny: log in with `hf auth login`"),
+    ],
+)
+@pytest.mark.parametrize("at", ["model_info", "snapshot_download"])
+def test_what_the_hub_does_not_give_is_said_how_to_get(
+    kind: str, status: int, words: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise answered(kind, status)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=[]))
+    whose = huggingface_hub.HfApi if at == "model_info" else huggingface_hub
+    monkeypatch.setattr(whose, at, refuse)
+    with pytest.raises(UsageError, match=words):
+        download("org/tiny")
+
+
+def test_copies_of_the_weights_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Mistral's repositories hold them."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    held = ["config.json", "model-1-of-1.safetensors", "consolidated.safetensors", "original/params.json"]
+    siblings = [SimpleNamespace(rfilename=name) for name in held]
+    fetched: list[str] = []
+
+    def fetch(_: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(held, **patterns))
+        return ""
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings)
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    download("org/tiny")
+    assert fetched == ["config.json", "model-1-of-1.safetensors"]
 
 
 def test_a_chat_template_is_fetched() -> None:

@@ -11,15 +11,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
+from pipeline.commands.options import (
+    ChatTemplateFile,
+    ConfigFile,
+    Context,
+    Memory,
+    Model,
+    Seed,
+    Settings,
+    Temperature,
+    TopK,
+    TopP,
+    Verbose,
+)
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
 from pipeline.models.names import configure
+from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
 from pipeline.quality import quality_settings
 from pipeline.ring.audit import AUDIT_EVERY
+from pipeline.serving.chat import has_template, require_template
 from pipeline.version import name_and_version
 from storage.errors import UsageError
 
@@ -28,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.ring.request import Request
     from pipeline.ring.session import Session
     from pipeline.ring.summary import Summary
+    from pipeline.serving.chat import ChatTemplate
     from storage.store import Store
 
 
@@ -52,19 +67,16 @@ def command(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.", show_default=False)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample from the likeliest tokens of this mass.", show_default=False),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from this many tokens; 0: all.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask the text as a question, through the model's chat template.")
+    ] = False,
+    chat_template: ChatTemplateFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
@@ -84,9 +96,7 @@ def command(
     quality: Annotated[
         str, typer.Option(help="exact, high or fast: see docs/quality.md.", show_default=False)
     ] = "",
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
-    ] = False,
+    verbose: Verbose = False,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version, and end.", callback=_print_version, is_eager=True),
@@ -114,15 +124,17 @@ def command(
     }
     settings = [*quality_settings(quality), *(settings or ())]
     source, config = configure(model, config_file, settings, values)
-    params = _params(config, seed, ignore_eos, forced)
     store = source.open_store()
     report = plan(store, config)
-    request = _request(prompt, params, store, report)  # before the ring starts, which can take a while
-    if verbose or config.memory.budget:
-        for line in report.lines:
-            say(line)
-    warn_if_dense(store, report)
-    summary = _generate(store, report, prompt, request, quiet=as_json)
+    params = _params(report.config, seed, ignore_eos, forced)
+    template = require_template(store, chat_template) if chat or chat_template else None
+    if template is None and has_template(store):
+        say(f"{store.manifest.name} is made for conversation: see --chat, and run.py chat")
+    # Before the ring starts, which can take a while.
+    request = _request(prompt, template, params, store, report)
+    tell_plan(store, config, report, verbose=verbose)
+    shown = prompt if template is None else ""
+    summary = _generate(store, report, shown, request, quiet=as_json)
     if verbose:
         for note in summary.notes:
             say(note)
@@ -137,18 +149,21 @@ def command(
 def _generate(
     store: Store,
     report: PlanReport,
-    prompt: str,
+    shown: str,
     request: Request,
     *,
     quiet: bool,
 ) -> Summary:
-    """Run one generation, streaming its text unless `quiet`; returns the session's summary."""
+    """Run one generation, streaming its text unless `quiet`; returns the session's summary.
+
+    A terminal shows the text after `shown`, the prompt that it continues.
+    """
     from pipeline.ring.session import Session
 
     with Session(store, report.config, report.plan, budget=report.budget) as session:
         _abandon_when_interrupted(session)
         if sys.stdout.isatty() and not quiet:
-            write(prompt)  # for people; a pipe gets the continuation alone
+            write(shown)  # for people; a pipe gets the continuation alone
         for piece in session.texts(request):
             if not quiet:
                 write(piece)
@@ -184,11 +199,19 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
     return params
 
 
-def _request(prompt: str, params: GenerationParams, store: Store, report: PlanReport) -> Request:
+def _request(
+    prompt: str, template: ChatTemplate | None, params: GenerationParams, store: Store, report: PlanReport
+) -> Request:
+    """The prompt, or with a template the question that it asks."""
     from pipeline.ring.request import Request
     from storage.tokenizer import load_tokenizer
 
-    return Request.of(prompt, params, load_tokenizer(store), store, report.plan)
+    tokenizer = load_tokenizer(store)
+    ids = None
+    if template is not None:  # which writes the special tokens itself
+        question = template.render([{"role": "user", "content": prompt}])
+        ids = tokenizer.encode(question, add_special_tokens=False).ids
+    return Request.of(prompt if ids is None else ids, params, tokenizer, store, report.plan)
 
 
 def _read_tokens(file: Path) -> tuple[int, ...]:
@@ -201,6 +224,16 @@ def _read_tokens(file: Path) -> tuple[int, ...]:
     if not tokens:
         raise UsageError(f"the token file {file} is empty")
     return tokens
+
+
+def tell_plan(store: Store, config: Config, report: PlanReport, *, verbose: bool) -> None:
+    """Say how a ring will work before it starts; `config` as it was before the plan."""
+    if verbose or config.memory.budget:
+        for line in report.lines:
+            say(line)
+    if verbose:
+        say(describe_sampling(store, config))
+    warn_if_dense(store, report)
 
 
 def warn_if_dense(store: Store, report: PlanReport) -> None:

@@ -35,6 +35,22 @@ Settings = Annotated[
     ),
 ]
 
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(help="A chat template (Jinja) instead of the model's own.", metavar="FILE"),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 always takes the likeliest token.", show_default=False)
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default=False)
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0: all.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
+]
+
 
 def _writable(file: Path | None) -> Path | None:
     """Refuse before the work what could not be written after it."""

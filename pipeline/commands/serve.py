@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import ConfigFile, Context, Memory, Model, Settings
+from pipeline.commands.options import ChatTemplateFile, ConfigFile, Context, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
@@ -41,10 +41,6 @@ ApiKeyFile = Annotated[
     typer.Option(
         help="File with the key that HTTP clients must send; needed beyond this machine.", metavar="FILE"
     ),
-]
-ChatTemplateFile = Annotated[
-    Path | None,
-    typer.Option(help="A chat template (Jinja) instead of the model's own.", metavar="FILE"),
 ]
 
 

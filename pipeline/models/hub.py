@@ -12,10 +12,13 @@ from pipeline.console import say
 from storage.checkpoint import CONFIG
 from storage.errors import CheckpointError, UsageError, reason
 
+HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
 SMALL_FILES = ("*.json", "merges.txt", "chat_template.jinja")
 SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
+# The same weights once more, in their authors' own form.
+COPIES = ("consolidated*", "original/*")
 # A download that this machine refuses to keep; what the network refuses has other numbers.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -25,7 +28,8 @@ def download(hub_id: str) -> Path:
 
     HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own and honoured by it. Raises CheckpointError
     with the commands that fetch the checkpoint where there is no network, and with what this machine
-    says where it cannot be kept, and UsageError for an id that the hub does not know.
+    says where it cannot be kept, and UsageError for an id that the hub does not know, or gives to nobody
+    who has not accepted its licence.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -34,8 +38,13 @@ def download(hub_id: str) -> Path:
         siblings = HfApi().model_info(hub_id, timeout=10).siblings or ()
         patterns = _patterns([sibling.rfilename for sibling in siblings])
         say(f"fetching {hub_id} from the Hugging Face hub (once)")
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(COPIES)))
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"{hub_id} is only for those who have accepted its licence: accept it on "
+            f"{HUB}/{hub_id}, log in with `hf auth login`, and run again"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UsageError(
             f"the Hugging Face hub has no model {hub_id} that you may read: check the name, "
             "or log in with `hf auth login`"
@@ -46,6 +55,10 @@ def download(hub_id: str) -> Path:
                 f"the checkpoint {hub_id} cannot be fetched into the Hugging Face cache, which HF_HOME "
                 f"moves: {reason(error)}"
             ) from error
+        if _is_refused(error):
+            raise UsageError(
+                f"the Hugging Face hub refuses your token for {hub_id}: log in with `hf auth login`"
+            ) from error
         if not _is_unreachable(error):
             raise
         return _downloaded_before(hub_id, error)
@@ -55,6 +68,11 @@ def _patterns(files: list[str]) -> list[str]:
     """What to fetch of a repository: the weights in one form, safetensors if it has them."""
     safetensors = any(fnmatch.fnmatch(file, SAFETENSORS) for file in files)
     return [*SMALL_FILES, SAFETENSORS if safetensors else TORCH]
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the hub answered, and refused who asks: an old token, or one that may not read."""
+    return getattr(getattr(error, "response", None), "status_code", None) in {401, 403}
 
 
 def _is_unreachable(error: Exception) -> bool:

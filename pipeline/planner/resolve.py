@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import Config, Model
+from pipeline.planner import decoding
 from pipeline.ring.plan import Forecast, Kind
 from storage.errors import ConfigError, StoreError
 from storage.store import Store
@@ -17,18 +18,19 @@ DEFAULT_CONTEXT = 2048  # tokens
 class Resolved:
     """A configuration with nothing left open."""
 
-    config: Config  # with decided kind, refine and context: what is written down beside results
+    config: Config  # with decided kind, refine, context and sampling: what is written beside results
     forecast: Forecast
 
 
 def resolve(store: Store, config: Config) -> Resolved:
-    """Decide what is open. Raises ConfigError for what this model cannot do."""
+    """Decide what is open. Raises ConfigError for what this model cannot do, StoreError for its damage."""
     limit = store.architecture.max_positions
     context = config.compute.context or min(DEFAULT_CONTEXT, limit)
     if context > limit:
         raise ConfigError(f"a context of {context:,} tokens is beyond the model's limit of {limit:,}")
     forecast = _forecast(store, config)
     decided = {"kind": forecast.kind, "refine": forecast.refine}
+    config = decoding.fill(store, config)
     return Resolved(config.replace(predictor=decided, compute={"context": context}), forecast)
 
 

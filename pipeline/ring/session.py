@@ -209,10 +209,11 @@ class Session:
                 return
             if isinstance(message, Finished) and message.run == run:
                 generation.finished = message
-        self.live = self.ring.stats()
+        generation.after = self.live = self.ring.stats()
+        self.ring.memory.sample(now=True)
 
     def summary(self) -> Summary:
-        """The cost of the last completed generation."""
+        """The cost of the last generation, which has ended: completed, or cancelled and drained."""
         assert self.last is not None
         return Summary.of(
             self.last,

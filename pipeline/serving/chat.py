@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from pipeline.launch import SERVE_EXTRA
 from storage.errors import UsageError, reason
+from storage.store import Store
 
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 LARGEST_PROMPT = 4 << 20  # characters
@@ -77,7 +78,38 @@ class ChatTemplate:
             raise
         except Exception as error:  # whatever a foreign template does wrong
             raise UsageError(f"the chat template refuses these messages: {error}") from error
-        return "".join(pieces)
+        prompt = "".join(pieces)
+        if not _is_unicode(prompt):
+            raise UsageError("a chat message is not valid UTF-8")
+        return prompt
+
+
+def has_template(store: Store) -> bool:
+    """Whether the model is made for conversation; false also where that cannot be read."""
+    try:
+        return _source(store.path, _read_config(store.path / TOKENIZER_CONFIG), None) is not None
+    except UsageError:
+        return False
+
+
+def require_template(store: Store, override: Path | None = None) -> ChatTemplate:
+    """`ChatTemplate.of_store`, which must be there. Raises UsageError."""
+    template = ChatTemplate.of_store(store.path, override)
+    if template is None:
+        raise UsageError(
+            f"{store.manifest.name} has no chat template: give it one with --chat-template FILE, "
+            "or let it continue a text with --prompt"
+        )
+    return template
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there are no lone surrogates, which bytes that were no UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_config(path: Path) -> dict[str, Any]:
