@@ -77,7 +77,7 @@ async def main(worker: Worker) -> None:
     cache_codec = CODECS[worker.plan.cache_dtype]
     weights = Weights(worker.store)
     for codec in weights.codecs:
-        kernels.warm(codec, cache_codec)
+        kernels.warm(codec, cache_codec, weights.architecture)
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
     loop = LayerLoop(worker, weights, device)
     stopped = asyncio.Event()
