@@ -10,25 +10,88 @@ from typing import Any, Literal, TypeAlias
 
 from storage.records import read_record
 
-Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh"]
+Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu"]
 
-# Where a layer may have a norm. The first two are sub-layers' inputs; the last two are applied to the
-# residual stream, after a sub-layer's output has been added to it.
-NormPlace: TypeAlias = Literal["attention_input", "ffn_input", "attention_sum", "ffn_sum"]
+# Where a layer may have a norm: of a sub-layer's input, of its output before that is added to the residual
+# stream, or of the stream after it has been added.
+NormPlace: TypeAlias = Literal[
+    "attention_input", "ffn_input", "attention_output", "ffn_output", "attention_sum", "ffn_sum"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A layer norm with weight and bias."""
+    """`layer`: mean and variance, with weight and bias. `rms`: the root mean square, with a weight alone."""
 
     epsilon: float
+    kind: Literal["layer", "rms"] = "layer"
+    offset: Literal[0, 1] = 0  # added to the stored weight; rms only
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every position counts `1 / factor`."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """`factor` for wavelengths above `original / low`, none below `original / high`, a ramp between."""
+
+    factor: float
+    low: float
+    high: float
+    original: int  # context that the model was trained with at first, in tokens
+    kind: Literal["llama3"] = "llama3"
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """arXiv 2309.00071: no scaling above `fast` turns in the original context, `factor` below `slow`."""
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    truncate: bool  # the ramp begins and ends at whole dimensions
+    magnitude: float  # of cosines and sines
+    kind: Literal["yarn"] = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class LongropeScaling:
+    """A factor of its own for each angle, `short` in contexts up to `original` and `long` in longer ones.
+
+    The context is the one that keys and values are kept for, so that a text's keys are all of one kind.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    magnitude: float  # of cosines and sines
+    kind: Literal["longrope"] = "longrope"
+
+
+Scaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling | LongropeScaling
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions of queries and keys: angles `position · base^(-2i / head_dim)`."""
+    """Rotary positions of queries and keys: angles `position · base^(-2i / dims)`, halves paired."""
 
     base: float
+    dims: int | None = None  # how many of a head's first values are rotated; None: all
+    scaling: Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QkNorm:
+    """A norm of queries and keys before they are rotated: of each head, or of all heads together."""
+
+    norm: Norm
+    over: Literal["head", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +104,9 @@ class Attention:
     scale: float  # of the products of queries and keys
     rope: Rope | None = None
     alibi: bool = False  # a bias of each head's own, linear in the key's position
+    window: int | None = None  # tokens that a token sees, itself among them; None: all before it
+    softcap: float | None = None  # c: scores s become c · tanh(s / c)
+    qk_norm: QkNorm | None = None
 
     @property
     def width(self) -> int:
@@ -55,12 +121,18 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Ffn:
-    """Two matrices, `down @ activation(up @ x)`, in `units` units of `width` neurons."""
+    """A feed-forward layer, in `units` units of `width` neurons.
 
-    kind: Literal["plain"]
+    - plain: `down @ activation(up @ x)`
+    - gated: `down @ (activation(gate @ x) * up_activation(up @ x))`
+    """
+
+    kind: Literal["plain", "gated"]
     units: int
     width: int
     activation: Activation
+    threshold: float = 0.0  # fatrelu: what does not exceed it becomes zero
+    up_activation: Literal["none", "relu"] = "none"  # gated only; relu of both is called dReLU
 
     @property
     def neurons(self) -> int:
@@ -69,14 +141,15 @@ class Ffn:
     @property
     def sparse(self) -> bool:
         """Whether zero activations are exact and common: then a set of neurons can be enough."""
-        return self.activation == "relu"
+        return self.activation in ("relu", "fatrelu")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block. x is the residual stream, A attention, F the FFN, n the norms that there are.
+    """One block. x is the residual stream, A attention, F the FFN; a norm that it has not changes nothing.
 
-    - in sequence: x = attention_sum(x + A(attention_input(x))); x = ffn_sum(x + F(ffn_input(x)))
+    - in sequence: x = attention_sum(x + s · attention_output(A(attention_input(x))));
+      x = ffn_sum(x + s · ffn_output(F(ffn_input(x)))), with s the `branch_scale`
     - `parallel`:  x += A(attention_input(x)) + F(ffn_input(x)), where without an `ffn_input` of its own the
       FFN reads attention's input
     """
@@ -85,6 +158,7 @@ class Layer:
     ffn: Ffn
     norms: dict[NormPlace, Norm]
     parallel: bool = False
+    branch_scale: float = 1.0  # of both sub-layers' outputs; in sequence only
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +176,9 @@ class Architecture:
     learned_positions: int | None  # the row of position 0 in a table of learned positions; None: no table
     bos_token: int | None
     eos_tokens: tuple[int, ...]
+    embedding_scale: float = 1.0  # of the token embedding
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # c: scaled logits l become c · tanh(l / c)
 
     @property
     def sparse(self) -> bool:
@@ -127,14 +204,16 @@ EMBED = "embed.weight"  # [vocabulary, embed_dim]
 POSITIONS = "positions.weight"  # [max_positions + learned_positions, d_model]
 PROJECT_IN = "project_in.weight"  # [d_model, embed_dim]; embed_dim != d_model only
 PROJECT_OUT = "project_out.weight"  # [embed_dim, d_model]
-FINAL_NORM = "final_norm"  # .weight, .bias [d_model]
+FINAL_NORM = "final_norm"  # .weight, .bias [d_model]; an rms norm has no bias
 HEAD = "head.weight"  # [vocabulary, embed_dim]; untied only
 
 NORM_PARTS: dict[NormPlace, str] = {  # no layer has both norms of a name
     "attention_input": "norm",
     "attention_sum": "norm",
+    "attention_output": "out_norm",
     "ffn_input": "ffn_norm",
     "ffn_sum": "ffn_norm",
+    "ffn_output": "down_norm",
 }
 
 
@@ -142,8 +221,10 @@ def layer(index: int, part: str) -> str:
     """Name of a layer's tensor.
 
     Parts: `norm.weight|bias` [d_model], `qkv.weight` [(heads + 2 kv_heads) head_dim, d_model] (all
-    queries, then all keys, then all values), `qkv.bias`, `out.weight` [d_model, heads head_dim],
-    `out.bias`, `ffn_norm.weight|bias`, `up.bias` [neurons], `down.bias` [d_model]. Biases that a
-    checkpoint lacks are absent. The up and down matrices are the bundles.
+    queries, then all keys, then all values), `qkv.bias`, `q_norm.weight` and `k_norm.weight` ([head_dim],
+    or [heads head_dim] and [kv_heads head_dim] over whole projections), `out.weight` [d_model, heads
+    head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and `up.bias`
+    [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are absent.
+    The gate, up and down matrices are the bundles.
     """
     return f"layers.{index}.{part}"

@@ -4,8 +4,8 @@ Safetensors are read with plain positioned reads rather than a mapping, so that 
 asked for and no more. `pytorch_model*.bin` goes through `torch.load(weights_only=True, mmap=True)`:
 never plain pickle. Every array is of the carrier type (`storage.codecs`).
 
-All tensors that are read must have one dtype, float32, float16 or bfloat16; the tensors decide it,
-not `config.json`. A mixture is refused: converting silently would change results.
+Tensors may be float32, float16 or bfloat16; the tensors decide it, not `config.json`. Each keeps its dtype in
+the store: converting silently would change results.
 """
 
 from __future__ import annotations
@@ -93,10 +93,11 @@ class Checkpoint:
             )
         return entry
 
-    def read(self, name: str) -> Carrier:
-        """The whole tensor."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Carrier:
+        """The tensor, or its lines from `start` up to `stop`."""
         entry = self.entry(name)
-        return self._elements(name, entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+        lines, width = (entry.shape[0] if stop is None else stop) - start, math.prod(entry.shape[1:])
+        return self._elements(name, entry, start * width, lines * width).reshape(lines, *entry.shape[1:])
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""

@@ -16,7 +16,12 @@ import numpy.typing as npt
 from storage.codecs import CODECS, F32, Carrier, Codec
 
 Position = TypeVar("Position", int, npt.NDArray[np.int64])
-Role: TypeAlias = Literal["up", "down"]  # of a row: what makes an activation, what it is multiplied with
+# Of a row: gate and up make a neuron's activation, and down is what that is multiplied with.
+Role: TypeAlias = Literal["gate", "up", "down"]
+ROLES: dict[str, tuple[Role, ...]] = {  # of a unit's rows, in their order, by `architecture.Ffn.kind`
+    "plain": ("up", "down"),
+    "gated": ("gate", "up", "down"),
+}
 
 DEFAULT_ALIGNMENT = 512  # bytes
 
@@ -104,9 +109,9 @@ class Unit:
         return self.width * CODECS[row.codec].size(self.d_model)
 
 
-def neuron(codec: str, d_model: int, alignment: int = DEFAULT_ALIGNMENT) -> Unit:
-    """The unit of a plain FFN: one neuron's up-projection row and down-projection column."""
-    return Unit((Row("up", codec), Row("down", codec)), 1, d_model, alignment)
+def neuron(codec: str, d_model: int, alignment: int = DEFAULT_ALIGNMENT, kind: str = "plain") -> Unit:
+    """One neuron's rows, as FFNs of this kind have them, all in one codec."""
+    return Unit(tuple(Row(role, codec) for role in ROLES[kind]), 1, d_model, alignment)
 
 
 @dataclass(frozen=True, slots=True)

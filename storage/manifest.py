@@ -11,7 +11,7 @@ from storage import version1
 from storage.architecture import Architecture
 from storage.codecs import CODECS
 from storage.errors import StoreError
-from storage.layout import LayerLayout, Layout, Row, Unit
+from storage.layout import ROLES, LayerLayout, Layout, Row, Unit
 
 FORMAT_NAME = "flashring-store"
 FORMAT_VERSION = 2  # what is written; version 1 is read as well
@@ -128,7 +128,7 @@ def _flaw(manifest: Manifest) -> str:
     if len(layout.layers) != len(architecture.layers) or not layout.layers:
         return "is damaged: architecture and layout have different numbers of layers"
     for part, layer in zip(layout.layers, architecture.layers, strict=True):
-        if {row.role for row in part.unit.rows} != {"up", "down"} or len(part.unit.rows) != 2:
+        if tuple(row.role for row in part.unit.rows) != ROLES[layer.ffn.kind]:
             return "describes units that this flashring does not read"
         if (part.units, part.unit.width, part.unit.d_model) != (
             layer.ffn.units,

@@ -46,8 +46,19 @@ def _generic_reader(origin: Any, arguments: tuple[Any, ...]) -> Read:
     if origin is typing.Literal:
         return lambda value: _one_of(arguments, value)
     assert origin is types.UnionType, f"no field is a {origin}"
-    (some,) = [_reader(one) for one in arguments if one is not type(None)]
-    return lambda value: None if value is None else some(value)
+    some = [one for one in arguments if one is not type(None)]
+    chosen = _reader(some[0]) if len(some) == 1 else _variant_reader(some)
+    return lambda value: None if value is None else chosen(value)
+
+
+def _variant_reader(kinds: list[Any]) -> Read:
+    """One of several records, told apart by their constant field `kind`."""
+    by_kind = {field.default: kind for kind in kinds for field in fields(kind) if field.name == "kind"}
+
+    def read(value: Any) -> Any:
+        return _reader(by_kind[_one_of(tuple(by_kind), _of(dict, value).get("kind"))])(value)
+
+    return read
 
 
 def _record_reader(kind: type) -> Read:

@@ -5,7 +5,8 @@ The safetensors library wants all tensors in memory at once, a third of the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -14,26 +15,32 @@ import xxhash
 from storage.checkpoint import Checkpoint
 from storage.codecs import CODECS, Carrier
 from storage.errors import CheckpointError
-from storage.families.family import Resident
+from storage.families.family import Resident, Source
 from storage.header import header_bytes
 from storage.manifest import FileEntry
 
 
-def header(residents: tuple[Resident, ...], dtype: str) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A resident tensor and the dtype that it is stored in: its sources'."""
+
+    tensor: Resident
+    dtype: str
+
+
+def header(residents: Sequence[Stored]) -> bytes:
     """Length and JSON of a safetensors file that holds `residents` in their order."""
-    return header_bytes((resident.name, dtype, resident.shape) for resident in residents)
+    return header_bytes((one.tensor.name, one.dtype, one.tensor.shape) for one in residents)
 
 
-def size(residents: tuple[Resident, ...], dtype: str) -> int:
+def size(residents: Sequence[Stored]) -> int:
     """Bytes of the whole file."""
-    elements = sum(resident.elements for resident in residents)
-    return len(header(residents, dtype)) + CODECS[dtype].size(elements)
+    return len(header(residents)) + sum(CODECS[one.dtype].size(one.tensor.elements) for one in residents)
 
 
 def write(
     file: BinaryIO,
-    residents: tuple[Resident, ...],
-    dtype: str,
+    residents: Sequence[Stored],
     checkpoint: Checkpoint,
     prefix: Callable[[str], str],
     wrote: Callable[[int], None],
@@ -43,7 +50,7 @@ def write(
     Raises CheckpointError for what cannot be read, OSError for what cannot be written.
     """
     digest, done = xxhash.xxh3_128(), 0
-    for data in _stream(residents, dtype, checkpoint, prefix):
+    for data in _stream(residents, checkpoint, prefix):
         file.write(data)
         digest.update(data)
         done += len(data)
@@ -52,27 +59,37 @@ def write(
 
 
 def _stream(
-    residents: tuple[Resident, ...], dtype: str, checkpoint: Checkpoint, prefix: Callable[[str], str]
+    residents: Sequence[Stored], checkpoint: Checkpoint, prefix: Callable[[str], str]
 ) -> Iterator[bytes | memoryview]:
-    yield header(residents, dtype)
+    yield header(residents)
     for resident in residents:
-        for chunk in _chunks(resident, dtype, checkpoint, prefix):
+        for chunk in _chunks(resident, checkpoint, prefix):
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         checkpoint.release()
 
 
-def _chunks(
-    resident: Resident, dtype: str, checkpoint: Checkpoint, prefix: Callable[[str], str]
-) -> Iterator[Carrier]:
+def _chunks(stored: Stored, checkpoint: Checkpoint, prefix: Callable[[str], str]) -> Iterator[Carrier]:
+    resident = stored.tensor
     if not resident.sources:
-        yield _filled(resident, dtype)
-    elif resident.build is None:
+        yield _filled(resident, stored.dtype)
+    elif resident.build is None and resident.sources[0].of is None:
         yield from checkpoint.chunks(prefix(resident.sources[0].name))
     else:
-        built = resident.build([checkpoint.read(prefix(source.name)) for source in resident.sources])
-        if built.shape != resident.shape:
-            raise CheckpointError(f"{resident.name} was built as {built.shape}, not {resident.shape}")
-        yield built
+        yield built(resident, checkpoint, prefix)
+
+
+def built(resident: Resident, checkpoint: Checkpoint, prefix: Callable[[str], str]) -> Carrier:
+    """A resident tensor that has sources, whole. Raises CheckpointError."""
+    arrays = [read(checkpoint, source, prefix) for source in resident.sources]
+    array = arrays[0] if resident.build is None else resident.build(arrays)
+    if array.shape != resident.shape:
+        raise CheckpointError(f"{resident.name} was built as {array.shape}, not {resident.shape}")
+    return array
+
+
+def read(checkpoint: Checkpoint, source: Source, prefix: Callable[[str], str]) -> Carrier:
+    """A source's values, in their carrier."""
+    return checkpoint.read(prefix(source.name), source.start, source.start + source.shape[0])
 
 
 def _filled(resident: Resident, dtype: str) -> Carrier:

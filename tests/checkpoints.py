@@ -8,6 +8,7 @@ writes, plus a small byte-level `tokenizer.json`. Norm weights lie around 1 ± 0
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,126 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-sequential": ("falcon", {**_FALCON, "parallel_attn": False, "bias": True}),
     "falcon-alibi-7b": ("falcon", {**_FALCON, "alibi": True}),
 }
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+# Positions beyond these and windows of this are what prompts of 40 tokens reach.
+_ORIGINAL, _WINDOW = 16, 12
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": _ORIGINAL,
+}
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": _ORIGINAL,
+}
+_GEMMA = {
+    **_LLAMA,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": _WINDOW,
+    "tie_word_embeddings": True,
+}
+
+
+def _longrope(original: int, positions: int = POSITIONS) -> dict[str, Any]:
+    """Of heads of 16, three quarters of which are rotated."""
+    return {
+        "max_position_embeddings": positions,
+        "original_max_position_embeddings": original,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+            "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+        },
+    }
+
+
+GATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_LLAMA}),
+    "llama-biased": ("llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "llama-tied-llama3": (
+        "llama",
+        {**_LLAMA, "tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+    ),
+    "llama-linear": (
+        "llama",
+        {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+    ),
+    "llama-relu": ("llama", {**_LLAMA, "hidden_act": "relu"}),
+    "llama-gelu": ("llama", {**_LLAMA, "hidden_act": "gelu", "num_key_value_heads": 4}),
+    "mistral": ("mistral", {**_LLAMA, "head_dim": 24, "sliding_window": None}),
+    "mistral-window": ("mistral", {**_LLAMA, "sliding_window": _WINDOW}),
+    "qwen2": ("qwen2", {**_LLAMA, "rope_parameters": _YARN_ROPE}),
+    "qwen2-window": (
+        "qwen2",
+        {
+            **_LLAMA,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": _WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("qwen3", {**_LLAMA, "head_dim": 24, "attention_bias": True}),
+    "qwen3-yarn": (
+        "qwen3",
+        {
+            **_LLAMA,
+            "head_dim": 32,
+            "rope_parameters": {**_YARN_ROPE, "truncate": False, "mscale": 1.2, "mscale_all_dim": 0.8},
+        },
+    ),
+    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_GEMMA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("phi3", {**_LLAMA, "sliding_window": _WINDOW}),
+    "phi3-longrope": ("phi3", {**_LLAMA, **_longrope(_ORIGINAL)}),
+    "phi3-longrope-short": ("phi3", {**_LLAMA, **_longrope(POSITIONS, 4 * POSITIONS)}),
+    "smollm3": ("smollm3", {**_LLAMA, "no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "smollm3",
+        {
+            **_LLAMA,
+            "tie_word_embeddings": True,
+            "no_rope_layers": [1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": _WINDOW,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", {**_LLAMA}),
+}
+VARIANTS |= GATED
+EAGER = {"gemma2"}  # sdpa has no softcap
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -98,15 +219,12 @@ def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
 
     Its attention is `sdpa`, the default: transformers' eager Falcon adds the ALiBi bias twice.
     """
-    from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, settings = VARIANTS[variant]
-    settings = {**settings, "attn_implementation": "sdpa"}
-    model = (
-        OPTForCausalLM(OPTConfig(**settings))
-        if kind == "opt"
-        else FalconForCausalLM(FalconConfig(**settings))
-    )
+    config = CONFIG_MAPPING[kind](**deepcopy(settings))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if kind in EAGER else "sdpa")
     _randomise(model, torch.Generator().manual_seed(seed))
     for parameter in model.parameters():  # not the rotary frequencies, which are computed in float32
         parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from storage.architecture import Attention, Layer, Norm, Rope
+from storage.architecture import (
+    Attention,
+    Layer,
+    Llama3Scaling,
+    LongropeScaling,
+    Norm,
+    NormPlace,
+    Rope,
+    YarnScaling,
+)
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -21,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
 }
 
 
@@ -28,7 +38,7 @@ def logits(store: Store, ids: list[int]) -> Tensor:
     """`[len(ids), vocabulary]` float64."""
     model = store.architecture
     weights = {name: value.double() for name, value in load_file(store.path / RESIDENT).items()}
-    x = weights["embed.weight"][ids]
+    x = weights["embed.weight"][ids] * model.embedding_scale
     if "project_in.weight" in weights:
         x = x @ weights["project_in.weight"].T
     if model.learned_positions is not None:
@@ -39,70 +49,117 @@ def logits(store: Store, ids: list[int]) -> Tensor:
             for name, value in weights.items()
             if name.startswith(f"layers.{index}.")
         }
-        x = _block(layer, part, *_ffn_matrices(store, index), x)
+        x = _block(layer, part, _ffn_matrices(store, index), x)
     if model.final_norm is not None:
         x = _norm(model.final_norm, weights, "final_norm", x)
     if "project_out.weight" in weights:
         x = x @ weights["project_out.weight"].T
-    return x @ weights["embed.weight" if model.tied_head else "head.weight"].T
+    out = x @ weights["embed.weight" if model.tied_head else "head.weight"].T * model.logit_scale
+    cap = model.logit_softcap
+    return out if cap is None else cap * (out / cap).tanh()
 
 
-def _ffn_matrices(store: Store, layer: int) -> tuple[Tensor, Tensor]:
-    """Up `[neurons, d_model]` and the down-projection's columns as rows, `[neurons, d_model]`."""
-    dtype = getattr(torch, store.layout.layers[layer].unit.rows[0].codec)
-    width = store.architecture.d_model
+def _ffn_matrices(store: Store, layer: int) -> list[Tensor]:
+    """Gate, where there is one, up, and the down-projection's columns as rows: `[neurons, d_model]` each."""
+    rows = store.layout.layers[layer].unit.rows
+    dtype, width = getattr(torch, rows[0].codec), store.architecture.d_model
     values = torch.from_numpy(store.read_layer(layer).copy()).view(dtype).double()
-    return values[:, :width], values[:, width : 2 * width]
+    return [values[:, width * i : width * (i + 1)] for i in range(len(rows))]
 
 
-def _block(layer: Layer, part: dict[str, Tensor], up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+def _block(layer: Layer, part: dict[str, Tensor], matrices: list[Tensor], x: Tensor) -> Tensor:
+    up, down = matrices[-2:]
+
     def ffn(h: Tensor) -> Tensor:
-        active = ACTIVATIONS[layer.ffn.activation](h @ up.T + part.get("up.bias", 0))
+        raised = h @ up.T + part.get("up.bias", 0)
+        activation = ACTIVATIONS[layer.ffn.activation]
+        if layer.ffn.kind == "gated":
+            active = raised * activation(h @ matrices[0].T + part.get("gate.bias", 0))
+        else:
+            active = activation(raised)
         return active @ down + part.get("down.bias", 0)
 
-    def norm(name: str, h: Tensor) -> Tensor:
-        return _norm(next(iter(layer.norms.values())), part, name, h)
+    def norm(place: NormPlace, name: str, h: Tensor) -> Tensor:
+        return _norm(layer.norms[place], part, name, h) if place in layer.norms else h
 
-    attention = layer.attention
+    attended = _attention(layer.attention, part, norm("attention_input", "norm", x))
     if layer.parallel:
-        second = "ffn_norm" if "ffn_input" in layer.norms else "norm"
-        return x + _attention(attention, part, norm("norm", x)) + ffn(norm(second, x))
-    if "ffn_input" in layer.norms:
-        x = x + _attention(attention, part, norm("norm", x))
-        return x + ffn(norm("ffn_norm", x))
-    x = norm("norm", x + _attention(attention, part, x))
-    return norm("ffn_norm", x + ffn(x))
+        own = norm("ffn_input", "ffn_norm", x)
+        return x + attended + ffn(own if "ffn_input" in layer.norms else norm("attention_input", "norm", x))
+    attended = norm("attention_output", "out_norm", attended)
+    x = norm("attention_sum", "norm", x + layer.branch_scale * attended)
+    branch = norm("ffn_output", "down_norm", ffn(norm("ffn_input", "ffn_norm", x)))
+    return norm("ffn_sum", "ffn_norm", x + layer.branch_scale * branch)
 
 
 def _norm(norm: Norm, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return functional.layer_norm(
-        x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], norm.epsilon
-    )
+    weight = weights[f"{name}.weight"]
+    if norm.kind == "rms":
+        return x / (x.square().mean(-1, keepdim=True) + norm.epsilon).sqrt() * (norm.offset + weight)
+    return functional.layer_norm(x, x.shape[-1:], weight, weights[f"{name}.bias"], norm.epsilon)
 
 
 def _attention(model: Attention, part: dict[str, Tensor], x: Tensor) -> Tensor:
     sizes = [model.heads * model.head_dim] + 2 * [model.kv_heads * model.head_dim]
     fused = x @ part["qkv.weight"].T + part.get("qkv.bias", 0)
-    q, k, v = (t.view(len(x), -1, model.head_dim).transpose(0, 1) for t in fused.split(sizes, dim=-1))
+    q, k, v = fused.split(sizes, dim=-1)
+    if model.qk_norm is not None and model.qk_norm.over == "whole":
+        q, k = (_norm(model.qk_norm.norm, part, f"{one}_norm", t) for one, t in (("q", q), ("k", k)))
+    q, k, v = (t.view(len(x), -1, model.head_dim).transpose(0, 1) for t in (q, k, v))
+    if model.qk_norm is not None and model.qk_norm.over == "head":
+        q, k = (_norm(model.qk_norm.norm, part, f"{one}_norm", t) for one, t in (("q", q), ("k", k)))
     k, v = (t.repeat_interleave(model.heads // model.kv_heads, dim=0) for t in (k, v))
     if model.rope is not None:
         q, k = _rotate(model.rope, q), _rotate(model.rope, k)
     scores = q @ k.transpose(1, 2)
     if model.alibi:
         scores = scores + _alibi(model.heads, len(x))
-    scores = scores / math.sqrt(model.head_dim)
-    mask = torch.triu(torch.full((len(x), len(x)), -math.inf, dtype=torch.double), diagonal=1)
-    mixed = (scores + mask).softmax(-1) @ v
+    scores = scores * model.scale
+    if model.softcap is not None:
+        scores = model.softcap * (scores / model.softcap).tanh()
+    distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
+    hidden = (distance < 0) | (distance >= (model.window or len(x)))
+    mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
     out = mixed.transpose(0, 1).reshape(len(x), -1)
     return out @ part["out.weight"].T + part.get("out.bias", 0)
 
 
 def _rotate(rope: Rope, x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    frequencies = rope.base ** (-torch.arange(half, dtype=torch.double) / half)
-    angles = torch.arange(x.shape[1], dtype=torch.double)[:, None] * frequencies
+    dims, length = rope.dims or x.shape[-1], x.shape[1]
+    frequencies = torch.tensor([_frequency(rope, pair, dims, length) for pair in range(dims // 2)]).double()
+    angles = torch.arange(length, dtype=torch.double)[:, None] * frequencies
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+    if isinstance(rope.scaling, YarnScaling | LongropeScaling):
+        cos, sin = cos * rope.scaling.magnitude, sin * rope.scaling.magnitude
+    turned, rest = x[..., :dims], x[..., dims:]
+    half = torch.cat((-turned[..., dims // 2 :], turned[..., : dims // 2]), -1)
+    return torch.cat((turned * cos + half * sin, rest), -1)
+
+
+def _frequency(rope: Rope, pair: int, dims: int, length: int) -> float:
+    """Radians from one position to the next, by the papers."""
+    plain, scaling = rope.base ** (-2 * pair / dims), rope.scaling
+    stretched = plain / getattr(scaling, "factor", 1.0)
+    match scaling:
+        case Llama3Scaling():
+            turns = scaling.original * plain / (2 * math.pi)
+            keep = (turns - scaling.low) / (scaling.high - scaling.low)
+        case YarnScaling():
+            low, high = (
+                dims * math.log(scaling.original / (2 * math.pi * turns)) / (2 * math.log(rope.base))
+                for turns in (scaling.fast, scaling.slow)
+            )
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, dims - 1)
+            keep = 1 - (pair - low) / ((high - low) or 0.001)
+        case LongropeScaling():
+            stretched /= (scaling.long if length > scaling.original else scaling.short)[pair]
+            keep = 0
+        case _:
+            keep = 0
+    keep = min(max(keep, 0), 1)
+    return (1 - keep) * stretched + keep * plain
 
 
 def _alibi(heads: int, length: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, VARIANTS, make_model, write_checkpoint
+from checkpoints import DTYPES, GATED, VARIANTS, make_model, write_checkpoint
 from decoding import LocalDecoder
 from safetensors import safe_open
 
@@ -28,6 +28,7 @@ from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel
 
 PROMPT = [2, 17, 40, 9, 77, 31, 250, 6, 101, 4, 55, 260]
+LONG = [2, *(5 + (17 * i) % 250 for i in range(40))]  # beyond the windows and original contexts of GATED
 TOLERANCE = 1e-4
 CLOSE = 1e-3  # between the reference's two best: either may be chosen
 
@@ -59,27 +60,32 @@ def _logits(model: Any, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
+def _prompt(variant: str) -> list[int]:
+    return LONG if variant in GATED else PROMPT
+
+
 CASES = [(variant, "float32") for variant in VARIANTS] + [
-    (variant, dtype) for variant in ("opt", "falcon-7b", "falcon-rw") for dtype in DTYPES[1:]
+    (variant, dtype) for variant in ("opt", "falcon-7b", "falcon-rw", *GATED) for dtype in DTYPES[1:]
 ]
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
 def test_logits_are_transformers(tmp_path, variant, dtype):
-    expected = _logits(_reference(variant, dtype), PROMPT)
+    prompt = _prompt(variant)
+    expected = _logits(_reference(variant, dtype), prompt)
     assert expected.std() >= 1
     with LocalDecoder(_store(tmp_path, variant, dtype)) as decoder:
-        assert np.abs(decoder.prefill(PROMPT) - expected).max() < TOLERANCE
-        assert np.abs(decoder.steps(PROMPT) - expected).max() < TOLERANCE
+        assert np.abs(decoder.prefill(prompt) - expected).max() < TOLERANCE
+        assert np.abs(decoder.steps(prompt) - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
 def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_property):
     model = _reference(variant, dtype)
     close = 0
-    tokens = list(PROMPT)
+    tokens = list(_prompt(variant))
     with LocalDecoder(_store(tmp_path, variant, dtype)) as decoder:
-        logits = decoder.prefill(PROMPT)[-1]
+        logits = decoder.prefill(tokens)[-1]
         past = None
         fed = tokens
         for _ in range(64):
@@ -102,16 +108,16 @@ def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_prop
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
-    store = _store(tmp_path, variant, "float32")
-    expected = _logits(_reference(variant, "float32"), PROMPT)
+    store, prompt = _store(tmp_path, variant, "float32"), _prompt(variant)
+    expected = _logits(_reference(variant, "float32"), prompt)
     with LocalDecoder(store) as decoder:
         with safe_open(store.path / RESIDENT, "np") as file:
             assert set(decoder.weights.names) == set(file.keys())
         tensors = {name: _tensor(decoder, name) for name in decoder.weights.names}
         for layer, units in enumerate(decoder.units):
             unit = store.layout.layers[layer].unit
-            tensors[f"up rows of layer {layer}"] = unit.view(units, "up").values
-            tensors[f"down columns of layer {layer}"] = unit.view(units, "down").values
+            for row in unit.rows:
+                tensors[f"{row.role} rows of layer {layer}"] = unit.view(units, row.role).values
         for name, tensor in tensors.items():
             saved = tensor.copy()
             if variant == "opt-no-affine" and name.endswith("norm.bias"):
@@ -119,11 +125,11 @@ def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
                 continue
             assert saved.any(), name
             tensor[...] = 0
-            assert np.abs(decoder.prefill(PROMPT) - expected).max() > TOLERANCE, name
-            assert np.abs(decoder.steps(PROMPT) - expected).max() > TOLERANCE, name
+            assert np.abs(decoder.prefill(prompt) - expected).max() > TOLERANCE, name
+            assert np.abs(decoder.steps(prompt) - expected).max() > TOLERANCE, name
             tensor[...] = saved
-        assert np.abs(decoder.prefill(PROMPT) - expected).max() < TOLERANCE
-        assert np.abs(decoder.steps(PROMPT) - expected).max() < TOLERANCE
+        assert np.abs(decoder.prefill(prompt) - expected).max() < TOLERANCE
+        assert np.abs(decoder.steps(prompt) - expected).max() < TOLERANCE
 
 
 def _tensor(decoder: LocalDecoder, name: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.config import Cache, Config
 from pipeline.ring.messages import HiddenReady, Step
 from pipeline.ring.plan import Forecast, Plan
+from storage.architecture import Ffn
 from storage.codecs import CODECS, FLOAT32, Codec
 from storage.convert import convert
 from storage.errors import ConfigError
@@ -86,7 +87,9 @@ def test_a_codec() -> None:
         x = torch.from_numpy(generator.normal(size=(3, 24)).astype(np.float32))
         nothing = np.zeros(0, np.float32)
         linear = Linear("", Rows.of_matrix(np.zeros((0, 24), np.float32), FLOAT32), nothing)
-        ffn = TorchFfn(BoundLayer({}, linear, linear, nothing, nothing), unit, "relu", x, None)
+        ffn = TorchFfn(
+            BoundLayer({}, linear, linear, nothing, nothing), unit, Ffn("plain", 8, 1, "relu"), x, None
+        )
         ids = np.arange(8, dtype=np.int32)
         ffn.add(ids, ids, memory)
         ffn.close()

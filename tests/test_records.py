@@ -25,6 +25,23 @@ class Outer:
     flag: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    radius: float
+    kind: Literal["round"] = "round"
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    side: int
+    kind: Literal["square"] = "square"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    shape: Round | Square | None
+
+
 GOOD: dict[str, Any] = {"count": 2, "inners": [{"kind": "a", "size": 3}], "named": {}, "maybe": None}
 
 
@@ -55,3 +72,11 @@ def test_what_is_wrong_is_named(wrong: dict[str, Any], words: str) -> None:
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ValueError, match="maybe"):
         read_record(Outer, {name: value for name, value in GOOD.items() if name != "maybe"})
+
+
+def test_a_variant_is_told_by_its_kind() -> None:
+    assert read_record(Holder, {"shape": {"side": 2, "kind": "square"}}) == Holder(Square(2))
+    assert read_record(Holder, {"shape": None}) == Holder(None)
+    for wrong in ({"side": 2}, {"side": 2, "kind": "round"}, {"side": 2, "kind": []}, "square"):
+        with pytest.raises(ValueError, match=r"was expected|without"):
+            read_record(Holder, {"shape": wrong})

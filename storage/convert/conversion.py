@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import xxhash
 
 from storage import resident
 from storage.architecture import Architecture
-from storage.checkpoint import GENERATION_CONFIG, Checkpoint, read_json
+from storage.checkpoint import GENERATION_CONFIG, Checkpoint, Entry, read_json
+from storage.codecs import Carrier
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
-from storage.layout import Layout, neuron
+from storage.layout import Layout, Role, Row, Unit
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
+from storage.resident import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +50,21 @@ class Conversion:
     prefix: str
     architecture: Architecture
     layout: Layout
-    dtype: str  # of all tensors
-    residents: tuple[Resident, ...]
+    residents: tuple[Stored, ...]
     order: NeuronOrder | None
     parameters: dict[str, Any]
 
     def full_name(self, source: str) -> str:
-        return source if source == HEAD_SOURCE else self.prefix + source
+        return _full_name(self.prefix, source)
+
+    def read(self, source: Source) -> Carrier:
+        """A source's values, in their carrier."""
+        return resident.read(self.checkpoint, source, self.full_name)
 
     @property
     def total_bytes(self) -> int:
         checksums = self.layout.total_units * CHECKSUM_BYTES
-        return self.layout.total_bytes + checksums + resident.size(self.residents, self.dtype)
+        return self.layout.total_bytes + checksums + resident.size(self.residents)
 
 
 def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = None) -> Conversion:
@@ -74,11 +79,11 @@ def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = No
     model = family.architecture(config)
     prefix = _prefix(checkpoint, family)
     model = replace(model, tied_head=_tied(checkpoint, prefix + family.embedding, model))
-    residents = family.resident(config, model)
-    first_up = family.ffn(model, 0)["up"]
-    dtype = checkpoint.entry(prefix + first_up.name, first_up.shape).dtype
-    unit = neuron(dtype, model.d_model, alignment)
-    layout = Layout.of((layer.ffn.units, unit) for layer in model.layers)
+    sources = _Sources(checkpoint, prefix)
+    units = [sources.unit(family.ffn(model, index), alignment) for index in range(len(model.layers))]
+    layout = Layout.of((layer.ffn.units, unit) for layer, unit in zip(model.layers, units, strict=True))
+    usual = units[0].rows[0].codec
+    residents = tuple(Stored(one, sources.dtype(one, usual)) for one in family.resident(config, model))
     _check_order(order, layout)
     parameters = {
         "format_version": FORMAT_VERSION,
@@ -89,10 +94,8 @@ def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = No
     }
     if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
         parameters["synthetic"] = config["synthetic"]
-    conversion = Conversion(checkpoint, family, prefix, model, layout, dtype, residents, order, parameters)
-    _check_sources(conversion)
     checkpoint.release()
-    return conversion
+    return Conversion(checkpoint, family, prefix, model, layout, residents, order, parameters)
 
 
 def _with_generation(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _tied(checkpoint: Checkpoint, embedding: str, model: Architecture) -> bool:
         return True
     head = checkpoint.entry(HEAD_SOURCE, shape)
     if checkpoint.entry(embedding, shape).dtype != head.dtype:
-        return False  # refused later, as a mixture of dtypes
+        return False
     pairs = zip(checkpoint.chunks(embedding), checkpoint.chunks(HEAD_SOURCE), strict=True)
     return all(np.array_equal(left, right) for left, right in pairs)
 
@@ -139,22 +142,38 @@ def _check_order(order: NeuronOrder | None, layout: Layout) -> None:
         raise UsageError("the neuron order is not a permutation of the neurons in every layer")
 
 
-def _check_sources(conversion: Conversion) -> None:
-    """Every source present, of its shape, all of one dtype."""
-    for source in _sources(conversion):
-        entry = conversion.checkpoint.entry(conversion.full_name(source.name), source.shape)
-        if entry.dtype != conversion.dtype:
-            raise UnsupportedModel(
-                f"{entry.shard}: {conversion.full_name(source.name)} is {entry.dtype} where the FFN is "
-                f"{conversion.dtype}; checkpoints of mixed dtypes are not supported"
-            )
+def _full_name(prefix: str, source: str) -> str:
+    return source if source == HEAD_SOURCE else prefix + source
 
 
-def _sources(conversion: Conversion) -> Iterator[Source]:
-    for item in conversion.residents:
-        yield from item.sources
-    for layer in range(len(conversion.architecture.layers)):
-        yield from conversion.family.ffn(conversion.architecture, layer).values()
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Asks that every source is present and of its shape, and tells its dtype."""
+
+    checkpoint: Checkpoint
+    prefix: str
+
+    def unit(self, ffn: Mapping[Role, Source], alignment: int) -> Unit:
+        """What one neuron of this FFN takes."""
+        rows = tuple(Row(role, self._entry(source).dtype) for role, source in ffn.items())
+        return Unit(rows, 1, ffn["up"].shape[1], alignment)
+
+    def dtype(self, resident: Resident, usual: str) -> str:
+        """`usual` without sources. Raises UnsupportedModel for sources of several dtypes."""
+        if not resident.sources:
+            return usual
+        first, *others = (self._entry(source) for source in resident.sources)
+        for source, entry in zip(resident.sources[1:], others, strict=True):
+            if entry.dtype != first.dtype:
+                raise UnsupportedModel(
+                    f"{entry.shard}: {_full_name(self.prefix, source.name)} is {entry.dtype} where "
+                    f"{_full_name(self.prefix, resident.sources[0].name)} is {first.dtype}; "
+                    "they are stored as one tensor, which cannot have two dtypes"
+                )
+        return first.dtype
+
+    def _entry(self, source: Source) -> Entry:
+        return self.checkpoint.entry(_full_name(self.prefix, source.name), source.whole)
 
 
 def same_parameters(left: dict[str, Any], right: dict[str, Any]) -> bool:

@@ -197,7 +197,7 @@ def _rehash(
 def _layer(conversion: Conversion, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
     rows: dict[Role, Carrier] = {}
     for role, source in conversion.family.ffn(conversion.architecture, layer).items():
-        matrix = conversion.checkpoint.read(conversion.full_name(source.name))
+        matrix = conversion.read(source)
         rows[role] = matrix.T if role == "down" else matrix  # a neuron's down row is its column
     conversion.checkpoint.release()
     order = None if conversion.order is None else conversion.order.neurons[layer]
@@ -205,14 +205,13 @@ def _layer(conversion: Conversion, layer: int) -> Iterator[npt.NDArray[np.uint8]
 
 
 def _resident(conversion: Conversion, partial: Path, journal: Journal, progress: Progress) -> FileEntry:
-    path, total = partial / RESIDENT, resident.size(conversion.residents, conversion.dtype)
+    path, total = partial / RESIDENT, resident.size(conversion.residents)
     if journal.resident is not None and path.is_file() and path.stat().st_size == total:
         return FileEntry(**journal.resident)
     with path.open("wb") as file:
         entry = resident.write(
             file,
             conversion.residents,
-            conversion.dtype,
             conversion.checkpoint,
             conversion.full_name,
             lambda done: progress("resident", done, total),

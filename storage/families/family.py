@@ -33,10 +33,20 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of the checkpoint, named below the family's prefix, and the shape it must have."""
+    """A tensor of the checkpoint, named below the family's prefix, and the shape it must have.
+
+    Where it is some lines of a larger tensor, that one has `of` lines, and these begin at `start`.
+    """
 
     name: str
     shape: tuple[int, ...]
+    start: int = 0
+    of: int | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor."""
+        return self.shape if self.of is None else (self.of, *self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ class Family:
       CheckpointError never: it sees `config.json` only. `tied_head` is what the config says; the
       tensors decide (`convert`).
     - `resident(config, architecture)` lists the resident tensors in the order they are stored.
-    - `ffn(architecture, layer)` has a source for each role: up `[neurons, d_model]`, down
-      `[d_model, neurons]`.
+    - `ffn(architecture, layer)` has a source for each role: gate and up `[neurons, d_model]`, down
+      `[d_model, neurons]`, in the order of `layout.ROLES`.
     """
 
     name: str  # model_type of config.json
@@ -78,7 +88,7 @@ class Family:
     ffn: Callable[[Architecture, int], dict[Role, Source]]
 
 
-HEAD_SOURCE = "lm_head.weight"  # never prefixed, in either family
+HEAD_SOURCE = "lm_head.weight"  # never prefixed, in any family
 
 
 def copied(name: str, source: str, *shape: int) -> Resident:
@@ -112,12 +122,20 @@ def number(config: Settings, key: str, default: int | None = None) -> int:
     return value
 
 
-def real(config: Settings, key: str, default: float) -> float:
+def count(config: Settings, key: str, default: int) -> int:
+    """An integer that may be zero. Raises UnsupportedModel naming the key."""
+    value = config.get(key, default)
+    if type(value) is not int or value < 0:
+        raise UnsupportedModel(f"config.json: {key} must be a whole number, not {value!r}")
+    return value
+
+
+def real(config: Settings, key: str, default: float | None = None) -> float:
     """A positive number of `config.json`. Raises UnsupportedModel naming the key."""
     value = config.get(key)
     if value is None:
         value = default
-    if type(value) not in {int, float} or not 0 < value < math.inf:
+    if value is None or type(value) not in {int, float} or not 0 < value < math.inf:
         raise UnsupportedModel(f"config.json: {key} must be a positive number, not {value!r}")
     return float(value)
 
@@ -132,14 +150,16 @@ def flag(config: Settings, key: str, default: bool) -> bool:
     return value
 
 
-def activation(config: Settings, key: str, default: str) -> Activation:
+def activation(
+    config: Settings, key: str, default: str, among: Mapping[str, Activation] = ACTIVATIONS
+) -> Activation:
     """Raises UnsupportedModel naming the activation and those that are supported."""
     value = config.get(key) or default
     try:
-        return ACTIVATIONS[value]
+        return among[value]
     except (KeyError, TypeError):
         raise UnsupportedModel(
-            f"activation {value!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+            f"activation {value!r} is not supported; supported are {', '.join(among)}"
         ) from None
 
 

@@ -77,7 +77,7 @@ async def main(worker: Worker) -> None:
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
     for codec in codecs(worker.store):  # while the disk works
-        kernels.warm(codec, cache_codec)
+        kernels.warm(codec, cache_codec, worker.store.architecture)
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
     loop = LayerLoop(worker, weights, device)

@@ -69,7 +69,8 @@ def before_ffn(
         return x + device.attention(index, attention_input), ffn_input
     if early:
         announce(norm("ffn_input", norm("attention_sum", x)))
-    x = norm("attention_sum", x + device.attention(index, attention_input))
+    branch = norm("attention_output", device.attention(index, attention_input))
+    x = norm("attention_sum", x + _scaled(layer, branch))
     ffn_input = norm("ffn_input", x)
     if not early:
         announce(ffn_input)
@@ -78,5 +79,12 @@ def before_ffn(
 
 def after_ffn(layer: Layer, device: Device[Hidden], index: int, residual: Hidden, ffn: Hidden) -> Hidden:
     """The layer's output from the residual stream and the FFN's output."""
-    x: Hidden = residual + ffn
+    if "ffn_output" in layer.norms:
+        ffn = device.norm(index, "ffn_output", ffn)
+    x: Hidden = residual + _scaled(layer, ffn)
     return device.norm(index, "ffn_sum", x) if "ffn_sum" in layer.norms else x
+
+
+def _scaled(layer: Layer, branch: Hidden) -> Hidden:
+    scaled: Hidden = branch if layer.branch_scale == 1 else branch * layer.branch_scale
+    return scaled

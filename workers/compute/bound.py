@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from storage.architecture import (
     EMBED,
@@ -44,11 +46,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class BoundNorm:
-    """A norm with its tensors, [d_model] each."""
+    """A norm with its tensors, as wide as what it is applied to; the bias may be empty."""
 
+    norm: Norm
     weight: F32
     bias: F32
-    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class BoundLayer:
     out: Linear
     up_bias: F32  # [neurons]
     down_bias: F32  # [d_model]
+    gate_bias: F32 = field(default_factory=lambda: np.zeros(0, np.float32))  # [neurons]
+    q_norm: BoundNorm | None = None
+    k_norm: BoundNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +91,25 @@ class BoundModel:
 
 
 def _layer(source: Source, index: int) -> BoundLayer:
-    norms = source.architecture.layers[index].norms
+    described = source.architecture.layers[index]
+    norms, qk_norm = described.norms, described.attention.qk_norm
+    q_norm, k_norm = (
+        None if qk_norm is None else _norm(source, layer(index, f"{one}_norm"), qk_norm.norm) for one in "qk"
+    )
     return BoundLayer(
         norms={place: _norm(source, layer(index, NORM_PARTS[place]), norm) for place, norm in norms.items()},
         qkv=_linear(source, layer(index, "qkv")),
         out=_linear(source, layer(index, "out")),
         up_bias=source.vector(layer(index, "up.bias")),
         down_bias=source.vector(layer(index, "down.bias")),
+        gate_bias=source.vector(layer(index, "gate.bias")),
+        q_norm=q_norm,
+        k_norm=k_norm,
     )
 
 
 def _norm(source: Source, name: str, norm: Norm) -> BoundNorm:
-    return BoundNorm(source.vector(f"{name}.weight"), source.vector(f"{name}.bias"), norm.epsilon)
+    return BoundNorm(norm, source.vector(f"{name}.weight"), source.vector(f"{name}.bias"))
 
 
 def _linear(source: Source, name: str) -> Linear:

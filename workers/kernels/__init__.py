@@ -30,16 +30,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from workers.kernels.attention import attend
 from workers.kernels.dense import NO_BIAS, combine, matvec
-from workers.kernels.ffn import accumulate, activate, gather
+from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes
-from workers.kernels.norms import layer_norm
+from workers.kernels.norms import layer_norm, rms_norm
 from workers.kernels.warming import warm
 
 __all__ = [
     "NO_BIAS",
     "accumulate",
     "activate",
+    "activate_gated",
     "activations",
     "attend",
     "combine",
@@ -47,5 +48,6 @@ __all__ = [
     "layer_norm",
     "matvec",
     "notes",
+    "rms_norm",
     "warm",
 ]

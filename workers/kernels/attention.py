@@ -39,8 +39,10 @@ def _attend(
     queries: Any,
     keys: Any,
     values: Any,
+    first: Any,
     length: Any,
     scale: Any,
+    softcap: Any,
     bias: Any,
     scores: Any,
     out: Any,
@@ -53,7 +55,7 @@ def _attend(
         shared = head // group
         query, score = queries[head], scores[head]
         key, value = keys[shared], values[shared]
-        for t in range(0, length, 4):  # as in dense.py
+        for t in range(first, length, 4):  # as in dense.py
             t0, t1, t2, t3 = four(t, last)
             n0, n1, n2, n3 = four(t + 4, last)
             rows, following = (key[t0], key[t1], key[t2], key[t3]), (key[n0], key[n1], key[n2], key[n3])
@@ -62,21 +64,25 @@ def _attend(
             score[t1] = s1
             score[t2] = s2
             score[t3] = s3
+        if softcap > np.float32(0):
+            for t in range(first, length):
+                score[t] = np.float32(math.tanh(score[t] * scale / softcap))
         highest = np.float32(-np.inf)
-        for t in range(length):
-            score[t] *= scale
+        factor = softcap if softcap > np.float32(0) else scale
+        for t in range(first, length):
+            score[t] *= factor
             if biased:
                 score[t] += bias[head, t]
             highest = max(highest, score[t])
         total = np.float32(0)
-        for t in range(length):
+        for t in range(first, length):
             score[t] = np.float32(math.exp(score[t] - highest))
             total += score[t]
         result = out[head * width : (head + 1) * width]
         for j in range(width):
             result[j] = np.float32(0)
-        whole = length // 4 * 4
-        for t in range(0, whole, 4):
+        whole = first + (length - first) // 4 * 4
+        for t in range(first, whole, 4):
             add_four(codec, result, score[t : t + 4], value[t], value[t + 1], value[t + 2], value[t + 3])
         for t in range(whole, length):
             add_one(codec, result, score[t], value[t])
@@ -93,7 +99,9 @@ def _keep_and_attend(
     keys: Any,
     values: Any,
     position: Any,
+    window: Any,
     scale: Any,
+    softcap: Any,
     bias: Any,
     scores: Any,
     out: Any,
@@ -104,7 +112,9 @@ def _keep_and_attend(
     _rotate(vectors[:shared], cos, sin)
     put(codec, vectors[heads:shared], position, keys)
     put(codec, vectors[shared:], position, values)
-    _attend(codec, vectors[:heads], keys, values, position + 1, scale, bias, scores, out)
+    length = position + 1
+    first = max(0, length - window)
+    _attend(codec, vectors[:heads], keys, values, first, length, scale, softcap, bias, scores, out)
 
 
 def attend(
@@ -119,18 +129,24 @@ def attend(
     scores: F32,
     codec: Codec,
     threads: int,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> F32:
     """Attention of the token at `position`; returns [heads · head_dim].
 
     projected [(heads + 2 · kv_heads) · head_dim]: its queries, keys and values, of which the first two
-    are rotated in place by cos and sin [head_dim / 2], or not where these are empty. Keys and values go
-    into the caches, [kv_heads, context, head_dim] of `codec`'s carrier, before they are attended to.
-    Products are multiplied by `scale`; bias [heads, context] is added to them, or has no rows;
-    scores [heads, context] is scratch.
+    are rotated in place by cos and sin, one for each pair of a head's first values: [head_dim / 2], or fewer,
+    or none. Keys and values go into the caches, [kv_heads, context, head_dim] of `codec`'s carrier, before
+    they are attended to; the token sees the last `window` of them, or all. Products are multiplied by
+    `scale`, and then s becomes softcap · tanh(s / softcap) where there is one; bias [heads, context] is
+    added to them, or has no rows; scores [heads, context] is scratch.
     """
     heads, width = scores.shape[0], keys.shape[2]
     out = np.empty(heads * width, np.float32)
-    use_threads(threads, heads * (position + 1) * width * 2 * keys.itemsize)
-    numbers, factor = scalars(codec), np.float32(scale)
-    _keep_and_attend(numbers, projected, cos, sin, keys, values, position, factor, bias, scores, out)
+    seen = position + 1 if window is None else window
+    use_threads(threads, heads * min(position + 1, seen) * width * 2 * keys.itemsize)
+    numbers, factor, cap = scalars(codec), np.float32(scale), np.float32(softcap or 0)
+    _keep_and_attend(
+        numbers, projected, cos, sin, keys, values, position, seen, factor, cap, bias, scores, out
+    )
     return out

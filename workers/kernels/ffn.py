@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from storage.architecture import Ffn
 from storage.codecs import F32
 from storage.layout import Rows
 from workers.kernels.codecs import scalars
@@ -33,6 +34,7 @@ def _activate(
     bias: Any,
     out: Any,
     function: Any,
+    threshold: Any,
     threads: Any,
 ) -> None:
     biased = bias.shape[0] > 0
@@ -65,10 +67,73 @@ def _activate(
                     t1 += bias[ids[i1]]
                     t2 += bias[ids[i2]]
                     t3 += bias[ids[i3]]
-                out[i0] = activation(t0, function)
-                out[i1] = activation(t1, function)
-                out[i2] = activation(t2, function)
-                out[i3] = activation(t3, function)
+                out[i0] = activation(t0, function, threshold)
+                out[i1] = activation(t1, function, threshold)
+                out[i2] = activation(t2, function, threshold)
+                out[i3] = activation(t3, function, threshold)
+
+
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def _activate_gated(
+    gate_codec: Any,
+    up_codec: Any,
+    gates: Any,
+    ups: Any,
+    first_gate: Any,
+    first_up: Any,
+    ids: Any,
+    slots: Any,
+    h: Any,
+    gate_bias: Any,
+    up_bias: Any,
+    out: Any,
+    function: Any,
+    threshold: Any,
+    rectified: Any,
+    threads: Any,
+) -> None:
+    last_gate, last_up = first_gate + h.shape[0], first_up + h.shape[0]
+    last = slots.shape[0] - 1
+    counter = chunk_counter()
+    for _ in prange(threads):
+        gated = np.empty(4, np.float32)
+        while True:
+            start = next_chunk(counter) * CHUNK
+            if start > last:
+                break
+            for i in range(start, min(start + CHUNK, last + 1), 4):  # as in dense.py
+                i0, i1, i2, i3 = four(i, last)
+                n0, n1, n2, n3 = four(i + 4, last)
+                up = (
+                    ups[slots[i0], first_up:last_up],
+                    ups[slots[i1], first_up:last_up],
+                    ups[slots[i2], first_up:last_up],
+                    ups[slots[i3], first_up:last_up],
+                )
+                gate = (
+                    gates[slots[i0], first_gate:last_gate],
+                    gates[slots[i1], first_gate:last_gate],
+                    gates[slots[i2], first_gate:last_gate],
+                    gates[slots[i3], first_gate:last_gate],
+                )
+                following = (
+                    gates[slots[n0], first_gate:last_gate],
+                    gates[slots[n1], first_gate:last_gate],
+                    gates[slots[n2], first_gate:last_gate],
+                    gates[slots[n3], first_gate:last_gate],
+                )
+                gated[0], gated[1], gated[2], gated[3] = dots(gate_codec, gate, up, h)
+                raised = dots(up_codec, up, following, h)
+                for j in range(4):
+                    place = min(i + j, last)
+                    g, u = gated[j], raised[j]
+                    if gate_bias.shape[0] > 0:
+                        g += gate_bias[ids[place]]
+                    if up_bias.shape[0] > 0:
+                        u += up_bias[ids[place]]
+                    if rectified:
+                        u = max(u, np.float32(0))
+                    out[place] = activation(g, function, threshold) * u
 
 
 @njit(cache=True, nogil=True)
@@ -117,17 +182,63 @@ def _gather(codec: Any, memory: Any, lines: Any, first: Any, out: Any) -> None:
 
 
 def activate(
-    up: Rows, ids: I32, slots: I32, h: F32, bias: F32, function: str, threads: int, out: F32 | None = None
+    up: Rows,
+    ids: I32,
+    slots: I32,
+    h: F32,
+    bias: F32,
+    function: str,
+    threads: int,
+    out: F32 | None = None,
+    threshold: float = 0.0,
 ) -> F32:
     """Activations [n] of the neurons `ids` [n], whose up-projection rows lie in the lines `slots` [n].
 
-    h [width]; `bias` is indexed by id, or empty.
+    h [width]; `bias` is indexed by id, or empty; `threshold` is fatrelu's.
     """
     memory = up.memory
     result = np.empty(slots.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, slots.shape[0] * up.width * memory.itemsize)
-    _activate(
-        scalars(up.codec), memory, up.start, ids, slots, h, bias, result, ACTIVATIONS[function], launched
+    least = np.float32(threshold)
+    numbers, number = scalars(up.codec), ACTIVATIONS[function]
+    _activate(numbers, memory, up.start, ids, slots, h, bias, result, number, least, launched)
+    return result
+
+
+def activate_gated(
+    gate: Rows,
+    up: Rows,
+    ids: I32,
+    slots: I32,
+    h: F32,
+    biases: tuple[F32, F32],
+    ffn: Ffn,
+    threads: int,
+    out: F32 | None = None,
+) -> F32:
+    """`activation(gate · h) * up_activation(up · h)` [n] of the neurons `ids`, as `activate`.
+
+    `biases` are the gate's and the up-projection's. A unit's two rows are read one after the other, once.
+    """
+    result = np.empty(slots.shape[0], np.float32) if out is None else out
+    size = gate.width * gate.memory.itemsize + up.width * up.memory.itemsize
+    launched = use_threads(threads, slots.shape[0] * size)
+    _activate_gated(
+        scalars(gate.codec),
+        scalars(up.codec),
+        gate.memory,
+        up.memory,
+        gate.start,
+        up.start,
+        ids,
+        slots,
+        h,
+        *biases,
+        result,
+        ACTIVATIONS[ffn.activation],
+        np.float32(ffn.threshold),
+        ffn.up_activation == "relu",
+        launched,
     )
     return result
 

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import numpy as np
 
+from storage.architecture import Architecture, Ffn
 from storage.codecs import FLOAT32, Codec
 from storage.layout import Rows
 from workers.kernels.attention import attend
 from workers.kernels.dense import NO_BIAS, matvec
-from workers.kernels.ffn import accumulate, activate, gather
+from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
-from workers.kernels.norms import layer_norm
+from workers.kernels.norms import layer_norm, rms_norm
 
 
-def warm(codec: Codec, cache: Codec = FLOAT32) -> None:
-    """Compile, or load from the cache, every kernel for weights in `codec`, keys and values in `cache`."""
-    memory = np.zeros((2, 128), codec.carrier)
-    up, down = Rows(memory, codec, 0, 64), Rows(memory, codec, 64, 64)
+def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None = None) -> None:
+    """Compile, or load from the cache, the kernels for weights in `codec`, keys and values in `cache`.
+
+    Those that `architecture` uses; without one, those of plain FFNs and layer norms.
+    """
+    layers = () if architecture is None else architecture.layers
+    kinds = {layer.ffn.kind for layer in layers} or {"plain"}
+    norms = {norm.kind for layer in layers for norm in layer.norms.values()} or {"layer"}
+    if any(layer.attention.qk_norm for layer in layers):
+        norms.add("rms")
+    memory = np.zeros((2, 192), codec.carrier)
+    up, down, gate = (Rows(memory, codec, start, 64) for start in (0, 64, 128))
     ids = np.zeros(1, np.int32)
     x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    matvec(Rows.of_matrix(memory, codec), np.zeros(128, np.float32), 1)
-    a = activate(up, ids, ids, x, NO_BIAS, "relu", 1)
+    matvec(Rows.of_matrix(memory, codec), np.zeros(192, np.float32), 1)
+    a = np.zeros(1, np.float32)
+    if "plain" in kinds:
+        activate(up, ids, ids, x, NO_BIAS, "relu", 1, a)
+    if "gated" in kinds:
+        activate_gated(gate, up, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, 1, "silu"), 1, a)
     accumulate(down, ids, ids, a, y, 1)
     gather(up, ids, 0, 64, np.zeros((2, 64), np.float32)[:1])
     keys = np.zeros((1, 2, 64), cache.carrier)
     projected, angles = np.zeros(3 * 64, np.float32), x[:32]
     no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
     attend(projected, angles, angles, keys, keys, 0, 1.0, no_bias, scores, cache, 1)
-    layer_norm(x, x, x, 1e-5)
+    if "layer" in norms:
+        layer_norm(x, x, x, 1e-5)
+    if "rms" in norms:
+        rms_norm(x, x, 0, 1e-5)
     activations(np.zeros((1, 64), np.float32), "gelu")

@@ -22,10 +22,12 @@ from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from storage.layout import Role, Unit
 from workers import kernels
-from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear, Source
+from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
+from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
+from workers.compute.logits import capped, finished
 from workers.compute.positions import Positions
 
 
@@ -46,6 +48,8 @@ class BatchOperations:
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x = self.source.lines(EMBED, tokens)
+        if self.architecture.embedding_scale != 1:
+            x *= np.float32(self.architecture.embedding_scale)
         if self.model.project_in is not None:
             x = self._linear(self.model.project_in, x)
         if self.architecture.learned_positions is not None:
@@ -54,11 +58,12 @@ class BatchOperations:
         return x
 
     def norm(self, index: int, place: NormPlace, x: F32) -> F32:
-        return _normed(self.model.layers[index].norms[place], x)
+        return normed(self.model.layers[index].norms[place], x)
 
     def attention(self, index: int, x: F32) -> F32:
         a, bound = self.architecture.layers[index].attention, self.model.layers[index]
         fused = self._linear(bound.qkv, x)
+        norm_queries_and_keys(a, bound, fused)
         fused = fused.reshape(x.shape[0], -1, a.head_dim).swapaxes(0, 1)  # [heads, tokens, head_dim]
         queries, keys, values = np.split(fused, (a.heads, a.heads + a.kv_heads))
         if a.rope is not None:
@@ -77,24 +82,30 @@ class BatchOperations:
         tokens = queries.shape[1]
         before = keys.shape[1] - tokens
         group = a.heads // a.kv_heads
-        scale = np.float32(a.scale)
+        scale, window = np.float32(a.scale), a.window or keys.shape[1]
         out = np.empty((tokens, a.heads, a.head_dim), np.float32)
         future = np.triu(np.ones((QUERIES, QUERIES), np.bool_), 1)
 
         def attend(head: int, start: int) -> None:
             stop = min(start + QUERIES, tokens)
             known = before + stop
+            oldest = before + start + 1 - window  # key that the first of these tokens sees
+            low = max(0, oldest)
             shared = head // group
-            scores = self.pool.scratch(stop - start, known)
-            np.matmul(queries[head, start:stop], keys[shared, :known].T, out=scores)
+            scores = self.pool.scratch(stop - start, known - low)
+            np.matmul(queries[head, start:stop], keys[shared, low:known].T, out=scores)
             scores *= scale
+            if a.softcap is not None:
+                capped(scores, a.softcap)
             if bias.size:
-                scores += bias[head, :known]
-            scores[:, before + start :][future[: stop - start, : stop - start]] = -np.inf
+                scores += bias[head, low:known]
+            if known - window > low:
+                scores[np.tri(stop - start, known - low, oldest - low - 1, dtype=np.bool_)] = -np.inf
+            scores[:, before + start - low :][future[: stop - start, : stop - start]] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=1, keepdims=True)
-            np.matmul(scores, values[shared, :known], out=out[start:stop, head])
+            np.matmul(scores, values[shared, low:known], out=out[start:stop, head])
 
         tasks = product(range(a.heads), range(0, tokens, QUERIES))
         self.pool.run(attend, *zip(*tasks, strict=True))
@@ -106,10 +117,10 @@ class BatchOperations:
 
     def logits(self, x: F32) -> F32:
         if self.model.final_norm is not None:
-            x = _normed(self.model.final_norm, x)
+            x = normed(self.model.final_norm, x)
         if self.model.project_out is not None:
             x = self._linear(self.model.project_out, x)
-        return self._linear(self.model.head, x)
+        return finished(self.architecture, self._linear(self.model.head, x))
 
     def _linear(self, linear: Linear, x: F32) -> F32:
         weight = linear.weight
@@ -128,13 +139,11 @@ class BatchOperations:
         return out
 
 
-def _normed(norm: BoundNorm, x: F32) -> F32:
-    return kernels.layer_norm(x, norm.weight, norm.bias, norm.epsilon)
-
-
 def _rotated(x: F32, cos: F32, sin: F32) -> F32:
-    low, high = np.split(x, 2, axis=-1)
-    return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+    """The first values of each head, as many as there are angles for, twice."""
+    pairs = cos.shape[-1]
+    low, high, rest = np.split(x, (pairs, 2 * pairs), axis=-1)
+    return np.concatenate((low * cos - high * sin, high * cos + low * sin, rest), axis=-1)
 
 
 @dataclass(slots=True)
@@ -223,10 +232,12 @@ class BatchFfn:
         def activate(number: int) -> None:
             block = blocks[number]
             ids = np.concatenate(block.ids)
-            a = self._rows(block, "up", 0, width) @ self._input.T
-            if self._bound.up_bias.size:
-                a += self._bound.up_bias[ids, None]
-            kernels.activations(a, self._ffn.activation)
+            a = self._product(block, "up", ids, self._bound.up_bias)
+            if self._ffn.kind == "gated":
+                up, a = a, self._product(block, "gate", ids, self._bound.gate_bias)
+            kernels.activations(a, self._ffn.activation, self._ffn.threshold)
+            if self._ffn.kind == "gated":
+                a *= np.maximum(up, 0) if self._ffn.up_activation == "relu" else up
             if self._mask is not None:
                 a *= self._mask[:, ids].T
             active[number] = a
@@ -239,6 +250,13 @@ class BatchFfn:
 
         self._pool.run(activate, range(len(blocks)))
         self._pool.run(add, range(0, width, TILE))
+
+    def _product(self, block: _Block, role: Role, ids: I32, bias: F32) -> F32:
+        """Of a role's rows with every token, [neurons, n]."""
+        product: F32 = self._rows(block, role, 0, self._input.shape[1]) @ self._input.T
+        if bias.size:
+            product += bias[ids, None]
+        return product
 
     def _rows(self, block: _Block, role: Role, start: int, width: int) -> F32:
         """Elements [start, start + width) of a block's rows, widened, in scratch: [neurons, width]."""

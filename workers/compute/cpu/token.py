@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.architecture import EMBED, POSITIONS, NormPlace
+from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from storage.layout import Unit
 from workers import kernels
-from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear, Source
+from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
+from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
+from workers.compute.logits import finished
 from workers.compute.positions import Positions
 
 
@@ -39,6 +41,8 @@ class TokenOperations:
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x: F32 = self.source.lines(EMBED, tokens)[0]
+        if self.architecture.embedding_scale != 1:
+            x *= np.float32(self.architecture.embedding_scale)
         if self.model.project_in is not None:
             x = self._product(self.model.project_in, x)
         if self.architecture.learned_positions is not None:
@@ -46,13 +50,15 @@ class TokenOperations:
         return x[None]
 
     def norm(self, index: int, place: NormPlace, x: F32) -> F32:
-        return _normed(self.model.layers[index].norms[place], x)
+        return normed(self.model.layers[index].norms[place], x)
 
     def attention(self, index: int, x: F32) -> F32:
         attention, bound = self.architecture.layers[index].attention, self.model.layers[index]
         cos, sin = self._positions.rotary[index]
+        projected = self._product(bound.qkv, x[0])
+        norm_queries_and_keys(attention, bound, projected[None])
         mixed = kernels.attend(
-            self._product(bound.qkv, x[0]),
+            projected,
             cos[self.first],
             sin[self.first],
             self.cache.keys[index],
@@ -63,29 +69,26 @@ class TokenOperations:
             self._scores[: attention.heads],
             self.cache.codec,
             self.threads,
+            attention.window,
+            attention.softcap,
         )
         return self._product(bound.out, mixed)[None]
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn:
         assert mask is None, "a token's set is given, not masked"
-        activation = self.architecture.layers[index].ffn.activation
-        bound, unit = self.model.layers[index], self._units[index]
-        return TokenFfn(bound, unit, activation, x[0], self._activations, self.threads)
+        ffn, bound, unit = self.architecture.layers[index].ffn, self.model.layers[index], self._units[index]
+        return TokenFfn(bound, unit, ffn, x[0], self._activations, self.threads)
 
     def logits(self, x: F32) -> F32:
         if self.model.final_norm is not None:
-            x = _normed(self.model.final_norm, x)
+            x = normed(self.model.final_norm, x)
         (row,) = x
         if self.model.project_out is not None:
             row = self._product(self.model.project_out, row)
-        return self._product(self.model.head, row)[None]
+        return finished(self.architecture, self._product(self.model.head, row)[None])
 
     def _product(self, linear: Linear, x: F32) -> F32:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
-
-
-def _normed(norm: BoundNorm, x: F32) -> F32:
-    return kernels.layer_norm(x, norm.weight, norm.bias, norm.epsilon)
 
 
 class TokenFfn:
@@ -98,13 +101,13 @@ class TokenFfn:
         self,
         bound: BoundLayer,
         unit: Unit,
-        activation: str,
+        ffn: Ffn,
         x: F32,
         activations: F32,
         threads: int,
     ) -> None:
         """x [d_model]; `activations` [neurons] is scratch, this FFN's own until it is finished."""
-        self._bound, self._unit, self._activation = bound, unit, activation
+        self._bound, self._unit, self._ffn = bound, unit, ffn
         self._input, self._activations, self._threads = x, activations, threads
         self._output = bound.down_bias.copy() if bound.down_bias.size else np.zeros_like(x)
         self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
@@ -119,16 +122,14 @@ class TokenFfn:
         self._activated += ids.size
         self._parts.append((ids, slots))
         self._memory = memory
-        kernels.activate(
-            self._unit.view(memory, "up"),
-            ids,
-            slots,
-            self._input,
-            self._bound.up_bias,
-            self._activation,
-            self._threads,
-            self._activations[part],
-        )
+        up, out = self._unit.view(memory, "up"), self._activations[part]
+        ffn, bias = self._ffn, self._bound.up_bias
+        if ffn.kind == "gated":
+            gate, biases = self._unit.view(memory, "gate"), (self._bound.gate_bias, bias)
+            kernels.activate_gated(gate, up, ids, slots, self._input, biases, ffn, self._threads, out)
+            return
+        function, threshold = ffn.activation, ffn.threshold
+        kernels.activate(up, ids, slots, self._input, bias, function, self._threads, out, threshold)
 
     def close(self) -> None:
         if not self._parts:

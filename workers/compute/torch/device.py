@@ -6,7 +6,6 @@ to step, and a step may be of several sequences, each from position 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storage.architecture import EMBED, POSITIONS, NormPlace
+from storage.architecture import EMBED, POSITIONS, Attention, Ffn, NormPlace
 from storage.codecs import F32, FLOAT32, FLOATS, Codec
-from storage.layout import Rows, Unit
+from storage.layout import Role, Rows, Unit
 from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear
 from workers.compute.device import I32, Bytes, Mask
+from workers.compute.logits import finished
 from workers.compute.positions import Positions
 from workers.compute.weights import Weights
 
@@ -40,10 +40,7 @@ class TorchDevice:
         self._model = BoundModel.of(weights)
         self._units = [layer.unit for layer in weights.layout.layers]
         self._where = torch.device(where)
-        self._positions = Positions(
-            [layer.attention for layer in self.architecture.layers],
-            context or self.architecture.max_positions,
-        )
+        self._positions = self._tables(context)
         self._first = 0
         self._sequences = 1
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -58,9 +55,13 @@ class TorchDevice:
         assert not self._kept or sequences == 1, "the cache holds one sequence"
         assert self._kept or first == 0, "nothing is kept of what was before"
         self._first, self._sequences = first, sequences
+        if not self._kept and count != self._positions.context:
+            self._positions = self._tables(count)
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> Tensor:
         x = self._here(self._weights.lines(EMBED, tokens))
+        if self.architecture.embedding_scale != 1:
+            x *= self.architecture.embedding_scale
         if self._model.project_in is not None:
             x = self._linear(self._model.project_in, x)
         if self.architecture.learned_positions is not None:
@@ -74,9 +75,15 @@ class TorchDevice:
 
     def attention(self, index: int, x: Tensor) -> Tensor:
         a, bound = self.architecture.layers[index].attention, self._model.layers[index]
-        fused = self._linear(bound.qkv, x).view(self._sequences, -1, a.heads + 2 * a.kv_heads, a.head_dim)
-        fused = fused.transpose(1, 2)  # [sequences, heads, tokens, head_dim]
-        queries, keys, values = torch.split(fused, [a.heads, a.kv_heads, a.kv_heads], dim=1)
+        widths = [heads * a.head_dim for heads in (a.heads, a.kv_heads, a.kv_heads)]
+        queries, keys, values = torch.split(self._linear(bound.qkv, x), widths, dim=1)
+        if a.qk_norm is not None:
+            queries = self._normed_heads(a, bound.q_norm, queries)
+            keys = self._normed_heads(a, bound.k_norm, keys)
+        queries, keys, values = (  # [sequences, heads, tokens, head_dim]
+            part.reshape(self._sequences, -1, part.shape[1] // a.head_dim, a.head_dim).transpose(1, 2)
+            for part in (queries, keys, values)
+        )
         tokens = queries.shape[2]
         if a.rope is not None:
             rows = slice(self._first, self._first + tokens)
@@ -84,26 +91,27 @@ class TorchDevice:
             queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
         if self._kept:
             keys, values = self._with_past(index, keys[0], values[0])
-        mixed = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=self._mask(index, tokens),
-            scale=a.scale,
-            enable_gqa=a.heads != a.kv_heads,
-        )
+        mask = self._mask(index, tokens)
+        if a.softcap is not None:
+            keys, values = (part.repeat_interleave(a.heads // a.kv_heads, dim=1) for part in (keys, values))
+            scores = queries @ keys.transpose(2, 3) * a.scale
+            mixed = (a.softcap * torch.tanh(scores / a.softcap) + mask).softmax(-1) @ values
+        else:
+            mixed = functional.scaled_dot_product_attention(
+                queries, keys, values, mask, scale=a.scale, enable_gqa=a.heads != a.kv_heads
+            )
         return self._linear(bound.out, mixed.transpose(1, 2).reshape(x.shape[0], a.width))
 
     def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn:
-        activation = self.architecture.layers[index].ffn.activation
-        return TorchFfn(self._model.layers[index], self._units[index], activation, x, mask)
+        ffn = self.architecture.layers[index].ffn
+        return TorchFfn(self._model.layers[index], self._units[index], ffn, x, mask)
 
     def logits(self, x: Tensor) -> F32:
         if self._model.final_norm is not None:
             x = self._normed(self._model.final_norm, x)
         if self._model.project_out is not None:
             x = self._linear(self._model.project_out, x)
-        return self.host(self._linear(self._model.head, x))
+        return finished(self.architecture, self.host(self._linear(self._model.head, x)))
 
     def host(self, x: Tensor) -> F32:
         found: F32 = x.cpu().numpy()
@@ -111,6 +119,16 @@ class TorchDevice:
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+    def _tables(self, context: int) -> Positions:
+        return Positions([layer.attention for layer in self.architecture.layers], context)
+
+    def _normed_heads(self, a: Attention, norm: BoundNorm | None, x: Tensor) -> Tensor:
+        """Of x [tokens, heads · head_dim], each head by itself or all together."""
+        assert a.qk_norm is not None
+        assert norm is not None
+        width = a.head_dim if a.qk_norm.over == "head" else x.shape[1]
+        return self._normed(norm, x.reshape(-1, width)).view(x.shape)
 
     def _with_past(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the step's; returns all so far, [1, kv_heads, tokens, head_dim] float32, these unrounded."""
@@ -122,11 +140,14 @@ class TorchDevice:
         return whole[0], whole[1]
 
     def _mask(self, index: int, tokens: int) -> Tensor:
-        """[heads or 1, tokens, past + tokens]: ALiBi where there is one, and no future."""
+        """[heads or 1, tokens, past + tokens]: ALiBi where there is one, no future, and a window's past."""
         known = self._first + tokens
         bias = self._positions.bias[index]
         mask = self._here(bias[:, None, :known]) if bias.size else torch.zeros(1, 1, 1, device=self._where)
         allowed = torch.ones(tokens, known, dtype=torch.bool, device=self._where).tril(self._first)
+        window = self.architecture.layers[index].attention.window
+        if window is not None:
+            allowed = allowed.triu(self._first - window + 1)
         return mask.masked_fill(~allowed, -torch.inf)
 
     def _linear(self, linear: Linear, x: Tensor) -> Tensor:
@@ -135,15 +156,20 @@ class TorchDevice:
 
     def _normed(self, norm: BoundNorm, x: Tensor) -> Tensor:
         weight, bias = self._here(norm.weight), self._here(norm.bias)
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, norm.epsilon)
+        if norm.norm.kind == "rms":
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.norm.epsilon)
+            return x * scale * (weight + norm.norm.offset)
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, norm.norm.epsilon)
 
     def _here(self, array: F32) -> Tensor:
         return torch.from_numpy(array).to(self._where)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    """The first values of each head, as many as there are angles for, twice."""
+    pairs = cos.shape[-1]
+    low, high, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 
 def _widened(rows: Rows, where: torch.device) -> Tensor:
@@ -157,9 +183,9 @@ def _widened(rows: Rows, where: torch.device) -> Tensor:
 class TorchFfn:
     """One layer's FFN, computed at its end in one product over all units, by ascending id."""
 
-    def __init__(self, bound: BoundLayer, unit: Unit, activation: str, x: Tensor, mask: Mask | None) -> None:
+    def __init__(self, bound: BoundLayer, unit: Unit, ffn: Ffn, x: Tensor, mask: Mask | None) -> None:
         """x [rows, d_model]; mask [rows, neurons], where given, silences neurons."""
-        self._bound, self._unit, self._activation = bound, unit, activation
+        self._bound, self._unit, self._ffn = bound, unit, ffn
         self._input, self._mask = x, mask
         self._ids: list[I32] = []
         self._copies: list[Bytes] = []  # [n, stride]: slots are given to others meanwhile
@@ -182,18 +208,38 @@ class TorchFfn:
         ids, units = np.concatenate(self._ids), np.concatenate(self._copies)
         order = np.argsort(ids, kind="stable")
         ids, units = ids[order], units[order]
-        a = functional.linear(x, _widened(self._unit.view(units, "up"), where))
-        if self._bound.up_bias.size:
-            a += torch.from_numpy(self._bound.up_bias[ids]).to(where)
-        a = ACTIVATIONS[self._activation](a)
+        a = self._product("up", units, ids, self._bound.up_bias)
+        if self._ffn.kind == "gated":
+            gate = self._product("gate", units, ids, self._bound.gate_bias)
+            if self._ffn.up_activation == "relu":
+                a = functional.relu(a)
+            a *= activated(self._ffn, gate)
+        else:
+            a = activated(self._ffn, a)
         if self._mask is not None:
             a *= torch.from_numpy(self._mask[:, ids]).to(where)
         self.active = int(torch.count_nonzero(a))
         return torch.addmm(output, a, _widened(self._unit.view(units, "down"), where))
 
+    def _product(self, role: Role, units: Bytes, ids: I32, bias: F32) -> Tensor:
+        """Of every row with a role's, [rows, n]."""
+        where = self._input.device
+        product = functional.linear(self._input, _widened(self._unit.view(units, role), where))
+        if bias.size:
+            product += torch.from_numpy(bias[ids]).to(where)
+        return product
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-}
+
+def activated(ffn: Ffn, x: Tensor) -> Tensor:
+    """The FFN's activation function of x."""
+    match ffn.activation:
+        case "relu":
+            return functional.relu(x)
+        case "fatrelu":
+            return functional.threshold(x, ffn.threshold, 0.0)
+        case "silu":
+            return functional.silu(x)
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_tanh":
+            return functional.gelu(x, approximate="tanh")

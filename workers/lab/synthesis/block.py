@@ -63,7 +63,7 @@ def attended(layer: Layer, tensors: Tensors, h: Tensor) -> Tensor:
 
 def rotated(rope: Rope, x: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864), halves paired; x is `[heads, tokens, head_dim]`."""
-    tables = positions.rotary(rope.base, x.shape[2], x.shape[1])
+    tables = positions.rotary(rope, x.shape[2], x.shape[1])
     cos, sin = (torch.from_numpy(half).repeat(1, 2) for half in tables)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from storage.checkpoint import Checkpoint
 from storage.convert.conversion import Conversion, check
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.manifest import MANIFEST, RESIDENT
+from storage.resident import built
 from storage.store import Store
 
 FIRST = (canonical.EMBED, canonical.POSITIONS, canonical.PROJECT_IN)
@@ -82,27 +82,24 @@ class CheckpointWeights:
         named = self._read(lambda name: name.startswith(prefix), None)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
         for role, source in self.conversion.family.ffn(self.architecture, index).items():
-            array = self.conversion.checkpoint.read(self.conversion.full_name(source.name))
-            tensors[f"{role}.weight"] = _widened(array, self.conversion.dtype)
+            codec = self.conversion.layout.layers[index].unit.codec(role)
+            tensors[f"{role}.weight"] = _widened(self.conversion.read(source), codec.name)
         self.conversion.checkpoint.release()
         return tensors
 
     def _read(self, wanted: Any, tokens: Tensor | None) -> dict[str, Tensor]:
         tensors = {}
-        for item in self.conversion.residents:
+        for stored in self.conversion.residents:
+            item = stored.tensor
             if not wanted(item.name):
                 continue
             if not item.sources:
                 tensors[item.name] = torch.full(item.shape, item.fill)
                 continue
-            arrays: Sequence[Any] = [
-                self.conversion.checkpoint.read(self.conversion.full_name(source.name))
-                for source in item.sources
-            ]
-            array = arrays[0] if item.build is None else item.build(arrays)
+            array = built(item, self.conversion.checkpoint, self.conversion.full_name)
             if item.name == canonical.EMBED and tokens is not None:
                 array = array[tokens.numpy()]
-            tensors[item.name] = _widened(array, self.conversion.dtype)
+            tensors[item.name] = _widened(array, stored.dtype)
         return tensors
 
 

@@ -1,0 +1,25 @@
+"""Llama 2 and 3, and what has their form: TinyLlama, SmolLM2, distilled models, ReluLLaMA."""
+
+from __future__ import annotations
+
+from storage.architecture import Architecture, Layer
+from storage.families import decoder, rope
+from storage.families.family import Settings, number
+
+THETA = 10_000.0
+
+
+def architecture(config: Settings) -> Architecture:
+    """Raises UnsupportedModel for an option, an activation or a value that is not supported."""
+    norm = decoder.rms(config)
+    positions = rope.rope(config, rope.parameters(config), decoder.head_dim(config), THETA)
+    layer = Layer(
+        attention=decoder.attention(config, positions),
+        ffn=decoder.gated(config),
+        norms=dict.fromkeys(decoder.BEFORE, norm),
+    )
+    layers = (layer,) * number(config, "num_hidden_layers")
+    return decoder.architecture(config, "llama", layers, norm)
+
+
+LLAMA = decoder.family("llama", architecture)
