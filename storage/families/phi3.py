@@ -1,4 +1,4 @@
-"""Phi 3 and 4 mini: Llama's block with fused projections, positions of longrope, of part of a head in Phi 4."""
+"""Phi 3 and Phi 4 mini: Llama's block with fused projections, and positions that reach far (longrope)."""
 
 from __future__ import annotations
 
