@@ -210,6 +210,16 @@ GATED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", {**_LLAMA}),
+    "granite": (
+        "granite",
+        {
+            **_LLAMA,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.8,
+        },
+    ),
 }
 VARIANTS |= GATED
 

@@ -8,6 +8,7 @@ from storage.families.falcon import FALCON
 from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from storage.families.granite import GRANITE
 from storage.families.llama import LLAMA, SPARSELLAMA
 from storage.families.minicpm import MINICPM
 from storage.families.mistral import MISTRAL
@@ -31,6 +32,7 @@ _ALL = (
     PHI3,
     SMOLLM3,
     OLMO2,
+    GRANITE,
     SPARSELLAMA,
     MINICPM,
     BAMBOO,
