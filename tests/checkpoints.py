@@ -7,8 +7,10 @@ writes, plus a small byte-level `tokenizer.json`. Norm weights lie around 1 ± 0
 
 from __future__ import annotations
 
+import json
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +210,51 @@ GATED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", {**_LLAMA}),
+    "granite": (
+        "granite",
+        {
+            **_LLAMA,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.8,
+        },
+    ),
 }
 VARIANTS |= GATED
+
+# Families that transformers does not know: name -> (a model_type that it does, its settings, and what the
+# config.json says instead).
+UNKNOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "prosparse": (
+        "llama",
+        {**_LLAMA},
+        {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.3},
+    ),
+    "bamboo": (
+        "mistral",
+        {**_LLAMA, "sliding_window": _WINDOW},
+        {"model_type": "bamboo", "hidden_act": "relu"},
+    ),
+    "minicpm": (
+        "granite",
+        {
+            **_LLAMA,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 1.4 / math.sqrt(3),
+            "logits_scaling": 64 / 48,
+        },
+        {
+            "model_type": "minicpm",
+            "hidden_act": "fatrelu",
+            "hidden_act_param": 0.3,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 48,
+        },
+    ),
+}
 EAGER = {"gemma2"}  # sdpa has no softcap
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -222,13 +267,30 @@ def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind, settings = VARIANTS[variant]
+    kind, settings, said = (*VARIANTS[variant], {}) if variant in VARIANTS else UNKNOWN[variant]
     config = CONFIG_MAPPING[kind](**deepcopy(settings))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if kind in EAGER else "sdpa")
+    if said:
+        _sparsify(model, said)
     _randomise(model, torch.Generator().manual_seed(seed))
     for parameter in model.parameters():  # not the rotary frequencies, which are computed in float32
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return model.eval()
+
+
+def _sparsify(model: Any, said: dict[str, Any]) -> None:
+    """Give its FFNs the activation that the family's own code has."""
+    threshold, both = said.get("hidden_act_param", 0.0), said["model_type"] == "bamboo"
+
+    def activated(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > threshold, x, 0.0)
+
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        up = mlp.up_proj(x)
+        return mlp.down_proj(activated(mlp.gate_proj(x)) * (activated(up) if both else up))
+
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(forward, layer.mlp)
 
 
 def reference_model(directory: Path) -> Any:
@@ -285,6 +347,11 @@ def write_checkpoint(
     model = make_model(variant, dtype, seed)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size="100KB" if sharded else "1GB")
+    if variant in UNKNOWN:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").write_text(
+            json.dumps({**config, **UNKNOWN[variant][2]}), encoding="utf-8"
+        )
     if bin:
         _to_bin(directory)
     make_tokenizer().save(str(directory / "tokenizer.json"))
@@ -293,8 +360,6 @@ def write_checkpoint(
 
 def _to_bin(directory: Path) -> None:
     """Rewrite the safetensors files as `pytorch_model*.bin`: transformers no longer writes them."""
-    import json
-
     from safetensors.torch import load_file
 
     def renamed(name: str) -> str:

@@ -232,8 +232,17 @@ def test_an_unsupported_dtype_is_named(tmp_path: Path, dtype: torch.dtype, bin: 
         plan(directory)
 
 
-def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
+def test_every_tensor_may_have_its_own_dtype(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype="float16")
     rewrite(directory, NORM, torch.ones(64))
-    with pytest.raises(UnsupportedModel, match=rf"{NORM} is float32 where the FFN is float16"):
+    dtypes = {one.tensor.name: one.dtype for one in plan(directory).residents}
+    assert dtypes.pop("layers.1.ffn_norm.weight") == "float32"
+    assert set(dtypes.values()) == {"float16"}
+
+
+def test_mixed_dtypes_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype="float16")
+    key = "model.decoder.layers.1.self_attn.k_proj.weight"
+    rewrite(directory, key, torch.ones(64, 64))
+    with pytest.raises(UnsupportedModel, match=rf"{key} is float32 where .*q_proj.weight is float16"):
         plan(directory)

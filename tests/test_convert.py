@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from checkpoints import DTYPES, VARIANTS, write_checkpoint
+from checkpoints import DTYPES, GATED, VARIANTS, write_checkpoint
 from safetensors.torch import load_file
 
 from storage.convert import NeuronOrder, convert
 from storage.errors import CheckpointError, DiskFull, StoreError, StoreIncomplete, UsageError
+from storage.layout import ROLES
 from storage.store import Store
 from storage.tokenizer import byte_level_bpe
 from storage.verify import verify
@@ -76,6 +77,14 @@ def model(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", "opt", "float16")
 
 
+FFN = {  # how the names of a family's FFN tensors end, in the order of a unit's rows
+    "opt": ("fc1", "fc2"),
+    "falcon": ("h_to_4h", "4h_to_h"),
+    "gated": ("gate_proj", "up_proj", "down_proj"),
+    "phi3": ("gate_up_proj", "down_proj"),
+}
+
+
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [(variant, DTYPES[index % 3]) for index, variant in enumerate(VARIANTS)],
@@ -87,19 +96,26 @@ def test_every_bit_arrives(tmp_path: Path, variant: str, dtype: str) -> None:
     source = load_file(model / "model.safetensors")
     stored = load_file(store.path / "resident.safetensors")
     used = []
+    ends = FFN[
+        "phi3"
+        if variant.startswith("phi3")
+        else "gated"
+        if variant in GATED
+        else variant.split("-", maxsplit=1)[0]
+    ]
     for layer in range(len(store.layout.layers)):
-        up, down = (
-            next(name for name in source if f".{layer}." in name and name.endswith(end))
-            for end in (
-                ("fc1.weight", "fc2.weight")
-                if variant.startswith("opt")
-                else ("h_to_4h.weight", "4h_to_h.weight")
-            )
-        )
-        used += [up, down]
-        ups, downs = store.ffn(layer, "up", "down")
-        assert ups.values.tobytes() == bits(source[up]).tobytes()
-        assert downs.values.tobytes() == bits(source[down].T.contiguous()).tobytes()
+        names = [
+            next(name for name in source if f".{layer}." in name and name.endswith(f"{end}.weight"))
+            for end in ends
+        ]
+        used += names
+        *ups, down = (source[name] for name in names)
+        if len(ends) == 2 and variant in GATED:  # gate and up are one tensor
+            ups = ups[0].chunk(2)
+        *rows, downs = store.ffn(layer, *ROLES[store.architecture.layers[layer].ffn.kind])
+        for stored_rows, tensor in zip(rows, ups, strict=True):
+            assert stored_rows.values.tobytes() == bits(tensor).tobytes()
+        assert downs.values.tobytes() == bits(down.T.contiguous()).tobytes()
     made = 4 * len(store.layout.layers) + 2 if variant == "opt-no-affine" else 0  # norms that have no source
     plain = [value for name, value in stored.items() if not made or "norm" not in name]
     assert len(stored) - len(plain) == made

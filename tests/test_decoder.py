@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, GATED, VARIANTS, make_model, write_checkpoint
+from checkpoints import DTYPES, GATED, UNKNOWN, VARIANTS, make_model, write_checkpoint
 from decoding import LocalDecoder
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from storage.architecture import Ffn
 from storage.codecs import FLOAT32
@@ -61,10 +62,10 @@ def _logits(model: Any, tokens: list[int]) -> np.ndarray:
 
 
 def _prompt(variant: str) -> list[int]:
-    return LONG if variant in GATED else PROMPT
+    return LONG if variant in {*GATED, *UNKNOWN} else PROMPT
 
 
-CASES = [(variant, "float32") for variant in VARIANTS] + [
+CASES = [(variant, "float32") for variant in (*VARIANTS, *UNKNOWN)] + [
     (variant, dtype) for variant in ("opt", "falcon-7b", "falcon-rw", *GATED) for dtype in DTYPES[1:]
 ]
 
@@ -106,7 +107,7 @@ def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_prop
     assert close < 16
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *UNKNOWN])
 def test_zeroing_any_stored_tensor_is_noticed(tmp_path, variant):
     store, prompt = _store(tmp_path, variant, "float32"), _prompt(variant)
     expected = _logits(_reference(variant, "float32"), prompt)
@@ -137,7 +138,23 @@ def _tensor(decoder: LocalDecoder, name: str) -> np.ndarray:
     return vector if vector.size else decoder.weights.matrix(name).values
 
 
-@pytest.mark.parametrize("variant", ["opt", "falcon-40b"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("variant", ["llama", "gemma3"])
+def test_norms_may_be_float32_beside_16_bits(tmp_path, variant, dtype):
+    checkpoint = write_checkpoint(tmp_path / "model", variant, dtype)
+    usual = convert(checkpoint, tmp_path / "usual", name=variant)
+    tensors = load_file(checkpoint / "model.safetensors")
+    wide = {name: value.float() if value.ndim == 1 else value for name, value in tensors.items()}
+    assert {value.dtype for value in wide.values()} == {torch.float32, getattr(torch, dtype)}
+    save_file(wide, checkpoint / "model.safetensors")
+    mixed = convert(checkpoint, tmp_path / "mixed", name=variant)
+    assert mixed.manifest.files[RESIDENT].bytes > usual.manifest.files[RESIDENT].bytes
+    with LocalDecoder(mixed) as decoder, LocalDecoder(usual) as expected:
+        assert np.array_equal(decoder.prefill(LONG), expected.prefill(LONG))
+        assert np.array_equal(decoder.steps(LONG), expected.steps(LONG))
+
+
+@pytest.mark.parametrize("variant", ["opt", "falcon-40b", "gemma2", "qwen3"])
 def test_threads_do_not_change_a_bit(tmp_path, variant):
     store = _store(tmp_path, variant, "bfloat16")
     results = []
@@ -147,7 +164,9 @@ def test_threads_do_not_change_a_bit(tmp_path, variant):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("variant", ["opt", "falcon-7b", "falcon-rw", "falcon-40b"])
+@pytest.mark.parametrize(
+    "variant", ["opt", "falcon-7b", "falcon-rw", "falcon-40b", "gemma2", "qwen3", "olmo2", "phi3-longrope"]
+)
 def test_attention_does_not_depend_on_how_a_prompt_is_cut(tmp_path, variant, monkeypatch):
     """Into queries computed at once, and into tokens that are known already and new ones."""
     store = _store(tmp_path, variant, "float32")

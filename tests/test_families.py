@@ -12,7 +12,7 @@ import torch
 from checkpoints import DTYPES, VARIANTS, reference_model, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from storage.architecture import Rope
+from storage.architecture import Architecture, LinearScaling, Llama3Scaling, Rope
 from storage.convert import convert
 from storage.errors import UnsupportedModel
 from storage.families.registry import family_of
@@ -141,7 +141,7 @@ def test_opt_350m() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "opt, falcon"]),
+        ({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}, ["BloomForCausalLM", "opt, falcon"]),
         ({"model_type": None}, ["None", "opt, falcon"]),
         ({"activation": "silu"}, ["silu", "relu", "gelu"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "bfloat16"]),
@@ -167,4 +167,138 @@ def test_what_is_not_supported_is_named(settings: dict[str, Any], words: list[st
 
     with pytest.raises(UnsupportedModel) as raised:
         read()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+LLAMA_3: dict[str, Any] = {  # as meta-llama/Llama-3.2-1B's config.json has it
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+GEMMA_3_4B: dict[str, Any] = {  # as google/gemma-3-4b-it's config.json has it
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}
+
+
+def described(config: dict[str, Any]) -> Architecture:
+    family = family_of(config)
+    model = family.architecture(config)
+    assert Architecture.from_json(json.loads(json.dumps(model.to_json()))) == model
+    family.resident(config, model)
+    return model
+
+
+def test_llama_3() -> None:
+    model = described(LLAMA_3)
+    ffn, attention = model.layers[0].ffn, model.layers[0].attention
+    assert (ffn.kind, ffn.activation, ffn.units, model.sparse) == ("gated", "silu", 8192, False)
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.scale) == (32, 8, 64, 1 / 8)
+    assert attention.rope == Rope(5e5, None, Llama3Scaling(32.0, 1.0, 4.0, 8192))
+    assert (model.tied_head, model.max_positions, len(model.layers)) == (True, 131072, 16)
+    parameters = {**LLAMA_3["rope_scaling"], "rope_theta": 500000.0}  # as transformers 5 writes it
+    newer = {key: value for key, value in LLAMA_3.items() if not key.startswith("rope")}
+    assert described({**newer, "rope_parameters": parameters}) == model
+
+
+def test_gemma_3_out_of_a_checkpoint_that_reads_images() -> None:
+    model = described(GEMMA_3_4B)
+    assert (model.d_model, model.vocabulary, model.eos_tokens) == (2560, 262_208, (1, 106))
+    assert [layer.attention.window for layer in model.layers[:7]] == [*[1024] * 5, None, 1024]
+    assert model.layers[0].attention.rope == Rope(1e4)
+    assert model.layers[5].attention.rope == Rope(1e6, None, LinearScaling(8.0))
+    assert (model.embedding_scale, model.tied_head) == (2560**0.5, True)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_gemma_3_under_an_image_reader_is_the_text_model(tmp_path: Path, prefix: str) -> None:
+    model = write_checkpoint(tmp_path / "model", "gemma3")
+    usual = convert(model, tmp_path / "usual", name="gemma")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name.replace("model.", prefix, 1): value for name, value in tensors.items()},
+        model / "model.safetensors",
+    )
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    inner = convert(model, tmp_path / "inner", name="gemma")
+    assert inner.manifest.files == usual.manifest.files
+    assert inner.architecture == usual.architecture
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"head_dim": None}, {"head_dim": 64}),
+        ({"num_key_value_heads": None}, {"kv_heads": 32}),
+        ({"model_type": "qwen3", "head_dim": 128}, {"head_dim": 128, "window": None}),
+        ({"model_type": "mistral"}, {"window": 4096}),
+        ({"model_type": "mistral", "sliding_window": None}, {"window": None}),
+        ({"model_type": "phi3", "sliding_window": 2047, "rope_scaling": None}, {"window": 2047}),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 144}, {"scale": 1 / 12, "softcap": 50}),
+    ],
+)
+def test_defaults_of_attention(changed: dict[str, Any], found: dict[str, Any]) -> None:
+    attention = described({**LLAMA_3, **changed}).layers[0].attention
+    assert {name: getattr(attention, name) for name in found} == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_act": "mish"}, ["mish", "silu", "fatrelu"]),
+        ({"hidden_act": "fatrelu"}, ["hidden_act_param"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor"]),
+        ({"rope_scaling": [2.0]}, ["rope parameters"]),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["short_factor", "32"]),
+        ({"partial_rotary_factor": 0.4}, ["25 dimensions", "64"]),
+        ({"num_key_value_heads": 5}, ["num_key_value_heads 5", "32"]),
+        ({"head_dim": None, "hidden_size": 2049}, ["2049", "32 heads"]),
+        ({"intermediate_size": None}, ["intermediate_size"]),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 16}, ["chunked_attention"]),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, ["layer_types", "16"]),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping 50.0"]),
+        ({"model_type": "gemma3", "text_config": 1}, ["text_config", "1"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, ["no_rope_layers", "16"]),
+        ({"model_type": "bamboo", "hidden_act": "silu"}, ["bamboo", "silu"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantised"]),
+    ],
+)
+def test_what_a_gated_decoder_does_not_support_is_named(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UnsupportedModel) as raised:
+        described({**LLAMA_3, **settings})
     assert all(word in str(raised.value) for word in words), str(raised.value)

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what has their form: TinyLlama, SmolLM2, distilled models, ReluLLaMA."""
+"""Llama 2 and 3, and what has their form: TinyLlama, SmolLM2, distilled models, ReluLLaMA, ProSparse."""
 
 from __future__ import annotations
 
@@ -23,3 +23,4 @@ def architecture(config: Settings) -> Architecture:
 
 
 LLAMA = decoder.family("llama", architecture)
+SPARSELLAMA = decoder.family("sparsellama", architecture)  # ProSparse, of which transformers knows nothing

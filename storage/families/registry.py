@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from storage.errors import UnsupportedModel
+from storage.families.bamboo import BAMBOO
 from storage.families.falcon import FALCON
 from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
-from storage.families.llama import LLAMA
+from storage.families.granite import GRANITE
+from storage.families.llama import LLAMA, SPARSELLAMA
+from storage.families.minicpm import MINICPM
 from storage.families.mistral import MISTRAL
 from storage.families.olmo2 import OLMO2
 from storage.families.opt import OPT
@@ -16,7 +19,24 @@ from storage.families.qwen2 import QWEN2
 from storage.families.qwen3 import QWEN3
 from storage.families.smollm3 import SMOLLM3
 
-_ALL = (OPT, FALCON, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3, SMOLLM3, OLMO2)
+_ALL = (
+    OPT,
+    FALCON,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3_TEXT,
+    GEMMA3,
+    PHI3,
+    SMOLLM3,
+    OLMO2,
+    GRANITE,
+    SPARSELLAMA,
+    MINICPM,
+    BAMBOO,
+)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
