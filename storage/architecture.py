@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, TypeAdapter
 
+from storage.layout import Role
+
 Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu"]
 
 # Where a layer may have a norm: of a sub-layer's input, of its output before that is added to the residual
@@ -152,6 +154,13 @@ class Ffn:
     def sparse(self) -> bool:
         """Whether zero activations are exact and common: then a set of neurons can be enough."""
         return self.activation in ("relu", "fatrelu")
+
+    @property
+    def deciding(self) -> tuple[Role, ...]:
+        """Where it is sparse, the rows whose products must all be positive for a neuron to be active."""
+        if self.kind == "plain":
+            return ("up",)
+        return ("gate", "up") if self.up_activation == "relu" else ("gate",)
 
 
 @dataclass(frozen=True, slots=True)
