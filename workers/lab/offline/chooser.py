@@ -23,8 +23,8 @@ from storage.errors import ConfigError
 from storage.store import Store
 from workers.cache.policies import make_policy
 from workers.cache.residency import Residency
+from workers.lab.offline.dense import Bytes
 from workers.lab.offline.replay import turn
-from workers.lab.training import activations
 from workers.predictor import lowrank
 from workers.predictor.lowrank import LowRank
 from workers.predictor.oracle import MARGIN
@@ -76,16 +76,19 @@ class _Wide:
 
 
 class OracleScores:
-    """The true active set, by the layer's up-projection; `margin` as the ring's oracle."""
+    """The true active set, by what decides it; `margin` as the ring's oracle."""
 
     def __init__(self, store: Store, margin: float = MARGIN) -> None:
         self._store, self._margin = store, margin
 
-    def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
-        up, bias = activations.up_projection(self._store, layer)
-        scores = torch.addmm(bias, source, up.T)
-        scale = scores.square().mean(dim=1, keepdim=True).sqrt()
-        return scores > -self._margin * scale
+    def active(self, layer: int, source: torch.Tensor, own: bool, units: Bytes | None = None) -> torch.Tensor:
+        """`units` saves reading the layer again."""
+        mask = torch.ones(1, dtype=torch.bool)
+        for one in self._store.deciding(layer, units):
+            scores = torch.addmm(torch.from_numpy(one.bias), source, torch.from_numpy(one.rows.widened()).T)
+            scale = scores.square().mean(dim=1, keepdim=True).sqrt()
+            mask = mask & (scores > -self._margin * scale)
+        return mask
 
 
 class RingChooser:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from pipeline.ring.messages import EMBEDDING
-from workers.lab.offline.chooser import RingChooser
+from workers.lab.offline.chooser import OracleScores, RingChooser
 from workers.lab.offline.dense import Bytes, DenseModel
-from workers.lab.training import activations
 
 PREFILLED = 1  # tokens of every sequence that have all their neurons
 
@@ -42,6 +40,7 @@ def forward(
 
     `see` gets every layer's sets. Each layer is read from the store once.
     """
+    truth = OracleScores(model.store, margin=0.0)
     x = model.embed(tokens)
     states = {EMBEDDING: x.flatten(0, 1)}  # what was announced, as far back as a prediction looks
     keep = 0 if chooser is None else chooser.forecast.lookahead
@@ -56,8 +55,7 @@ def forward(
                     guessed = chooser.guess(layer, states[chooser.guess_source(layer)])
                 chosen = chooser.choose(layer, states[chooser.sources(layer)], guessed)
             if see is not None:
-                up, bias = activations.up_of(model.store, layer, units)
-                see(layer, Sets(torch.addmm(bias, ffn_input, up.T) > 0, chosen, guessed))
+                see(layer, Sets(truth.active(layer, ffn_input, True, units), chosen, guessed))
             return None if chosen is None else _with_first(chosen, tokens.shape)
 
         _, x = model.layer(index, x, mask, units, early=chooser is not None and chooser.early)
