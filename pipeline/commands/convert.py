@@ -30,10 +30,18 @@ def command(
         Path | None,
         typer.Option(help="Which neuron lies where: a file that `trace order` wrote.", metavar="ORDER.npy"),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the numbers of a GGUF file are widened to: float16, bfloat16 or float32; "
+            "without it 16 bits, whichever lose less.",
+            metavar="DTYPE",
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
     source = find_source(model)
-    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
+    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype)
     if source.directory == builtin.CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
         builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
     say(f"{out} is ready: run.py --model {out}")

@@ -100,9 +100,15 @@ def _files(checkpoint: Path) -> list[Path]:
 
 
 def convert(
-    checkpoint: Path, store: Path, *, name: str, alignment: int = 512, order: Path | None = None
+    checkpoint: Path,
+    store: Path,
+    *,
+    name: str,
+    alignment: int = 512,
+    order: Path | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Convert with a progress bar; `order`: a `.npy` of neurons by position."""
+    """Convert with a progress bar; `order`: a `.npy` of neurons by position; `dtype`: of a GGUF file only."""
     from pipeline.progress import Progress
     from storage.convert import convert as convert_checkpoint
     from storage.convert import read_order
@@ -111,7 +117,7 @@ def convert(
 
     with Progress(f"converting {name}") as progress:
         convert_checkpoint(
-            checkpoint, store, name=name, alignment=alignment, order=neurons, progress=progress
+            checkpoint, store, name=name, alignment=alignment, order=neurons, dtype=dtype, progress=progress
         )
 
 

@@ -58,6 +58,11 @@ class File:
     def head_dim(self) -> int:
         return self.number("attention.key_length", self.number("embedding_length") // max(self.heads, 1))
 
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return self.number("rope.dimension_count", self.head_dim)
+
 
 def config(file: File) -> Config:
     """Raises UnsupportedModel naming the architecture, and those that are supported."""
@@ -89,7 +94,7 @@ def _common(file: File) -> Config:
 
 def _gated(file: File, model_type: str, rope_base: float = 10_000.0) -> Config:
     """What all gated decoders with RMS norms and rotary positions have."""
-    if model_type != "phi3" and file.number("rope.dimension_count", file.head_dim) != file.head_dim:
+    if model_type != "phi3" and file.rotated != file.head_dim:
         raise UnsupportedModel(
             f"{file.metadata.path}: a {model_type} model that rotates a part of each head is not supported"
         )
@@ -101,7 +106,7 @@ def _gated(file: File, model_type: str, rope_base: float = 10_000.0) -> Config:
         "hidden_act": "silu",
         "rms_norm_eps": file.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": file.real("rope.freq_base", rope_base),
-        "rope_scaling": scaling(file.metadata, file.architecture, file.tensors, file.head_dim),
+        "rope_scaling": scaling(file.metadata, file.architecture, file.tensors, file.rotated),
         "attention_bias": file.has_tensor("attn_q.bias"),
     }
 
@@ -158,12 +163,10 @@ def _gemma3(file: File) -> Config:
 
 
 def _phi3(file: File) -> Config:
-    rotated = file.number("rope.dimension_count", file.head_dim)
     longest = file.number("context_length")
     return {
         **_gated(file, "phi3"),
-        "rope_scaling": scaling(file.metadata, file.architecture, file.tensors, rotated),
-        "partial_rotary_factor": rotated / max(file.head_dim, 1),
+        "partial_rotary_factor": file.rotated / max(file.head_dim, 1),
         "original_max_position_embeddings": file.number("rope.scaling.original_context_length", longest),
         "sliding_window": file.number("attention.sliding_window", 0) or None,
     }
