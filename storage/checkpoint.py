@@ -15,17 +15,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from storage import tokenizer
 from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.header import BadHeader, Header
+from storage.json_object import read_json, unreadable
+from storage.origin import Entry, samples
+from storage.tokenizer import GENERATION_CONFIG
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -34,17 +37,6 @@ WEIGHTS = (
 )
 
 LFS_POINTER = b"version https://git-lfs"
-SAMPLES, SAMPLE_BYTES = 64, 64 << 10  # of each shard, for the source's identity
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a shard. `offset` is the byte offset of its data (safetensors only)."""
-
-    shard: Path
-    shape: tuple[int, ...]
-    dtype: str  # float32 | float16 | bfloat16, or the checkpoint's own word for anything else
-    offset: int
 
 
 @dataclass(slots=True)
@@ -110,18 +102,18 @@ class Checkpoint:
         """Drop the mapping of a `.bin` shard; its pages otherwise stay in this process's memory."""
         self._torch_shard = None
 
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: JSON, independent of paths and times.
+    def generation(self) -> dict[str, Any]:
+        path = self.path / GENERATION_CONFIG
+        return read_json(path) if path.is_file() else {}
 
-        The config's hash and, of each shard, name, size and the hash of 64 samples of 64 KiB spread
-        over it. Reading everything would take minutes; two trainings of one shape differ everywhere.
-        """
+    def texts(self) -> dict[str, bytes]:
+        return tokenizer.texts(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The config's hash and, of each shard, its size and the hash of samples spread over it."""
         return {
             "config": xxhash.xxh3_128_hexdigest(json.dumps(self.config, sort_keys=True).encode()),
-            "shards": {
-                shard.name: {"bytes": shard.stat().st_size, "samples": _sample(shard)}
-                for shard in self.shards
-            },
+            "shards": {shard.name: samples(shard) for shard in self.shards},
         }
 
     def _elements(self, name: str, entry: Entry, start: int, count: int) -> Carrier:
@@ -133,7 +125,7 @@ class Checkpoint:
         try:
             data = np.fromfile(entry.shard, carrier, count=count, offset=offset)
         except OSError as error:
-            _unreadable(entry.shard, error)
+            unreadable(entry.shard, error)
         if data.size != count:
             raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
         return data
@@ -142,24 +134,6 @@ class Checkpoint:
         if self._torch_shard is None or self._torch_shard[0] != shard:
             self._torch_shard = (shard, _load_bin(shard))
         return self._torch_shard[1]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        _unreadable(path, error)
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} cannot be read: it is not a JSON object")
-    return data
-
-
-def _unreadable(path: Path, error: Exception) -> NoReturn:
-    reason = str(error).strip().split("\n")[0]
-    raise CheckpointError(f"{path} cannot be read: {reason}") from error
 
 
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
@@ -213,7 +187,7 @@ def _load_bin(shard: Path) -> dict[str, Any]:
     try:
         state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        _unreadable(shard, error)
+        unreadable(shard, error)
     if not isinstance(state, dict):
         raise CheckpointError(f"{shard} cannot be read: it is not a dictionary of tensors")
     return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
@@ -226,13 +200,3 @@ def _as_carrier(tensor: Any) -> Carrier:
     tensor = tensor.detach().contiguous()
     array: Carrier = tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
     return array
-
-
-def _sample(shard: Path) -> str:
-    digest, size = xxhash.xxh3_128(), shard.stat().st_size
-    last = max(size - SAMPLE_BYTES, 0)
-    with shard.open("rb") as file:
-        for index in range(SAMPLES):
-            file.seek(last * index // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -12,12 +12,12 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from storage.checkpoint import Checkpoint
 from storage.codecs import CODECS, Carrier
 from storage.errors import CheckpointError
 from storage.families.family import Resident, Source
 from storage.header import header_bytes
 from storage.manifest import FileEntry
+from storage.origin import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def size(residents: Sequence[Stored]) -> int:
 def write(
     file: BinaryIO,
     residents: Sequence[Stored],
-    checkpoint: Checkpoint,
+    checkpoint: Origin,
     prefix: Callable[[str], str],
     wrote: Callable[[int], None],
 ) -> FileEntry:
@@ -59,7 +59,7 @@ def write(
 
 
 def _stream(
-    residents: Sequence[Stored], checkpoint: Checkpoint, prefix: Callable[[str], str]
+    residents: Sequence[Stored], checkpoint: Origin, prefix: Callable[[str], str]
 ) -> Iterator[bytes | memoryview]:
     yield header(residents)
     for resident in residents:
@@ -68,7 +68,7 @@ def _stream(
         checkpoint.release()
 
 
-def _chunks(stored: Stored, checkpoint: Checkpoint, prefix: Callable[[str], str]) -> Iterator[Carrier]:
+def _chunks(stored: Stored, checkpoint: Origin, prefix: Callable[[str], str]) -> Iterator[Carrier]:
     resident = stored.tensor
     if not resident.sources:
         yield _filled(resident, stored.dtype)
@@ -78,7 +78,7 @@ def _chunks(stored: Stored, checkpoint: Checkpoint, prefix: Callable[[str], str]
         yield built(resident, checkpoint, prefix)
 
 
-def built(resident: Resident, checkpoint: Checkpoint, prefix: Callable[[str], str]) -> Carrier:
+def built(resident: Resident, checkpoint: Origin, prefix: Callable[[str], str]) -> Carrier:
     """A resident tensor that has sources, whole. Raises CheckpointError."""
     arrays = [read(checkpoint, source, prefix) for source in resident.sources]
     array = arrays[0] if resident.build is None else resident.build(arrays)
@@ -87,7 +87,7 @@ def built(resident: Resident, checkpoint: Checkpoint, prefix: Callable[[str], st
     return array
 
 
-def read(checkpoint: Checkpoint, source: Source, prefix: Callable[[str], str]) -> Carrier:
+def read(checkpoint: Origin, source: Source, prefix: Callable[[str], str]) -> Carrier:
     """A source's values, in their carrier."""
     return checkpoint.read(prefix(source.name), source.start, source.start + source.shape[0])
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from storage.convert import NeuronOrder, convert
 from storage.errors import CheckpointError, DiskFull, StoreError, StoreIncomplete, UsageError
 from storage.layout import ROLES
+from storage.old_tokenizer import byte_level_bpe
 from storage.store import Store
-from storage.tokenizer import byte_level_bpe
 from storage.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""`convert`: a Hugging Face checkpoint becomes a store."""
+"""`convert`: a Hugging Face checkpoint or a GGUF file becomes a store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from storage.store import Store
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="A preset, a checkpoint's directory or a Hugging Face id.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="A preset, a checkpoint's directory, a GGUF file or a Hugging Face id.", metavar="MODEL"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
     alignment: Annotated[
@@ -27,10 +30,18 @@ def command(
         Path | None,
         typer.Option(help="Which neuron lies where: a file that `trace order` wrote.", metavar="ORDER.npy"),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the numbers of a GGUF file are widened to: float16, bfloat16 or float32; "
+            "without it 16 bits, whichever lose less.",
+            metavar="DTYPE",
+        ),
+    ] = None,
 ) -> None:
-    """Convert a Hugging Face checkpoint into a store; an interrupted conversion resumes."""
+    """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
     source = find_source(model)
-    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order)
+    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype)
     if source.directory == builtin.CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
         builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
     say(f"{out} is ready: run.py --model {out}")

@@ -12,8 +12,8 @@ from pipeline.directories import check_writable
 Model = Annotated[
     str,
     typer.Option(
-        help="A preset of configs/, a Hugging Face id, or the directory of a checkpoint or store. "
-        "Without it: the built-in model.",
+        help="A preset of configs/, a Hugging Face id, a GGUF file, or the directory of a checkpoint or "
+        "store. Without it: the built-in model.",
         metavar="NAME|DIR",
         show_default=False,
     ),

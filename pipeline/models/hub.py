@@ -15,7 +15,7 @@ from storage.errors import CheckpointError, UsageError, reason
 HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
-SMALL_FILES = ("*.json", "merges.txt", "chat_template.jinja")
+SMALL_FILES = ("*.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
 # The same weights once more, in their authors' own form.
 COPIES = ("consolidated*", "original/*")

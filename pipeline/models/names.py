@@ -1,7 +1,7 @@
 """Which model a name means.
 
-A name is, in this order: a preset (a file of `configs/`), a directory (store or checkpoint), or a
-Hugging Face id (`org/name`).
+A name is, in this order: a preset (a file of `configs/`), a directory (store or checkpoint), a GGUF file, or
+a Hugging Face id (`org/name`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pipeline.models.hub import HUB_ID
 from pipeline.models.stores import Source
 from storage.checkpoint import CONFIG
 from storage.errors import CheckpointError, UsageError
+from storage.gguf.parts import is_gguf
 from storage.manifest import MANIFEST
 from storage.store import unfinished
 
@@ -58,6 +59,8 @@ def find_source(model: str) -> Source:
     path = _absolute(model)
     if path.is_dir() or _was_interrupted(path):
         return _directory_source(path)
+    if is_gguf(path):
+        return _gguf_source(path)
     if HUB_ID.fullmatch(model):
         return Source(name=model.rpartition("/")[2], hub_id=model)
     if "/" in model or model.startswith("."):
@@ -82,9 +85,17 @@ def _configured_source(config: Config, preset: str) -> Source:
     path = _absolute(checkpoint)
     if path.is_dir():
         return _directory_source(path)
+    if is_gguf(path):
+        return _gguf_source(path)
     if HUB_ID.fullmatch(checkpoint):
         return Source(name=preset or checkpoint.rpartition("/")[2], hub_id=checkpoint)
-    raise UsageError(f"model.checkpoint {checkpoint!r} is no directory and no Hugging Face id")
+    raise UsageError(f"model.checkpoint {checkpoint!r} is no directory, GGUF file or Hugging Face id")
+
+
+def _gguf_source(path: Path) -> Source:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    return Source(name=path.stem, file=path.resolve())
 
 
 def _absolute(path: str) -> Path:

@@ -18,25 +18,28 @@ from pipeline.console import say
 from pipeline.models import builtin
 from pipeline.models.hub import download
 from storage.errors import UsageError
+from storage.gguf.parts import is_gguf, split
 from storage.manifest import MANIFEST
 from storage.store import Store
 
-FINGERPRINTED = {".json", ".jinja", ".safetensors", ".bin", ".txt"}
+FINGERPRINTED = {".json", ".jinja", ".safetensors", ".bin", ".txt", ".model"}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model is: exactly one of store, directory and hub id is set."""
+    """Where a model is: exactly one of store, directory, file and hub id is set."""
 
     name: str  # for people
     store: Path | None = None
     directory: Path | None = None  # of a checkpoint
+    file: Path | None = None  # GGUF; of a split model the first
     hub_id: str = ""
 
     def checkpoint(self) -> Path:
-        """The checkpoint's directory, downloaded if need be."""
-        if self.directory is not None:
-            return self.directory
+        """The checkpoint's directory, downloaded if need be, or the GGUF file."""
+        given = self.directory or self.file
+        if given is not None:
+            return given
         if self.hub_id:
             return download(self.hub_id)
         raise UsageError(f"{self.store} is a store already")
@@ -56,8 +59,7 @@ class Source:
         if self.hub_id:
             key = self.hub_id.replace("/", "--")
         else:
-            assert self.directory is not None
-            key = f"{self.name}-{_fingerprint(self.directory)}"
+            key = f"{self.name}-{_fingerprint(self.checkpoint())}"
         return directories.home() / "stores" / key
 
     def _convert(self, path: Path) -> Store:
@@ -70,16 +72,14 @@ class Source:
         return Store.open(path)
 
 
-def _fingerprint(directory: Path) -> str:
-    """Changes when the checkpoint does.
+def _fingerprint(checkpoint: Path) -> str:
+    """Changes when the checkpoint does: a directory's files, or a GGUF model's.
 
     By content for small files, so that the built-in model is known whatever its times are; by
     place, size and time for shards, which are too large to hash at every start.
     """
     digest = xxhash.xxh3_64()
-    for file in sorted(directory.iterdir()):
-        if file.suffix not in FINGERPRINTED or file.name == builtin.PREDICTORS:
-            continue
+    for file in _files(checkpoint):
         digest.update(file.name.encode())
         status = file.stat()
         if status.st_size <= 64 << 20:
@@ -89,10 +89,26 @@ def _fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def _files(checkpoint: Path) -> list[Path]:
+    if is_gguf(checkpoint):
+        return list(split(checkpoint))
+    return [
+        file
+        for file in sorted(checkpoint.iterdir())
+        if file.suffix in FINGERPRINTED and file.name != builtin.PREDICTORS
+    ]
+
+
 def convert(
-    checkpoint: Path, store: Path, *, name: str, alignment: int = 512, order: Path | None = None
+    checkpoint: Path,
+    store: Path,
+    *,
+    name: str,
+    alignment: int = 512,
+    order: Path | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Convert with a progress bar; `order`: a `.npy` of neurons by position."""
+    """Convert with a progress bar; `order`: a `.npy` of neurons by position; `dtype`: of a GGUF file only."""
     from pipeline.progress import Progress
     from storage.convert import convert as convert_checkpoint
     from storage.convert import read_order
@@ -101,7 +117,7 @@ def convert(
 
     with Progress(f"converting {name}") as progress:
         convert_checkpoint(
-            checkpoint, store, name=name, alignment=alignment, order=neurons, progress=progress
+            checkpoint, store, name=name, alignment=alignment, order=neurons, dtype=dtype, progress=progress
         )
 
 

@@ -13,13 +13,13 @@ import xxhash
 
 from storage import resident
 from storage.architecture import Architecture
-from storage.checkpoint import GENERATION_CONFIG, Checkpoint, Entry, read_json
 from storage.codecs import Carrier
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
 from storage.layout import Layout, Role, Row, Unit
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
+from storage.origin import Entry, Origin
 from storage.resident import Stored
 
 
@@ -45,7 +45,7 @@ def read_order(path: Path) -> NeuronOrder:
 class Conversion:
     """A checked conversion: everything is present in the right shape and dtype."""
 
-    checkpoint: Checkpoint
+    checkpoint: Origin
     family: Family
     prefix: str
     architecture: Architecture
@@ -67,7 +67,7 @@ class Conversion:
         return self.layout.total_bytes + checksums + resident.size(self.residents)
 
 
-def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = None) -> Conversion:
+def check(checkpoint: Origin, alignment: int, order: NeuronOrder | None = None) -> Conversion:
     """Check names, shapes and dtypes of everything that will be read, without reading it.
 
     Only a head beside a tied embedding is read, to compare the two.
@@ -98,18 +98,16 @@ def check(checkpoint: Checkpoint, alignment: int, order: NeuronOrder | None = No
     return Conversion(checkpoint, family, prefix, model, layout, residents, order, parameters)
 
 
-def _with_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+def _with_generation(checkpoint: Origin) -> dict[str, Any]:
     """The config, with the stop tokens of `generation_config.json` where it has any."""
     config = dict(checkpoint.config)
-    path = checkpoint.path / GENERATION_CONFIG
-    if path.is_file():
-        eos = read_json(path).get("eos_token_id")
-        if eos is not None:
-            config["eos_token_id"] = eos
+    eos = checkpoint.generation().get("eos_token_id")
+    if eos is not None:
+        config["eos_token_id"] = eos
     return config
 
 
-def _prefix(checkpoint: Checkpoint, family: Family) -> str:
+def _prefix(checkpoint: Origin, family: Family) -> str:
     for prefix in family.prefixes:
         if prefix + family.embedding in checkpoint.entries:
             return prefix
@@ -118,7 +116,7 @@ def _prefix(checkpoint: Checkpoint, family: Family) -> str:
     )
 
 
-def _tied(checkpoint: Checkpoint, embedding: str, model: Architecture) -> bool:
+def _tied(checkpoint: Origin, embedding: str, model: Architecture) -> bool:
     """Whether the head is the embedding. As transformers 5 does, the tensors decide over the config."""
     shape = (model.vocabulary, model.embed_dim)
     if HEAD_SOURCE not in checkpoint.entries and model.tied_head:
@@ -150,7 +148,7 @@ def _full_name(prefix: str, source: str) -> str:
 class _Sources:
     """Asks that every source is present and of its shape, and tells its dtype."""
 
-    checkpoint: Checkpoint
+    checkpoint: Origin
     prefix: str
 
     def unit(self, ffn: Mapping[Role, Source], alignment: int) -> Unit:

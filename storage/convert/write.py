@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from storage import resident, tokenizer
+from storage import resident
 from storage.bundles import assemble, checksums, spans
-from storage.checkpoint import Checkpoint
 from storage.codecs import Carrier
 from storage.convert.conversion import Conversion, NeuronOrder, check, same_parameters
 from storage.convert.journal import PROGRESS, Journal
+from storage.convert.opening import open_origin
 from storage.errors import DiskFull, StoreError, UsageError
 from storage.files import fsync_directory, write_whole
 from storage.layout import DEFAULT_ALIGNMENT, Layout, Role
@@ -50,11 +50,13 @@ def convert(
     name: str,
     alignment: int = DEFAULT_ALIGNMENT,
     order: NeuronOrder | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Store:
-    """Convert a Hugging Face checkpoint directory into the store `out`, or resume doing so.
+    """Convert a checkpoint's directory, or a GGUF file, into the store `out`, or resume doing so.
 
     An `out` that already is a store of the same source and parameters is returned as it is.
+    `dtype` is what a GGUF file's matrices are widened to, instead of what loses least.
     `progress` hears the stages "resume", "bundles" and "resident" in bytes.
 
     Raises CheckpointError or UnsupportedModel for the checkpoint, UsageError for an `out` or a
@@ -62,7 +64,7 @@ def convert(
     DiskFull when the disk is or will be full; what is written then resumes.
     """
     out = Path(os.path.abspath(out))  # so that it has a name and a parent
-    conversion = check(Checkpoint.open(checkpoint), alignment, order)
+    conversion = check(open_origin(checkpoint, dtype), alignment, order)
     existing = _existing(out, conversion)
     if existing is not None:
         return existing
@@ -118,8 +120,8 @@ def _write(conversion: Conversion, partial: Path, name: str, progress: Progress)
     if conversion.order is not None:
         files[ORDER] = _whole(partial, ORDER, conversion.order.neurons.tobytes())
     files[RESIDENT] = _resident(conversion, partial, journal, progress)
-    for copied in tokenizer.copy(conversion.checkpoint.path, partial):
-        files[copied] = _synced(partial / copied)
+    for text, data in conversion.checkpoint.texts().items():
+        files[text] = _whole(partial, text, data)
     manifest = Manifest(
         architecture=conversion.architecture,
         layout=conversion.layout,

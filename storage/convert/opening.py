@@ -1,0 +1,27 @@
+"""Which kind of origin a path is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from storage.checkpoint import Checkpoint
+from storage.codecs import FLOATS
+from storage.errors import UsageError
+from storage.gguf.parts import is_gguf
+from storage.origin import Origin
+
+
+def open_origin(path: Path, dtype: str | None = None) -> Origin:
+    """A GGUF file, or a checkpoint's directory. `dtype`: of a GGUF file's matrices (`GgufFile.open`).
+
+    Raises CheckpointError or UnsupportedModel for what is there, UsageError for a dtype that cannot be.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError(f"the dtype must be one of {', '.join(FLOATS)}, not {dtype!r}")
+    if is_gguf(path):
+        from storage.gguf.file import GgufFile
+
+        return GgufFile.open(path, dtype)
+    if dtype is not None:
+        raise UsageError(f"{path} is no GGUF file: its tensors keep their own dtype")
+    return Checkpoint.open(path)

