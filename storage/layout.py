@@ -109,6 +109,12 @@ class Unit:
         return self.width * CODECS[row.codec].size(self.d_model)
 
 
+def check_alignment(alignment: Any) -> None:
+    """Raises ValueError for what is no power of two."""
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"an alignment of {alignment!r:.40} bytes")
+
+
 def neuron(codec: str, d_model: int, alignment: int = DEFAULT_ALIGNMENT, kind: str = "plain") -> Unit:
     """One neuron's rows, as FFNs of this kind have them, all in one codec."""
     return Unit(tuple(Row(role, codec) for role in ROLES[kind]), 1, d_model, alignment)

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from storage import version1
 from storage.architecture import Architecture
 from storage.codecs import CODECS
 from storage.errors import StoreError
-from storage.layout import ROLES, LayerLayout, Layout, Row, Unit
+from storage.layout import ROLES, LayerLayout, Layout, Row, Unit, check_alignment
+from storage.records import of_type, read_record
 
 FORMAT_NAME = "flashring-store"
 FORMAT_VERSION = 2  # what is written; version 1 is read as well
@@ -23,7 +26,10 @@ CHECKSUMS = "checksums.bin"
 ORDER = "order.bin"
 PREDICTORS = "predictors"
 
+_BEYOND = 1 << 31  # that many heads, tokens or values no model has
+_LONGEST_NAME = 200  # characters of a file's name
 CHECKSUM_BYTES = 8  # of one unit in checksums.bin
+ORDER_BYTES = 4  # of one unit in order.bin
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,14 @@ class Manifest:
         """Raises StoreError naming `where` for anything that its version does not allow."""
         if not isinstance(data, dict) or data.get("format") != FORMAT_NAME:
             raise StoreError(f"{where} is not a flashring store manifest")
-        if data.get("version") not in {1, FORMAT_VERSION}:
+        version = data.get("version")
+        if type(version) is not int or version not in {1, FORMAT_VERSION}:
             raise StoreError(
-                f"{where} has format version {data.get('version')}; this flashring reads versions 1 and "
+                f"{where} has format version {version!r:.20}; this flashring reads versions 1 and "
                 f"{FORMAT_VERSION}: convert the checkpoint again"
             )
         try:
-            if data["version"] == 1:
+            if version == 1:
                 architecture = version1.architecture(data["architecture"])
                 layout = version1.layout(data, architecture)
             else:
@@ -77,18 +84,28 @@ class Manifest:
             manifest = cls(
                 architecture=architecture,
                 layout=layout,
-                order=data["order"],
-                name=data["name"],
-                files={name: FileEntry(**entry) for name, entry in data["files"].items()},
-                parameters=data["parameters"],
+                order=of_type(str, data["order"]),
+                name=of_type(str, data["name"]),
+                files={_file_name(name): read_record(FileEntry, one) for name, one in data["files"].items()},
+                parameters=of_type(dict, data["parameters"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise StoreError(f"{where} is damaged: it lacks {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} is damaged: {error}") from error
-        if lacking := {BUNDLES, RESIDENT} - manifest.files.keys():
+        needed = {BUNDLES, RESIDENT} if manifest.order == "id" else {BUNDLES, RESIDENT, ORDER}
+        if lacking := needed - manifest.files.keys():
             raise StoreError(f"{where} is damaged: it does not list {min(lacking)}")
         if flaw := _flaw(manifest):
             raise StoreError(f"{where} {flaw}")
         return manifest
+
+
+def _file_name(name: str) -> str:
+    """Of a file in the store itself. Raises ValueError for anything else."""
+    if not name or "/" in name or "\0" in name or len(name) > _LONGEST_NAME:
+        raise ValueError(f"a file named {name!r:.40}")
+    return name
 
 
 def _layer_to_json(layer: LayerLayout) -> dict[str, Any]:
@@ -109,8 +126,7 @@ def _layout_from_json(layers: list[Mapping[str, Any]]) -> Layout:
     for layer in layers:
         rows = tuple(Row(role, codec) for role, codec in layer["rows"].items())
         unit = Unit(rows, layer["width"], layer["d_model"], layer["alignment"])
-        if type(unit.alignment) is not int or unit.alignment < 1:
-            raise ValueError(f"an alignment of {unit.alignment!r} bytes")
+        check_alignment(unit.alignment)
         numbers = (layer["units"], unit.width, unit.d_model)
         if not all(type(number) is int for number in numbers) or layer["units"] < 0 or min(numbers[1:]) < 1:
             raise ValueError(f"a layer of {numbers} units, neurons and values")
@@ -125,8 +141,8 @@ def _layout_from_json(layers: list[Mapping[str, Any]]) -> Layout:
 def _flaw(manifest: Manifest) -> str:
     """Why the layout does not fit the architecture, to stand behind the file's name; empty where it does."""
     architecture, layout = manifest.architecture, manifest.layout
-    if len(layout.layers) != len(architecture.layers) or not layout.layers:
-        return "is damaged: architecture and layout have different numbers of layers"
+    if len(layout.layers) != len(architecture.layers) or not layout.total_units:
+        return "is damaged: architecture and layout have different numbers of layers, or no units at all"
     for part, layer in zip(layout.layers, architecture.layers, strict=True):
         if tuple(row.role for row in part.unit.rows) != ROLES[layer.ffn.kind]:
             return "describes units that this flashring does not read"
@@ -136,4 +152,29 @@ def _flaw(manifest: Manifest) -> str:
             architecture.d_model,
         ):
             return "is damaged: its layout is not its architecture's"
+        if not _whole_elements(part.unit, layout.stride):
+            return "describes units whose rows do not begin where their numbers can be read"
+    if manifest.order != "id" and manifest.files[ORDER].bytes != ORDER_BYTES * layout.total_units:
+        return f"is damaged: {ORDER} does not have the size that its layout needs"
+    return _senseless(architecture)
+
+
+def _whole_elements(unit: Unit, slot: int) -> bool:
+    """Whether all rows, in the store and in slots of so many bytes, begin at multiples of their elements."""
+    for row in unit.rows:
+        size = np.dtype(unit.codec(row.role).carrier).itemsize
+        if unit.span(row.role)[0] % size or unit.stride % size or slot % size:
+            return False
+    return True
+
+
+def _senseless(model: Architecture) -> str:
+    """What is wrong with an architecture's numbers, as `_flaw` says it."""
+    sizes = [model.vocabulary, model.max_positions, model.embed_dim]
+    for one in model.layers:
+        sizes += [one.attention.heads, one.attention.kv_heads, one.attention.head_dim]
+    if min(sizes) < 1 or max(sizes) >= _BEYOND:
+        return "is damaged: its architecture has sizes that cannot be"
+    if any(one.attention.heads % one.attention.kv_heads for one in model.layers):
+        return "is damaged: its heads do not share keys and values evenly"
     return ""

@@ -5,6 +5,7 @@ Written here because every process of a ring opens the store: pydantic takes 35 
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -32,17 +33,17 @@ def _reader(wanted: Any) -> Read:
     if typing.get_origin(wanted) is not None:
         return _generic_reader(typing.get_origin(wanted), typing.get_args(wanted))
     if wanted is float:
-        return lambda value: float(value) if type(value) is int else _of(float, value)
-    return lambda value: _of(wanted, value)
+        return _float
+    return lambda value: of_type(wanted, value)
 
 
 def _generic_reader(origin: Any, arguments: tuple[Any, ...]) -> Read:
     if origin is tuple:
         inner = _reader(arguments[0])
-        return lambda value: tuple(inner(item) for item in _of(list, list(value)))
+        return lambda value: tuple(inner(item) for item in of_type(list, value))
     if origin is dict:
         key, item = _reader(arguments[0]), _reader(arguments[1])
-        return lambda value: {key(name): item(one) for name, one in _of(dict, value).items()}
+        return lambda value: {key(name): item(one) for name, one in of_type(dict, value).items()}
     if origin is typing.Literal:
         return lambda value: _one_of(arguments, value)
     assert origin is types.UnionType, f"no field is a {origin}"
@@ -56,7 +57,7 @@ def _variant_reader(kinds: list[Any]) -> Read:
     by_kind = {field.default: kind for kind in kinds for field in fields(kind) if field.name == "kind"}
 
     def read(value: Any) -> Any:
-        return _reader(by_kind[_one_of(tuple(by_kind), _of(dict, value).get("kind"))])(value)
+        return _reader(by_kind[_one_of(tuple(by_kind), of_type(dict, value).get("kind"))])(value)
 
     return read
 
@@ -69,7 +70,7 @@ def _record_reader(kind: type) -> Read:
     }
 
     def read(value: Any) -> Any:
-        given = _of(dict, value)
+        given = of_type(dict, value)
         if wrong := [*sorted(needed - given.keys()), *sorted(given.keys() - readers.keys())]:
             raise ValueError(f"{kind.__name__} without, or with an unknown, {wrong[0]}")
         return kind(**{name: readers[name](one) for name, one in given.items()})
@@ -77,10 +78,22 @@ def _record_reader(kind: type) -> Read:
     return read
 
 
-def _of(wanted: type, value: Any) -> Any:
+def of_type(wanted: type, value: Any) -> Any:
+    """The value. Raises ValueError for one of another type."""
     if type(value) is not wanted:
         raise ValueError(f"{value!r:.40} where {wanted.__name__} was expected")
     return value
+
+
+def _float(value: Any) -> float:
+    """Whole numbers are taken, too."""
+    try:
+        number = float(value) if type(value) is int else of_type(float, value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r:.40} where a finite number was expected")
+    return number
 
 
 def _one_of(known: tuple[Any, ...], value: Any) -> Any:

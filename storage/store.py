@@ -56,7 +56,7 @@ class Store:
             raise StoreMissing(f"{path} is not a store: it has no {MANIFEST}")
         try:
             data = json.loads(manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{manifest_path} cannot be read: {reason(error)}") from error
         manifest = Manifest.from_json(data, manifest_path)
         for name, entry in manifest.files.items():
@@ -64,6 +64,8 @@ class Store:
                 size = (path / name).stat().st_size
             except FileNotFoundError:
                 raise StoreError(f"the store {path} lacks its file {name}") from None
+            except OSError as error:
+                raise StoreError(f"{path / name} cannot be read: {reason(error)}") from error
             if size != entry.bytes:
                 raise StoreError(f"{path / name} has {size:,} bytes where its manifest says {entry.bytes:,}")
         if manifest.files[BUNDLES].bytes != manifest.layout.total_bytes:

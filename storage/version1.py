@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm, NormPlace, Rope
 from storage.codecs import CODECS
-from storage.layout import Layout, neuron
+from storage.layout import Layout, check_alignment, neuron
+from storage.records import read_record
 
 ROWS = 2
+_MOST = 1 << 16  # layers, and values of a head: the file is not trusted yet
 _PLACES: dict[str, tuple[NormPlace, ...]] = {
     "pre_norm": ("attention_input", "ffn_input"),
     "post_norm": ("attention_sum", "ffn_sum"),
@@ -31,8 +33,8 @@ class _Fields:
     head_dim: int
     vocabulary: int
     max_positions: int
-    block: str
-    positions: str
+    block: Literal["pre_norm", "post_norm", "parallel"]
+    positions: Literal["learned", "rotary", "alibi"]
     activation: Activation
     shared_norm: bool
     final_norm: bool
@@ -42,12 +44,14 @@ class _Fields:
     position_offset: int
     rotary_base: float
     bos_token: int | None
-    eos_tokens: list[int]
+    eos_tokens: tuple[int, ...]
 
 
 def architecture(data: dict[str, Any]) -> Architecture:
-    """Raises TypeError, KeyError or ValueError for fields that are missing, unknown or of another type."""
-    old = _Fields(**data)
+    """Raises ValueError for fields that are missing, unknown, of another type or without sense."""
+    old = read_record(_Fields, data)
+    if not all(0 < number <= _MOST for number in (old.layers, old.head_dim)):
+        raise ValueError(f"{old.layers!r:.20} layers with heads of {old.head_dim!r:.20}")
     norm = Norm(old.norm_epsilon)
     places = _PLACES[old.block][: 1 if old.shared_norm else 2]
     layer = Layer(
@@ -63,7 +67,7 @@ def architecture(data: dict[str, Any]) -> Architecture:
         norms=dict.fromkeys(places, norm),
         parallel=old.block == "parallel",
     )
-    described = Architecture(
+    return Architecture(
         family=old.family,
         d_model=old.d_model,
         vocabulary=old.vocabulary,
@@ -74,16 +78,14 @@ def architecture(data: dict[str, Any]) -> Architecture:
         embed_dim=old.embed_dim,
         learned_positions=old.position_offset if old.positions == "learned" else None,
         bos_token=old.bos_token,
-        eos_tokens=tuple(old.eos_tokens),
+        eos_tokens=old.eos_tokens,
     )
-    return Architecture.from_json(described.to_json())  # checks the types
 
 
 def layout(data: dict[str, Any], model: Architecture) -> Layout:
     """Raises KeyError, TypeError or ValueError for what version 1 does not allow."""
     dtype, alignment = data["dtype"], data["alignment"]
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"an alignment of {alignment!r} bytes")
+    check_alignment(alignment)
     if dtype not in CODECS or data["rows"] != ROWS:
         raise ValueError(f"{data['rows']} rows of {dtype}")
     unit = neuron(dtype, model.d_model, alignment)

@@ -55,12 +55,15 @@ def test_a_record_is_read() -> None:
     [
         ({"count": True}, "True where int"),
         ({"count": None}, "None where int"),
-        ({"inners": {"kind": "a"}}, "where dict"),
+        ({"inners": {"kind": "a"}}, "where list"),
         ({"inners": [{"kind": "c"}]}, "'c' where one of a, b"),
         ({"inners": [{"kind": []}]}, "where one of a, b"),
         ({"named": []}, "where dict"),
         ({"maybe": "4"}, "'4' where int"),
         ({"flag": 1}, "1 where bool"),
+        ({"inners": ""}, "where list"),
+        ({"inners": [{"kind": "a", "size": 10**400}]}, "where a finite number"),
+        ({"inners": [{"kind": "a", "size": float("nan")}]}, "where a finite number"),
         ({"other": 1}, "Outer without, or with an unknown, other"),
     ],
 )
