@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import Config, Decoding
-from storage.checkpoint import GENERATION_CONFIG
 from storage.errors import ConfigError, StoreError, reason
 from storage.store import Store
+from storage.tokenizer import GENERATION_CONFIG
 
 # What else changes a token's chances, with the value that changes nothing.
 NOT_APPLIED = {
