@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from storage.layout import Role
 from storage.records import read_record
 
 Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu"]
@@ -142,6 +143,13 @@ class Ffn:
     def sparse(self) -> bool:
         """Whether zero activations are exact and common: then a set of neurons can be enough."""
         return self.activation in ("relu", "fatrelu")
+
+    @property
+    def deciding(self) -> tuple[Role, ...]:
+        """Where it is sparse, the rows whose products must all be positive for a neuron to be active."""
+        if self.kind == "plain":
+            return ("up",)
+        return ("gate", "up") if self.up_activation == "relu" else ("gate",)
 
 
 @dataclass(frozen=True, slots=True)

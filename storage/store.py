@@ -23,6 +23,14 @@ from storage.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
+class Decider:
+    """A projection of which `rows · x + bias` has a sign that counts; the bias holds the threshold."""
+
+    rows: Rows  # [neurons, d_model]
+    bias: F32  # [neurons]
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
     """An opened store."""
 
@@ -108,11 +116,23 @@ class Store:
         units, unit = self.read_layer(layer), self.layout.layers[layer].unit
         return tuple(unit.view(units, role) for role in roles)
 
-    def up_bias(self, layer: int) -> F32:
-        """The bias of a layer's activations, `[neurons]`; zeros where there is none."""
-        name, neurons = layer_part(layer, "up.bias"), self.architecture.layers[layer].ffn.neurons
-        resident = Tensors(self.path / RESIDENT)
-        return resident.vector(name, (neurons,)) if name in resident else np.zeros(neurons, np.float32)
+    def deciding(self, layer: int, units: npt.NDArray[np.uint8] | None = None) -> tuple[Decider, ...]:
+        """What decides which neurons of a sparse layer are active: those that exceed zero in each.
+
+        `units` saves reading the layer again (`read_layer`).
+        """
+        ffn, unit = self.architecture.layers[layer].ffn, self.layout.layers[layer].unit
+        memory = self.read_layer(layer) if units is None else units
+        resident, found = Tensors(self.path / RESIDENT), []
+        for role in ffn.deciding:
+            name = layer_part(layer, f"{role}.bias")
+            bias = np.zeros(ffn.neurons, np.float32)
+            if name in resident:
+                bias += resident.vector(name, bias.shape)
+            if role == ffn.deciding[0]:  # what the activation function is applied to
+                bias -= np.float32(ffn.threshold)
+            found.append(Decider(unit.view(memory, role), bias))
+        return tuple(found)
 
 
 def unfinished(path: Path) -> Path:

@@ -9,6 +9,7 @@ from pipeline.ring.messages import EMBEDDING, HiddenReady, NeuronsPredicted, Ste
 from pipeline.ring.plan import Forecast, Plan
 from storage.codecs import CODECS, FLOAT32
 from storage.layout import Rows
+from storage.store import Decider
 from workers.predictor.oracle import Oracle
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorer import Scorer
@@ -40,7 +41,7 @@ def hidden() -> np.ndarray:
 def test_the_oracle_finds_the_active_neurons(dtype, biased, hidden):
     carried, exact = weights(dtype)
     bias = np.linspace(-3, 3, D_FF, dtype=np.float32) if biased else np.zeros(0, np.float32)
-    oracle = Oracle([Rows.of_matrix(one, CODECS[dtype]) for one in carried], [bias] * LAYERS)
+    oracle = Oracle([[Decider(Rows.of_matrix(one, CODECS[dtype]), bias)] for one in carried])
     x = hidden[1, 0]
     scores = exact[1] @ x + (bias if biased else 0)
     mask = oracle.active(1, x, own=True)
@@ -51,7 +52,7 @@ def test_the_oracle_finds_the_active_neurons(dtype, biased, hidden):
 
 def test_a_neuron_within_rounding_of_zero_is_taken():
     up = np.array([[1.0, -1.0], [5.0, 1.0], [-1.0, 0.0]], np.float32)
-    oracle = Oracle([Rows.of_matrix(up, FLOAT32)], [np.zeros(0, np.float32)])
+    oracle = Oracle([[Decider(Rows.of_matrix(up, FLOAT32), np.zeros(0, np.float32))]])
     assert oracle.active(0, np.array([1.0, 1.000001], np.float32), own=True).tolist() == [True, True, False]
 
 

@@ -170,7 +170,7 @@ def test_activations_are_those_of_the_dense_model(store: Store, tokens: np.ndarr
     recorded = activations.record(store, tokens, tmp_path)
     for layer in range(len(store.layout.layers)):
         samples = recorded.samples(layer, 0)
-        up, bias = activations.up_projection(store, layer)
+        up, bias = activations.deciding(store, layer)
         inputs, active = samples.rows(slice(None))
         pre = inputs @ up.T + bias
         sure = pre.abs() > 0.05  # inputs are rounded to float16

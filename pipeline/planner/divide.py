@@ -164,13 +164,16 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
 
     Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
     and values before and after rotation, and the FFN activations of a few blocks of units. Per
-    thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens.
+    thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens; in a
+    gated FFN two products of one block at once, rectified.
     """
     a = store.architecture
     threads = thread_count(config.compute.threads)
     heads = max(layer.attention.projected for layer in a.layers)
     per_token = 7 * a.d_model + 2 * heads + min(divided.most_units, BLOCKS * BLOCK)
     per_thread = TILE * (a.d_model + divided.context)
+    if any(layer.ffn.kind == "gated" for layer in a.layers):
+        per_thread += 2 * BLOCK * divided.context
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
@@ -186,5 +189,8 @@ def _held_by_predictor(store: Store, config: Config, divided: Plan) -> int:
     if divided.forecast.kind == "lowrank":
         return predictor_bytes(store, config)
     if divided.forecast.kind == "oracle":
-        return sum(one.units * one.unit.row_bytes("up") for one in store.layout.layers)
+        layers = zip(store.layout.layers, store.architecture.layers, strict=True)
+        return sum(
+            part.units * part.unit.row_bytes(role) for part, layer in layers for role in layer.ffn.deciding
+        )
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from pipeline.ring.audit import ACTIVE, FOUND, AuditSums
 from storage.architecture import layer as tensor_name
 from storage.codecs import F32
 from storage.files import drop_cache
+from storage.layout import Role
 from storage.manifest import BUNDLES
 from storage.store import Store
 from workers.compute.weights import Weights
@@ -54,15 +56,15 @@ class Audit:
         predicted = np.zeros(self._layout.layers[self.layer].units, np.bool_)
         predicted[ids] = True
         a, whole = self._compute(ffn_input)
-        active = a > 0
+        active = a != 0
         found = AuditSums(
             tokens=1.0,
             active=float(np.count_nonzero(active)),
             missed=float(np.count_nonzero(active & ~predicted)),
             wrong=float(np.count_nonzero(predicted & ~active)),
             inactive=float(np.count_nonzero(~active)),
-            magnitude=float(a.sum(dtype=np.float64)),
-            magnitude_missed=float(a[~predicted].sum(dtype=np.float64)),
+            magnitude=float(np.abs(a).sum(dtype=np.float64)),
+            magnitude_missed=float(np.abs(a[~predicted]).sum(dtype=np.float64)),
             output=float(np.square(whole, dtype=np.float64).sum()),
             error=float(np.square(whole - output, dtype=np.float64).sum()),
         )
@@ -74,7 +76,6 @@ class Audit:
     def _compute(self, x: F32) -> tuple[F32, F32]:
         """Every activation [neurons], and the FFN's output [d_model]."""
         layer, part = self.layer, self._layout.layers[self.layer]
-        up_bias = self._weights.vector(tensor_name(layer, "up.bias"))
         down_bias = self._weights.vector(tensor_name(layer, "down.bias"))
         a = np.zeros(part.units, np.float32)
         output = down_bias.copy() if down_bias.size else np.zeros(part.unit.d_model, np.float32)
@@ -82,18 +83,32 @@ class Audit:
             for start in range(0, part.units, _BLOCK):
                 positions = np.arange(start, min(part.units, start + _BLOCK))
                 ids = positions if self._order is None else self._order[layer][positions]
-                up, down = self._read(file.fileno(), start, positions.size)
-                pre = up @ x
-                if up_bias.size:
-                    pre += up_bias[ids]
-                a[ids] = np.maximum(pre, 0)
-                output += a[ids] @ down
+                units = self._read(file.fileno(), start, positions.size)
+                a[ids] = self._activations(units, ids, x)
+                output += a[ids] @ part.unit.view(units, "down").widened()
         return a, output
 
-    def _read(self, descriptor: int, position: int, count: int) -> tuple[F32, F32]:
-        """Both rows of `count` units, `[count, d_model]` each; they do not stay in the page cache."""
+    def _activations(self, units: npt.NDArray[np.uint8], ids: npt.NDArray[Any], x: F32) -> F32:
+        """Of some units [n, stride], whose ids are `ids` [n]."""
+        ffn = self._weights.architecture.layers[self.layer].ffn
+
+        def product(role: Role) -> F32:
+            rows = self._layout.layers[self.layer].unit.view(units, role)
+            bias = self._weights.vector(tensor_name(self.layer, f"{role}.bias"))
+            found: F32 = rows.widened() @ x
+            return found + bias[ids] if bias.size else found
+
+        first = product(ffn.deciding[0])
+        a = np.where(first > np.float32(ffn.threshold), first, np.float32(0))
+        if ffn.kind == "gated":
+            up = product("up")
+            a *= np.maximum(up, 0) if ffn.up_activation == "relu" else up
+        return a
+
+    def _read(self, descriptor: int, position: int, count: int) -> npt.NDArray[np.uint8]:
+        """`count` units, [count, stride]; they do not stay in the page cache."""
         part = self._layout.layers[self.layer]
         offset, size = part.offset(position), count * part.unit.stride
         units = np.frombuffer(os.pread(descriptor, size, offset), np.uint8).reshape(count, -1)
         drop_cache(descriptor, offset, size)
-        return part.unit.view(units, "up").widened(), part.unit.view(units, "down").widened()
+        return units

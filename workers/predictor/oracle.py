@@ -1,6 +1,6 @@
-"""The true active set, from the up-projections themselves: what any predictor is measured against.
+"""The true active set, from the projections that decide it: what any predictor is measured against.
 
-It holds half of the FFN in memory, so it is for tests and measurements.
+It holds a third or half of the FFN in memory, so it is for tests and measurements.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from storage.layout import Rows
-from storage.store import Store
+from storage.store import Decider, Store
 from workers import kernels
 from workers.predictor.scorer import F32, Mask, Scorer
 
@@ -22,23 +22,32 @@ MARGIN = 1e-3
 class Oracle(Scorer):
     """Scores of a layer are its pre-activations; with look-ahead, those of an earlier hidden state."""
 
-    def __init__(self, ups: Sequence[Rows], biases: Sequence[F32]) -> None:
-        """`ups`: per layer [neurons, d_model]; `biases`: [neurons]."""
-        self.notes: tuple[str, ...] = ("oracle, all up-projections in memory",)
-        self._ups, self._biases = ups, biases
+    def __init__(self, layers: Sequence[Sequence[Decider]]) -> None:
+        """Of each layer what decides: a neuron is active where all its scores are positive."""
+        self.notes: tuple[str, ...] = ("oracle, all deciding projections in memory",)
+        self._layers = layers
 
     @classmethod
     def load(cls, store: Store) -> Oracle:
-        """Read every layer's up-projection and its bias."""
-        ups, biases = [], []
+        """Read every layer's deciding projections and their biases."""
+        layers = []
         for layer in range(len(store.layout.layers)):
-            (up,) = store.ffn(layer, "up")
-            ups.append(Rows.of_matrix(np.ascontiguousarray(up.values), up.codec))  # without the other rows
-            biases.append(store.up_bias(layer))
-        return cls(ups, biases)
+            own = [
+                Decider(Rows.of_matrix(np.ascontiguousarray(one.rows.values), one.rows.codec), one.bias)
+                for one in store.deciding(layer)
+            ]  # without the other rows
+            layers.append(own)
+        return cls(layers)
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
-        scores = kernels.matvec(self._ups[layer], hidden, 1, self._biases[layer])
-        scale = np.sqrt(np.mean(np.square(scores)))
-        mask: Mask = scores > -MARGIN * scale
-        return mask
+        first, *others = (_positive(one, hidden) for one in self._layers[layer])
+        for other in others:
+            first &= other
+        return first
+
+
+def _positive(decider: Decider, hidden: F32) -> Mask:
+    scores = kernels.matvec(decider.rows, hidden, 1, decider.bias)
+    scale = np.sqrt(np.mean(np.square(scores)))
+    mask: Mask = scores > -MARGIN * scale
+    return mask

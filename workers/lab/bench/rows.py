@@ -88,14 +88,15 @@ def of_rings(
     wasted = per_token(("cache", "decode_wasted"))
     neurons = per_token(("cache", "decode_hits"), ("cache", "decode_misses")) - wasted
     active = per_token(("compute", "active"))
+    deciding = unit.row_bytes(unit.rows[0].role)
     return Row(
         name=name,
         techniques=techniques,
         budget_bytes=results[0]["memory"]["budget_bytes"],
         bytes_per_token=per_token(("prefetcher", "decode_bytes")),
         reads_per_token=per_token(("prefetcher", "decode_reads")),
-        # A neuron's down row is needed where it is active, its up row in any case.
-        touched_bytes=neurons * unit.row_bytes("up") + active * unit.row_bytes("down"),
+        # A neuron's first row, which decides, is needed in any case, the others where it is active.
+        touched_bytes=neurons * deciding + active * (unit.bytes - deciding),
         io_ms=1e3 * per_token(("prefetcher", "decode_busy_seconds")),
         management_ms=1e3 * per_token(("cache", "decode_seconds")),
         prediction_ms=1e3 * per_token(("predictor", "decode_seconds")),

@@ -20,11 +20,10 @@ from pipeline.planner.resolve import resolve
 from pipeline.ring.messages import EMBEDDING
 from pipeline.ring.plan import Forecast
 from storage.errors import ConfigError
-from storage.store import Store
+from storage.store import Decider, Store
 from workers.cache.policies import make_policy
 from workers.cache.residency import Residency
 from workers.lab.offline.replay import turn
-from workers.lab.training import activations
 from workers.predictor import lowrank
 from workers.predictor.lowrank import LowRank
 from workers.predictor.oracle import MARGIN
@@ -76,16 +75,23 @@ class _Wide:
 
 
 class OracleScores:
-    """The true active set, by the layer's up-projection; `margin` as the ring's oracle."""
+    """The true active set, by what decides it; `margin` as the ring's oracle."""
 
     def __init__(self, store: Store, margin: float = MARGIN) -> None:
         self._store, self._margin = store, margin
 
     def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
-        up, bias = activations.up_projection(self._store, layer)
-        scores = torch.addmm(bias, source, up.T)
+        return positive(self._store.deciding(layer), source, self._margin)
+
+
+def positive(deciding: Sequence[Decider], source: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    """Where everything that decides exceeds zero, or nearly so: `[n, d_ff]` bool of `[n, d_model]`."""
+    mask = torch.ones(1, dtype=torch.bool)
+    for one in deciding:
+        scores = torch.addmm(torch.from_numpy(one.bias), source, torch.from_numpy(one.rows.widened()).T)
         scale = scores.square().mean(dim=1, keepdim=True).sqrt()
-        return scores > -self._margin * scale
+        mask = mask & (scores > -margin * scale)
+    return mask
 
 
 class RingChooser:

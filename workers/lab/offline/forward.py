@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from pipeline.ring.messages import EMBEDDING
-from workers.lab.offline.chooser import RingChooser
+from workers.lab.offline.chooser import RingChooser, positive
 from workers.lab.offline.dense import Bytes, DenseModel
-from workers.lab.training import activations
 
 PREFILLED = 1  # tokens of every sequence that have all their neurons
 
@@ -56,8 +54,8 @@ def forward(
                     guessed = chooser.guess(layer, states[chooser.guess_source(layer)])
                 chosen = chooser.choose(layer, states[chooser.sources(layer)], guessed)
             if see is not None:
-                up, bias = activations.up_of(model.store, layer, units)
-                see(layer, Sets(torch.addmm(bias, ffn_input, up.T) > 0, chosen, guessed))
+                active = positive(model.store.deciding(layer, units), ffn_input)
+                see(layer, Sets(active, chosen, guessed))
             return None if chosen is None else _with_first(chosen, tokens.shape)
 
         _, x = model.layer(index, x, mask, units, early=chooser is not None and chooser.early)

@@ -16,6 +16,7 @@ from storage import architecture as canonical
 from storage.architecture import Architecture
 from storage.checkpoint import Checkpoint
 from storage.convert.conversion import Conversion, check
+from storage.errors import UnsupportedModel
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.manifest import MANIFEST, RESIDENT
 from storage.resident import built
@@ -44,10 +45,15 @@ class Weights(Protocol):
 
 
 def open_weights(path: Path) -> Weights:
-    """Raises StoreError or CheckpointError for a directory that is neither."""
+    """Raises StoreError or CheckpointError for what is neither, UnsupportedModel for a gated model."""
+    weights: Weights
     if (path / MANIFEST).is_file():
-        return StoreWeights(Store.open(path))
-    return CheckpointWeights(check(Checkpoint.open(path), DEFAULT_ALIGNMENT))
+        weights = StoreWeights(Store.open(path))
+    else:
+        weights = CheckpointWeights(check(Checkpoint.open(path), DEFAULT_ALIGNMENT))
+    if any(layer.ffn.kind != "plain" for layer in weights.architecture.layers):
+        raise UnsupportedModel(f"{weights.name} has gated FFNs, which cannot be measured yet")
+    return weights
 
 
 def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:

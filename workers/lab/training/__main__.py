@@ -174,7 +174,7 @@ def _ranks(store: Store, recorded: Activations, split: Split, job: TrainingJob) 
 
 
 def _regression(store: Store, recorded: Activations, split: Split, layer: int, ahead: int) -> fit.Regression:
-    up, bias = activations.up_projection(store, layer)
+    up, bias = activations.deciding(store, layer)
     source = recorded.inputs(layer - ahead)[: split.train]
     return fit.Regression.of(up, bias, source, recorded.targets(layer)[: split.train])
 
@@ -186,7 +186,7 @@ def fit_map(
     samples = recorded.samples(layer, ahead)
     validation = samples.part(split.train, split.validation)
     if job.method == "svd":
-        up, bias = activations.up_projection(store, layer)
+        up, bias = activations.deciding(store, layer)
         made = svd.decompose(up, bias, rank)
         made = LowMap(made.down, made.up, made.bias, samples.scale)
     else:

@@ -103,24 +103,27 @@ def _differ(store: Store, early: bool) -> bool:
     return early and not all(layer.parallel for layer in store.architecture.layers)
 
 
-def up_projection(store: Store, layer: int) -> tuple[Tensor, Tensor]:
-    """`[d_ff, d_model]` and bias `[d_ff]` (zero where there is none), float32."""
-    return up_of(store, layer, store.read_layer(layer))
+def deciding(store: Store, layer: int, units: npt.NDArray[np.uint8] | None = None) -> tuple[Tensor, Tensor]:
+    """The projection that decides, gate or up, `[d_ff, d_model]`, and its bias `[d_ff]`, float32.
 
-
-def up_of(store: Store, layer: int, units: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    """The same out of the layer's units, `Store.read_layer`."""
-    up = store.layout.layers[layer].unit.view(units, "up").widened()
-    return torch.from_numpy(up), torch.from_numpy(store.up_bias(layer))
+    `units` saves reading the layer again.
+    """
+    (one,) = store.deciding(layer, units)
+    return torch.from_numpy(one.rows.widened()), torch.from_numpy(one.bias)
 
 
 def require_relu(store: Store) -> None:
-    """Raises UnsupportedModel unless zero activations are exact."""
+    """Raises UnsupportedModel unless zero activations are exact, and one projection decides them."""
     architecture = store.architecture
     if not architecture.sparse:
         raise UnsupportedModel(
             f"{store.manifest.name} has {architecture.activation} activations: low-rank predictors need a "
             "ReLU model, whose neurons are exactly zero when inactive; run this one with predictor.kind all"
+        )
+    if any(len(layer.ffn.deciding) > 1 for layer in architecture.layers):
+        raise UnsupportedModel(
+            f"{store.manifest.name} has neurons that two projections decide (dReLU): low-rank predictors "
+            "cannot be trained for those yet; run this one with predictor.kind all"
         )
 
 
@@ -218,7 +221,7 @@ def _pass(
 ) -> None:
     """Everything through one layer."""
     units = store.read_layer(layer)
-    up, bias = up_of(store, layer, units)
+    up, bias = deciding(store, layer, units)
     rows, length = shape
     tokens, width = rows * length, store.architecture.d_model
     before = np.load(_stream(directory, layer), mmap_mode="r")
