@@ -20,10 +20,9 @@ from pipeline.planner.resolve import resolve
 from pipeline.ring.messages import EMBEDDING
 from pipeline.ring.plan import Forecast
 from storage.errors import ConfigError
-from storage.store import Store
+from storage.store import Decider, Store
 from workers.cache.policies import make_policy
 from workers.cache.residency import Residency
-from workers.lab.offline.dense import Bytes
 from workers.lab.offline.replay import turn
 from workers.predictor import lowrank
 from workers.predictor.lowrank import LowRank
@@ -81,14 +80,18 @@ class OracleScores:
     def __init__(self, store: Store, margin: float = MARGIN) -> None:
         self._store, self._margin = store, margin
 
-    def active(self, layer: int, source: torch.Tensor, own: bool, units: Bytes | None = None) -> torch.Tensor:
-        """`units` saves reading the layer again."""
-        mask = torch.ones(1, dtype=torch.bool)
-        for one in self._store.deciding(layer, units):
-            scores = torch.addmm(torch.from_numpy(one.bias), source, torch.from_numpy(one.rows.widened()).T)
-            scale = scores.square().mean(dim=1, keepdim=True).sqrt()
-            mask = mask & (scores > -self._margin * scale)
-        return mask
+    def active(self, layer: int, source: torch.Tensor, own: bool) -> torch.Tensor:
+        return positive(self._store.deciding(layer), source, self._margin)
+
+
+def positive(deciding: Sequence[Decider], source: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    """Where everything that decides exceeds zero, or nearly so: `[n, d_ff]` bool of `[n, d_model]`."""
+    mask = torch.ones(1, dtype=torch.bool)
+    for one in deciding:
+        scores = torch.addmm(torch.from_numpy(one.bias), source, torch.from_numpy(one.rows.widened()).T)
+        scale = scores.square().mean(dim=1, keepdim=True).sqrt()
+        mask = mask & (scores > -margin * scale)
+    return mask
 
 
 class RingChooser:

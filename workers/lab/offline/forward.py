@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.ring.messages import EMBEDDING
-from workers.lab.offline.chooser import OracleScores, RingChooser
+from workers.lab.offline.chooser import RingChooser, positive
 from workers.lab.offline.dense import Bytes, DenseModel
 
 PREFILLED = 1  # tokens of every sequence that have all their neurons
@@ -40,7 +40,6 @@ def forward(
 
     `see` gets every layer's sets. Each layer is read from the store once.
     """
-    truth = OracleScores(model.store, margin=0.0)
     x = model.embed(tokens)
     states = {EMBEDDING: x.flatten(0, 1)}  # what was announced, as far back as a prediction looks
     keep = 0 if chooser is None else chooser.forecast.lookahead
@@ -55,7 +54,8 @@ def forward(
                     guessed = chooser.guess(layer, states[chooser.guess_source(layer)])
                 chosen = chooser.choose(layer, states[chooser.sources(layer)], guessed)
             if see is not None:
-                see(layer, Sets(truth.active(layer, ffn_input, True, units), chosen, guessed))
+                active = positive(model.store.deciding(layer, units), ffn_input)
+                see(layer, Sets(active, chosen, guessed))
             return None if chosen is None else _with_first(chosen, tokens.shape)
 
         _, x = model.layer(index, x, mask, units, early=chooser is not None and chooser.early)
