@@ -126,6 +126,10 @@ def test_sentence_piece_ids_are_transformers(tmp_path: Path, architecture: str) 
             for token in metadata["tokenizer.ggml.tokens"]
         ]
         metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.add_space_prefix": False}
+        kinds = metadata["tokenizer.ggml.token_type"]  # spaces are user-defined, as published
+        metadata["tokenizer.ggml.token_type"] = [
+            kind if token.strip(" ") else USER for token, kind in zip(tokens, kinds, strict=True)
+        ]
         metadata["tokenizer.ggml.scores"] = [-1000.0] * len(tokens)  # as published: of no use
     tokenizer = of_metadata(tmp_path / "m.gguf", metadata, architecture)
     ours = Tokenizer.from_str(tokenizer.json())

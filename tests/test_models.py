@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 from checkpoints import write_checkpoint
+from gguf_files import of_checkpoint
 
 from pipeline.models import builtin as builtin_model
 from pipeline.models.hub import SAFETENSORS, TORCH, _patterns, download
@@ -107,6 +108,22 @@ def test_a_checkpoint_is_converted_once(
     assert again.path == first.path
     assert capsys.readouterr().err == ""
     assert find_source(str(first.path)).open_store().path == first.path
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(tmp_path: Path, home: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "gated", "llama")
+    file = of_checkpoint(checkpoint, tmp_path / "some model.gguf")
+    source = find_source(str(file))
+    assert source == Source("some model", file=file)
+    first = source.open_store()
+    assert (first.path.parent, first.architecture.family) == (home / "stores", "llama")
+    assert configure("", None, [f"model.checkpoint={file}"])[0].open_store().path == first.path
+    of_checkpoint(write_checkpoint(tmp_path / "gated", "llama", seed=1), file)
+    second = find_source(str(file)).open_store()
+    assert second.path != first.path
+    assert second.identity != first.identity
+    with pytest.raises(UsageError, match=r"there is no file .*absent\.gguf"):
+        find_source(str(tmp_path / "absent.gguf"))
 
 
 def test_a_changed_checkpoint_is_converted_again(checkpoint: Path) -> None:

@@ -159,10 +159,11 @@ class GgufTokenizer:
 
     def _vocabulary(self, tokens: Sequence[str], kinds: np.ndarray[Any, Any]) -> Vocabulary:
         first, unknown = self._first, self._id("unknown_token_id")
+        whole = [tokens[index] for index in np.flatnonzero(kinds == USER_DEFINED).tolist()]
         return Vocabulary(
             numbered(tokens),
             special=[tokens[index] for index in np.flatnonzero(kinds == CONTROL).tolist()],
-            whole=[tokens[index] for index in np.flatnonzero(kinds == USER_DEFINED).tolist()],
+            whole=[token for token in whole if set(token) != {SPACE}],  # Gemma's spaces are merged
             first=None if first is None else tokens[first],
             unknown=None if unknown is None else tokens[unknown],
         )
