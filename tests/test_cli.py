@@ -404,3 +404,12 @@ def test_a_manifest_that_is_no_object_is_refused(store: Path, tmp_path: Path, he
     (tmp_path / "manifest.json").write_text("[1]")
     status, sentence = refusal(here(cli.main, "--prompt", "x", "--model", tmp_path))
     assert (status, sentence) == (1, f"{tmp_path / 'manifest.json'} is not a flashring store manifest")
+
+
+@pytest.mark.ring
+def test_a_policy_that_nobody_knows_is_a_mistake_of_use(store: Path) -> None:
+    """Only the cache knows which there are."""
+    done = run("--model", store, "--prompt", "a", "--set", "cache.policy=nope")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "flashring: cache.policy is one of lrfu, lru, not 'nope'"
+    assert "Traceback" not in done.stderr

@@ -71,6 +71,7 @@ class Failed(Message):
     TAG = 4
     name: str
     error: str  # one sentence
+    usage: bool = False  # something impossible was asked for (UsageError); nothing is broken
 
 
 # -- one generation --------------------------------------------------------------------------

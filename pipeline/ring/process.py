@@ -29,7 +29,7 @@ from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
 from pipeline.ring.plan import Plan
-from storage.errors import FlashringError
+from storage.errors import FlashringError, UsageError
 from storage.store import Store
 
 ORPHANED = 3  # exit status of a worker whose supervisor vanished
@@ -125,7 +125,8 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[
             known = isinstance(error, FlashringError)
             if not known:
                 traceback.print_exc()
-            channel.send("supervisor", Failed(name, str(error) if known else repr(error)))
+            sentence = str(error) if known else repr(error)
+            channel.send("supervisor", Failed(name, sentence, isinstance(error, UsageError)))
             sys.exit(1)
 
 

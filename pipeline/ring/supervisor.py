@@ -34,7 +34,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
-from storage.errors import RingError
+from storage.errors import RingError, UsageError
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -185,13 +185,16 @@ class Supervisor:
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message for the supervisor, or None after `timeout` seconds.
 
-        Raises RingError as soon as a worker has died or reported a failure.
+        Raises RingError as soon as a worker has died or reported a failure, and UsageError where it says that
+        something impossible was asked for: only workers know what the rooms of policies and scorers hold.
         """
         assert self._channel is not None
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             message = self._channel.receive("supervisor", WATCH_SECONDS)
             if isinstance(message, Failed):
+                if message.usage:
+                    raise UsageError(message.error)
                 raise RingError(f"the {message.name} worker failed: {message.error}")
             if message is not None:
                 return message
