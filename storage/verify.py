@@ -10,9 +10,9 @@ import numpy as np
 import xxhash
 
 from storage.bundles import BLOCK_BYTES, checksums, spans
-from storage.errors import StoreCorrupt
+from storage.errors import StoreCorrupt, StoreError
 from storage.files import drop_cache
-from storage.manifest import BUNDLES, CHECKSUMS, ORDER
+from storage.manifest import BUNDLES, CHECKSUM_BYTES, CHECKSUMS, ORDER
 from storage.store import Store
 
 Progress = Callable[[str, int, int], None]  # (file name, bytes done, bytes in all)
@@ -52,6 +52,9 @@ def _verify_order(store: Store) -> None:
 
 def _verify_bundles(store: Store, report: Progress) -> None:
     layout, digest = store.layout, xxhash.xxh3_128()
+    listed = store.manifest.files.get(CHECKSUMS)
+    if listed is None or listed.bytes != layout.total_units * CHECKSUM_BYTES:
+        raise StoreError(f"{store.path / CHECKSUMS} does not have a checksum for each unit")
     expected = layout.split(np.fromfile(store.path / CHECKSUMS, "<u8"))
     with _from_disk(store.path / BUNDLES) as file:
         for layer, part in enumerate(layout.layers):

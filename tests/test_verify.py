@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from checkpoints import write_checkpoint
 from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
 from storage.errors import StoreCorrupt, StoreError, StoreMissing
+from storage.manifest import CHECKSUMS, MANIFEST
 from storage.store import Store
 from storage.verify import verify
 
@@ -107,3 +109,12 @@ def test_a_wrong_path_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["run.py", "verify", str(tmp_path)])
     assert main() == 2
     assert "is not a store" in capfd.readouterr().err
+
+
+def test_checksums_that_are_not_there(store: Store) -> None:
+    data = json.loads((store.path / MANIFEST).read_text(encoding="utf-8"))
+    del data["files"][CHECKSUMS]
+    (store.path / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    (store.path / CHECKSUMS).unlink()
+    with pytest.raises(StoreError, match="a checksum for each unit"):
+        verify(store.path)

@@ -1,8 +1,8 @@
 """Sockets: the only file that touches ZeroMQ inside the ring.
 
-Every worker has one inbox (PULL, bound) and pushes to others' inboxes; addresses are file names in
-the ring's private directory. Sending never blocks: what is in flight is bounded by the protocol,
-so a full queue is a bug and raises.
+Every worker has one inbox (PULL, bound) and pushes to others' inboxes. Compute has a second one, `control`,
+for what must not wait behind its layers' parts. Addresses are file names in the ring's private directory.
+Sending never blocks: what is in flight is bounded by the protocol, so a full queue is a bug and raises.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import zmq
 from pipeline.ring.messages import Message, decode, encode
 
 HIGH_WATER = 4096  # messages; far above what look-ahead + 1 layers can have in flight
-INBOXES = ("supervisor", "compute", "control", "predictor", "cache", "prefetcher")
-# `control` is compute's second inbox: generate, cancel and stop, beside the layer loop's parts.
 
 
 class Channel:

@@ -25,7 +25,7 @@ from storage.resident import Stored
 
 @dataclass(frozen=True, slots=True)
 class NeuronOrder:
-    """Which neuron lies at each position of `bundles.bin`: int32 `[layers, d_ff]`, and its method."""
+    """Which neuron lies at each position of `bundles.bin`: int32 `[layers, units]`, and its method."""
 
     name: str
     neurons: npt.NDArray[np.int32]
@@ -133,9 +133,9 @@ def _check_order(order: NeuronOrder | None, layout: Layout) -> None:
         return
     neurons, units = order.neurons, layout.units
     if neurons.dtype != np.int32 or neurons.ndim != 2 or order.name == "id":
-        raise UsageError("the neuron order must be int32 of shape [layers, d_ff], under a name of its own")
+        raise UsageError("the neuron order must be int32 of shape [layers, units], under a name of its own")
     if neurons.shape[0] != len(units) or any(neurons.shape[1] != count for count in units):
-        raise UsageError("the neuron order must be int32 of shape [layers, d_ff], under a name of its own")
+        raise UsageError("the neuron order must be int32 of shape [layers, units], under a name of its own")
     if not (np.sort(neurons, axis=1) == np.arange(neurons.shape[1])).all():
         raise UsageError("the neuron order is not a permutation of the neurons in every layer")
 
