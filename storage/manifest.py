@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from storage import version1
-from storage.architecture import Architecture
+from storage.architecture import Architecture, LongropeScaling, Rope
 from storage.codecs import CODECS
 from storage.errors import StoreError
 from storage.layout import ROLES, LayerLayout, Layout, Row, Unit, check_alignment
@@ -168,13 +168,27 @@ def _whole_elements(unit: Unit, slot: int) -> bool:
     return True
 
 
+def _rotates(rope: Rope | None, head_dim: int) -> bool:
+    """Whether heads of this width can be rotated so."""
+    if rope is None:
+        return True
+    dims = head_dim if rope.dims is None else rope.dims
+    if isinstance(rope.scaling, LongropeScaling):
+        factors = {2 * len(rope.scaling.short), 2 * len(rope.scaling.long)}
+        return factors == {dims} and dims <= head_dim
+    return dims % 2 == 0 and 0 < dims <= head_dim
+
+
 def _senseless(model: Architecture) -> str:
     """What is wrong with an architecture's numbers, as `_flaw` says it."""
     sizes = [model.vocabulary, model.max_positions, model.embed_dim]
     for one in model.layers:
         sizes += [one.attention.heads, one.attention.kv_heads, one.attention.head_dim]
+        sizes += [] if one.attention.window is None else [one.attention.window]
     if min(sizes) < 1 or max(sizes) >= _BEYOND:
         return "is damaged: its architecture has sizes that cannot be"
     if any(one.attention.heads % one.attention.kv_heads for one in model.layers):
         return "is damaged: its heads do not share keys and values evenly"
+    if not all(_rotates(one.attention.rope, one.attention.head_dim) for one in model.layers):
+        return "is damaged: its rotary positions do not fit its heads"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -219,4 +220,32 @@ def test_units_that_are_not_the_ffns_are_refused(tmp_path: Path) -> None:
     architecture = replace(store.architecture, layers=layers)
     manifest = replace(store.manifest, architecture=architecture)
     with pytest.raises(StoreError, match="describes units that this flashring does not read"):
-        type(manifest).from_json(manifest.to_json(), store.path / "manifest.json")
+        type(manifest).from_json(json.loads(json.dumps(manifest.to_json())), store.path / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window": 0}, "sizes that cannot be"),
+        ({"rope": {"base": 1e4, "dims": 5}}, "positions do not fit its heads"),
+        ({"rope": {"base": 1e4, "dims": 18}}, "positions do not fit its heads"),
+        (
+            {
+                "rope": {
+                    "base": 1e4,
+                    "scaling": {"short": [1], "long": [1], "original": 9, "magnitude": 1, "kind": "longrope"},
+                }
+            },
+            "positions do not fit its heads",
+        ),
+        ({"rope": {"base": 1e4, "scaling": {"factor": 2, "kind": "ntk"}}}, "is damaged"),
+    ],
+)
+def test_attention_that_makes_no_sense_is_refused(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    store = convert(write_checkpoint(tmp_path / "model", "llama"), tmp_path / "store", name="x")
+    data = json.loads(json.dumps(store.manifest.to_json()))
+    data["architecture"]["layers"][1]["attention"].update(changes)
+    with pytest.raises(StoreError, match=words):
+        type(store.manifest).from_json(data, store.path / "manifest.json")
