@@ -146,6 +146,8 @@ def _flaw(manifest: Manifest) -> str:
     for part, layer in zip(layout.layers, architecture.layers, strict=True):
         if tuple(row.role for row in part.unit.rows) != ROLES[layer.ffn.kind]:
             return "describes units that this flashring does not read"
+        if part.unit.width != 1:
+            return "describes units of several neurons, which this flashring does not compute"
         if (part.units, part.unit.width, part.unit.d_model) != (
             layer.ffn.units,
             layer.ffn.width,
