@@ -144,10 +144,9 @@ def _flaw(manifest: Manifest) -> str:
     if len(layout.layers) != len(architecture.layers) or not layout.total_units:
         return "is damaged: architecture and layout have different numbers of layers, or no units at all"
     for part, layer in zip(layout.layers, architecture.layers, strict=True):
-        if tuple(row.role for row in part.unit.rows) != ROLES[layer.ffn.kind]:
+        roles = tuple(row.role for row in part.unit.rows)
+        if roles != ROLES[layer.ffn.kind] or part.unit.width != 1:  # nothing computes wider units yet
             return "describes units that this flashring does not read"
-        if part.unit.width != 1:
-            return "describes units of several neurons, which this flashring does not compute"
         if (part.units, part.unit.width, part.unit.d_model) != (
             layer.ffn.units,
             layer.ffn.width,

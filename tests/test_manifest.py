@@ -79,7 +79,6 @@ def test_version_1(path: str, value: Any, words: str, tmp_path: Path) -> None:
     ("path", "value", "words"),
     [
         ("architecture/layers", [], "different numbers of layers"),
-        ("layout/0/width", 2, "units of"),
         ("architecture/layers/0/attention/scale", float("inf"), "finite"),
         ("architecture/layers/0/norms", {"nowhere": {"epsilon": 1.0}}, "'nowhere'"),
         ("architecture/layers/0/attention/kv_heads", 0, "sizes that cannot be"),
