@@ -40,7 +40,7 @@ def _reader(wanted: Any) -> Read:
 def _generic_reader(origin: Any, arguments: tuple[Any, ...]) -> Read:
     if origin is tuple:
         inner = _reader(arguments[0])
-        return lambda value: tuple(inner(item) for item in of_type(list, value))
+        return lambda value: tuple(inner(item) for item in _sequence(value))
     if origin is dict:
         key, item = _reader(arguments[0]), _reader(arguments[1])
         return lambda value: {key(name): item(one) for name, one in of_type(dict, value).items()}
@@ -94,6 +94,11 @@ def _float(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{value!r:.40} where a finite number was expected")
     return number
+
+
+def _sequence(value: Any) -> Any:
+    """A list, or the tuple that is one before it is written."""
+    return value if type(value) is tuple else of_type(list, value)
 
 
 def _one_of(known: tuple[Any, ...], value: Any) -> Any:

@@ -153,7 +153,11 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path, here: Here) -> 
         ("manifest.json", lambda data: _without(data, "bundles.bin"), "does not list bundles.bin"),
         ("manifest.json", lambda data: _without(data, "resident.safetensors"), "list resident.safetensors"),
         ("manifest.json", lambda data: _changed(data, files=[]), "manifest.json is damaged"),
-        ("manifest.json", lambda data: _lacking(data, "layout"), "manifest.json is damaged: it lacks 'layout'"),
+        (
+            "manifest.json",
+            lambda data: _lacking(data, "layout"),
+            "manifest.json is damaged: it lacks 'layout'",
+        ),
         ("manifest.json", lambda data: _layers_changed(data, alignment=0), "an alignment of 0 bytes"),
         ("manifest.json", lambda data: _layers_changed(data, alignment="x"), "an alignment of 'x' bytes"),
     ],
