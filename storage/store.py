@@ -110,8 +110,8 @@ class Store:
         part = self.layout.layers[layer]
         raw = np.fromfile(self.path / BUNDLES, np.uint8, count=part.bytes, offset=part.start)
         units = raw.reshape(part.units, part.unit.stride)
-        positions = self.positions()
-        return units if positions is None else units[positions[layer]]
+        order = self.order()
+        return units if order is None else units[np.argsort(order[layer])]
 
     def ffn(self, layer: int, *roles: Role) -> tuple[Rows, ...]:
         """The rows of a layer's FFN, one role after the other, by ascending id; read now."""
