@@ -1,7 +1,7 @@
 """`python -m workers.lab.evaluation.reference`: our reading of a model beside transformers', on one text.
 
-Both score the same chunks of the same tokens, every neuron computed, in float32. What differs is who reads the
-file: a store that was converted from it, or transformers itself.
+Both score the same chunks of the same tokens, every neuron computed, in float32. What differs is who reads
+the file: a store that was converted from it, or transformers itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Perplexity of a text, by transformers' reading of a checkpoint and by a store that was converted from it."""
+    """Perplexity of a text: by transformers' reading of a checkpoint, and by a store converted from it."""
     source, _ = configure(model, None, ())
     store = source.open_store()
     theirs = TransformersModel.open(checkpoint)
@@ -72,9 +72,7 @@ def compare(
     with torch.no_grad(), DenseModel(store, threads) as model, Bars() as bars:
         reference = theirs.score(sequences, lambda done, total: bars.tell("transformers", done, total))
         ours = score(model, sequences, None, lambda done, total: bars.tell("ours", done, total))
-    furthest = max(
-        float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(reference, ours, strict=True)
-    )
+    furthest = max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(reference, ours, strict=True))
     return Compared(compare_text(reference, ours, size, seed), furthest)
 
 

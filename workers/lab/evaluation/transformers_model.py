@@ -26,7 +26,10 @@ class TransformersModel:
 
     @classmethod
     def open(cls, path: Path) -> TransformersModel:
-        """Of a checkpoint's directory, or a GGUF file. Raises UsageError without transformers, CheckpointError."""
+        """Of a checkpoint's directory, or a GGUF file.
+
+        Raises UsageError without transformers, CheckpointError for what it cannot read.
+        """
         try:
             from transformers.utils.logging import disable_progress_bar
         except ImportError:
