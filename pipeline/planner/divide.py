@@ -118,7 +118,7 @@ def _without_budget(store: Store, resolved: Resolved, available: int | None) -> 
         why = (
             f"all of the FFN stays in memory, since {size(room)} are available"
             if fits
-            else f"all of the FFN would take {size(whole)}, more than {FITS:.0%} of the {size(room)} available: "
+            else f"all of the FFN would take {size(whole)}, above {FITS:.0%} of the {size(room)} available; "
             "--memory allows it"
         )
     return replace(_report(store, resolved, [round(share * count) for count in units], None), why=why)
