@@ -1,8 +1,11 @@
 """`python -m workers.lab.evaluation.greedy`: where our greedy text leaves llama.cpp's, on the same weights.
 
-llama.cpp writes first, in a process of its own. Then one pass of ours over each prompt and what it wrote tells
-what we should have written: up to the first difference the two texts are the same. There, how far a writer's two
-likeliest tokens are apart tells how little it takes to turn them round.
+llama.cpp writes first, in a process of its own. Then one pass of ours over each prompt and what it wrote
+tells what we would have written: up to the first difference the two texts are the same. There, the distance of
+a writer's two likeliest tokens tells how little it takes to turn them round.
+
+llama.cpp rounds what enters a matrix of low bits to 8 bits. With `--rounded` the same is done to
+transformers' reading, which tells how far rounding alone leads away.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +37,7 @@ from storage.errors import FlashringError, UsageError
 from storage.gguf.parts import is_gguf
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
+from workers.lab.evaluation.transformers_model import TransformersModel
 from workers.lab.offline.dense import DenseModel
 
 PROMPTS = (
@@ -49,18 +53,39 @@ TOKENS = 128
 Sure = tuple[tuple[int, float], tuple[int, float]]  # the two likeliest tokens and their log-probabilities
 
 
+Logits = Callable[[list[int]], torch.Tensor]  # of token ids: [tokens, vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """How near two readers are over the same tokens."""
+
+    agree: int  # tokens of which both hold the same one for the likeliest
+    noise: (
+        float  # median difference of the gaps between the two likeliest, where both name the same two; nats
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first token at which two greedy texts part. Gaps are differences of log-probability, nats."""
+
+    at: int
+    theirs: str  # that token
+    ours: str
+    their_gap: float  # between their two likeliest there
+    our_gap: float
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One prompt's texts beside each other. Gaps are differences of log-probability, nats."""
+    """One prompt's texts beside each other."""
 
     prompt: str
     tokens: int  # that llama.cpp wrote
-    differs: int | None  # first token that is another one; None: none is
-    theirs: str = ""  # that token
-    ours: str = ""
-    their_gap: float | None = None  # between its two likeliest there
-    our_gap: float | None = None
-    noise: float = 0.0  # median difference between both writers' gaps, over the tokens before
+    first: Difference | None
+    llama_cpp: Closeness  # to ours
+    rounded: Closeness | None  # transformers' reading with rounded activations, to ours
 
 
 def main(
@@ -71,6 +96,9 @@ def main(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Written after each prompt, at most.", min=1)] = TOKENS,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    rounded: Annotated[
+        bool, typer.Option("--rounded", help="Also how far rounded activations alone lead away.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """The first token at which our greedy text and llama.cpp's differ, prompt by prompt.
@@ -83,13 +111,25 @@ def main(
     store = source.open_store()
     texts = prompt or PROMPTS
     asked = _asked(store, texts)
-    theirs = written_by_llama_cpp(gguf, asked, tokens, thread_count(threads))
+    written = written_by_llama_cpp(gguf, asked, tokens, thread_count(threads))
+    with torch.no_grad(), DenseModel(store, thread_count(threads)) as dense:
+        ours = _all_sure(lambda ids: dense.forward([ids])[0], asked, written)
+    others: Sequence[Sequence[Sure] | None] = [None] * len(texts)
+    if rounded:
+        reference = TransformersModel.open(gguf)
+        reference.round_activations()
+        others = _all_sure(reference.logits, asked, written)
     tokenizer = load_tokenizer(store)
-    with torch.no_grad(), DenseModel(store, thread_count(threads)) as ours:
-        found = [
-            compare(text, theirs[i], sure(ours, asked[i], [best[0] for best, _ in theirs[i]]), tokenizer)
-            for i, text in enumerate(texts)
-        ]
+    found = [
+        Written(
+            text,
+            len(theirs),
+            first_difference(theirs, own, tokenizer),
+            closeness(theirs, own),
+            None if other is None else closeness(other, own),
+        )
+        for text, theirs, own, other in zip(texts, written, ours, others, strict=True)
+    ]
     if as_json:
         print(json.dumps({"model": store.manifest.name, "prompts": [asdict(one) for one in found]}))
     else:
@@ -111,7 +151,10 @@ def _asked(store: Store, texts: Sequence[str]) -> list[list[int]]:
 def written_by_llama_cpp(
     file: Path, prompts: Sequence[Sequence[int]], tokens: int, threads: int
 ) -> list[list[Sure]]:
-    """llama.cpp's continuations. Raises UsageError where it is not installed, FlashringError where it fails."""
+    """llama.cpp's continuations.
+
+    Raises UsageError where it is not installed, FlashringError where it fails.
+    """
     if find_spec("xllamacpp") is None:
         raise UsageError('llama.cpp is not installed: pip install -c constraints.txt -e ".[peers]"')
     with TemporaryDirectory(prefix="flashring-greedy-") as directory:
@@ -134,34 +177,39 @@ def written_by_llama_cpp(
     ]
 
 
-def sure(model: DenseModel, prompt: Sequence[int], written: Sequence[int]) -> list[Sure]:
-    """How sure we are of each token after the prompt, those before it being `written`."""
-    logits = model.forward([[*prompt, *written[:-1]]])[0, len(prompt) - 1 :]
-    likeliest = torch.log_softmax(logits.double(), dim=-1).topk(2, dim=-1)
+def _all_sure(
+    logits: Logits, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[Sure]]
+) -> list[list[Sure]]:
+    return [
+        sure(logits, prompt, [best[0] for best, _ in one])
+        for prompt, one in zip(prompts, written, strict=True)
+    ]
+
+
+def sure(logits: Logits, prompt: Sequence[int], written: Sequence[int]) -> list[Sure]:
+    """A reader's two likeliest at each token after the prompt, those before it being `written`."""
+    rows = logits([*prompt, *written[:-1]])[len(prompt) - 1 :]
+    likeliest = torch.log_softmax(rows.double(), dim=-1).topk(2, dim=-1)
     return [
         ((ids[0], values[0]), (ids[1], values[1]))
         for ids, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     ]
 
 
-def compare(prompt: str, theirs: Sequence[Sure], ours: Sequence[Sure], tokenizer: Tokenizer) -> Written:
+def first_difference(theirs: Sequence[Sure], ours: Sequence[Sure], tokenizer: Tokenizer) -> Difference | None:
     """`ours`: of the same positions as `theirs`, given the tokens that they wrote."""
-    pairs = list(zip(theirs, ours, strict=True))
-    differs = next((i for i, (a, b) in enumerate(pairs) if a[0][0] != b[0][0]), None)
-    same = pairs[:differs]
-    noise = statistics.median(abs(_gap(a) - _gap(b)) for a, b in same) if same else 0.0
-    if differs is None:
-        return Written(prompt, len(theirs), None, noise=noise)
-    a, b = pairs[differs]
-    return Written(
-        prompt,
-        len(theirs),
-        differs,
-        theirs=tokenizer.decode([a[0][0]], skip_special_tokens=False),
-        ours=tokenizer.decode([b[0][0]], skip_special_tokens=False),
-        their_gap=_gap(a),
-        our_gap=_gap(b),
-        noise=noise,
+    for at, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if a[0][0] != b[0][0]:
+            one, other = (tokenizer.decode([best], skip_special_tokens=False) for (best, _), _ in (a, b))
+            return Difference(at, one, other, _gap(a), _gap(b))
+    return None
+
+
+def closeness(some: Sequence[Sure], others: Sequence[Sure]) -> Closeness:
+    pairs = list(zip(some, others, strict=True))
+    gaps = [abs(_gap(a) - _gap(b)) for a, b in pairs if (a[0][0], a[1][0]) == (b[0][0], b[1][0])]
+    return Closeness(
+        agree=sum(a[0][0] == b[0][0] for a, b in pairs), noise=statistics.median(gaps) if gaps else 0.0
     )
 
 
@@ -171,15 +219,23 @@ def _gap(one: Sure) -> float:
 
 def table(found: Sequence[Written]) -> Table:
     """A prompt a row."""
-    shown = Table("prompt", "tokens", "differs at", "llama.cpp", "its gap", "ours", "our gap", "noise")
+    shown = Table("prompt", "differs at", "llama.cpp", "its gap", "ours", "our gap", "agree", "noise")
+    for name in ("rounded agree", "noise"):
+        shown.add_column(name)
     for one in found:
         where = ("never", "", "", "", "")
-        if one.differs is not None:
-            where = (
-                str(one.differs), repr(one.theirs), f"{one.their_gap:.3f}", repr(one.ours), f"{one.our_gap:.3f}"
-            )  # fmt: skip
-        shown.add_row(one.prompt, str(one.tokens), *where, f"{one.noise:.3f}")
+        if one.first is not None:
+            first = one.first
+            gaps = [f"{gap:.3f}" for gap in (first.their_gap, first.our_gap)]
+            where = (str(first.at), repr(first.theirs), gaps[0], repr(first.ours), gaps[1])
+        shown.add_row(
+            one.prompt, *where, *_words(one.llama_cpp, one.tokens), *_words(one.rounded, one.tokens)
+        )
     return shown
+
+
+def _words(one: Closeness | None, tokens: int) -> tuple[str, str]:
+    return ("–", "–") if one is None else (f"{one.agree} of {tokens}", f"{one.noise:.3f}")
 
 
 def run() -> int:

@@ -16,6 +16,8 @@ from storage.errors import CheckpointError, UsageError, reason
 from storage.gguf.parts import is_gguf
 from workers.lab.offline.scoring import Scored, score_logits
 
+BLOCK = 32  # values that are rounded together
+
 
 class TransformersModel:
     """Scores token sequences, one at a time."""
@@ -31,16 +33,21 @@ class TransformersModel:
         Raises UsageError without transformers, CheckpointError for what it cannot read.
         """
         try:
-            from transformers.utils.logging import disable_progress_bar
+            import transformers  # noqa: F401 - told here, before anything is read
         except ImportError:
             raise UsageError(
                 'the reference needs transformers: pip install -c constraints.txt -e ".[dev]"'
             ) from None
-        disable_progress_bar()  # ours tells
         try:
             return cls(_of_gguf(path) if is_gguf(path) else _of_checkpoint(path))
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot read {path}: {reason(error)}") from error
+
+    def round_activations(self) -> None:
+        """From now on round what enters a matrix, as llama.cpp does for low bits: 8 bits, by blocks of 32."""
+        for module in self._model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, given: (_rounded(given[0]), *given[1:]))
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Of every token, `[tokens, vocabulary]` float32."""
@@ -81,3 +88,11 @@ def _of_gguf(path: Path) -> Any:
     if lost := [*(set(missing) - tied), *unknown]:
         raise ValueError(f"it has no place for, or lacks, {', '.join(sorted(lost))}")
     return model
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """To whole multiples of a block's scale, its largest magnitude ÷ 127, which itself is a float16."""
+    blocks = x.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True) / 127
+    codes = torch.where(scale > 0, blocks / scale, 0).round()
+    return (codes * scale.half().float()).reshape(x.shape)
