@@ -67,6 +67,14 @@ def interpreters(names: Sequence[str], given: Mapping[str, Path]) -> dict[str, P
     return found
 
 
+def check_readable(names: Sequence[str], checkpoint: Path) -> None:
+    """Raises UsageError for a checkpoint that is not of a peer's kind."""
+    for name in names:
+        if PEERS[name].gguf != is_gguf(checkpoint):
+            reads = "a GGUF file" if PEERS[name].gguf else "a checkpoint's directory"
+            raise UsageError(f"the peer {name} reads {reads}, which {checkpoint} is not")
+
+
 def check_space(names: Sequence[str], checkpoint: Path, work: Path) -> None:
     """Raises DiskFull before a peer writes what does not fit."""
     if not any(PEERS[name].shards for name in names):
@@ -82,10 +90,7 @@ def series(job: BenchJob, python: Mapping[str, Path], checkpoint: Path, work: Pa
 
     Raises DiskFull, and UsageError for a checkpoint that a peer cannot read.
     """
-    for name in python:
-        if PEERS[name].gguf != is_gguf(checkpoint):
-            reads = "a GGUF file" if PEERS[name].gguf else "a checkpoint's directory"
-            raise UsageError(f"the peer {name} reads {reads}, which {checkpoint} is not")
+    check_readable(list(python), checkpoint)
     check_space(list(python), checkpoint, work)
     return [_series(job, name, path, checkpoint, work) for name, path in python.items()]
 

@@ -1,8 +1,8 @@
 """`python -m workers.lab.evaluation.greedy`: where our greedy text leaves llama.cpp's, on the same weights.
 
 llama.cpp writes first, in a process of its own. Then one pass of ours over each prompt and what it wrote
-tells what we would have written: up to the first difference the two texts are the same. There, the distance of
-a writer's two likeliest tokens tells how little it takes to turn them round.
+tells what we would have written: up to the first difference the two texts are the same. There, the distance
+of a writer's two likeliest tokens tells how little it takes to turn them round.
 
 llama.cpp rounds what enters a matrix of low bits to 8 bits. With `--rounded` the same is done to
 transformers' reading, which tells how far rounding alone leads away.

@@ -24,7 +24,7 @@ class TransformersModel:
 
     def __init__(self, model: Any) -> None:
         """`model`: of transformers, for causal language modelling."""
-        self._model = model.float().eval()
+        self.model = model.float().eval()
 
     @classmethod
     def open(cls, path: Path) -> TransformersModel:
@@ -45,14 +45,14 @@ class TransformersModel:
 
     def round_activations(self) -> None:
         """From now on round what enters a matrix, as llama.cpp does for low bits: 8 bits, by blocks of 32."""
-        for module in self._model.modules():
+        for module in self.model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(lambda _, given: (_rounded(given[0]), *given[1:]))
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Of every token, `[tokens, vocabulary]` float32."""
         with torch.no_grad():
-            found: torch.Tensor = self._model(torch.tensor([list(tokens)])).logits[0]
+            found: torch.Tensor = self.model(torch.tensor([list(tokens)])).logits[0]
         return found
 
     def score(
