@@ -102,10 +102,10 @@ def test_the_greedy_text_is_transformers(
 def test_perplexity_is_transformers(store: Store, reference: TransformersModel) -> None:
     """On 600 tokens, in two chunks; docs/quality.md has the command and the figures for WikiText-2."""
     found = compare(store, reference, licence(), 600, seed=0, threads=2)
-    assert found.text.tokens == 598  # each chunk's first token is given
-    assert found.text.sparse_perplexity == pytest.approx(found.text.dense_perplexity, rel=1e-5)
+    assert found.tokens == 598  # each chunk's first token is given
+    assert found.our_perplexity == pytest.approx(found.their_perplexity, rel=1e-5)
     assert found.furthest < TOLERANCE
-    assert found.text.agreement.value == 1
+    assert found.agreement.value == 1
 
 
 def test_the_comparison_sees_another_model(store: Store, reference: TransformersModel) -> None:

@@ -26,7 +26,8 @@ from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation.bars import Bars
 from workers.lab.evaluation.evaluate import LONGEST_CHUNK, chunks
-from workers.lab.evaluation.report import TextReport, compare_text
+from workers.lab.evaluation.report import compare_text
+from workers.lab.evaluation.statistics import Estimate
 from workers.lab.evaluation.tasks import read_text
 from workers.lab.evaluation.transformers_model import TransformersModel
 from workers.lab.offline.dense import DenseModel
@@ -37,7 +38,13 @@ from workers.lab.offline.scoring import score
 class Compared:
     """Two readings of one text."""
 
-    text: TextReport  # dense: transformers' reading; sparse: ours
+    tokens: int
+    their_nats_per_token: float
+    our_nats_per_token: float
+    their_perplexity: float
+    our_perplexity: float
+    ratio: Estimate  # our ÷ their perplexity
+    agreement: Estimate  # share of tokens whose likeliest next token is the same
     furthest: float  # largest difference of a token's log-probability, nats
 
 
@@ -73,15 +80,25 @@ def compare(
         reference = theirs.score(sequences, lambda done, total: bars.tell("transformers", done, total))
         ours = score(model, sequences, None, lambda done, total: bars.tell("ours", done, total))
     furthest = max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(reference, ours, strict=True))
-    return Compared(compare_text(reference, ours, size, seed), furthest)
+    report = compare_text(reference, ours, size, seed)
+    return Compared(
+        report.tokens,
+        their_nats_per_token=report.dense_nats_per_token,
+        our_nats_per_token=report.sparse_nats_per_token,
+        their_perplexity=report.dense_perplexity,
+        our_perplexity=report.sparse_perplexity,
+        ratio=report.ratio,
+        agreement=report.agreement,
+        furthest=furthest,
+    )
 
 
 def table(found: Compared) -> Table:
-    text = found.text
-    shown = Table(f"{text.tokens:,} tokens", "transformers", "ours")
-    shown.add_row("nats a token", f"{text.dense_nats_per_token:.6f}", f"{text.sparse_nats_per_token:.6f}")
-    shown.add_row("perplexity", f"{text.dense_perplexity:.4f}", f"{text.sparse_perplexity:.4f}")
-    shown.add_row("same next token", "", text.agreement.percent())
+    shown = Table(f"{found.tokens:,} tokens", "transformers", "ours")
+    shown.add_row("nats a token", f"{found.their_nats_per_token:.6f}", f"{found.our_nats_per_token:.6f}")
+    shown.add_row("perplexity", f"{found.their_perplexity:.4f}", f"{found.our_perplexity:.4f}")
+    shown.add_row("perplexity, change", "", f"{found.ratio.value - 1:+.4%}")
+    shown.add_row("same next token", "", found.agreement.percent())
     shown.add_row("furthest log-probability", "", f"{found.furthest:.2g}")
     return shown
 
