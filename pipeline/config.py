@@ -60,7 +60,9 @@ class Cache(Section):
 
     window: Annotated[int, Field(ge=0, le=65536)] = 0  # tokens a neuron stays after its last use; 0: no limit
     half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
-    share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of the FFN in slots, without a memory budget
+    # Of the FFN in slots, without a memory budget. Left out: all of it where that takes at most 60 % of the
+    # memory that the machine has available, else a quarter.
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
     slots_per_layer: Count = 0  # overrides share; 0: by share or budget
     policy: str = "lrfu"  # who leaves first: lrfu by recency and frequency, lru the least recently used
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that

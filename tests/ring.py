@@ -25,6 +25,7 @@ def config(**sections: Mapping[str, Any]) -> Config:
     """The default configuration with few threads and small staging, and these changes."""
     base: dict[str, dict[str, Any]] = {
         "predictor": {"kind": "oracle", "lookahead": 1, "refine": True},
+        "cache": {"share": 0.25},  # so that there is something to read
         "compute": {"threads": 1, "context": 128},
         "prefetcher": {"readers": 1, "queue_depth": 16},
     }

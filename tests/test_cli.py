@@ -297,7 +297,8 @@ def test_the_console_script_refuses_another_projects_packages(tmp_path: Path) ->
 
 @pytest.mark.ring
 def test_the_main_job_prints_a_text_or_one_object(store: Path) -> None:
-    arguments = ("--prompt", "hello there", "--model", store, "--max-new-tokens", "8", "--ignore-eos")
+    model = ("--model", store, "--set=cache.share=0.25")  # so that there is something to read
+    arguments = (*model, "--prompt", "hello there", "--max-new-tokens", "8", "--ignore-eos")
     streamed = run(*arguments)
     assert streamed.returncode == 0, streamed.stderr
     assert "runs without predictors" in streamed.stderr.splitlines()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -10,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from pipeline.config import Config
-from pipeline.planner import divide
+from pipeline.console import size
+from pipeline.planner import divide, machine
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.probe import probe_rate
 from pipeline.planner.resolve import resolve
@@ -172,6 +175,70 @@ def test_pinned_layers_have_a_slot_for_every_neuron() -> None:
     plan = divide.plan(store(), config).plan
     assert plan.slots == (2048, 512, 512, 2048)
     assert plan.forecast.pinned == {0, 3}
+
+
+GENEROUS = 1 << 50  # bytes available
+
+
+def test_a_model_that_fits_the_machine_is_kept_whole() -> None:
+    whole = divide.most(store(), configured()).total
+    enough = math.ceil(whole / divide.FITS)
+    kept = divide.plan(store(), configured(), available=enough)
+    assert kept.plan.slots == (2048,) * 4
+    assert kept.total == whole
+    assert kept.config.cache.share == 1
+    assert any(f"{size(enough)} are available" in line for line in kept.lines)
+    cut = divide.plan(store(), configured(), available=enough - 2)
+    assert cut.plan.slots == (512,) * 4
+    assert cut.config.cache.share == divide.DEFAULT_SHARE
+    assert any(f"would take {size(whole)}" in line for line in cut.lines)
+
+
+def test_whoever_states_a_share_slots_or_a_budget_gets_them_on_any_machine() -> None:
+    for cache, slots in (({"share": 0.25}, 512), ({"slots_per_layer": 7}, 7)):
+        report = divide.plan(store(), configured(cache=cache), available=GENEROUS)
+        assert report.plan.slots == (slots,) * 4
+        assert not report.why
+    stated = configured(cache={"share": 1.0})
+    assert divide.plan(store(), stated, available=0).plan.slots == (2048,) * 4
+    tight = with_budget(configured(), least(store(), configured()))
+    assert max(divide.plan(store(), tight, available=GENEROUS).plan.slots) < 2048
+
+
+def limited(group: Path, files: tuple[str, str, str], limit: str, usage: int, cached: int) -> None:
+    """Write the files of a memory cgroup."""
+    group.mkdir(parents=True, exist_ok=True)
+    (group / files[0]).write_text(f"{limit}\n")
+    (group / files[1]).write_text(f"{usage}\n")
+    (group / "memory.stat").write_text(f"anon 5\n{files[2]} {cached}\n")
+
+
+def test_a_cgroup_leaves_what_its_processes_do_not_use(tmp_path: Path) -> None:
+    """Version 2: of the process's own group and of those above it; cached files are as good as free."""
+    membership = tmp_path / "membership"
+    membership.write_text("0::/slice/service\n")
+    limited(tmp_path / "slice", machine.V2, str(100 * MIB), 60 * MIB, 10 * MIB)
+    limited(tmp_path / "slice" / "service", machine.V2, "max", 20 * MIB, 0)
+    assert machine.cgroup_rooms(membership, tmp_path) == [50 * MIB]
+    limited(tmp_path / "slice" / "service", machine.V2, str(30 * MIB), 20 * MIB, 0)
+    assert machine.cgroup_rooms(membership, tmp_path) == [10 * MIB, 50 * MIB]
+
+
+def test_a_cgroup_of_version_1_and_of_a_container(tmp_path: Path) -> None:
+    membership = tmp_path / "membership"
+    membership.write_text("5:cpu:/\n4:memory:/docker/abc\n0::/\n")
+    limited(tmp_path / "memory", machine.V1, str(64 * MIB), 16 * MIB, 1 * MIB)  # all that the container sees
+    assert machine.cgroup_rooms(membership, tmp_path) == [49 * MIB]
+    assert machine.cgroup_rooms(tmp_path / "no such file", tmp_path) == []
+
+
+def test_what_is_available_is_the_least_of_machine_and_cgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.available_bytes()
+    assert MIB < free <= psutil.virtual_memory().total
+    monkeypatch.setattr(machine, "cgroup_rooms", lambda *_: [3 * MIB, 5 * MIB])
+    assert machine.available_bytes() == 3 * MIB
+    monkeypatch.setattr(machine, "cgroup_rooms", lambda *_: [-MIB])
+    assert machine.available_bytes() == 0
 
 
 def test_slots_per_layer_override_share_and_budget() -> None:

@@ -28,7 +28,7 @@ from storage.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-SETTINGS = ["predictor.kind=oracle", "compute.threads=1", "prefetcher.readers=1"]
+SETTINGS = ["predictor.kind=oracle", "compute.threads=1", "prefetcher.readers=1", "cache.share=0.25"]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pipeline.config import Config
 from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.planner.budget import parse_budget
+from pipeline.planner.machine import available_bytes
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
 from pipeline.ring.plan import BLOCK, BLOCKS, TILE, Plan
@@ -24,6 +25,8 @@ from storage.manifest import RESIDENT
 from storage.store import Store
 
 DEFAULT_WINDOW = 5  # tokens; the paper's k
+FITS: Final = 0.6  # of the available memory that a ring takes without being asked
+DEFAULT_SHARE: Final = 0.25  # of the FFN, where all of it is more than that
 F32 = 4  # bytes
 
 # Proportional set size of each process without what the plan's other parts count, in bytes. Measured
@@ -49,6 +52,7 @@ class PlanReport:
     config: Config  # with nothing left open
     parts: dict[str, int]  # what holds how much
     budget: int | None  # None: no budget was given
+    why: str = ""  # that share of the FFN, where nobody asked for it; for people
 
     @property
     def total(self) -> int:
@@ -67,12 +71,17 @@ class PlanReport:
         resident = plan.total_slots / sum(plan.units)
         within = f" of {size(self.budget)}" if self.budget is not None else ""
         head = f"memory: {size(self.total)}{within}; {resident:.1%} of the FFN in {plan.total_slots:,} slots"
-        return [head, *(f"  {name:<18}{size(value):>12}" for name, value in self.parts.items())]
+        return [
+            head,
+            *([self.why] if self.why else []),
+            *(f"  {name:<18}{size(value):>12}" for name, value in self.parts.items()),
+        ]
 
 
-def plan(store: Store, config: Config) -> PlanReport:
+def plan(store: Store, config: Config, available: int | None = None) -> PlanReport:
     """Resolve the configuration and divide the memory.
 
+    Without a budget, `available` bytes decide what is kept; None: those that the machine has now.
     Raises BudgetError, naming the least that would do, when the budget is too small, and
     ConfigError for what cannot be.
     """
@@ -81,8 +90,7 @@ def plan(store: Store, config: Config) -> PlanReport:
     least = _report(store, resolved, _least_slots(store, config), budget)
     units = store.layout.units
     if budget is None:
-        shares = [config.cache.slots_per_layer or round(config.cache.share * count) for count in units]
-        return _report(store, resolved, shares, None)
+        return _without_budget(store, resolved, available)
     if budget < least.total:
         raise BudgetError(
             f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
@@ -93,6 +101,27 @@ def plan(store: Store, config: Config) -> PlanReport:
     each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
     spare = (budget - least.total) // (open_layers * each)
     return _report(store, resolved, [slots + spare for slots in _least_slots(store, config)], budget)
+
+
+def _without_budget(store: Store, resolved: Resolved, available: int | None) -> PlanReport:
+    """As many slots as the configuration says; where it does not, all that fit the machine, or a share."""
+    cache, units = resolved.config.cache, store.layout.units
+    if cache.slots_per_layer:
+        return _report(store, resolved, [cache.slots_per_layer] * len(units), None)
+    share, why = cache.share, ""
+    if share is None:
+        whole = _report(store, resolved, units, None).total
+        room = available_bytes() if available is None else available
+        fits = whole <= FITS * room
+        share = 1.0 if fits else DEFAULT_SHARE
+        resolved = replace(resolved, config=resolved.config.replace(cache={"share": share}))
+        why = (
+            f"all of the FFN stays in memory, since {size(room)} are available"
+            if fits
+            else f"all of the FFN would take {size(whole)}, above {FITS:.0%} of the {size(room)} available; "
+            "--memory allows it"
+        )
+    return replace(_report(store, resolved, [round(share * count) for count in units], None), why=why)
 
 
 def least(store: Store, config: Config) -> PlanReport:

@@ -32,13 +32,17 @@ def main(
         typer.Option(help="Only this row of the ablation; may be repeated.", metavar="NAME"),
     ] = None,
     peers: Annotated[
-        str, typer.Option(help="Also measure accelerate,airllm; needs --checkpoint.", metavar="LIST")
+        str,
+        typer.Option(help="Also measure accelerate,airllm,llama.cpp; needs --checkpoint.", metavar="LIST"),
     ] = "",
     peer_python: Annotated[
         list[str] | None, typer.Option(help="A peer's interpreter; may be repeated.", metavar="NAME=PATH")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="What peers run: the checkpoint that the store is of.")
+        Path | None,
+        typer.Option(
+            help="What peers run: the checkpoint that the store is of, or for llama.cpp a GGUF file."
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text whose tokens are decoded.", metavar="FILE")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the text that are the prompt.", min=1)] = 128,
@@ -67,7 +71,7 @@ def main(
     names = [name for name in peers.split(",") if name]
     interpreters = peers_part.interpreters(names, _pairs(peer_python or ()))
     if names and checkpoint is None:
-        raise UsageError("--peers needs --checkpoint, the directory that the store was converted from")
+        raise UsageError("--peers needs --checkpoint, what the store was converted from")
     if not wanted and not names:
         raise UsageError("nothing to measure: --parts and --peers are both empty")
     if row and "ablation" not in wanted:

@@ -139,6 +139,7 @@ def of_peer(name: str, runs: Sequence[Ran], *, budget: int | None) -> Row:
         name=f"{name} {results[0].get('version', '')}".strip(),
         budget_bytes=budget,
         bytes_per_token=statistics.median(result["bytes_per_token"] for result in results),
+        prefill_seconds=statistics.median(result.get("prompt_seconds", 0.0) for result in results),
         **_common(runs, timed, [result["memory_bytes"] for result in results], "resident set size"),
     )
 

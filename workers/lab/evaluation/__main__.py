@@ -10,8 +10,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from pipeline import program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
@@ -24,14 +22,13 @@ from storage.errors import UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import report
-from workers.lab.evaluation.evaluate import chunks, evaluate_task, evaluate_text
+from workers.lab.evaluation.bars import Bars
+from workers.lab.evaluation.evaluate import LONGEST_CHUNK, chunks, evaluate_task, evaluate_text
 from workers.lab.evaluation.points import Point, draw, measure, table
 from workers.lab.evaluation.tasks import TASKS, read_text
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.training.texts import documents, rows
-
-LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
 
 
 def main(
@@ -115,29 +112,9 @@ def _compare(
     with (
         torch.no_grad(),
         DenseModel(store, thread_count(threads)) as model,
-        _Bars() as bars,
+        Bars() as bars,
     ):
         return measure(model, points, some, seed, bars.tell)
-
-
-class _Bars:
-    """A progress bar for every stage."""
-
-    def __init__(self) -> None:
-        self._bars = Progress(console=Console(stderr=True), transient=True)
-        self._stages: dict[str, TaskID] = {}
-
-    def tell(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._stages:
-            self._stages[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._stages[stage], completed=done)
-
-    def __enter__(self) -> _Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
 
 
 @dataclass(slots=True)
@@ -175,7 +152,7 @@ def _evaluate(
     with (
         torch.no_grad(),
         DenseModel(store, thread_count(threads)) as model,
-        _Bars() as bars,
+        Bars() as bars,
     ):
         if text is not None:
             length = min(LONGEST_CHUNK, config.compute.context)

@@ -16,6 +16,7 @@ from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.scoring import Scored, score
 
 ITEMS_PER_ROUND = 256  # items between two progress reports
+LONGEST_CHUNK = 512  # tokens of text that are scored in one piece
 Progress = Callable[[str, int, int], None]
 
 

@@ -91,7 +91,7 @@ def measure(
     """Every point, on the same tokens. `points`: name, configuration and what was set."""
     for _, chosen, _ in points:  # what cannot be is refused before the work
         make_chooser(model.store, chosen, in_order=True)
-        plan(model.store, chosen)
+        plan(model.store, chosen, available=0)
     progress("points", 0, len(points) + 1)
     dense, active, _ = run(model, None, rows)
     found = []
@@ -116,7 +116,8 @@ def _point(
     seed: int,
 ) -> Point:
     text = compare_text(dense, scored, 1, seed)
-    divided = plan(model.store, config).plan
+    # As where a model does not fit: bytes a token must not depend on the machine that counts them.
+    divided = plan(model.store, config, available=0).plan
     slots = divided.slots
     outcome = replay(
         trace, slots, lambda layer, slots: make_policy(trace.d_ff, config.cache), warm_up=trace.tokens // 8

@@ -178,7 +178,7 @@ def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingCh
         return RingChooser(forecast, scores)
     if not in_order:
         raise ConfigError("predictor.cache_aware needs tokens in their order: evaluate it by --point")
-    divided = plan(store, config).plan
+    divided = plan(store, config, available=0).plan  # on every machine the same slots
     residencies = [
         Residency(units, slots, make_policy(units, config.cache))
         for units, slots in zip(divided.units, divided.slots, strict=True)

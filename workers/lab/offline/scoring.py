@@ -70,12 +70,17 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def score_rows(model: DenseModel, x: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
     """The last layer's outputs x `[n, d_model]` against the tokens that follow them, `[n]`."""
-    logprobs, likeliest = [], []
+    found = []
     for start in range(0, len(targets), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        logits = model.logits(x[None, rows])[0]
-        normed = torch.log_softmax(logits.double(), dim=-1)
-        wanted = torch.from_numpy(targets[rows])[:, None]
-        logprobs.append(normed.gather(1, wanted)[:, 0].numpy())
-        likeliest.append(logits.argmax(dim=-1).numpy())
-    return Scored(np.concatenate(logprobs), np.concatenate(likeliest))
+        found.append(score_logits(model.logits(x[None, rows])[0], targets[rows]))
+    return Scored(
+        np.concatenate([one.logprobs for one in found]), np.concatenate([one.likeliest for one in found])
+    )
+
+
+def score_logits(logits: torch.Tensor, targets: npt.NDArray[np.int64]) -> Scored:
+    """Logits `[n, vocabulary]` against the tokens that follow, `[n]`."""
+    normed = torch.log_softmax(logits.double(), dim=-1)
+    wanted = torch.from_numpy(targets)[:, None]
+    return Scored(normed.gather(1, wanted)[:, 0].numpy(), logits.argmax(dim=-1).numpy())

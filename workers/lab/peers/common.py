@@ -8,18 +8,20 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RSS_UNIT = 1024  # bytes of `ru_maxrss` on Linux
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """checkpoint, tokens, prompt_tokens, scratch, limit."""
+    """checkpoint, tokens, prompt_tokens, scratch, limit, threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tokens", type=Path, required=True, help="file of token ids to decode")
     parser.add_argument("--prompt-tokens", type=int, default=1, help="length of the prompt before them")
     parser.add_argument("--scratch", type=Path, required=True, help="directory for whatever is written")
     parser.add_argument("--limit", type=int, required=True, help="bytes of memory")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as the package likes")
     return parser.parse_args()
 
 
@@ -42,10 +44,14 @@ def report(tokens: list[int], decode: Callable[[int, int], None], version: str) 
             before = read_bytes()
         else:
             seconds.append(time.perf_counter() - started)
-    result = {
+    print(json.dumps(measured(seconds, (read_bytes() - before) / max(1, len(seconds)), version)))
+
+
+def measured(seconds: list[float], bytes_per_token: float, version: str) -> dict[str, Any]:
+    """What a peer's program prints; `seconds` of each token after the first."""
+    return {
         "token_seconds": seconds,
-        "bytes_per_token": (read_bytes() - before) / max(1, len(seconds)),
+        "bytes_per_token": bytes_per_token,
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
         "version": version,
     }
-    print(json.dumps(result))

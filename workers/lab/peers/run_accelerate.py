@@ -14,6 +14,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if given.threads:
+        torch.set_num_threads(given.threads)
     tokens = [int(word) for word in given.tokens.read_text().split()]
     # What the process itself needs, and room for a layer that is loaded while another still is.
     room = max(1 << 28, int(0.6 * given.limit) - (1 << 30))

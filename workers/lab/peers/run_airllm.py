@@ -15,6 +15,8 @@ def main() -> None:
     import torch
     from airllm import AutoModel
 
+    if given.threads:
+        torch.set_num_threads(given.threads)
     tokens = [int(word) for word in given.tokens.read_text().split()]
     model = AutoModel.from_pretrained(
         str(given.checkpoint), device="cpu", layer_shards_saving_path=str(given.scratch)

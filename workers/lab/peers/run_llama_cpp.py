@@ -1,0 +1,42 @@
+"""llama.cpp on a GGUF file: what memory holds is read once, the rest is mapped and read again and again.
+
+The prompt is the given tokens, repeated to its length. After it come as many tokens as are given, but
+llama.cpp's own greedy ones: in a model without experts all tokens take the same.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice, pairwise
+from typing import Any
+
+from workers.lab.peers.common import arguments, measured, read_bytes
+from workers.lab.peers.llama_cpp import LlamaCpp, leave
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    tokens = [int(word) for word in given.tokens.read_text().split()]
+    prompt = list(islice(cycle(tokens), given.prompt_tokens))
+    model = LlamaCpp(given.checkpoint, len(prompt) + len(tokens), given.threads, given.limit)
+    parts: list[tuple[dict[str, float], int]] = []
+
+    def note(part: dict[str, Any]) -> None:
+        parts.append((part["timings"], read_bytes()))
+
+    model.complete(prompt, len(tokens), note, ignore_eos=True, timings_per_token=True)
+    result = measured(token_seconds(parts), (parts[-1][1] - parts[0][1]) / (len(tokens) - 1), model.version)
+    timings = parts[0][0]
+    leave({**result, "prompt_tokens": timings["prompt_n"], "prompt_seconds": 1e-3 * timings["prompt_ms"]})
+
+
+def token_seconds(parts: list[tuple[dict[str, float], int]]) -> list[float]:
+    """Of every token but the first, which the prompt brings; a part has those since the part before."""
+    seconds = []
+    for (before, _), (after, _) in pairwise(parts):
+        if count := int(after["predicted_n"] - before["predicted_n"]):
+            seconds += [1e-3 * (after["predicted_ms"] - before["predicted_ms"]) / count] * count
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
