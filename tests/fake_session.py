@@ -47,6 +47,9 @@ class FastSession:
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
         return list(prompt.encode())
 
+    def special_token(self, text: str) -> int | None:
+        return None
+
     def pieces(
         self,
         prompt: str | Sequence[int],

@@ -6,8 +6,13 @@ of the bytes as one U+FFFD; that one is held back until the next tokens have dec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
 from tokenizers import Tokenizer
 
+EMPTY: Final[Mapping[int, str]] = MappingProxyType({})
 UNDECIDED = "\ufffd"  # at the end of a decoded text: bytes that are no character, or not yet one
 
 
@@ -19,14 +24,18 @@ class Detokenizer:
     a text differently (its leading space).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str] = EMPTY) -> None:
+        """`marks`: special tokens that are text in this one, each with its text."""
         self._tokenizer = tokenizer
+        self._marks = marks
         self._tail: list[int] = []  # begins and, but for what is held back, ends between characters
         self._context = 0  # tokens of the tail that were whole characters before the last piece
         self._shown = 0  # characters of the tail's text that are in pieces already
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
+        if token in self._marks:
+            return self.finish() + self._marks[token]
         self._tail.append(token)
         text = self._decode()
         decided = text.removesuffix(UNDECIDED)

@@ -1,0 +1,165 @@
+"""What an answer must be: a JSON schema, and the grammar that keeps a model to it.
+
+A grammar is a text that the library `llguidance` reads, as `workers/compute/constraint.py` does to say which
+tokens may come next. Here it is only written, and checked without a model. The library is imported where a
+grammar is checked: who asks for none does not pay for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.errors import UsageError, reason
+
+LARGEST_SCHEMA = 1 << 20  # characters
+# How JSON is written: with a space or a new line where the model wants one, but not without end. What the
+# library does not know of JSON Schema is an error, never ignored.
+JSON_STYLE = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"(\n[ ]{0,16}|[ ])",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """One JSON schema."""
+
+    name: str  # what sentences call it
+    text: str  # JSON, with the library's options in it
+
+    @classmethod
+    def of(cls, name: str, given: str | Mapping[str, Any]) -> Schema:
+        """From JSON or what it stands for. Raises UsageError for what is no schema, or has no end."""
+        schema = _parsed(name, given) if isinstance(given, str) else given
+        if not isinstance(schema, Mapping):
+            raise UsageError(f"{name} must be a JSON object")
+        if _endless(schema, schema, ()):
+            raise UsageError(f"{name} cannot be satisfied: it asks for itself without end")
+        text = json.dumps({**schema, "x-guidance": JSON_STYLE})
+        if len(text) > LARGEST_SCHEMA:
+            raise UsageError(f"{name} has more than {LARGEST_SCHEMA:,} characters")
+        return cls(name, text)
+
+    @property
+    def rule(self) -> str:
+        """As a part of a grammar."""
+        return f"%json {self.text}"
+
+    def check(self) -> None:
+        """Raises UsageError for one that nothing satisfies, or that the library cannot follow."""
+        from llguidance import LLMatcher
+
+        problem = _problem(LLMatcher.grammar_from_json_schema(self.text))
+        if problem:
+            raise UsageError(f"{self.name} cannot be followed: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a whole answer must be."""
+
+    text: str
+    schemas: tuple[Schema, ...]  # the parts of it that somebody wrote
+    marks: tuple[str, ...] = ()  # special tokens that are part of the answer's text
+
+    @classmethod
+    def of_schema(cls, schema: Schema) -> Grammar:
+        return cls(f"start: {schema.rule}", (schema,))
+
+    def check(self) -> None:
+        """Raises UsageError that names the schema which cannot be followed."""
+        for schema in self.schemas:
+            schema.check()
+        problem = _problem(self.text)
+        if problem:
+            raise UsageError(f"such an answer cannot be followed: {problem}")
+
+
+def read_schema(file: Path) -> Schema:
+    """Of a file. Raises UsageError."""
+    name = f"the JSON schema {file}"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} cannot be read: {reason(error)}") from error
+    schema = Schema.of(name, text)
+    schema.check()
+    return schema
+
+
+def first_sentence(error: str) -> str:
+    """What the library says, without its options and its state."""
+    line = " ".join(error.partition("<state>")[0].split())
+    return line.partition(". Enable ")[0].rstrip(".")[:300]
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON: {error}") from error
+
+
+def _problem(grammar: str) -> str:
+    """Why the library does not take a grammar; empty: it does."""
+    from llguidance import LLMatcher
+
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return first_sentence(messages[0]) if failed else ""
+
+
+def _endless(schema: Any, root: Mapping[str, Any], within: tuple[str, ...]) -> bool:
+    """Whether what must be there contains itself; `within`: the references on the way.
+
+    The library only notices that no value satisfies a schema where it meets the contradiction at once.
+    """
+    if not isinstance(schema, Mapping):
+        return False
+    target = schema.get("$ref")
+    if isinstance(target, str):
+        if target in within:
+            return True
+        if _endless(_referred(target, root), root, (*within, target)):
+            return True
+    if any(_endless(part, root, within) for part in _needed(schema)):
+        return True
+    return any(
+        bool(choices) and all(_endless(choice, root, within) for choice in choices)
+        for choices in (schema.get("anyOf"), schema.get("oneOf"))
+        if isinstance(choices, list)
+    )
+
+
+def _needed(schema: Mapping[str, Any]) -> list[Any]:
+    """The schemas of what must be in a value."""
+    needed = [*schema["allOf"]] if isinstance(schema.get("allOf"), list) else []
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, Mapping) and isinstance(required, list) and _may_only_be(schema, "object"):
+        needed += [properties.get(name) for name in required if isinstance(name, str)]
+    least = schema.get("minItems")
+    if isinstance(least, int) and _may_only_be(schema, "array"):
+        first = schema.get("prefixItems")
+        needed += first[:least] if isinstance(first, list) else []
+        if least > len(needed):
+            needed.append(schema.get("items"))
+    return needed
+
+
+def _may_only_be(schema: Mapping[str, Any], kind: str) -> bool:
+    return schema.get("type") in (kind, [kind])
+
+
+def _referred(target: str, root: Mapping[str, Any]) -> Any:
+    """What a reference within the schema leads to; None where it leads elsewhere."""
+    found: Any = root
+    path = target.removeprefix("#")
+    for part in path.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if target.startswith("#") else None
