@@ -1,7 +1,8 @@
 """Text out of tokens, one token at a time, never splitting a character.
 
-A byte-level token may hold a part of a UTF-8 character. Decoding shows what is incomplete at the end
-of the bytes as one U+FFFD; that one is held back until the next tokens have decided what it is.
+A token may hold a part of a UTF-8 character. Decoding shows what is incomplete at the end of the bytes as
+U+FFFD: a byte-level tokenizer the character, SentencePiece's byte tokens every byte of their run, also those
+of whole characters before it. All of it is held back until the next tokens have decided what it is.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Detokenizer:
             return self.finish() + self._marks[token]
         self._tail.append(token)
         text = self._decode()
-        decided = text.removesuffix(UNDECIDED)
+        decided = text.rstrip(UNDECIDED)
         piece = decided[self._shown :]
-        self._shown = len(decided)
+        self._shown = max(self._shown, len(decided))
         if decided == text:
             del self._tail[: self._context]
             self._context = len(self._tail)

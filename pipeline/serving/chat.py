@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from pipeline.launch import SERVE_EXTRA
 from pipeline.serving.calls import CallForm, recognised
@@ -105,7 +105,9 @@ def _generation_blocks() -> type:
     from jinja2.parser import Parser
 
     class Generation(jinja2.ext.Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        def __init__(self, environment: jinja2.Environment) -> None:
+            super().__init__(environment)
+            self.tags = {"generation"}
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

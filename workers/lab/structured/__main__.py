@@ -10,6 +10,7 @@ import typer
 
 from pipeline import program
 from pipeline.commands.options import Context, Memory, Model, Seed, Settings
+from pipeline.config import Values
 from pipeline.console import say
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
@@ -30,7 +31,7 @@ def main(
     from pipeline.ring.session import Session
     from workers.lab.structured.measure import measure
 
-    values = {
+    values: Values = {
         "memory": {"budget": memory or None},
         "compute": {"context": context_tokens or None, "structured": True},
     }

@@ -87,7 +87,7 @@ def _result(
 
 
 def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`mask_us`: of one token; `grammar_ms`: of one answer, the first apart, for which the tokenizer is read."""
+    """`mask_us`: a token; `grammar_ms`: an answer, the first apart, for which the tokenizer is read."""
     masks = sum(one["masks"] for one in results)
     mask_seconds = sum(one["mask_seconds"] for one in results)
     later = [one["grammar_seconds"] for one in results[1:]]

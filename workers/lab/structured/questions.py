@@ -1,4 +1,8 @@
-"""Ten questions, each with the JSON schema of its answer: together they use what schemas are made of."""
+"""Ten questions, each with the JSON schema of its answer: together they use what schemas are made of.
+
+Every schema bounds its answer. One that does not, such as a tree of any depth, lets a model write on until its
+last token is spent, and what is cut is not valid.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +37,7 @@ def _whole(least: int, most: int) -> dict[str, Any]:
     return {"type": "integer", "minimum": least, "maximum": most}
 
 
-_TREE = {
-    "$ref": "#/$defs/animal",
-    "$defs": {
-        "animal": _closed(
-            {"name": _text(16)},
-            children={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/animal"}},
-        )
-    },
-}
+_ANIMAL = _closed({"name": _text(16), "legs": _whole(0, 8)})
 
 QUESTIONS = (
     Question(
@@ -95,7 +91,14 @@ QUESTIONS = (
         "Invent a product number of three capitals, a dash and four digits.",
         {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
     ),
-    Question("tree", "Write a family tree of animals as JSON.", _TREE),
+    Question(
+        "shared",
+        "Name a predator and its prey as JSON, each with its name and its number of legs.",
+        {
+            **_closed({"predator": {"$ref": "#/$defs/animal"}, "prey": {"$ref": "#/$defs/animal"}}),
+            "$defs": {"animal": _ANIMAL},
+        },
+    ),
     Question(
         "pair",
         "Give the coordinates of Paris as a JSON array of latitude and longitude.",
