@@ -46,8 +46,9 @@ MISTRAL = r"""{{- bos_token }}
             {{- ', ' if not loop.last else ']' + eos_token }}
         {%- endfor %}
     {%- elif message.role == 'tool' %}
-        {%- if message.tool_call_id | length != 9 %}{{- raise_exception('ids have nine characters') }}{%- endif %}
-        {{- '[TOOL_RESULTS] {"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+        {%- set id = message.tool_call_id %}
+        {%- if id | length != 9 %}{{- raise_exception('ids have nine characters') }}{%- endif %}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content + ', "call_id": "' + id + '"}[/TOOL_RESULTS]' }}
     {%- else %}
         {{- ' ' + message.content + eos_token }}
     {%- endif %}
@@ -60,9 +61,11 @@ LLAMA = r"""{{- bos_token }}
         {%- if message.tool_calls | length != 1 %}{{- raise_exception('only single tool-calls') }}{%- endif %}
         {%- set tool_call = message.tool_calls[0].function %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- '}<|eot_id|>' }}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}
+        {{- tool_call.arguments | tojson }}{{- '}<|eot_id|>' }}
     {%- else %}
-        {{- '<|start_header_id|>' + (message.role if message.role != 'tool' else 'ipython') + '<|end_header_id|>\n\n' }}
+        {%- set role = 'ipython' if message.role == 'tool' else message.role %}
+        {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
         {%- if loop.first and tools %}
             {%- for t in tools %}{{- t | tojson(indent=4) }}{{- '\n\n' }}{%- endfor %}
         {%- endif %}

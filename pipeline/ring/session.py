@@ -17,7 +17,7 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.request import Request
 from pipeline.ring.summary import MemoryUse, Summary
 from pipeline.ring.supervisor import Supervisor
-from pipeline.ring.text import Detokenizer
+from pipeline.ring.text import AddedToken, Detokenizer, added_tokens
 from storage.errors import RingError, UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -65,12 +65,9 @@ class Session:
         """Token ids of `prompt`, by default with the special tokens that the tokenizer adds."""
         return list(self.tokenizer.encode(prompt, add_special_tokens=special).ids)
 
-    def special_token(self, text: str) -> int | None:
-        """The id of a special token, which is no part of a text; None for what is none."""
-        for token, added in self.tokenizer.get_added_tokens_decoder().items():
-            if added.content == text and added.special:
-                return token
-        return None
+    @property
+    def added_tokens(self) -> dict[str, AddedToken]:
+        return added_tokens(self.tokenizer)
 
     def generate(self, prompt: str | Sequence[int], params: GenerationParams) -> Iterator[str]:
         """Yield pieces of text, never splitting a character.
@@ -130,8 +127,7 @@ class Session:
             ),
         )
         marks = () if params.grammar is None else params.grammar.marks
-        numbered = {number: mark for mark in marks if (number := self.special_token(mark)) is not None}
-        text = Detokenizer(self.tokenizer, numbered)
+        text = Detokenizer(self.tokenizer, {self.added_tokens[mark].number: mark for mark in marks})
         try:
             while generation.finished is None:
                 message = self._next(self._patience(generation), cancelled)

@@ -8,6 +8,7 @@ of whole characters before it. All of it is held back until the next tokens have
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -15,6 +16,22 @@ from tokenizers import Tokenizer
 
 EMPTY: Final[Mapping[int, str]] = MappingProxyType({})
 UNDECIDED = "\ufffd"  # at the end of a decoded text: bytes that are no character, or not yet one
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """One that a tokenizer knows beside its vocabulary proper, whole wherever its text stands."""
+
+    number: int
+    hidden: bool  # special: no part of a text
+
+
+def added_tokens(tokenizer: Tokenizer) -> dict[str, AddedToken]:
+    """By their texts."""
+    return {
+        token.content: AddedToken(number, token.special)
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+    }
 
 
 class Detokenizer:

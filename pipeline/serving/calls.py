@@ -7,11 +7,13 @@ Nothing is recognised by a model's name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.ring.grammar import Grammar, Schema
+from pipeline.ring.text import AddedToken
 from storage.errors import UsageError
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], str]  # messages, tools
@@ -69,35 +71,68 @@ class Tools:
     parallel: bool  # several calls are allowed, where the form has room for them
     form: CallForm
 
-    def grammar(self, special: Callable[[str], int | None], answer: Schema | None = None) -> Grammar:
+    def grammar(self, added: Mapping[str, AddedToken], answer: Schema | None = None) -> Grammar:
         """Of the answer: calls or, where the choice is `auto`, text, and that of a schema if there is one.
 
-        `special`: the id of a special token, None for text that is none. Raises UsageError.
+        `added`: the tokenizer's added tokens. Raises UsageError.
         """
-        form = self.form
+        form, words = self.form, _Words(added)
         several = form.between if self.parallel else ""
-        number = special(form.mark) if form.mark else None
         schemas = [function.parameters for function in self.functions]
         lines = [
-            f"calls: {_literal(form.opening.removeprefix(form.mark))} call"
-            + (f" ({_literal(several)} call)*" if several else "")
-            + f" {_literal(form.closing)}",
+            f"calls: {words.literal(form.opening.removeprefix(form.mark))} call"
+            + (f" ({words.literal(several)} call)*" if several else "")
+            + f" {words.literal(form.closing)}",
             "call: " + " | ".join(f"call_{index}" for index in range(len(schemas))),
         ]
         for index, (function, schema) in enumerate(zip(self.functions, schemas, strict=True)):
             before, after = form.written(function.name, "\0").split("\0")
             lines += [
-                f"call_{index}: {_literal(before)} arguments_{index} {_literal(after)}",
+                f"call_{index}: {words.literal(before)} arguments_{index} {words.literal(after)}",
                 f"arguments_{index}: {schema.rule}",
             ]
-        lines += _start(form, self.choice, number, answer)
+        lines += _start(form, self.choice, words, answer)
         parts = (*schemas, answer) if answer is not None else tuple(schemas)
-        return Grammar("\n".join(lines), parts, () if number is None else (form.mark,))
+        return Grammar("\n".join(lines), parts, words.hidden(form))
 
 
-def _start(form: CallForm, choice: str, number: int | None, answer: Schema | None) -> list[str]:
-    """The rules of a whole answer. A mark that is a special token is one by its number."""
-    mark = _literal(form.mark) if number is None else f"<[{number}]>"
+class _Words:
+    """What stands in an answer, as grammars have it.
+
+    To the library an added token that is special, or is called like one, is not its text: it stands in a
+    grammar by its number.
+    """
+
+    def __init__(self, added: Mapping[str, AddedToken]) -> None:
+        self._numbered = {
+            text: one for text, one in added.items() if one.hidden or (text[0] == "<" and text[-1] == ">")
+        }
+
+    def literal(self, text: str) -> str:
+        known = sorted(self._numbered, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+        return " ".join(self._part(part) for part in parts if part)
+
+    def _part(self, part: str) -> str:
+        return f"<[{self._numbered[part].number}]>" if part in self._numbered else json.dumps(part)
+
+    def is_token(self, text: str) -> bool:
+        return text in self._numbered
+
+    def visible(self, mark: str) -> str:
+        """Those that may stand in a text before calls, such as `<think>`; empty: there are none."""
+        shown = [one.number for text, one in self._numbered.items() if text != mark and not one.hidden]
+        return f"<[{','.join(map(str, shown))}]>" if shown else ""
+
+    def hidden(self, form: CallForm) -> tuple[str, ...]:
+        """The form's tokens that are no part of a text elsewhere."""
+        whole = form.opening + form.between + form.closing
+        return tuple(text for text, one in self._numbered.items() if one.hidden and text in whole)
+
+
+def _start(form: CallForm, choice: str, words: _Words, answer: Schema | None) -> list[str]:
+    """The rules of a whole answer."""
+    mark = words.literal(form.mark)
     if choice == REQUIRED:
         return [f"start: {mark} calls"]
     if answer is not None:
@@ -106,15 +141,14 @@ def _start(form: CallForm, choice: str, number: int | None, answer: Schema | Non
                 f"a response_format beside tools is not supported: calls in {form.name}'s form look like JSON"
             )
         return [f"start: {mark} calls | answer", f"answer: {answer.rule}"]
+    visible, text = words.visible(form.mark), r"TEXT: /(.|\n)*/"
     if not form.mark:
-        return ["start: calls | TEXT", r"TEXT: /[^{](.|\n)*/"]
-    if number is not None:
-        return [f"start: TEXT {mark} calls | TEXT", r"TEXT: /(.|\n)*/"]
-    return ["start: marked calls | TEXT", f"marked[lazy]: TEXT {mark}", r"TEXT: /(.|\n)*/"]
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text) if text else ""
+        more = f" ({visible} TEXT)* | ({visible} TEXT)+" if visible else ""
+        return [f"start: calls | FIRST{more}", r"FIRST: /[^{](.|\n)*/", text]
+    lead = f"(TEXT {visible})*" if visible else ""
+    if words.is_token(form.mark):
+        return [f"start: {lead} TEXT {mark} calls | {lead} TEXT", text]
+    return [f"start: {lead} marked calls | {lead} TEXT", f"marked[lazy]: TEXT {mark}", text]
 
 
 # -- which form a template uses -------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from pipeline.config import Decoding
 from pipeline.errors import DeadlineExceeded, RingGaveUp
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.grammar import Grammar, Schema
+from pipeline.ring.text import AddedToken
 from pipeline.serving.calls import Tools
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.client_messages import Done, Submit, SubmitStructured, Token
@@ -37,7 +38,8 @@ class RunningSession(Protocol):
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]: ...
 
-    def special_token(self, text: str) -> int | None: ...
+    @property
+    def added_tokens(self) -> Mapping[str, AddedToken]: ...
 
     def pieces(
         self, prompt: str | Sequence[int], params: GenerationParams, cancelled: Callable[[], bool] = ...
@@ -237,7 +239,7 @@ def _grammar(session: RunningSession, submit: Submit, tools: Tools | None) -> Gr
     if isinstance(submit, SubmitStructured):
         schema = Schema.of("the JSON schema", submit.json_schema)
     if tools is not None:
-        return tools.grammar(session.special_token, schema)
+        return tools.grammar(session.added_tokens, schema)
     return None if schema is None else Grammar.of_schema(schema)
 
 

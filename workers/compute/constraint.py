@@ -6,7 +6,6 @@ every kind of tokenizer is one to it. It is imported, and the tree is built, whe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,9 +29,10 @@ class Unfollowable(Exception):
 class Constraint:
     """One answer's way through its grammar."""
 
-    def __init__(self, matcher: LLMatcher, tokens: int, vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, end_tokens: Sequence[int], tokens: int, vocabulary: int) -> None:
         """`tokens`: how many the tokenizer has; `vocabulary`: how many the model has logits of."""
         self._matcher = matcher
+        self._end_tokens = np.array(end_tokens)
         self._bits = np.zeros(-(-tokens // WORD), dtype=np.uint32)
         self._count = min(tokens, vocabulary)
         self._check()
@@ -43,6 +43,8 @@ class Constraint:
         self._check()
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=self._count)
         ids = np.flatnonzero(bits)
+        if not self._matcher.is_accepting():  # to the library some end tokens are text as well
+            ids = ids[~np.isin(ids, self._end_tokens)]
         if not ids.size:
             raise Unfollowable("no token of the model continues an answer of this form")
         return ids
@@ -72,12 +74,13 @@ class Constraints:
         if self._tokenizer is None:
             self._tokenizer = self._open(end_tokens)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        return Constraint(matcher, self._tokenizer.vocab_size, self._store.architecture.vocabulary)
+        vocabulary = self._store.architecture.vocabulary
+        return Constraint(matcher, end_tokens, self._tokenizer.vocab_size, vocabulary)
 
     def _open(self, end_tokens: Sequence[int]) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        text = plain_text((self._store.path / TOKENIZER).read_text(encoding="utf-8"), end_tokens)
+        text = (self._store.path / TOKENIZER).read_text(encoding="utf-8")
         try:
             return LLTokenizer(text, eos_token=list(end_tokens))
         except Exception as error:  # the library raises nothing narrower
@@ -85,33 +88,6 @@ class Constraints:
             raise Unfollowable(
                 f"this model's tokenizer does not go with answers of a given form: {why}"
             ) from error
-
-
-def plain_text(tokenizer: str, end_tokens: Sequence[int] = ()) -> str:
-    """`tokenizer.json` in which added tokens that are text, such as `<tool_call>`, are tokens like others.
-
-    The library takes every added token for a special one, which no text contains. All keep their numbers.
-    """
-    data = json.loads(tokenizer)
-    added, vocabulary = data.get("added_tokens") or [], data["model"].get("vocab")
-    if isinstance(vocabulary, dict):
-        bytewise = '"ByteLevel"' in json.dumps(data.get("decoder"))
-        special = [token for token in added if token["special"] or token["id"] in end_tokens]
-        for token in added:
-            content = token["content"]
-            if content not in vocabulary:
-                text = token not in special and bytewise
-                vocabulary[_in_bytes(content) if text else content] = token["id"]
-        data["added_tokens"] = special
-    return json.dumps(data)
-
-
-def _in_bytes(text: str) -> str:
-    """In the alphabet of byte-level tokens."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    ((written, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-    return written
 
 
 def _problem(matcher: LLMatcher) -> str:

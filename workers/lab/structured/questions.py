@@ -1,7 +1,7 @@
 """Ten questions, each with the JSON schema of its answer: together they use what schemas are made of.
 
-Every schema bounds its answer. One that does not, such as a tree of any depth, lets a model write on until its
-last token is spent, and what is cut is not valid.
+Every schema bounds its answer. One that does not, such as a tree of any depth, lets a model write on until
+its last token is spent, and what is cut is not valid.
 """
 
 from __future__ import annotations
