@@ -50,6 +50,7 @@ FLAT = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}
         ({"enum": []}, "Unsatisfiable"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable"),
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "Unsatisfiable"),
+        ('{"items":' * 900 + "{}" + "}" * 900, "nested too deeply"),
         ({"$ref": "#"}, "without end"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without end"),
         ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "without end"),
@@ -67,6 +68,28 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(schema: Any, senten
 def test_a_schema_that_contains_itself_and_can_end_is_followed() -> None:
     node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
     Schema.of("it", {**node, "required": ["next"]}).check()
+
+
+@pytest.mark.parametrize("kind", ["date", "date-time"])
+def test_days_that_there_were_and_no_others(kind: str, tmp_path: Path) -> None:
+    schema = Schema.of("it", {"type": "object", "properties": {"format": {"type": "string", "format": kind}}})
+    tokenizer = make_tokenizer()
+    made = constraints(tmp_path, tokenizer)
+    rest = "T10:00:00Z" if kind == "date-time" else ""
+    days = [f"{year}-02-29" for year in (1900, 2000, 2023, 2024, 2100, 2400)]
+    days += ["2023-02-28", "2023-02-30", "2023-04-31", "2023-12-31", "2023-13-01"]
+    found = []
+    for day in days:
+        tokens = tokenizer.encode(f'{{"format":"{day}{rest}"}}', add_special_tokens=False).ids
+        constraint = made.of(Grammar.of_schema(schema).text, [2])
+        if all(token in constraint.allowed() and constraint.take(token) in (True, False) for token in tokens):
+            found.append(day)
+    assert found == ["2000-02-29", "2024-02-29", "2400-02-29", "2023-02-28", "2023-12-31"]
+
+
+def test_a_value_that_looks_like_a_schema_is_left_alone() -> None:
+    schema = Schema.of("it", {"const": {"format": "date"}})
+    assert json.loads(schema.text)["const"] == {"format": "date"}
 
 
 def test_the_client_does_not_choose_how_strict_the_library_is() -> None:

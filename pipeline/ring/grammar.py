@@ -24,6 +24,11 @@ JSON_STYLE = {
     "coerce_one_of": False,
     "lenient": False,
 }
+# The library's dates have a 29 February in every year. Beside its own pattern they get this one.
+_LEAP = r"[0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00"
+_DAY = {"pattern": rf"^([0-9]{{4}}-(0[13-9]|1[0-2]|02-[01]|02-2[0-8])|({_LEAP})-02-29)"}
+_DATED = ("date", "date-time")
+_VALUES = ("const", "enum", "default", "examples")  # whose contents are no schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,12 @@ class Schema:
         schema = _parsed(name, given) if isinstance(given, str) else given
         if not isinstance(schema, Mapping):
             raise UsageError(f"{name} must be a JSON object")
-        if _endless(schema, schema, ()):
-            raise UsageError(f"{name} cannot be satisfied: it asks for itself without end")
-        text = json.dumps({**schema, "x-guidance": JSON_STYLE})
+        try:
+            if _endless(schema, schema, ()):
+                raise UsageError(f"{name} cannot be satisfied: it asks for itself without end")
+            text = json.dumps({**_with_calendar(schema), "x-guidance": JSON_STYLE})
+        except RecursionError:
+            raise UsageError(f"{name} is nested too deeply") from None
         if len(text) > LARGEST_SCHEMA:
             raise UsageError(f"{name} has more than {LARGEST_SCHEMA:,} characters")
         return cls(name, text)
@@ -112,6 +120,18 @@ def _problem(grammar: str) -> str:
 
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     return first_sentence(messages[0]) if failed else ""
+
+
+def _with_calendar(part: Any) -> Any:
+    """A schema, or what is in one, in which dates are days that there were."""
+    if isinstance(part, list):
+        return [_with_calendar(one) for one in part]
+    if not isinstance(part, Mapping):
+        return part
+    found = {key: one if key in _VALUES else _with_calendar(one) for key, one in part.items()}
+    if part.get("format") in _DATED and isinstance(found.get("allOf", []), list):
+        found["allOf"] = [*found.get("allOf", []), _DAY]
+    return found
 
 
 def _endless(schema: Any, root: Mapping[str, Any], within: tuple[str, ...]) -> bool:
