@@ -133,7 +133,7 @@ class Engine:
                 "supervisor", TokenReady(request.run, index, token, log_probability(logits, token))
             )
             self.counts["tokens"] += 1
-            if constraint is not None and constraint.take(token):
+            if constraint is not None and self._take(constraint, token):
                 return "stop"  # nothing can follow: an end token would only cost another step
             if index + 1 == request.max_new_tokens or position + index >= self._plan.context:
                 return "length"
@@ -149,6 +149,12 @@ class Engine:
         self.seconds["mask"] += time.perf_counter() - started
         self.counts["masks"] += 1
         return allowed
+
+    def _take(self, constraint: Constraint, token: int) -> bool:
+        started = time.perf_counter()
+        whole = constraint.take(token)
+        self.seconds["mask"] += time.perf_counter() - started
+        return whole
 
     def _forward(self, run_number: int, tokens: Sequence[int], first: int, every: bool) -> Any:
         """The last layer's output [rows, d_model] for tokens of which the first has position `first`."""
