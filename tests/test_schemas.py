@@ -50,6 +50,7 @@ FLAT = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}
         ({"enum": []}, "Unsatisfiable"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable"),
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "Unsatisfiable"),
+        ({"anyOf": [{"$ref": f"#/$defs/{one}"} for one in range(501)]}, "more than 500 schemas"),
         ('{"items":' * 900 + "{}" + "}" * 900, "nested too deeply"),
         ({"$ref": "#"}, "without end"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "without end"),
@@ -68,6 +69,20 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(schema: Any, senten
 def test_a_schema_that_contains_itself_and_can_end_is_followed() -> None:
     node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
     Schema.of("it", {**node, "required": ["next"]}).check()
+
+
+def test_references_that_meet_again_and_again_are_followed_once() -> None:
+    """2 to the 60th ways lead from the first to the last."""
+
+    def both(name: str) -> dict[str, Any]:
+        properties = {key: {"$ref": f"#/$defs/{name}"} for key in "ab"}
+        return {"type": "object", "properties": properties, "required": ["a", "b"]}
+
+    shared = {f"d{number}": both(f"d{number + 1}") for number in range(60)}
+    last = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+    Schema.of("it", {**both("d0"), "$defs": {**shared, "d60": last}})
+    with pytest.raises(UsageError, match="without end"):
+        Schema.of("it", {**both("d0"), "$defs": {**shared, "d60": {"$ref": "#"}}})
 
 
 @pytest.mark.parametrize("kind", ["date", "date-time"])

@@ -8,14 +8,14 @@ grammar is checked: who asks for none does not pay for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.errors import UsageError, reason
 
-LARGEST_SCHEMA = 1 << 20  # characters
+LARGEST_SCHEMA, MOST_REFERENCES = 1 << 20, 500  # characters; what a schema may refer to
 # How JSON is written: with a space or a new line where the model wants one, but not without end. What the
 # library does not know of JSON Schema is an error, never ignored.
 JSON_STYLE = {
@@ -45,7 +45,9 @@ class Schema:
         if not isinstance(schema, Mapping):
             raise UsageError(f"{name} must be a JSON object")
         try:
-            if _endless(schema, schema, ()):
+            if len(_references(schema)) > MOST_REFERENCES:
+                raise UsageError(f"{name} refers to more than {MOST_REFERENCES} schemas")
+            if _endless(schema):
                 raise UsageError(f"{name} cannot be satisfied: it asks for itself without end")
             text = json.dumps({**_with_calendar(schema), "x-guidance": JSON_STYLE})
         except RecursionError:
@@ -134,25 +136,47 @@ def _with_calendar(part: Any) -> Any:
     return found
 
 
-def _endless(schema: Any, root: Mapping[str, Any], within: tuple[str, ...]) -> bool:
-    """Whether what must be there contains itself; `within`: the references on the way.
+def _endless(root: Mapping[str, Any]) -> bool:
+    """Whether what must be there contains itself.
 
     The library only notices that no value satisfies a schema where it meets the contradiction at once.
     """
+    waiting, finite = _references(root), set[str]()
+    before = -1
+    while len(finite) > before:  # a reference ends if what it leads to does, by those that are known to end
+        before = len(finite)
+        for target in waiting:
+            if _ends(_referred(target, root), finite):
+                finite.add(target)
+        waiting = [target for target in reversed(waiting) if target not in finite]
+    return not _ends(root, finite)
+
+
+def _references(root: Any) -> list[str]:
+    """All that a schema refers to."""
+    found: dict[str, None] = {}
+    parts = [root]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            parts += part.values()
+            if isinstance(part.get("$ref"), str):
+                found[part["$ref"]] = None
+        elif isinstance(part, list):
+            parts += part
+    return list(found)
+
+
+def _ends(schema: Any, finite: Set[str]) -> bool:
+    """Whether a value can be whole, where references end that are `finite`."""
     if not isinstance(schema, Mapping):
-        return False
-    target = schema.get("$ref")
-    if isinstance(target, str):
-        if target in within:
-            return True
-        if _endless(_referred(target, root), root, (*within, target)):
-            return True
-    if any(_endless(part, root, within) for part in _needed(schema)):
         return True
-    return any(
-        bool(choices) and all(_endless(choice, root, within) for choice in choices)
-        for choices in (schema.get("anyOf"), schema.get("oneOf"))
-        if isinstance(choices, list)
+    target = schema.get("$ref")
+    if isinstance(target, str) and target not in finite:
+        return False
+    choices = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list) and schema[key]]
+    return all(_ends(part, finite) for part in _needed(schema)) and all(
+        any(_ends(choice, finite) for choice in group) for group in choices
     )
 
 

@@ -65,7 +65,7 @@ class Function:
 class Tools:
     """What may be called in one answer, and how."""
 
-    shown: tuple[Mapping[str, Any], ...]  # to the template, as the client wrote them
+    shown: tuple[Mapping[str, Any], ...]  # to the template
     functions: tuple[Function, ...]  # those of them that may be called
     choice: str  # AUTO, or REQUIRED: at least one call
     parallel: bool  # several calls are allowed, where the form has room for them
@@ -105,7 +105,9 @@ class _Words:
 
     def __init__(self, added: Mapping[str, AddedToken]) -> None:
         self._numbered = {
-            text: one for text, one in added.items() if one.hidden or (text[0] == "<" and text[-1] == ">")
+            text: one
+            for text, one in added.items()
+            if text and (one.hidden or (text.startswith("<") and text.endswith(">")))
         }
 
     def literal(self, text: str) -> str:
