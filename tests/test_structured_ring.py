@@ -31,6 +31,7 @@ SCHEMA = {
     "required": ["name", "size"],
     "additionalProperties": False,
 }
+QUICK = ["compute.threads=1", "predictor.kind=all", "cache.share=1.0"]
 VALID = Draft202012Validator(SCHEMA).is_valid
 WEATHER = {
     "type": "function",
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.ring
 
 @pytest.fixture(scope="module")
 def builtin() -> tuple[Store, Config]:
-    source, config = configure("builtin", None, (), {"compute": {"structured": True, "threads": 1}})
+    source, config = configure("builtin", None, QUICK, {"compute": {"structured": True}})
     return source.open_store(), config
 
 
@@ -71,7 +72,7 @@ def test_every_answer_of_the_built_in_model_follows_its_schema(session: Session)
 
 
 def test_a_seed_gives_the_same_text_and_a_limit_cuts_it() -> None:
-    with Pipeline.open(settings=["compute.threads=1"]) as ring:
+    with Pipeline.open(settings=QUICK) as ring:
 
         def ask(seed: int, limit: int = 300) -> tuple[str, str]:
             answer = ring.generate(
@@ -95,7 +96,7 @@ def test_a_seed_gives_the_same_text_and_a_limit_cuts_it() -> None:
 
 def test_without_memory_for_it_a_schema_is_refused() -> None:
     with (
-        Pipeline.open(settings=["compute.threads=1", "compute.structured=false"]) as ring,
+        Pipeline.open(settings=[*QUICK, "compute.structured=false"]) as ring,
         pytest.raises(UsageError, match=r"compute\.structured"),
     ):
         ring.generate("A bear", json_schema=SCHEMA).read()
