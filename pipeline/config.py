@@ -91,6 +91,8 @@ class Compute(Section):
     kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
     device: Literal["cpu"] = "cpu"
     audit: Count = 0  # of every Nth token check one layer's set; 0: none
+    # Whether memory is kept for answers of a given form (a JSON schema, tools), which are refused without.
+    structured: bool = False
 
 
 class Decoding(Section):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Finished
 from pipeline.ring.sampling import Sampling
+from pipeline.ring.text import AddedToken
 from storage.errors import RingError, UsageError
 
 CONTEXT = 4096
@@ -40,6 +41,7 @@ class FastSession:
             "prefetcher": {"decode_bytes": 1000.0, "stream_bytes": 500.0},
         }
         self.live_seconds = 0.0
+        self.added_tokens: dict[str, AddedToken] = {}
         self.prompts: list[list[int]] = []
         self.closed = False
         self.runs = 0

@@ -62,6 +62,7 @@ def served(
     queue_limit: int = 64,
     http: dict[str, Any] | None = None,
     defaults: Decoding | None = None,
+    template: str = TEMPLATE,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve what `open_session` gives until the block is left; then nothing may be left over."""
@@ -72,7 +73,7 @@ def served(
     extra = {"clock": clock} if clock else {}
 
     def start() -> None:
-        ring = WarmRing(open_session, ChatTemplate(TEMPLATE, {}), defaults, **extra)
+        ring = WarmRing(open_session, ChatTemplate(template, {}), defaults, **extra)
         observer = PrometheusObserver()
         found.scheduler = Scheduler(ring, queue_limit=queue_limit, observer=observer)
         observer.watch(found.scheduler)

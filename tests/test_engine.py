@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
+from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
@@ -31,6 +32,7 @@ from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.store import Store
+from workers.compute.constraint import Constraints, Unfollowable
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.engine import Engine
@@ -136,6 +138,7 @@ def ring(
     lookahead: int = 1,
     threads: int = 1,
     on: Callable[[Weights, int, int], Device[Any]] = CpuDevice,
+    constraints: Any = None,
     **how: object,
 ) -> Iterator[FakeRing]:
     layout = store.layout
@@ -160,7 +163,7 @@ def ring(
         fake = FakeRing(store, plan, memory, theirs, **how)  # type: ignore[arg-type]
         fake.fill()
         device = on(Weights(store), plan.context, threads)
-        fake.engine = Engine(store.architecture, device, plan, memory, mine)
+        fake.engine = Engine(store.architecture, device, plan, memory, mine, constraints=constraints)
         server = threading.Thread(target=fake.serve, args=(ended,))
         server.start()
         try:
@@ -384,3 +387,44 @@ def test_a_cancel_for_another_run_is_ignored(opt, tmp_path):
         assert generate(fake).reason == "length"
         assert len(fake.tokens) == 8
         assert generate(fake, run=7).reason == "cancelled"
+
+
+@pytest.fixture
+def end_token(store: Store) -> int:
+    return store.architecture.eos_tokens[0]
+
+
+def test_a_grammar_is_kept_and_ends_the_run_where_nothing_can_follow(
+    store: Store, tmp_path: Path, end_token: int
+) -> None:
+    form = {"grammar": 'start: "maybe" | "never"', "stop_tokens": (end_token,)}
+    letters = {token: number for number, token in enumerate(sorted(ByteLevel.alphabet()), 4)}
+    words = [[letters[letter] for letter in word] for word in ("maybe", "never")]
+    with ring(store, tmp_path / "r", constraints=Constraints(store)) as fake:
+        assert generate(fake, run=1, count=20, **form).reason == "stop"
+        assert fake.tokens in words
+        assert generate(fake, run=2, count=3, **form).reason == "length"
+        assert fake.tokens in [word[:3] for word in words]
+        sampled = {}
+        for run in range(3, 12):
+            generate(fake, run=run, count=20, temperature=5.0, seed=run % 8, **form)
+            assert fake.tokens in words
+            assert sampled.setdefault(run % 8, fake.tokens) == fake.tokens, "one seed, one text"
+        assert fake.engine is not None
+        assert fake.engine.counts["masks"] == 5 + 3 + 9 * 5
+        free = generate(fake, run=20, count=4)
+        assert (free.reason, fake.engine.counts["masks"]) == ("length", 53)
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_run_alone(store: Store, tmp_path: Path) -> None:
+    class Failing:
+        def of(self, grammar: str, end_tokens: Sequence[int]) -> Any:
+            return self
+
+        def allowed(self) -> Any:
+            raise Unfollowable("it is too much")
+
+    with ring(store, tmp_path / "r", constraints=Failing()) as fake:
+        finished = generate(fake, grammar="any")
+        assert (finished.reason, finished.error, fake.tokens) == ("failed", "it is too much", [])
+        assert generate(fake, run=2, count=4).reason == "length"

@@ -36,6 +36,8 @@ FROZEN = ROOT / "tests" / "frozen"
 # within one version only, so they may change; PROTOCOL_VERSION then does, too.
 CHANGED: dict[str, str] = {
     "Failed": "tells an impossible configuration from a failure",
+    "Finished": "tells why an answer of a given form cannot go on",
+    "Generate": "carries the form of its answer",
     "HiddenReady": "carries its Step",
     "NeuronsPredicted": "carries its Step; certain, doubtful and every neuron apart",
     "ReadBundles": "carries its Step",

@@ -441,3 +441,17 @@ def test_the_readmes_recipe_for_opt_6_7b_has_room_for_a_working_set() -> None:
     settings = ["predictor.kind=all", "compute.context=512", "compute.threads=2", f"memory.budget={left}B"]
     divided = divide.plan(model, Config.load(file, settings)).plan
     assert min(divided.slots) > 0.15 * model.layout.most_units
+
+
+def test_structured_output_takes_memory_where_it_is_wanted_alone() -> None:
+    model = store()
+    without = divide.plan(model, Config.parse({"memory": {"budget": "2GiB"}}))
+    wanted = divide.plan(model, Config.parse({"memory": {"budget": "2GiB"}, "compute": {"structured": True}}))
+    part = wanted.parts["structured output"]
+    assert part == (16 << 20) + 1024 * model.architecture.vocabulary
+    assert "structured output" not in without.parts
+    assert wanted.total <= 2 << 30
+    least = [
+        divide.least(model, Config.parse({"compute": {"structured": one}})).total for one in (False, True)
+    ]
+    assert least[1] - least[0] == part

@@ -86,3 +86,12 @@ def test_the_protocols_example_client(text, tmp_path):
     found = re.search(r"## A client in fifteen lines\n\n```python\n(.*?)```", protocol, re.DOTALL)
     assert found is not None
     assert run([sys.executable, "-c", found.group(1)], tmp_path) == text
+
+
+@pytest.mark.usefixtures("server")
+def test_schema_example(tmp_path):
+    answer = json.loads(run(["bash", "-c", snippet("schema example")], tmp_path))
+    bear = json.loads(answer["choices"][0]["text"])
+    assert bear.keys() == {"name", "size"}
+    assert bear["size"] in ("big", "small")
+    assert answer["choices"][0]["finish_reason"] == "stop"

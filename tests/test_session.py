@@ -13,11 +13,12 @@ from checkpoints import write_checkpoint
 from ring import PROMPT, config, plan_for
 
 from pipeline.ring.generation import GenerationParams
+from pipeline.ring.grammar import Grammar
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, TokenReady
 from pipeline.ring.session import PROMPT_TOKEN_SECONDS, TOKEN_SECONDS, Session
 from pipeline.ring.supervisor import Supervisor
 from storage.convert import convert
-from storage.errors import RingError
+from storage.errors import RingError, UsageError
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -150,3 +151,23 @@ def test_workers_get_the_time_in_which_a_slow_disk_gives_the_resident_weights(st
     chosen = config()
     with pytest.raises(RingError, match=r"no sign of life from cache and .* within 220 s of their start"):
         UnheardSupervisor(replace(store, manifest=manifest), chosen, plan_for(store, chosen))
+
+
+FORM = Grammar("start: /a+/", ())
+
+
+def test_an_answer_that_cannot_go_on_by_its_form_is_a_usage_error(session, ring):
+    session.config = config(compute={"structured": True})
+    ring.script.extend([TokenReady(1, 0, 9, -1.0), Finished(1, "failed", 0.0, 0.0, "it is too much")])
+    wanted = GenerationParams(2, grammar=FORM)
+    with pytest.raises(UsageError, match="it is too much"):
+        list(session.pieces(PROMPT, wanted))
+    assert ring.sent[0].grammar == FORM.text
+    ring.script.extend(answer(2, 17, 40))
+    assert tokens(session, PROMPT) == [17, 40], "the ring is as it was"
+
+
+def test_without_memory_for_it_an_answer_of_a_form_is_refused(session, ring):
+    with pytest.raises(UsageError, match=r"compute\.structured"):
+        list(session.pieces(PROMPT, GenerationParams(2, grammar=FORM)))
+    assert ring.sent == []

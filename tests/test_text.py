@@ -45,6 +45,15 @@ def test_a_character_that_is_never_completed_is_shown_at_the_end() -> None:
     assert pieces(TOKENIZER, tokens) == ["a", "", "", "", UNDECIDED]
 
 
+def test_characters_out_of_byte_tokens_come_whole_one_after_the_other() -> None:
+    """Their decoder shows a run of bytes of which the last is no whole character as nothing but U+FFFD."""
+    tokenizer = Tokenizer(
+        models.WordLevel({f"<0x{byte:02X}>": byte for byte in range(256)}, unk_token="<0x00>")
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert pieces(tokenizer, list("日本".encode())) == ["", "", "日", "", "", "本", ""]
+
+
 def test_special_tokens_are_not_text() -> None:
     tokens = [TOKENIZER.token_to_id("</s>"), *TOKENIZER.encode("time").ids, TOKENIZER.token_to_id("</s>")]
     assert "".join(pieces(TOKENIZER, tokens)) == "time"

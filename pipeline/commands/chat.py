@@ -22,6 +22,7 @@ from pipeline.commands.options import (
     ChatTemplateFile,
     ConfigFile,
     Context,
+    JsonSchema,
     Memory,
     Model,
     Seed,
@@ -38,6 +39,7 @@ from pipeline.ending import asked_to_end
 from pipeline.errors import RingGaveUp
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
+from pipeline.ring.grammar import read_schema
 from pipeline.serving.answer import RequestOptions
 from pipeline.serving.chat import require_template
 from pipeline.serving.dialogue import Dialogue
@@ -75,14 +77,16 @@ def command(
     top_k: TopK = None,
     seed: Seed = 0,
     chat_template: ChatTemplateFile = None,
+    json_schema: JsonSchema = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
     verbose: Verbose = False,
 ) -> None:
     """Converse with a model; Ctrl-C ends an answer, /help lists what else there is."""
+    schema = read_schema(json_schema).text if json_schema else None
     values: Values = {
         "memory": {"budget": memory or None},
-        "compute": {"context": context_tokens or None},
+        "compute": {"context": context_tokens or None, "structured": True if schema else None},
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -111,7 +115,11 @@ def command(
 
     context = report.plan.context
     whole = "max_new_tokens" not in config.sampling.model_fields_set
-    options: RequestOptions = {"seed": seed, "max_new_tokens": context if whole else None}
+    options: RequestOptions = {
+        "seed": seed,
+        "max_new_tokens": context if whole else None,
+        "json_schema": schema,
+    }
     dialogue = Dialogue(ring, template, context, options)
     try:
         with _abandoned_when_asked_to_end(ring):

@@ -15,6 +15,7 @@ from pipeline.commands.options import (
     ChatTemplateFile,
     ConfigFile,
     Context,
+    JsonSchema,
     Memory,
     Model,
     Seed,
@@ -33,6 +34,7 @@ from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
 from pipeline.quality import quality_settings
 from pipeline.ring.audit import AUDIT_EVERY
+from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
 from pipeline.version import name_and_version
 from storage.errors import UsageError
@@ -80,6 +82,7 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
+    json_schema: JsonSchema = None,
     force_tokens: Annotated[
         Path | None,
         typer.Option(
@@ -112,9 +115,14 @@ def command(
     if not prompt:
         raise UsageError("the prompt is empty")
     forced = _read_tokens(force_tokens) if force_tokens else ()
+    grammar = Grammar.of_schema(read_schema(json_schema)) if json_schema else None
     values: Values = {
         "memory": {"budget": memory or None},
-        "compute": {"context": context_tokens or None, "audit": AUDIT_EVERY if audit_sets else None},
+        "compute": {
+            "context": context_tokens or None,
+            "audit": AUDIT_EVERY if audit_sets else None,
+            "structured": True if grammar else None,
+        },
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -126,7 +134,7 @@ def command(
     source, config = configure(model, config_file, settings, values)
     store = source.open_store()
     report = plan(store, config)
-    params = _params(report.config, seed, ignore_eos, forced)
+    params = _params(report.config, seed, ignore_eos, forced, grammar)
     template = require_template(store, chat_template) if chat or chat_template else None
     if template is None and has_template(store):
         say(f"{store.manifest.name} is made for conversation: see --chat, and run.py chat")
@@ -186,7 +194,9 @@ def _abandon_when_interrupted(session: Session) -> None:
         signal.signal(number, interrupt)
 
 
-def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]) -> GenerationParams:
+def _params(
+    config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...], grammar: Grammar | None
+) -> GenerationParams:
     from pipeline.ring.generation import GenerationParams
 
     params = GenerationParams(
@@ -194,6 +204,7 @@ def _params(config: Config, seed: int, ignore_eos: bool, forced: tuple[int, ...]
         sampling=config.sampling.with_seed(seed),
         ignore_eos=ignore_eos or bool(forced),
         forced=forced,
+        grammar=grammar,
     )
     params.check()
     return params

@@ -46,6 +46,10 @@ TopP = Annotated[
     float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default=False)
 ]
 TopK = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0: all.", show_default=False)]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="An answer is JSON of the schema in this file.", metavar="FILE"),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")

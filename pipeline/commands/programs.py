@@ -15,6 +15,10 @@ PROGRAMS = {
         "Measure what a token costs, technique by technique, and how close that is to the hardware's limits",
     ),
     "bench-serving": ("workers.lab.bench.serving", "Measure what serving costs a token"),
+    "bench-structured": (
+        "workers.lab.structured",
+        "Answer by JSON schemas, check every answer, and measure what a mask costs a token",
+    ),
     "train-predictor": ("workers.lab.training", "Train the predictors of a model on a text"),
     "evaluate": (
         "workers.lab.evaluation",

@@ -40,6 +40,9 @@ BASES: Final = {
     "prefetcher": 40 << 20,
     "supervisor": 110 << 20,
 }
+# What llguidance takes for a tokenizer, and for a schema: 7.6 MB for the built-in model's 4,096 tokens, 45 MB
+# for 49,152 of SmolLM2's, a few MB for a schema and its parser.
+TOKEN, GRAMMAR = 1024, 16 << 20
 PAGE_TABLES: Final = 512  # bytes that one byte of page tables maps: 8 for every 4 KiB
 PINNED_PAGES: Final = 256  # the same for io_uring's table of registered buffers: 16 for every 4 KiB
 
@@ -183,6 +186,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "staging": staging,
         "tables": sum(shared.values()),
         "activations": _activation_bytes(store, config, divided),
+        **({"structured output": _constraint_bytes(store)} if config.compute.structured else {}),
         "processes": sum(BASES.values()),
         "page tables": tables,
     }
@@ -204,6 +208,11 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     if any(layer.ffn.kind == "gated" for layer in a.layers):
         per_thread += 2 * BLOCK * divided.context
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
+
+
+def _constraint_bytes(store: Store) -> int:
+    """Of compute's tree of tokens, and of the parser of one answer's form."""
+    return GRAMMAR + TOKEN * store.architecture.vocabulary
 
 
 def predictor_bytes(store: Store, config: Config) -> int:

@@ -72,6 +72,12 @@ def _fields(kind: type[Any]) -> Iterator[tuple[str, Any]]:
     return ((field.name, hints[field.name]) for field in fields(kind))
 
 
+def _descendants(base: type[Kind]) -> Iterator[type[Kind]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _descendants(kind)
+
+
 def _reader(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     """Gives the attributes of these names, as a tuple also of one or none."""
     if len(names) < 2:
@@ -84,7 +90,7 @@ class Codec(Generic[Kind]):
 
     def __init__(self, base: type[Kind]) -> None:
         self._by_tag: dict[int, _Form[Kind]] = {}
-        for kind in base.__subclasses__():
+        for kind in _descendants(base):
             if "__slots__" not in vars(kind):
                 continue  # the class that `slots=True` replaced, until it is collected
             if kind.TAG in self._by_tag:
@@ -122,7 +128,7 @@ def _checker(wanted: Any) -> Check:
 
 def _scalar_checker(wanted: type) -> Check:
     def check(value: Any) -> Any:
-        if type(value) is wanted:
+        if type(value) is wanted or wanted is Any:
             return value
         if wanted is float and type(value) is int:
             return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.ring.grammar import Grammar
 from pipeline.ring.messages import Finished
 from pipeline.ring.sampling import Sampling
 from storage.errors import UsageError
@@ -17,12 +18,22 @@ class GenerationParams:
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
     forced: tuple[int, ...] = ()  # these tokens instead of sampled ones, for measurements
+    grammar: Grammar | None = None  # what the answer must be; None: anything
 
     def check(self) -> None:
         """Raises UsageError naming the first value out of range."""
         if self.max_new_tokens < 1:
             raise UsageError("max_new_tokens must be at least 1")
         self.sampling.check()
+        if self.grammar is None:
+            return
+        if self.ignore_eos:
+            raise UsageError(
+                "an answer of a given form ends where it is whole: ignore_eos does not go with it"
+            )
+        if self.forced:
+            raise UsageError("an answer of a given form is chosen by the model, not forced")
+        self.grammar.check()
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class Generate(Message):
     stop_tokens: tuple[int, ...]
     forced: tuple[int, ...]  # emitted instead of sampling, for benches and evaluation; may be empty
     cached: int = 0  # tokens of the prompt, below its length, whose keys and values the last run left
+    grammar: str = ""  # what the answer must be, as the library llguidance reads it; empty: anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +211,10 @@ class Finished(Message):
 
     TAG = 31
     run: int
-    reason: str  # "stop", "length" or "cancelled"
+    reason: str  # "stop", "length", "cancelled" or "failed"
     prefill_seconds: float
     decode_seconds: float
+    error: str = ""  # of "failed": why the grammar cannot be followed, in one sentence
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class Request:
                 "must also hold at least one new token; see --context"
             )
         _check_vocabulary("the tokens to decode hold", params.forced, store)
+        if params.grammar is not None and not store.architecture.eos_tokens:
+            raise UsageError(f"{store.manifest.name} has no end token, which an answer of a given form needs")
         return cls(ids, params)
 
 

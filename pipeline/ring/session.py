@@ -17,8 +17,8 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.request import Request
 from pipeline.ring.summary import MemoryUse, Summary
 from pipeline.ring.supervisor import Supervisor
-from pipeline.ring.text import Detokenizer
-from storage.errors import RingError
+from pipeline.ring.text import AddedToken, Detokenizer, added_tokens
+from storage.errors import RingError, UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 
@@ -65,6 +65,10 @@ class Session:
         """Token ids of `prompt`, by default with the special tokens that the tokenizer adds."""
         return list(self.tokenizer.encode(prompt, add_special_tokens=special).ids)
 
+    @property
+    def added_tokens(self) -> dict[str, AddedToken]:
+        return added_tokens(self.tokenizer)
+
     def generate(self, prompt: str | Sequence[int], params: GenerationParams) -> Iterator[str]:
         """Yield pieces of text, never splitting a character.
 
@@ -98,6 +102,8 @@ class Session:
     ) -> Generator[Piece, None, None]:
         """`pieces` of a request that has been checked."""
         ids, params = request.ids, request.params
+        if params.grammar is not None and not self.config.compute.structured:
+            raise UsageError("answers of a given form are switched off here: compute.structured is false")
         self._run += 1
         run = self._run
         cached = self._cached(ids)
@@ -117,9 +123,11 @@ class Session:
                 stop_tokens=() if params.ignore_eos else self.store.architecture.eos_tokens,
                 forced=params.forced,
                 cached=cached,
+                grammar=params.grammar.text if params.grammar is not None else "",
             ),
         )
-        text = Detokenizer(self.tokenizer)
+        marks = () if params.grammar is None else params.grammar.marks
+        text = Detokenizer(self.tokenizer, {self.added_tokens[mark].number: mark for mark in marks})
         try:
             while generation.finished is None:
                 message = self._next(self._patience(generation), cancelled)
@@ -142,6 +150,8 @@ class Session:
         except BaseException as error:  # its reader has left; after an interrupt nothing is waited for
             self._cancel(generation, run, drain=isinstance(error, GeneratorExit))
             raise
+        if generation.finished.error:
+            raise UsageError(generation.finished.error)
         rest = text.finish()
         generation.text += rest
         generation.after = self.live = self.ring.stats()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from typing import TypedDict
+from dataclasses import fields
+from typing import Any, TypedDict
 
-from pipeline.serving.client_messages import Done, Submit, Token
+from pipeline.serving.client_messages import Done, Submit, SubmitStructured, Token
 
-ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
+ChatMessage = Mapping[str, Any]  # {"role": "user", "content": "…"}
 
 
 class RequestOptions(TypedDict, total=False):
@@ -26,6 +28,7 @@ class RequestOptions(TypedDict, total=False):
     stop: str | Sequence[str]  # the answer ends before the first of these
     ignore_eos: bool  # go on after an end-of-text token
     deadline: float  # seconds, waiting included; default 0: the server's limit, in a Pipeline none
+    json_schema: str | Mapping[str, Any] | None  # the answer is JSON of this schema
 
 
 def submission(
@@ -35,8 +38,8 @@ def submission(
     options: RequestOptions,
 ) -> Submit:
     """The message for a request; a prompt is a text or token ids."""
-    stop = options.get("stop", ())
-    return Submit(
+    stop, schema = options.get("stop", ()), options.get("json_schema")
+    submit = Submit(
         request=request,
         prompt=prompt if isinstance(prompt, str) else None,
         tokens=() if prompt is None or isinstance(prompt, str) else tuple(prompt),
@@ -49,6 +52,12 @@ def submission(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=options.get("ignore_eos", False),
         deadline=float(options.get("deadline", 0.0)),
+    )
+    if schema is None:
+        return submit
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    return SubmitStructured(
+        **{one.name: getattr(submit, one.name) for one in fields(submit)}, json_schema=text
     )
 
 

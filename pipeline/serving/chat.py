@@ -10,10 +10,12 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.launch import SERVE_EXTRA
+from pipeline.serving.calls import CallForm, recognised
 from storage.errors import UsageError, reason
 from storage.store import Store
 
@@ -25,8 +27,11 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 class ChatTemplate:
     """One model's template, compiled."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises UsageError for a template that does not compile, or where Jinja is missing."""
+    def __init__(self, source: str, special_tokens: Mapping[str, str], with_tools: str = "") -> None:
+        """`with_tools`: the template where tools are given; empty: the same.
+
+        Raises UsageError for a template that does not compile, or where Jinja is missing.
+        """
         try:
             import jinja2
             import jinja2.ext
@@ -34,7 +39,7 @@ class ChatTemplate:
         except ImportError as error:
             raise UsageError(f"chat needs the package jinja2: {SERVE_EXTRA}") from error
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _generation_blocks()]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
@@ -42,6 +47,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
+            self._with_tools = environment.from_string(with_tools or source)
         except jinja2.TemplateError as error:
             raise UsageError(f"the model's chat template does not compile: {error}") from error
 
@@ -53,9 +59,17 @@ class ChatTemplate:
         """
         config = _read_config(store / TOKENIZER_CONFIG)
         source = _source(store, config, override)
-        return None if source is None else cls(source, _special_tokens(config))
+        if source is None:
+            return None
+        with_tools = _named(config).get("tool_use", "") if source == _named(config).get("default") else ""
+        return cls(source, _special_tokens(config), with_tools)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @cached_property
+    def call_form(self) -> CallForm:
+        """How the model writes calls of tools. Raises UsageError where it cannot, or in no known form."""
+        return recognised(self.render)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt, ending where the assistant's answer begins. Raises UsageError."""
         for message in messages:
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
@@ -63,9 +77,9 @@ class ChatTemplate:
         pieces: list[str] = []
         length = 0
         try:
-            for piece in self._template.generate(
+            for piece in (self._with_tools if tools else self._template).generate(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
@@ -82,6 +96,24 @@ class ChatTemplate:
         if not _is_unicode(prompt):
             raise UsageError("a chat message is not valid UTF-8")
         return prompt
+
+
+def _generation_blocks() -> type:
+    """The tag `generation`, with which templates mark what is trained on: here its content and no more."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.parser import Parser
+
+    class Generation(jinja2.ext.Extension):
+        def __init__(self, environment: jinja2.Environment) -> None:
+            super().__init__(environment)
+            self.tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def has_template(store: Store) -> bool:
@@ -131,10 +163,18 @@ def _source(store: Path, config: Mapping[str, Any], override: Path | None) -> st
         if override is not None or not isinstance(error, FileNotFoundError):
             raise UsageError(f"the chat template {path} cannot be read: {reason(error)}") from error
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) else _named(config).get("default")
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, str]:
+    """The configuration's templates where it has several."""
+    found = config.get("chat_template")
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return {
+        str(entry.get("name")): entry["template"]
+        for entry in entries
+        if isinstance(entry.get("template"), str)
+    }
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -155,7 +195,9 @@ def _raise(message: str) -> NoReturn:
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     """JSON without HTML escapes, unlike Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=bool(options.get("ensure_ascii", False)), indent=indent)
+    known = {name: options[name] for name in ("separators", "sort_keys") if name in options}
+    ascii_only = bool(options.get("ensure_ascii", False))
+    return json.dumps(value, ensure_ascii=ascii_only, indent=indent, **known)
 
 
 def _strftime_now(form: str) -> str:

@@ -8,7 +8,7 @@ chooses; every answer carries it back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipeline.ring.codec import Codec
 
@@ -63,9 +63,8 @@ class Submit(ClientMessage):
     request: int
     prompt: str | None
     tokens: tuple[int, ...]  # token ids
-    messages: tuple[
-        dict[str, str], ...
-    ]  # {"role": …, "content": …}, through the chat template; empty: not given
+    # {"role": …, "content": …} and what else the chat template knows, such as "tool_calls"; empty: not given
+    messages: tuple[dict[str, Any], ...]
     max_new_tokens: int | None
     temperature: float | None  # 0: greedy
     top_k: int | None  # 0: no limit
@@ -74,6 +73,14 @@ class Submit(ClientMessage):
     stop: tuple[str, ...]  # the answer ends before the first of these
     ignore_eos: bool
     deadline: float  # seconds from the server's receipt, waiting included; 0: the server's limit
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitStructured(Submit):
+    """client → server: a `Submit` whose answer must be JSON of a schema."""
+
+    TAG = 16
+    json_schema: str  # JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ def open_ring(
     """
     values: Values = {"memory": {"budget": memory or None}, "compute": {"context": context or None}}
     source, config = configure(model, config_file, settings, values)
+    if "structured" not in config.compute.model_fields_set:  # whoever asks may ask for a form
+        config = config.replace(compute={"structured": True})
     store = source.open_store()
     report = plan(store, config)
     template = ChatTemplate.of_store(store.path, chat_template)

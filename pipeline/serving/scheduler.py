@@ -24,6 +24,7 @@ from pipeline.errors import (
     ServerUnavailable,
     code_of,
 )
+from pipeline.serving.calls import Tools
 from pipeline.serving.client_messages import Done, Error, Submit, Token
 from pipeline.serving.fair_queue import FairQueue
 from pipeline.serving.observer import Observer
@@ -37,9 +38,17 @@ Event = Token | Done | Error
 class Job:
     """One request on its way: waiting, running or over."""
 
-    def __init__(self, client: Hashable, submit: Submit, deliver: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        client: Hashable,
+        submit: Submit,
+        deliver: Callable[[Event], None],
+        tools: Tools | None = None,
+    ) -> None:
+        """`tools`: those that the answer may call."""
         self.client = client
         self.submit = submit
+        self.tools = tools
         self.deliver = deliver
         self.submitted = time.monotonic()
         self.started = 0.0
@@ -249,7 +258,7 @@ class Scheduler:
         try:
             self._keep_warm()
             queued = job.started - job.submitted
-            with closing(self.ring.answer(job.submit, cancelled, queued)) as events:
+            with closing(self.ring.answer(job.submit, cancelled, queued, job.tools)) as events:
                 for event in events:
                     self._call(self._hand_over, job, event)
         except RingError as error:

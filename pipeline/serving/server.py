@@ -30,6 +30,7 @@ from pipeline.serving.client_messages import (
     Hello,
     ServerStats,
     Submit,
+    SubmitStructured,
     Waiting,
     Welcome,
     decode,
@@ -82,6 +83,7 @@ class Server:
         self._handlers: dict[type[ClientMessage], Callable[[bytes, Any], None]] = {
             Hello: self._on_hello,
             Submit: self._on_submit,
+            SubmitStructured: self._on_submit,
             Cancel: self._on_cancel,
             AskStats: self._on_ask_stats,
             AskHealth: self._on_ask_health,

@@ -12,6 +12,7 @@ class StopStrings:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.found = False
+        self.rest = ""  # what came after the stop string, until it was found
 
     def push(self, text: str) -> str:
         """The text that may be shown now. After `found` nothing more is."""
@@ -20,10 +21,11 @@ class StopStrings:
         if not self._stops:
             return text
         self._held += text
-        ends = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        ends = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.found = True
-            shown, self._held = self._held[: min(ends)], ""
+            at, stop = min(ends)
+            shown, self.rest, self._held = self._held[:at], self._held[at + len(stop) :], ""
             return shown
         keep = max(self._beginning(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Protocol
 
 from pipeline.config import Decoding
 from pipeline.errors import DeadlineExceeded, RingGaveUp
 from pipeline.ring.generation import Generation, GenerationParams, Piece
+from pipeline.ring.grammar import Grammar, Schema
+from pipeline.ring.text import AddedToken
+from pipeline.serving.calls import Tools
 from pipeline.serving.chat import ChatTemplate
-from pipeline.serving.client_messages import Done, Submit, Token
+from pipeline.serving.client_messages import Done, Submit, SubmitStructured, Token
 from pipeline.serving.stopping import StopStrings
 from storage.errors import RingError, UsageError
 
@@ -34,6 +37,9 @@ class RunningSession(Protocol):
     live_seconds: float
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]: ...
+
+    @property
+    def added_tokens(self) -> Mapping[str, AddedToken]: ...
 
     def pieces(
         self, prompt: str | Sequence[int], params: GenerationParams, cancelled: Callable[[], bool] = ...
@@ -85,9 +91,13 @@ class WarmRing:
         return dict(session.live) if session is not None else {}
 
     def answer(
-        self, submit: Submit, cancelled: Callable[[], bool] = lambda: False, queue_seconds: float = 0.0
+        self,
+        submit: Submit,
+        cancelled: Callable[[], bool] = lambda: False,
+        queue_seconds: float = 0.0,
+        tools: Tools | None = None,
     ) -> Generator[Token | Done, None, None]:
-        """Yield the request's tokens and then `Done`.
+        """Yield the request's tokens and then `Done`. The text calls `tools` in the model's own form.
 
         Leaving early, or `cancelled` turning true, frees the ring at the next token. Raises
         UsageError for a request that cannot be answered, and RingError when the ring dies: then the
@@ -95,10 +105,11 @@ class WarmRing:
         """
         session = self.revive()
         session.live_seconds = self.live_seconds
-        prompt = self._prompt(session, submit)
+        prompt = self._prompt(session, submit, tools)
+        params = self._params(submit, _grammar(session, submit, tools))
         stops = _stop_strings(submit)
         try:
-            yield from self._stream(session, submit, prompt, stops, cancelled, queue_seconds)
+            yield from self._stream(session, submit, prompt, params, stops, cancelled, queue_seconds)
         except RingError as error:
             raise self._died(error) from error
 
@@ -107,13 +118,14 @@ class WarmRing:
         session: RunningSession,
         submit: Submit,
         prompt: str | list[int],
+        params: GenerationParams,
         stops: StopStrings,
         cancelled: Callable[[], bool],
         queue_seconds: float,
     ) -> Generator[Token | Done, None, None]:
         index = 0
         rest = ""
-        with closing(session.pieces(prompt, self._params(submit), cancelled)) as pieces:
+        with closing(session.pieces(prompt, params, cancelled)) as pieces:
             for piece in pieces:
                 session.live_seconds = self.live_seconds
                 text = stops.push(piece.text)
@@ -129,7 +141,7 @@ class WarmRing:
             yield Token(submit.request, index, None, rest, 0.0)
         yield _done(submit, session.last, stops.found, queue_seconds)
 
-    def _prompt(self, session: RunningSession, submit: Submit) -> str | list[int]:
+    def _prompt(self, session: RunningSession, submit: Submit, tools: Tools | None) -> str | list[int]:
         """What the session is given: text, or token ids."""
         given = (submit.prompt is not None) + bool(submit.tokens) + bool(submit.messages)
         if given != 1:
@@ -141,15 +153,19 @@ class WarmRing:
         if self.template is None:
             raise UsageError("this model has no chat template; send a prompt instead of chat messages")
         # The template writes the special tokens itself.
-        return session.encode(self.template.render(submit.messages), special=False)
+        text = self.template.render(submit.messages, () if tools is None else tools.shown)
+        return session.encode(text, special=False)
 
-    def _params(self, submit: Submit) -> GenerationParams:
+    def _params(self, submit: Submit, grammar: Grammar | None) -> GenerationParams:
         asked = {name: getattr(submit, name) for name in Decoding.model_fields}
         wanted = self._defaults.model_copy(
             update={name: value for name, value in asked.items() if value is not None}
         )
         return GenerationParams(
-            wanted.max_new_tokens, wanted.with_seed(submit.seed), ignore_eos=submit.ignore_eos
+            wanted.max_new_tokens,
+            wanted.with_seed(submit.seed),
+            ignore_eos=submit.ignore_eos,
+            grammar=grammar,
         )
 
     def revive(self) -> RunningSession:
@@ -215,6 +231,16 @@ def allowed_seconds(submit: Submit, longest: float = math.inf) -> float:
 def deadline_passed(seconds: float) -> DeadlineExceeded:
     """How a request ends that has taken them all."""
     return DeadlineExceeded(f"the request's deadline of {seconds:g} s has passed")
+
+
+def _grammar(session: RunningSession, submit: Submit, tools: Tools | None) -> Grammar | None:
+    """What the answer must be; None: anything. Raises UsageError."""
+    schema = None
+    if isinstance(submit, SubmitStructured):
+        schema = Schema.of("the JSON schema", submit.json_schema)
+    if tools is not None:
+        return tools.grammar(session.added_tokens, schema)
+    return None if schema is None else Grammar.of_schema(schema)
 
 
 def _stop_strings(submit: Submit) -> StopStrings:

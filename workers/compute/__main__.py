@@ -14,6 +14,7 @@ from pipeline.ring.process import Worker, run
 from storage.codecs import CODECS
 from workers import kernels
 from workers.compute.audit import Audit
+from workers.compute.constraint import Constraints
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.engine import Engine
@@ -31,7 +32,10 @@ class LayerLoop:
         self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
         every = worker.config.compute.audit
         audit = Audit(worker.store, weights, every) if every and worker.store.architecture.sparse else None
-        self.engine = Engine(weights.architecture, device, worker.plan, worker.segments, self._channel, audit)
+        constraints = Constraints(worker.store)
+        self.engine = Engine(
+            weights.architecture, device, worker.plan, worker.segments, self._channel, audit, constraints
+        )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="layers")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Finished, Generate, TokenReady
@@ -22,6 +23,7 @@ from storage.codecs import F32
 from storage.errors import StoreCorrupt
 from workers.compute.audit import Audit
 from workers.compute.blocks import run
+from workers.compute.constraint import Constraint, Constraints, Unfollowable
 from workers.compute.device import Device
 from workers.compute.ring_units import Cancelled, RingUnits
 from workers.compute.sampling import choose, log_probability
@@ -38,11 +40,14 @@ class Engine:
         segments: Segments,
         channel: Channel,
         audit: Audit | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
+        """`constraints`: of the model's tokenizer; without them no request has a grammar."""
         self._architecture = architecture
         self._device = device
         self._plan = plan
         self._channel = channel
+        self._constraints = constraints
         self._cancelled = -1  # the run that was last asked to end
         self._units = RingUnits(device, plan, segments, channel, audit, self._is_cancelled)
         self.seconds, self.counts = self._units.seconds, self._units.counts
@@ -66,22 +71,36 @@ class Engine:
         """
         started = time.monotonic()
         decoding: float | None = None
-        reason = "length"
+        reason, error = "length", ""
         try:
+            constraint = self._constraint(request)
             if request.max_new_tokens > 0 and len(request.prompt) <= self._plan.context:
                 if self._is_cancelled(request.run):
                     raise Cancelled
                 logits = self._prefill(request)
                 decoding = time.monotonic()
-                reason = self._decode(request, logits)
+                reason = self._decode(request, logits, constraint)
         except Cancelled:
             reason = "cancelled"
+        except Unfollowable as problem:
+            reason, error = "failed", str(problem)
         ended = time.monotonic()
         between = ended if decoding is None else decoding
-        self._channel.send("supervisor", Finished(request.run, reason, between - started, ended - between))
+        finished = Finished(request.run, reason, between - started, ended - between, error)
+        self._channel.send("supervisor", finished)
 
     def _is_cancelled(self, run: int) -> bool:
         return self._cancelled == run
+
+    def _constraint(self, request: Generate) -> Constraint | None:
+        """What holds the answer to its grammar; None where it has none. Raises Unfollowable."""
+        if not request.grammar:
+            return None
+        assert self._constraints is not None
+        started = time.perf_counter()
+        constraint = self._constraints.of(request.grammar, request.stop_tokens)
+        self.seconds["grammar"] += time.perf_counter() - started
+        return constraint
 
     def _prefill(self, request: Generate) -> F32:
         """Run the prompt behind its cached tokens in one pass; returns the last token's logits."""
@@ -93,8 +112,8 @@ class Engine:
         self.counts["prefill_tokens"] += len(tokens)
         return logits
 
-    def _decode(self, request: Generate, logits: F32) -> str:
-        """Report tokens until one of the run's ends; returns which. Raises StoreCorrupt."""
+    def _decode(self, request: Generate, logits: F32, constraint: Constraint | None) -> str:
+        """Report tokens until one of the run's ends; returns which. Raises StoreCorrupt and Unfollowable."""
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
         position = len(request.prompt)
         for index in range(request.max_new_tokens):
@@ -104,7 +123,8 @@ class Engine:
                     "or were before they were converted"
                 )
             forced = index < len(request.forced)
-            token = request.forced[index] if forced else choose(logits, sampling, index)
+            allowed = None if constraint is None else self._allowed(constraint)
+            token = request.forced[index] if forced else choose(logits, sampling, index, allowed)
             if self._is_cancelled(request.run):
                 return "cancelled"
             if token in request.stop_tokens and not forced:
@@ -113,6 +133,8 @@ class Engine:
                 "supervisor", TokenReady(request.run, index, token, log_probability(logits, token))
             )
             self.counts["tokens"] += 1
+            if constraint is not None and self._take(constraint, token):
+                return "stop"  # nothing can follow: an end token would only cost another step
             if index + 1 == request.max_new_tokens or position + index >= self._plan.context:
                 return "length"
             x = self._forward(request.run, [token], position + index, every=False)
@@ -120,6 +142,19 @@ class Engine:
             logits = self._device.logits(x)[0]
             self.seconds["head"] += time.perf_counter() - started
         return "length"
+
+    def _allowed(self, constraint: Constraint) -> npt.NDArray[np.intp]:
+        started = time.perf_counter()
+        allowed = constraint.allowed()
+        self.seconds["mask"] += time.perf_counter() - started
+        self.counts["masks"] += 1
+        return allowed
+
+    def _take(self, constraint: Constraint, token: int) -> bool:
+        started = time.perf_counter()
+        whole = constraint.take(token)
+        self.seconds["mask"] += time.perf_counter() - started
+        return whole
 
     def _forward(self, run_number: int, tokens: Sequence[int], first: int, every: bool) -> Any:
         """The last layer's output [rows, d_model] for tokens of which the first has position `first`."""

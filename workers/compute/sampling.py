@@ -15,8 +15,19 @@ from pipeline.ring.sampling import Sampling
 _MASK = (1 << 64) - 1  # seeds are taken modulo 2**64
 
 
-def choose(logits: npt.NDArray[np.float32], sampling: Sampling, index: int) -> int:
-    """A token id from logits [vocabulary] for the generation's token `index`."""
+def choose(
+    logits: npt.NDArray[np.float32],
+    sampling: Sampling,
+    index: int,
+    allowed: npt.NDArray[np.intp] | None = None,
+) -> int:
+    """A token id from logits [vocabulary] for the generation's token `index`.
+
+    Where ids are `allowed`, ascending, there is nothing else to choose from: before the likeliest is
+    taken, before the temperature and before every limit.
+    """
+    if allowed is not None:
+        return int(allowed[choose(logits[allowed], sampling, index)])
     if sampling.temperature <= 0 or sampling.top_k == 1:
         return int(np.argmax(logits))
     order, probabilities = candidates(logits, sampling)

@@ -15,9 +15,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from pipeline.errors import USAGE, code_of
+from pipeline.serving.calls import Tools
 from pipeline.serving.client_messages import Done, Error, Submit, Token
 from pipeline.serving.http.refusal import Refusal
-from pipeline.serving.openai_api import Answers, BadRequest, ChatRequest, CompletionRequest, parse
+from pipeline.serving.openai_answers import Answers
+from pipeline.serving.openai_api import ChatRequest, CompletionRequest, parse
+from pipeline.serving.openai_tools import BadRequest, check_schemas
 from pipeline.serving.prometheus import CONTENT_TYPE, PrometheusObserver
 from pipeline.serving.scheduler import Event, Job, Scheduler
 from storage.errors import FlashringError
@@ -120,10 +123,12 @@ class Api:
                 raise Refusal(404, f"this server has the model {self._model!r}", "model_not_found", "model")
             wanted.check()
             submits = wanted.submits()
-            answers = Answers(wanted, self._model)
+            tools = wanted.callable_tools(self._scheduler.ring.template)
+            await asyncio.to_thread(check_schemas, wanted.schema_of_answer, tools)
+            answers = Answers(wanted, self._model, tools)
             if wanted.stream:
-                return await self._stream(request, submits, answers)
-            choices = [await self._collect(request, submit) for submit in submits]
+                return await self._stream(request, submits, answers, tools)
+            choices = [await self._collect(request, submit, tools) for submit in submits]
             return JSONResponse(answers.whole(choices))
         except BadRequest as error:
             return Refusal(400, str(error), USAGE, error.param).response()
@@ -146,18 +151,22 @@ class Api:
             raise Refusal(400, "the client left before its body had ended") from None
         return body
 
-    async def _collect(self, request: Request, submit: Submit) -> tuple[list[Token], Done]:
+    async def _collect(
+        self, request: Request, submit: Submit, tools: Tools | None
+    ) -> tuple[list[Token], Done]:
         tokens: list[Token] = []
-        async with contextlib.aclosing(self._events(request, submit)) as events:
+        async with contextlib.aclosing(self._events(request, submit, tools)) as events:
             async for event in events:
                 if isinstance(event, Done):
                     return tokens, event
                 tokens.append(event)
         raise AssertionError("an answer without an end")
 
-    async def _stream(self, request: Request, submits: list[Submit], answers: Answers) -> Response:
+    async def _stream(
+        self, request: Request, submits: list[Submit], answers: Answers, tools: Tools | None
+    ) -> Response:
         """The first event comes before the headers, so that a refusal has its own status."""
-        first = self._events(request, submits[0])
+        first = self._events(request, submits[0], tools)
         opening = await anext(first)
         parts = self._parts(request, submits, answers, first, opening)
         return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -180,12 +189,12 @@ class Api:
                         yield _line(begin)
                     event = opening if index == 0 else await anext(events)
                     while isinstance(event, Token):
-                        piece = answers.piece(index, event)
-                        if piece is not None:
+                        for piece in answers.pieces(index, event):
                             yield _line(piece)
                         event = await anext(events)
                     dones.append(event)
-                    yield _line(answers.last(index, event))
+                    for piece in answers.last(index, event):
+                        yield _line(piece)
             usage = answers.usage(dones)
             if usage is not None:
                 yield _line(usage)
@@ -193,10 +202,12 @@ class Api:
         except Refusal as refusal:
             yield _line(refusal.body())
 
-    async def _events(self, request: Request, submit: Submit) -> AsyncGenerator[Token | Done, None]:
+    async def _events(
+        self, request: Request, submit: Submit, tools: Tools | None = None
+    ) -> AsyncGenerator[Token | Done, None]:
         """Run one request; a client that leaves cancels it. Raises Refusal."""
         queue: asyncio.Queue[Event] = asyncio.Queue()
-        job = Job(request.client, submit, queue.put_nowait)
+        job = Job(request.client, submit, queue.put_nowait, tools)
         try:
             self._scheduler.submit(job)
         except FlashringError as error:
