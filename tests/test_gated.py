@@ -85,6 +85,21 @@ def test_a_gated_neuron_is_the_function_of_its_gate_times_its_up(
     assert np.allclose(y, expected @ rows["down"][slots], rtol=1e-3, atol=1e-3)
 
 
+def test_the_up_row_of_a_gate_that_is_zero_is_not_read() -> None:
+    count, width = 75, 130
+    memory, rows = units_of("float16", count, width)
+    unit, h = neuron("float16", width, kind="gated"), normal(9, width)
+    places = np.arange(count, dtype=np.int32)
+    biases = np.zeros(0, np.float32), np.zeros(0, np.float32)
+    arguments = (places, places, h, biases, Ffn("gated", count, 1, "relu"), 2)
+    gate, up = unit.view(memory, "gate"), unit.view(memory, "up")
+    before = kernels.activate_gated(gate, up, *arguments)
+    silent = rows["gate"] @ h < -1e-3
+    assert 20 < silent.sum() < 55
+    up.values[silent] = np.array(np.nan, np.float16).view(np.uint16)
+    assert np.array_equal(kernels.activate_gated(gate, up, *arguments), before)
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_root_mean_square_norm_keeps_the_mean(offset: int) -> None:
     x, weight = 3 + normal(1, 5, 77), normal(2, 77)
