@@ -35,8 +35,10 @@ def tiny(name: str, **changes: object) -> Shape:
     shape = SHAPES[name]
     width = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": VOCABULARY}
     opt = {"word_embed_proj_dim": 256, "ffn_dim": 1024, "max_position_embeddings": 256}
+    gated = {"num_key_value_heads": 4, "intermediate_size": 1024, "head_dim": 32}
+    gated |= {"max_position_embeddings": 256}
     tokens = {"bos_token_id": 2, "eos_token_id": 2}
-    extra = opt if shape.name.startswith("opt") else {}
+    extra = opt if shape.name.startswith("opt") else {} if shape.name.startswith("falcon") else gated
     return Shape(f"tiny-{name}", {**shape.config, **width, **extra, **tokens, **changes}, shape.dtype)
 
 
@@ -45,6 +47,8 @@ TINY = {
     "falcon-7b": tiny("falcon-7b"),
     "falcon-rw": tiny("falcon-rw-1b"),
     "falcon-40b": tiny("falcon-40b", num_kv_heads=2),
+    "llama-relu": tiny("llama-2-7b"),
+    "minicpm-s": tiny("minicpm-s-1b"),
 }
 
 
@@ -63,20 +67,52 @@ def text() -> list[int]:
     return random.choice(VOCABULARY, TOKENS, p=weights / weights.sum()).tolist()
 
 
-def test_transformers_finds_the_activity_that_is_measured(made: Path, text: list[int]) -> None:
+def as_granite(made: Path, directory: Path) -> Path:
+    """MiniCPM's checkpoint as a family that transformers knows, and that has the same multipliers."""
+    config = json.loads((made / "config.json").read_text())
+    said = {
+        "model_type": "granite",
+        "embedding_multiplier": config["scale_emb"],
+        "attention_multiplier": config["head_dim"] ** -0.5,
+        "residual_multiplier": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+        "logits_scaling": config["hidden_size"] / config["dim_model_base"],
+        "hidden_act": "relu",
+    }
+    shutil.copytree(made, directory / "granite")
+    (directory / "granite" / "config.json").write_text(json.dumps({**config, **said}))
+    return directory / "granite"
+
+
+def seen_by_transformers(
+    made: Path, text: list[int], directory: Path
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Of each layer the active neurons [tokens, d_ff]; and the logits."""
     from transformers import AutoModelForCausalLM
 
+    known, threshold = (as_granite(made, directory), 0.03) if made.name == "minicpm-s" else (made, 0.0)
     model = AutoModelForCausalLM.from_pretrained(
-        made,
+        known,
         dtype=torch.float32,
         attn_implementation="sdpa",  # its eager Falcon adds ALiBi twice
     ).eval()
+    if threshold:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
     seen: list[torch.Tensor] = []
     for name, module in model.named_modules():
-        if name.endswith(("fc1", "dense_h_to_4h")):
-            module.register_forward_hook(lambda _, __, out: seen.append(out.reshape(TOKENS, -1) > 0))
+        if name.endswith(("fc1", "dense_h_to_4h", "gate_proj")):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.reshape(TOKENS, -1) > threshold))
     with torch.no_grad():
-        assert model(torch.tensor([text])).logits.isfinite().all()
+        logits = model(torch.tensor([text])).logits[0]
+    assert logits.isfinite().all()
+    return seen, logits
+
+
+def test_transformers_finds_the_activity_that_is_measured(
+    made: Path, text: list[int], tmp_path: Path
+) -> None:
+
+    seen, _ = seen_by_transformers(made, text, tmp_path)
     reports = measure(open_weights(made), text, rank=16)
     assert len(seen) == len(reports) == LAYERS
     for report, active in zip(reports, seen, strict=True):
@@ -175,6 +211,20 @@ def test_a_checkpoint_without_tokenizer_is_said_to_be_one_before_the_work(
     assert ("run.py can give it no text" in first) is told
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-1.7b"])
+def test_a_dense_gated_model_is_what_transformers_reads(name: str, text: list[int], tmp_path: Path) -> None:
+    tied = find_shape(name).config["tie_word_embeddings"]
+    synthesize(Request(tiny(name), layers=LAYERS), tmp_path / "dense")
+    assert ("lm_head.weight" in tensors(tmp_path / "dense")) is not tied
+    seen, logits = seen_by_transformers(tmp_path / "dense", text, tmp_path)
+    reports = measure(open_weights(tmp_path / "dense"), text, rank=16)
+    assert [report.active for report in reports] == pytest.approx(
+        [float(active[16:].float().mean()) for active in seen], rel=2e-3
+    )
+    assert all(0.4 < report.active < 0.6 for report in reports), "nothing is planted"
+    assert 0.4 < float(logits.std()) < 4
+
+
 def test_gelu_has_no_thresholds(text: list[int], tmp_path: Path) -> None:
     synthesize(Request(TINY["falcon-7b"], layers=1, activation="gelu"), tmp_path / "gelu")
     (report,) = measure(open_weights(tmp_path / "gelu"), text, 16)
@@ -193,7 +243,7 @@ def test_unknown_shapes_name_the_nearest() -> None:
     [
         ({"layers": 9}, "choose 1 to 4"),
         ({"rate": 3.0}, "rate must be"),
-        ({"activation": "silu"}, "relu or gelu"),
+        ({"activation": "silu"}, "must be relu or gelu"),
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, object], sentence: str, tmp_path: Path) -> None:
