@@ -8,17 +8,26 @@ import shutil
 import stat
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import stores
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
+from storage.checkpoint import Checkpoint
+from storage.codecs import narrow, widen
 from storage.convert import convert
-from storage.errors import CheckpointError, DiskFull, UsageError
+from storage.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
+from storage.families.registry import family_of
+from storage.gguf.file import GgufFile
 from workers.lab.synthesis import __main__ as program
+from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import checkpoint as synthesis
 from workers.lab.synthesis.activity import new_per_token, union_size
 from workers.lab.synthesis.checkpoint import Request, synthesize
@@ -28,6 +37,7 @@ from workers.lab.synthesis.shapes import SHAPES, Shape, find_shape
 from workers.lab.synthesis.sources import open_weights
 
 LAYERS, VOCABULARY, TOKENS = 3, 512, 160
+BUILTIN = Path(__file__).parent.parent / "storage" / "builtin"  # has a tokenizer
 
 
 def tiny(name: str, **changes: object) -> Shape:
@@ -223,6 +233,42 @@ def test_a_dense_gated_model_is_what_transformers_reads(name: str, text: list[in
     )
     assert all(0.4 < report.active < 0.6 for report in reports), "nothing is planted"
     assert 0.4 < float(logits.std()) < 4
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-1.7b"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_a_gguf_file_holds_the_same_weights(name: str, kind: str, tmp_path: Path) -> None:
+    # More rows than the tokenizer has tokens, and a number that float32 holds.
+    shape = tiny(name, vocab_size=4160, rms_norm_eps=2**-20)
+    synthesize(Request(shape, layers=2, tokenizer=BUILTIN), tmp_path / "model")
+    as_gguf.write(tmp_path / "model", tmp_path / "model.gguf", kind)
+    ours, theirs = Checkpoint.open(tmp_path / "model"), GgufFile.open(tmp_path / "model.gguf")
+    assert theirs.entries.keys() == ours.entries.keys()
+    for key, entry in ours.entries.items():
+        values, read = (widen(one.read(key), one.entries[key].dtype) for one in (ours, theirs))
+        if entry.shape[1:] and kind != "F32":
+            form = GGMLQuantizationType[kind]
+            exact = gguf.dequantize(gguf.quantize(values, form), form).reshape(values.shape)
+            values = widen(narrow(exact, "float16"), "float16")
+        assert np.array_equal(values, read), key
+    made, again = (family_of(one.config).architecture(one.config) for one in (ours, theirs))
+    assert replace(again, max_positions=made.max_positions) == made
+    tokenizer = Tokenizer.from_str(theirs.texts()["tokenizer.json"].decode())
+    known = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
+    sentence = "Once upon a time, there was 1 dragon!"
+    assert tokenizer.encode(sentence).ids == known.encode(sentence, add_special_tokens=False).ids
+    assert tokenizer.get_vocab_size() == 4160
+
+
+def test_what_cannot_be_gguf_is_refused(made: Path, tmp_path: Path) -> None:
+    if made.name in ("llama-relu", "opt"):
+        with pytest.raises(UnsupportedModel, match="with relu; only llama and qwen3 with silu"):
+            as_gguf.write(made, tmp_path / "x.gguf", "Q8_0")
+    with pytest.raises(UsageError, match="one of F32, F16"):
+        as_gguf.write(made, tmp_path / "x.gguf", "Q4_K")
+    with pytest.raises(UsageError, match="exists"):
+        as_gguf.write(made, made, "Q8_0")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gelu_has_no_thresholds(text: list[int], tmp_path: Path) -> None:

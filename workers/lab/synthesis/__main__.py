@@ -1,4 +1,4 @@
-"""`synthesize`: write a synthetic checkpoint; `synthesize measure DIR`: measure a model's activity."""
+"""`synthesize`: write a synthetic checkpoint; `measure DIR`: a model's activity; `gguf DIR FILE`: as GGUF."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
 from storage.errors import UsageError, reason
+from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import measure as measuring
 from workers.lab.synthesis.checkpoint import Request, synthesize
 from workers.lab.synthesis.planting import RATES
@@ -92,6 +93,20 @@ def measure(
     if json is not None:
         measuring.write_json(json, _document(weights, text, len(ids), rank, reports, summary))
         say(f"written to {json}")
+
+
+@app.command("gguf")
+def write_gguf(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's directory.", metavar="DIR")],
+    out: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE.gguf")],
+    kind: Annotated[
+        str, typer.Option("--type", help=f"Of all matrices: {', '.join(as_gguf.TYPES)}.", metavar="TYPE")
+    ] = "Q8_0",
+) -> None:
+    """Write a checkpoint of Llama's or Qwen 3's form as a GGUF file, for programs that read those."""
+    with Progress(f"writing {out.name}") as progress:
+        as_gguf.write(checkpoint, out, kind, lambda done, total: progress("weights", done, total))
+    say(f"{out} holds {checkpoint} in {kind}")
 
 
 def _use_threads(count: int) -> None:

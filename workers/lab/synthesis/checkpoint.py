@@ -34,8 +34,8 @@ from workers.lab.synthesis.generate import make_layer
 from workers.lab.synthesis.planting import Planting
 from workers.lab.synthesis.recipe import SynthesisRecipe, calibration_tokens
 from workers.lab.synthesis.shapes import Shape
+from workers.lab.synthesis.space import check_space
 
-SLACK_BYTES = 64 << 20  # free space asked for beyond the tensors' own
 MARK = "synthetic"  # key of config.json that says how the checkpoint was made
 # Of each kind of FFN, by the name that `config.json` has for it.
 ACTIVATIONS = {"plain": ("relu", "gelu"), "gated": ("relu", "silu")}
@@ -67,7 +67,7 @@ def synthesize(request: Request, out: Path, progress: Progress | None = None) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists: choose another directory")
     total = tensor_bytes(family, config, model, request.shape.dtype)
-    _check_space(total, out)
+    check_space(total, out, "the checkpoint")
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -115,17 +115,6 @@ def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture,
     elements = sum(item.elements for item in family.resident(config, model))
     rows = sum(layer.ffn.neurons * len(family.ffn(model, index)) for index, layer in enumerate(model.layers))
     return CODECS[dtype].size(elements + rows * model.d_model)
-
-
-def _check_space(total: int, out: Path) -> None:
-    """Raises DiskFull when the disk has not room for `total` bytes."""
-    place = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < total + SLACK_BYTES:
-        raise DiskFull(
-            f"the checkpoint needs {total / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: make room, "
-            "choose another --out, or fewer --layers"
-        )
 
 
 def _write(
