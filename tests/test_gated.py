@@ -18,7 +18,7 @@ from pipeline.ring.session import Session
 from storage.architecture import Ffn, LongropeScaling, Rope
 from storage.codecs import CODECS, FLOAT32
 from storage.convert import NeuronOrder, convert
-from storage.errors import StoreError, UnsupportedModel
+from storage.errors import StoreError, UsageError
 from storage.layout import neuron
 from storage.store import Store
 from workers import kernels
@@ -26,8 +26,8 @@ from workers.compute.audit import Audit
 from workers.compute.positions import rotary
 from workers.compute.weights import Weights
 from workers.lab.offline.chooser import OracleScores
-from workers.lab.synthesis.sources import open_weights
-from workers.lab.training.activations import require_relu
+from workers.lab.training.__main__ import Split, TrainingJob, make
+from workers.lab.training.report import LayerReport
 from workers.predictor.oracle import Oracle
 
 FUNCTIONS = {
@@ -83,6 +83,21 @@ def test_a_gated_neuron_is_the_function_of_its_gate_times_its_up(
     active = kernels.accumulate(unit.view(memory, "down"), ids, slots, found[0], y, 2)
     assert active == np.count_nonzero(found[0])
     assert np.allclose(y, expected @ rows["down"][slots], rtol=1e-3, atol=1e-3)
+
+
+def test_the_up_row_of_a_gate_that_is_zero_is_not_read() -> None:
+    count, width = 75, 130
+    memory, rows = units_of("float16", count, width)
+    unit, h = neuron("float16", width, kind="gated"), normal(9, width)
+    places = np.arange(count, dtype=np.int32)
+    biases = np.zeros(0, np.float32), np.zeros(0, np.float32)
+    arguments = (places, places, h, biases, Ffn("gated", count, 1, "relu"), 2)
+    gate, up = unit.view(memory, "gate"), unit.view(memory, "up")
+    before = kernels.activate_gated(gate, up, *arguments)
+    silent = rows["gate"] @ h < -1e-3
+    assert 20 < silent.sum() < 55
+    up.values[silent] = np.array(np.nan, np.float16).view(np.uint16)
+    assert np.array_equal(kernels.activate_gated(gate, up, *arguments), before)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -177,14 +192,53 @@ def test_one_look_of_the_audit_counts_products(sparse: Store) -> None:
     assert found["output"] == pytest.approx(np.square(a @ down.widened()).sum(), rel=1e-4)
 
 
-def test_what_cannot_learn_from_two_projections_says_so(sparse: Store) -> None:
+@pytest.fixture(scope="module")
+def trained(sparse: Store, tmp_path_factory: pytest.TempPathFactory) -> list[LayerReport]:
+    """Predictors named `learnt`."""
+    tokens = np.random.default_rng(3).integers(4, 200, (32, 32))
+    work = tmp_path_factory.mktemp("work")
+    return make(sparse, tokens, Split.of(28, 4, 32), TrainingJob(rank=32), "learnt", work)
+
+
+def test_predictors_learn_what_the_gate_decides(sparse: Store, trained: list[LayerReport]) -> None:
+    x = 2 * normal(5, 512, 64)
+    for one in (report for report in trained if report.lookahead == 0):
+        active = np.mean([np.mean(products(sparse, one.layer, row) != 0) for row in x])
+        assert 0.1 < active < 0.6
+        assert abs(one.active - active) < 0.2
+        # Chance has as much recall as it predicts.
+        assert one.recall > one.predicted + 0.2
+
+
+def test_a_decomposition_knows_one_projection(sparse: Store, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(4).integers(4, 200, (4, 16))
+    job, split, work = TrainingJob(0, rank=64, method="svd"), Split.of(4, 0, 16), tmp_path / "work"
     if sparse.architecture.family == "bamboo":
-        with pytest.raises(UnsupportedModel, match="bamboo has neurons that two projections decide"):
-            require_relu(sparse)
-    else:
-        require_relu(sparse)
-    with pytest.raises(UnsupportedModel, match="gated FFNs, which cannot be measured yet"):
-        open_weights(sparse.path)
+        with pytest.raises(UsageError, match="two projections decide"):
+            make(sparse, tokens, split, job, "svd", work)
+        assert not work.exists()
+    else:  # of full rank, it is that projection
+        assert all(one.precision > 0.9 for one in make(sparse, tokens, split, job, "svd", work))
+
+
+@pytest.mark.ring
+def test_the_ring_runs_by_predictors_and_the_audit_agrees_with_their_report(
+    sparse: Store, trained: list[LayerReport]
+) -> None:
+    chosen = config(
+        predictor={"kind": "lowrank"},
+        compute={"threads": 2, "context": 128, "audit": 1},
+        model={"predictor": "learnt"},
+    )
+    with Session(sparse, chosen, plan_for(sparse, chosen, slots=40, staging=7)) as session:
+        tokens = generate(session, 60).tokens
+        report = session.summary().audit
+    assert len(tokens) == 60
+    assert report is not None
+    found = report.to_json()
+    own = [one for one in trained if one.lookahead == 0]
+    for name in ("false_negatives", "false_positives"):
+        assert found[name] == pytest.approx(np.mean([getattr(one, name) for one in own]), abs=0.15)
 
 
 def test_the_plan_counts_what_the_oracle_holds(sparse: Store) -> None:

@@ -111,6 +111,24 @@ def test_regression_finds_a_planted_low_rank_map() -> None:
     assert float(regression.strengths[-6:].sum()) == pytest.approx(len(matrix), rel=0.02)
 
 
+def test_regression_of_activity_alone_finds_what_two_maps_decide_together() -> None:
+    samples, matrix = planted(rank=4, d_ff=256)
+    inputs = torch.from_numpy(samples.inputs.astype(np.float32))
+    both = (inputs @ matrix[:128].T > 0.5) & (inputs @ matrix[128:].T > 0)
+    packed = np.packbits(both.numpy(), axis=1, bitorder="little")
+    of_both = Samples(samples.inputs, packed, 128, 1.0)
+    found = fit.Regression.of_activity(of_both.part(0, 3072))
+    held_out = of_both.part(3072, 4096)
+    counts = fit.quality(fit.calibrated(found.map(4, 1.0), of_both.part(0, 3072), fit.MapRecipe()), held_out)
+    gate = fit.Regression.of(matrix[:128], torch.zeros(128), samples.inputs[:3072], samples.inputs[:3072])
+    alone = fit.quality(fit.calibrated(gate.map(4, 1.0), of_both.part(0, 3072), fit.MapRecipe()), held_out)
+    assert 0.05 < counts.active < 0.3
+    assert counts.recall == pytest.approx(0.95, abs=0.02)
+    assert counts.false_positives < 0.8 * alone.false_positives
+    uncalibrated = fit.quality(found.map(4, 1.0), held_out)
+    assert uncalibrated.predicted == pytest.approx(uncalibrated.active, rel=0.25), "scores are log-odds"
+
+
 def test_every_threshold_misses_its_share() -> None:
     samples, matrix = planted(rank=6)
     bias = torch.full((len(matrix),), -1.28)
@@ -170,7 +188,7 @@ def test_activations_are_those_of_the_dense_model(store: Store, tokens: np.ndarr
     recorded = activations.record(store, tokens, tmp_path)
     for layer in range(len(store.layout.layers)):
         samples = recorded.samples(layer, 0)
-        up, bias = activations.deciding(store, layer)
+        ((up, bias),) = activations.deciding(store, layer)
         inputs, active = samples.rows(slice(None))
         pre = inputs @ up.T + bias
         sure = pre.abs() > 0.05  # inputs are rounded to float16

@@ -8,17 +8,26 @@ import shutil
 import stat
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import stores
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
+from storage.checkpoint import Checkpoint
+from storage.codecs import narrow, widen
 from storage.convert import convert
-from storage.errors import CheckpointError, DiskFull, UsageError
+from storage.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
+from storage.families.registry import family_of
+from storage.gguf.file import GgufFile
 from workers.lab.synthesis import __main__ as program
+from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import checkpoint as synthesis
 from workers.lab.synthesis.activity import new_per_token, union_size
 from workers.lab.synthesis.checkpoint import Request, synthesize
@@ -28,6 +37,7 @@ from workers.lab.synthesis.shapes import SHAPES, Shape, find_shape
 from workers.lab.synthesis.sources import open_weights
 
 LAYERS, VOCABULARY, TOKENS = 3, 512, 160
+BUILTIN = Path(__file__).parent.parent / "storage" / "builtin"  # has a tokenizer
 
 
 def tiny(name: str, **changes: object) -> Shape:
@@ -35,8 +45,10 @@ def tiny(name: str, **changes: object) -> Shape:
     shape = SHAPES[name]
     width = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": VOCABULARY}
     opt = {"word_embed_proj_dim": 256, "ffn_dim": 1024, "max_position_embeddings": 256}
+    gated = {"num_key_value_heads": 4, "intermediate_size": 1024, "head_dim": 32}
+    gated |= {"max_position_embeddings": 256}
     tokens = {"bos_token_id": 2, "eos_token_id": 2}
-    extra = opt if shape.name.startswith("opt") else {}
+    extra = opt if shape.name.startswith("opt") else {} if shape.name.startswith("falcon") else gated
     return Shape(f"tiny-{name}", {**shape.config, **width, **extra, **tokens, **changes}, shape.dtype)
 
 
@@ -45,6 +57,8 @@ TINY = {
     "falcon-7b": tiny("falcon-7b"),
     "falcon-rw": tiny("falcon-rw-1b"),
     "falcon-40b": tiny("falcon-40b", num_kv_heads=2),
+    "llama-relu": tiny("llama-2-7b"),
+    "minicpm-s": tiny("minicpm-s-1b"),
 }
 
 
@@ -63,20 +77,52 @@ def text() -> list[int]:
     return random.choice(VOCABULARY, TOKENS, p=weights / weights.sum()).tolist()
 
 
-def test_transformers_finds_the_activity_that_is_measured(made: Path, text: list[int]) -> None:
+def as_granite(made: Path, directory: Path) -> Path:
+    """MiniCPM's checkpoint as a family that transformers knows, and that has the same multipliers."""
+    config = json.loads((made / "config.json").read_text())
+    said = {
+        "model_type": "granite",
+        "embedding_multiplier": config["scale_emb"],
+        "attention_multiplier": config["head_dim"] ** -0.5,
+        "residual_multiplier": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+        "logits_scaling": config["hidden_size"] / config["dim_model_base"],
+        "hidden_act": "relu",
+    }
+    shutil.copytree(made, directory / "granite")
+    (directory / "granite" / "config.json").write_text(json.dumps({**config, **said}))
+    return directory / "granite"
+
+
+def seen_by_transformers(
+    made: Path, text: list[int], directory: Path
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Of each layer the active neurons [tokens, d_ff]; and the logits."""
     from transformers import AutoModelForCausalLM
 
+    known, threshold = (as_granite(made, directory), 0.03) if made.name == "minicpm-s" else (made, 0.0)
     model = AutoModelForCausalLM.from_pretrained(
-        made,
+        known,
         dtype=torch.float32,
         attn_implementation="sdpa",  # its eager Falcon adds ALiBi twice
     ).eval()
+    if threshold:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
     seen: list[torch.Tensor] = []
     for name, module in model.named_modules():
-        if name.endswith(("fc1", "dense_h_to_4h")):
-            module.register_forward_hook(lambda _, __, out: seen.append(out.reshape(TOKENS, -1) > 0))
+        if name.endswith(("fc1", "dense_h_to_4h", "gate_proj")):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.reshape(TOKENS, -1) > threshold))
     with torch.no_grad():
-        assert model(torch.tensor([text])).logits.isfinite().all()
+        logits = model(torch.tensor([text])).logits[0]
+    assert logits.isfinite().all()
+    return seen, logits
+
+
+def test_transformers_finds_the_activity_that_is_measured(
+    made: Path, text: list[int], tmp_path: Path
+) -> None:
+
+    seen, _ = seen_by_transformers(made, text, tmp_path)
     reports = measure(open_weights(made), text, rank=16)
     assert len(seen) == len(reports) == LAYERS
     for report, active in zip(reports, seen, strict=True):
@@ -175,6 +221,55 @@ def test_a_checkpoint_without_tokenizer_is_said_to_be_one_before_the_work(
     assert ("run.py can give it no text" in first) is told
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-1.7b"])
+def test_a_dense_gated_model_is_what_transformers_reads(name: str, text: list[int], tmp_path: Path) -> None:
+    tied = find_shape(name).config["tie_word_embeddings"]
+    synthesize(Request(tiny(name), layers=LAYERS), tmp_path / "dense")
+    assert ("lm_head.weight" in tensors(tmp_path / "dense")) is not tied
+    seen, logits = seen_by_transformers(tmp_path / "dense", text, tmp_path)
+    reports = measure(open_weights(tmp_path / "dense"), text, rank=16)
+    assert [report.active for report in reports] == pytest.approx(
+        [float(active[16:].float().mean()) for active in seen], rel=2e-3
+    )
+    assert all(0.4 < report.active < 0.6 for report in reports), "nothing is planted"
+    assert 0.4 < float(logits.std()) < 4
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-1.7b"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_a_gguf_file_holds_the_same_weights(name: str, kind: str, tmp_path: Path) -> None:
+    # More rows than the tokenizer has tokens, and a number that float32 holds.
+    shape = tiny(name, vocab_size=4160, rms_norm_eps=2**-20)
+    synthesize(Request(shape, layers=2, tokenizer=BUILTIN), tmp_path / "model")
+    as_gguf.write(tmp_path / "model", tmp_path / "model.gguf", kind)
+    ours, theirs = Checkpoint.open(tmp_path / "model"), GgufFile.open(tmp_path / "model.gguf")
+    assert theirs.entries.keys() == ours.entries.keys()
+    for key, entry in ours.entries.items():
+        values, read = (widen(one.read(key), one.entries[key].dtype) for one in (ours, theirs))
+        if entry.shape[1:] and kind != "F32":
+            form = GGMLQuantizationType[kind]
+            exact = gguf.dequantize(gguf.quantize(values, form), form).reshape(values.shape)
+            values = widen(narrow(exact, "float16"), "float16")
+        assert np.array_equal(values, read), key
+    made, again = (family_of(one.config).architecture(one.config) for one in (ours, theirs))
+    assert replace(again, max_positions=made.max_positions) == made
+    tokenizer = Tokenizer.from_str(theirs.texts()["tokenizer.json"].decode())
+    known = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
+    sentence = "Once upon a time, there was 1 dragon!"
+    assert tokenizer.encode(sentence).ids == known.encode(sentence, add_special_tokens=False).ids
+    assert tokenizer.get_vocab_size() == 4160
+
+
+def test_what_cannot_be_gguf_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="relu; only llama and qwen3 with silu"):
+        as_gguf.write(made, tmp_path / "x.gguf", "Q8_0")
+    with pytest.raises(UsageError, match="one of F32, F16"):
+        as_gguf.write(made, tmp_path / "x.gguf", "Q4_K")
+    with pytest.raises(UsageError, match="exists"):
+        as_gguf.write(made, made, "Q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gelu_has_no_thresholds(text: list[int], tmp_path: Path) -> None:
     synthesize(Request(TINY["falcon-7b"], layers=1, activation="gelu"), tmp_path / "gelu")
     (report,) = measure(open_weights(tmp_path / "gelu"), text, 16)
@@ -193,7 +288,7 @@ def test_unknown_shapes_name_the_nearest() -> None:
     [
         ({"layers": 9}, "choose 1 to 4"),
         ({"rate": 3.0}, "rate must be"),
-        ({"activation": "silu"}, "relu or gelu"),
+        ({"activation": "silu"}, "must be relu or gelu"),
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, object], sentence: str, tmp_path: Path) -> None:

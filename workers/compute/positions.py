@@ -25,16 +25,17 @@ F32 = npt.NDArray[np.float32]
 
 def rotary(rope: Rope, head_dim: int, context: int) -> tuple[F32, F32]:
     """cos and sin, [context, dims / 2] each, of the first `dims` values of a head that are rotated."""
+    magnitude = rope.scaling.magnitude if isinstance(rope.scaling, YarnScaling | LongropeScaling) else 1.0
+    angles = np.arange(context, dtype=np.float32)[:, None] * frequencies(rope, head_dim, context)
+    return np.cos(angles) * np.float32(magnitude), np.sin(angles) * np.float32(magnitude)
+
+
+def frequencies(rope: Rope, head_dim: int, context: int) -> F32:
+    """Radians by which each angle turns from one position to the next, [dims / 2]."""
     dims = head_dim if rope.dims is None else rope.dims
     powers: F32 = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     inverse: F32 = np.reciprocal(np.float32(rope.base) ** powers, dtype=np.float32)
-    scaling, magnitude = rope.scaling, 1.0
-    if scaling is not None:
-        inverse = _scaled(scaling, rope.base, inverse, context)
-    if isinstance(scaling, YarnScaling | LongropeScaling):
-        magnitude = scaling.magnitude
-    angles = np.arange(context, dtype=np.float32)[:, None] * inverse
-    return np.cos(angles) * np.float32(magnitude), np.sin(angles) * np.float32(magnitude)
+    return inverse if rope.scaling is None else _scaled(rope.scaling, rope.base, inverse, context)
 
 
 def _scaled(scaling: Scaling, base: float, inverse: F32, context: int) -> F32:

@@ -1,11 +1,11 @@
-"""`synthesize`: write a synthetic checkpoint; `synthesize measure DIR`: measure a model's activity."""
+"""`synthesize`: write a synthetic checkpoint; `measure DIR`: a model's activity; `gguf DIR FILE`: as GGUF."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,8 +15,8 @@ from pipeline.commands.options import JsonFile
 from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
-from storage.architecture import Activation
 from storage.errors import UsageError, reason
+from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import measure as measuring
 from workers.lab.synthesis.checkpoint import Request, synthesize
 from workers.lab.synthesis.planting import RATES
@@ -41,13 +41,16 @@ def create(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory with a tokenizer.json to copy.", metavar="DIR")
     ] = None,
-    activation: Annotated[str, typer.Option(help="relu (sparse) or gelu (not sparse).")] = "relu",
+    activation: Annotated[
+        str,
+        typer.Option(help="relu (sparse), gelu or silu (not sparse); without it, the shape's own."),
+    ] = "",
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
 ) -> None:
     """Write a SYNTHETIC Hugging Face checkpoint of a published shape.
 
-    Its activity is planted: sparse, local and predictable about as the paper says. It is for measuring
-    speed; its text means nothing.
+    With ReLU its activity is planted: sparse, local and predictable about as the paper says. It is for
+    measuring speed; its text means nothing.
     """
     if context.invoked_subcommand is not None:
         return
@@ -59,7 +62,7 @@ def create(
             f"without --tokenizer, {out} will have none: run.py can give it no text, neither to continue nor "
             "in serve, bench and evaluate"
         )
-    request = Request(find_shape(shape), layers, seed, rate, cast(Activation, activation), tokenizer)
+    request = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
         synthesize(request, out, lambda done, total: progress("weights", done, total))
     say(f"{out} is a synthetic checkpoint of the shape {shape}, seed {seed}, rate {rate:g}")
@@ -90,6 +93,20 @@ def measure(
     if json is not None:
         measuring.write_json(json, _document(weights, text, len(ids), rank, reports, summary))
         say(f"written to {json}")
+
+
+@app.command("gguf")
+def write_gguf(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's directory.", metavar="DIR")],
+    out: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE.gguf")],
+    kind: Annotated[
+        str, typer.Option("--type", help=f"Of all matrices: {', '.join(as_gguf.TYPES)}.", metavar="TYPE")
+    ] = "Q8_0",
+) -> None:
+    """Write a checkpoint of Llama's or Qwen 3's form as a GGUF file, for programs that read those."""
+    with Progress(f"writing {out.name}") as progress:
+        as_gguf.write(checkpoint, out, kind, lambda done, total: progress("weights", done, total))
+    say(f"{out} holds {checkpoint} in {kind}")
 
 
 def _use_threads(count: int) -> None:

@@ -22,20 +22,24 @@ from torch import Tensor
 
 from storage import architecture as canonical
 from storage import tokenizer as tokenizers
-from storage.architecture import Activation, Architecture
+from storage.architecture import Architecture
 from storage.codecs import CODECS
 from storage.errors import CheckpointError, DiskFull, UsageError
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
 from storage.files import publish
 from workers.lab.synthesis import block
-from workers.lab.synthesis.generate import SynthesisRecipe, calibration_tokens, first_tensors, make_layer
+from workers.lab.synthesis.embeddings import first_tensors
+from workers.lab.synthesis.generate import make_layer
 from workers.lab.synthesis.planting import Planting
+from workers.lab.synthesis.recipe import SynthesisRecipe, calibration_tokens
 from workers.lab.synthesis.shapes import Shape
+from workers.lab.synthesis.space import check_space
 
-SLACK_BYTES = 64 << 20  # free space asked for beyond the tensors' own
 MARK = "synthetic"  # key of config.json that says how the checkpoint was made
-ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu")
+# Of each kind of FFN, by the name that `config.json` has for it.
+ACTIVATIONS = {"plain": ("relu", "gelu"), "gated": ("relu", "silu")}
+ACTIVATION_KEYS = {"opt": "activation_function", "falcon": "activation"}  # others: hidden_act
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
@@ -48,7 +52,7 @@ class Request:
     layers: int = 0
     seed: int = 0
     rate: float = 1.0
-    activation: Activation = "relu"
+    activation: str = ""  # the shape's own, or another
     tokenizer: Path | None = None
 
 
@@ -63,7 +67,7 @@ def synthesize(request: Request, out: Path, progress: Progress | None = None) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists: choose another directory")
     total = tensor_bytes(family, config, model, request.shape.dtype)
-    _check_space(total, out)
+    check_space(total, out, "the checkpoint")
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -88,12 +92,18 @@ def plan(request: Request) -> tuple[dict[str, Any], Architecture, Family]:
         raise UsageError(
             f"{request.shape.name} has {whole} layers: choose 1 to {whole}, not {request.layers}"
         )
-    if request.activation not in ACTIVATIONS:
-        raise UsageError(f"the activation must be relu or gelu, not {request.activation!r}")
     config["num_hidden_layers"] = request.layers or whole
     family = family_of(config)
-    config["activation" if family.name == "falcon" else "activation_function"] = request.activation
     model = family.architecture(config)
+    if request.activation:
+        known = ACTIVATIONS[model.layers[0].ffn.kind]
+        if request.activation not in known:
+            raise UsageError(
+                f"the activation of {request.shape.name} must be {' or '.join(known)}, "
+                f"not {request.activation!r}"
+            )
+        config[ACTIVATION_KEYS.get(family.name, "hidden_act")] = request.activation
+        model = family.architecture(config)
     planting = Planting.at_rate(request.rate, model)
     config["_name_or_path"] = f"synthetic-{request.shape.name}"
     config[MARK] = {"shape": request.shape.name, "seed": request.seed, **asdict(planting)}
@@ -103,19 +113,8 @@ def plan(request: Request) -> tuple[dict[str, Any], Architecture, Family]:
 def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture, dtype: str) -> int:
     """Bytes of all the checkpoint's tensors."""
     elements = sum(item.elements for item in family.resident(config, model))
-    neurons = sum(layer.ffn.neurons for layer in model.layers)
-    return CODECS[dtype].size(elements + 2 * neurons * model.d_model)
-
-
-def _check_space(total: int, out: Path) -> None:
-    """Raises DiskFull when the disk has not room for `total` bytes."""
-    place = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < total + SLACK_BYTES:
-        raise DiskFull(
-            f"the checkpoint needs {total / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: make room, "
-            "choose another --out, or fewer --layers"
-        )
+    rows = sum(layer.ffn.neurons * len(family.ffn(model, index)) for index, layer in enumerate(model.layers))
+    return CODECS[dtype].size(elements + rows * model.d_model)
 
 
 def _write(
@@ -128,13 +127,15 @@ def _write(
     progress: Progress,
 ) -> None:
     residents = family.resident(config, model)
-    names = {item.name for item in residents}
+    first_layer = canonical.layer(0, "")
     recipe = SynthesisRecipe(
         model=model,
         planting=Planting.at_rate(request.rate, model),
         seed=request.seed,
         dtype=getattr(torch, request.shape.dtype),
-        biases=canonical.layer(0, "up.bias") in names,
+        parts=frozenset(
+            item.name.removeprefix(first_layer) for item in residents if item.name.startswith(first_layer)
+        ),
     )
     described = directory / "config.json"
     _write_json(described, config)

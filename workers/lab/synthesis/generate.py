@@ -8,124 +8,22 @@ what a block writes, the thresholds' common shift, and the hot-and-cold exponent
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from storage import architecture as canonical
-from storage.architecture import NORM_PARTS, Architecture, Layer
+from storage.architecture import NORM_PARTS, NormPlace
+from storage.layout import Role
 from workers.lab.synthesis import block
 from workers.lab.synthesis.activity import WARM_UP, new_per_token
-from workers.lab.synthesis.planting import Planting
+from workers.lab.synthesis.embeddings import NORM_JITTER, SMALL
+from workers.lab.synthesis.recipe import Constant, SynthesisRecipe, without
 
-CALIBRATION_TOKENS = 320
-EMBEDDING_CHUNK = 4096  # rows drawn at a time
 EXPONENTS = (0.0, 1.1)  # searched for α; 0 is flat, and beyond 1.1 the predictor is too nearly right
 SEARCH_STEPS = 6
 SEARCH_NEURONS = 2048  # of each layer, that the search for α looks at
-NORM_JITTER = 0.05  # of norm weights around 1, so that a forgotten norm weight shows
-SMALL = 0.02  # standard deviation of biases that carry nothing
-
-
-@dataclass(slots=True)
-class SynthesisRecipe:
-    """Everything that is fixed before the first layer is made."""
-
-    model: Architecture
-    planting: Planting
-    seed: int
-    dtype: torch.dtype
-    biases: bool  # linear layers have biases
-
-    @property
-    def layer(self) -> Layer:
-        """Any of the layers: all are alike."""
-        return self.model.layers[0]
-
-    @property
-    def neurons(self) -> int:
-        """Of a layer's FFN."""
-        return self.layer.ffn.neurons
-
-    def generator(self, *what: object) -> torch.Generator:
-        """The random source of one tensor."""
-        text = repr((self.seed, self.model.d_model, self.neurons, *what))
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def normal(self, scale: float, shape: tuple[int, ...], *what: object) -> Tensor:
-        """Normally distributed float32 of a standard deviation."""
-        return torch.randn(shape, generator=self.generator(*what)).mul_(scale)
-
-    def rounded(self, tensor: Tensor) -> Tensor:
-        """The values that the checkpoint's dtype holds, in float32."""
-        return tensor.to(self.dtype).float()
-
-    @property
-    def norm_direction(self) -> Tensor | None:
-        """The norms' bias b, `[d_model]`, the same in every layer; None where it carries nothing."""
-        if self.biases and self.layer.attention.rope is None:
-            return None
-        return self.rounded(self.normal(self.planting.norm_bias, (self.model.d_model,), "norm bias"))
-
-
-def calibration_tokens(recipe: SynthesisRecipe) -> Tensor:
-    """Zipf-distributed ids: byte-pair vocabularies are ordered by frequency, about."""
-    weights = 1 / (torch.arange(recipe.model.vocabulary) + 2.7)
-    generator = recipe.generator("calibration")
-    count = min(CALIBRATION_TOKENS, recipe.model.max_positions)
-    return torch.multinomial(weights, count, replacement=True, generator=generator)
-
-
-def first_tensors(recipe: SynthesisRecipe) -> dict[str, Tensor]:
-    """Embeddings and final norm, by canonical name, in the checkpoint's dtype."""
-    model, planting = recipe.model, recipe.planting
-    learned = model.learned_positions is not None
-    share = planting.position_energy if learned else 0.0
-    tensors = {
-        canonical.EMBED: _embedding(recipe, planting.stream_scale * math.sqrt(1 - share)),
-        f"{canonical.FINAL_NORM}.weight": 0.1 * (1 + recipe.normal(NORM_JITTER, (model.d_model,), "final")),
-        f"{canonical.FINAL_NORM}.bias": recipe.normal(SMALL, (model.d_model,), "final bias"),
-    }
-    if learned:
-        tensors[canonical.POSITIONS] = _walk(recipe, planting.stream_scale * math.sqrt(share))
-    return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}
-
-
-def _embedding(recipe: SynthesisRecipe, scale: float) -> Tensor:
-    """`[vocabulary, d_model]` without a component along the norms' bias, a chunk of rows at a time."""
-    model, direction = recipe.model, recipe.norm_direction
-    embedding = torch.empty(model.vocabulary, model.d_model, dtype=recipe.dtype)
-    generator = recipe.generator("embed")
-    for start in range(0, model.vocabulary, EMBEDDING_CHUNK):
-        rows = embedding[start : start + EMBEDDING_CHUNK]
-        drawn = torch.randn(rows.shape, generator=generator).mul_(scale)
-        rows.copy_(_without(drawn.T, direction).T)
-    return embedding
-
-
-def _walk(recipe: SynthesisRecipe, scale: float) -> Tensor:
-    """A random walk over positions that stays on a sphere, about: `[positions, d_model]`."""
-    model = recipe.model
-    keep = math.exp(-1 / recipe.planting.position_memory)
-    positions = model.max_positions + (model.learned_positions or 0)
-    steps = recipe.normal(1.0, (positions, model.d_model), "walk")
-    steps[1:] *= math.sqrt(1 - keep * keep)
-    for position in range(1, steps.shape[0]):
-        steps[position] += keep * steps[position - 1]
-    return steps.mul_(scale)
-
-
-def _without(matrix: Tensor, direction: Tensor | None) -> Tensor:
-    """`[d_model, n]` with columns that have no component along `direction`; in place."""
-    if direction is None:
-        return matrix
-    unit = direction / direction.norm()
-    return matrix.sub_(torch.outer(unit, unit @ matrix))
 
 
 def make_layer(recipe: SynthesisRecipe, layer: int, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -133,14 +31,15 @@ def make_layer(recipe: SynthesisRecipe, layer: int, x: Tensor) -> tuple[dict[str
 
     x is the calibration sequence's stream before the layer, `[tokens, d_model]` float32.
     """
-    made = recipe.layer
-    tensors = _norms(recipe, layer) | _attention(recipe, layer)
+    made, level = recipe.layer, _moving(recipe, x)
+    tensors = _norms(recipe, layer)
     h = block.attention_input(made, tensors, x)
+    tensors |= _attention(recipe, layer, recipe.constant(tensors, "attention_input", h))
     heads = block.attended(made, tensors, h)
-    attended_x = _set_out(recipe, layer, tensors, heads, _rms(x))
+    attended_x = _set_out(recipe, layer, tensors, heads, level)
     f = block.ffn_input(made, tensors, x, attended_x)
-    active = _set_up(recipe, layer, tensors, f)
-    ffn = _set_down(recipe, layer, tensors, active, _rms(x))
+    active = _set_rows(recipe, layer, tensors, f)
+    ffn = _set_down(recipe, layer, tensors, active, level)
     x = block.block_output(made, tensors, x, attended_x, ffn)
     return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}, x
 
@@ -149,26 +48,39 @@ def _rms(x: Tensor) -> float:
     return float(x[WARM_UP:].square().mean().sqrt())
 
 
+def _moving(recipe: SynthesisRecipe, x: Tensor) -> float:
+    """Root mean square of what is not constant in the stream x `[tokens, d_model]`."""
+    return _rms(without(x.T.clone(), recipe.direction).T)
+
+
 def _norms(recipe: SynthesisRecipe, layer: int) -> dict[str, Tensor]:
-    width, direction = (recipe.model.d_model,), recipe.norm_direction
+    width, direction, attention = (recipe.model.d_model,), recipe.direction, recipe.layer.attention
     tensors = {}
-    for name in (NORM_PARTS[place] for place in recipe.layer.norms):
-        tensors[f"{name}.weight"] = recipe.rounded(1 + recipe.normal(NORM_JITTER, width, layer, name))
-        bias = recipe.normal(SMALL, width, layer, name, "bias")
-        tensors[f"{name}.bias"] = recipe.rounded(bias) if direction is None else direction.clone()
+    for place, norm in recipe.layer.norms.items():
+        name = NORM_PARTS[place]
+        around_one = 1 + recipe.normal(NORM_JITTER, width, layer, name) - norm.offset
+        tensors[f"{name}.weight"] = recipe.rounded(around_one)
+        if norm.kind == "layer":
+            bias = recipe.normal(SMALL, width, layer, name, "bias")
+            tensors[f"{name}.bias"] = recipe.rounded(bias) if direction is None else direction.clone()
+    if attention.qk_norm is not None:
+        for one, heads in (("q", attention.heads), ("k", attention.kv_heads)):
+            size = attention.head_dim * (1 if attention.qk_norm.over == "head" else heads)
+            jitter = recipe.normal(NORM_JITTER, (size,), layer, f"{one} norm")
+            tensors[f"{one}_norm.weight"] = recipe.rounded(1 + jitter)
     return tensors
 
 
-def _attention(recipe: SynthesisRecipe, layer: int) -> dict[str, Tensor]:
+def _attention(recipe: SynthesisRecipe, layer: int, constant: Constant | None) -> dict[str, Tensor]:
     """Queries, keys and values, `[rows, d_model]`. Values carry nothing that is constant."""
-    model, direction = recipe.model, recipe.norm_direction
+    model = recipe.model
     attention, unit = recipe.layer.attention, 1 / math.sqrt(model.d_model)
     queries, keys = attention.width, attention.kv_heads * attention.head_dim
 
     def drawn(name: str, rows: int, scale: float) -> Tensor:
         return recipe.normal(scale * unit, (rows, model.d_model), layer, name)
 
-    value = _without(drawn("value", keys, 1.0).T, direction).T
+    value = without(drawn("value", keys, 1.0).T, _along(constant)).T
     if model.learned_positions is not None:
         # Equal maps: a token attends to itself and to what resembles it, its neighbours first.
         key = drawn("key", keys, math.sqrt(3 / math.sqrt(attention.head_dim)))
@@ -176,16 +88,19 @@ def _attention(recipe: SynthesisRecipe, layer: int) -> dict[str, Tensor]:
     else:
         query, key = drawn("query", queries, 0.5), drawn("key", keys, 0.5)
     if attention.rope is not None:
-        assert direction is not None
+        assert constant is not None
         constant_query, constant_key = _distance_kernel(recipe, layer)
-        dual = direction / direction.square().sum()  # its product with the FFN input is 1
-        query += torch.outer(constant_query, dual)
-        key += torch.outer(constant_key, dual)
+        query += torch.outer(constant_query, constant.dual)
+        key += torch.outer(constant_key, constant.dual)
     tensors = {"qkv.weight": recipe.rounded(torch.cat((query, key, value)))}
-    if recipe.biases:
+    if "qkv.bias" in recipe.parts:
         rows = (queries + 2 * keys,)
         tensors["qkv.bias"] = recipe.rounded(recipe.normal(SMALL, rows, layer, "qkv bias"))
     return tensors
+
+
+def _along(constant: Constant | None) -> Tensor | None:
+    return None if constant is None else constant.along
 
 
 def _distance_kernel(recipe: SynthesisRecipe, layer: int) -> tuple[Tensor, Tensor]:
@@ -203,56 +118,84 @@ def _distance_kernel(recipe: SynthesisRecipe, layer: int) -> tuple[Tensor, Tenso
     distance = torch.log(torch.outer(reach, frequencies))  # 0 where ω · reach is 1
     weights = torch.exp(-(distance**2) / 2)
     weights /= weights.sum(dim=1, keepdim=True)
-    logit = planting.reach_strength * math.sqrt(attention.head_dim)
+    logit = planting.reach_strength / attention.scale
     query = torch.cat((weights * logit, torch.zeros(attention.heads, half)), dim=1)
     key = torch.cat((torch.ones(attention.kv_heads, half), torch.zeros(attention.kv_heads, half)), dim=1)
     return query.flatten(), key.flatten()
 
 
 def _set_out(
-    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], heads: Tensor, rms: float
+    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], heads: Tensor, level: float
 ) -> Tensor:
-    """The output projection, scaled to write the wanted energy; returns attention's output."""
+    """The output projection, scaled to write the wanted energy; returns attention's output.
+
+    `level` is the stream's root mean square.
+    """
     model, planting = recipe.model, recipe.planting
     energy = planting.attention_share(layer)
     out = recipe.normal(1.0, (model.d_model, heads.shape[1]), layer, "out")
-    out = _without(out, recipe.norm_direction)
-    out *= math.sqrt(energy) * rms / _rms(heads @ out.T)
+    out = without(out, recipe.direction)
+    out *= math.sqrt(energy) * level / (recipe.layer.branch_scale * _rms(heads @ out.T))
     tensors["out.weight"] = recipe.rounded(out)
-    if recipe.biases:
-        bias = recipe.normal(SMALL * rms, (model.d_model,), layer, "out bias")
+    if "out.bias" in recipe.parts:
+        bias = recipe.normal(SMALL * level, (model.d_model,), layer, "out bias")
         tensors["out.bias"] = recipe.rounded(bias)
     return torch.nn.functional.linear(heads, tensors["out.weight"], tensors.get("out.bias"))
 
 
-def _set_up(recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -> Tensor:
-    """The up-projection with its thresholds; returns the activations `[tokens, d_ff]`."""
-    model, planting = recipe.model, recipe.planting
+def _set_rows(recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], f: Tensor) -> Tensor:
+    """The FFN's gate and up rows; returns the activations `[tokens, d_ff]`."""
+    ffn, constant = recipe.layer.ffn, recipe.constant(tensors, _ffn_norm(recipe), f)
+    made: dict[Role, Tensor] = {}
+    if ffn.kind == "gated":
+        width = recipe.model.d_model
+        up = recipe.normal(1 / math.sqrt(width), (recipe.neurons, width), layer, "linear up")
+        tensors["up.weight"] = without(up.T, _along(constant)).T
+        made["up"] = f @ tensors["up.weight"].T
+    role = ffn.deciding[0]
+    made[role] = _set_deciding(recipe, layer, tensors, f, role, constant)
+    return block.activated(ffn, made)
+
+
+def _ffn_norm(recipe: SynthesisRecipe) -> NormPlace:
+    """The norm that makes the FFN's input."""
+    return "ffn_input" if "ffn_input" in recipe.layer.norms else "attention_input"
+
+
+def _set_deciding(
+    recipe: SynthesisRecipe,
+    layer: int,
+    tensors: dict[str, Tensor],
+    f: Tensor,
+    role: Role,
+    constant: Constant | None,
+) -> Tensor:
+    """The projection that decides which neurons are active, with its thresholds; returns f's products."""
+    model, planting, along = recipe.model, recipe.planting, _along(constant)
     rank = planting.rank(model.d_model)
     spanning = recipe.normal(1.0, (model.d_model, rank), layer, "basis")
-    basis = torch.linalg.qr(_without(spanning, recipe.norm_direction))[0]
+    basis = torch.linalg.qr(without(spanning, along))[0]
     rows = recipe.normal(1.0, (recipe.neurons, rank), layer, "rows")
     rows /= rows.norm(dim=1, keepdim=True)
-    up = recipe.normal(
+    matrix = recipe.normal(
         planting.noise / math.sqrt(model.d_model), (recipe.neurons, model.d_model), layer, "up"
     )
-    up = _without(up.T, recipe.norm_direction).T if recipe.norm_direction is not None else up
-    up.addmm_(rows, basis.T)
-    pre = f @ up.T
+    matrix = without(matrix.T, along).T
+    matrix.addmm_(rows, basis.T)
+    pre = f @ matrix.T
     theta = torch.zeros(recipe.neurons)
     if recipe.layer.ffn.sparse:
         theta = _thresholds(recipe, layer, seen=(f @ basis) @ rows.T, pre=pre)
-    if recipe.biases:
-        tensors["up.bias"] = recipe.rounded(-theta)
-        pre += tensors["up.bias"]
+        theta -= recipe.layer.ffn.threshold  # which has to be exceeded anyway
+    if f"{role}.bias" in recipe.parts:
+        tensors[f"{role}.bias"] = recipe.rounded(-theta)
+        pre += tensors[f"{role}.bias"]
     else:
-        direction = recipe.norm_direction
-        assert direction is not None
-        dual = direction / direction.square().sum()
-        up -= torch.outer(theta, dual)
-        pre -= torch.outer(f @ dual, theta)
-    tensors["up.weight"] = up
-    return block.activated(recipe.layer, pre)
+        assert constant is not None
+        matrix -= torch.outer(theta, constant.dual)
+        pre -= torch.outer(f @ constant.dual, theta)
+    tensors[f"{role}.weight"] = matrix
+    return pre
 
 
 def _thresholds(recipe: SynthesisRecipe, layer: int, *, seen: Tensor, pre: Tensor) -> Tensor:
@@ -301,18 +244,16 @@ def _renewal(recipe: SynthesisRecipe, seen: Tensor, pre: Tensor) -> float:
 
 
 def _set_down(
-    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], active: Tensor, rms: float
+    recipe: SynthesisRecipe, layer: int, tensors: dict[str, Tensor], active: Tensor, level: float
 ) -> Tensor:
     """The down-projection, scaled likewise, without what the mean activation would write in every token."""
     model, planting = recipe.model, recipe.planting
-    matrix = _without(
-        recipe.normal(1.0, (model.d_model, recipe.neurons), layer, "down"), recipe.norm_direction
-    )
+    matrix = without(recipe.normal(1.0, (model.d_model, recipe.neurons), layer, "down"), recipe.direction)
     mean = active[WARM_UP:].mean(dim=0)
     matrix.sub_(torch.outer(matrix @ mean, mean / mean.square().sum().clamp(min=1e-12)))
-    matrix *= math.sqrt(planting.ffn_energy) * rms / _rms(active @ matrix.T)
+    matrix *= math.sqrt(planting.ffn_energy) * level / (recipe.layer.branch_scale * _rms(active @ matrix.T))
     tensors["down.weight"] = matrix
-    if recipe.biases:
-        bias = recipe.normal(SMALL * rms, (model.d_model,), layer, "down bias")
+    if "down.bias" in recipe.parts:
+        bias = recipe.normal(SMALL * level, (model.d_model,), layer, "down bias")
         tensors["down.bias"] = recipe.rounded(bias)
     return block.down(tensors, active)

@@ -1,9 +1,10 @@
 """What a model's activity looks like on a text, beside the paper's figures.
 
 Every layer is computed densely over one sequence. The predictor is the training-free one: a truncated
-SVD of the up-projection with the true biases, and one threshold a layer and look-ahead, below which
-`MISSES` of the active neurons score. With look-ahead k a layer's set is predicted from the FFN input
-of the k-th layer before; layers below k have no such source and are left out.
+SVD of the projection that decides (up, or a gated FFN's gate; where both do, the lower score) with the
+true biases, and one threshold a layer and look-ahead, below which `MISSES` of the active neurons score.
+With look-ahead k a layer's set is predicted from the FFN input of the k-th layer before; layers below k
+have no such source and are left out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from storage.architecture import Ffn
 from workers.lab.synthesis import block
 from workers.lab.synthesis.activity import WARM_UP, new_per_token, union_size
 from workers.lab.synthesis.sources import Weights
@@ -78,24 +80,26 @@ def measure(
         attended_x = block.attention(layer, tensors, block.attention_input(layer, tensors, x))
         f = block.ffn_input(layer, tensors, x, attended_x)
         inputs.appendleft(f)
-        pre = block.pre_activation(tensors, f)
-        reports.append(_layer_report(index, tensors, inputs, pre > 0, rank))
-        ffn = block.down(tensors, block.activated(layer, pre))
+        products = block.products(layer, tensors, f)
+        active = block.excess(layer.ffn, products) > 0
+        reports.append(_layer_report(index, tensors, layer.ffn, inputs, active, rank))
+        ffn = block.down(tensors, block.activated(layer.ffn, products))
         x = block.block_output(layer, tensors, x, attended_x, ffn)
         heard(index + 1)
     return reports
 
 
 def _layer_report(
-    layer: int, tensors: block.Tensors, inputs: deque[Tensor], active: Tensor, rank: int
+    layer: int, tensors: block.Tensors, ffn: Ffn, inputs: deque[Tensor], active: Tensor, rank: int
 ) -> LayerReport:
-    up = tensors["up.weight"]
-    bias = tensors.get("up.bias")
-    made = decompose(up, torch.zeros(len(up)) if bias is None else bias, rank)
+    none = torch.zeros(ffn.neurons)
+    maps = [
+        decompose(tensors[f"{role}.weight"], tensors.get(f"{role}.bias", none), rank) for role in ffn.deciding
+    ]
     predictions: dict[int, Prediction] = {}
     first = 0.0  # look-ahead 0's threshold
     for lookahead, source in zip(LOOKAHEADS, inputs, strict=False):
-        scores = made.scores(source)
+        scores = torch.stack([one.scores(source) for one in maps]).amin(0)
         own = threshold(scores, active, MISSES)
         first = first if lookahead else own
         predictions[lookahead] = _prediction(scores, active, own, first)

@@ -2,14 +2,16 @@
 
 Random weights are neither sparse nor local. Five things are planted:
 
-- *A low-rank up-projection*: W = A Uᵀ + N, rows of A of length 1, rows of N of length `noise`. A
-  truncated SVD finds A Uᵀ, never N, so a predictor over-predicts about as much as the paper's.
+- *A low-rank projection that decides* which neurons are active, up or in gated FFNs the gate:
+  W = A Uᵀ + N, rows of A of length 1, rows of N of length `noise`. A truncated SVD finds A Uᵀ, never N,
+  so a predictor over-predicts about as much as the paper's.
 - *Hot and cold neurons*: neuron i is to be active with probability p_i ∝ (i + d_ff/64)^−α, which sets
   its threshold; neurons are shuffled. α is searched for each layer, so that the layer's *predicted* set
   renews itself at the wanted rate.
-- *Thresholds*: the up-projection's biases. A family without biases gets them along its norm's bias b:
-  the FFN input is g·z + b, nothing written to the residual stream has a component along b, and so up
-  rows of −θ b/|b|² contribute the constant −θ.
+- *Thresholds*: that projection's biases. A family without biases gets them along its norm's bias b:
+  the FFN input is g·z + b, nothing written to the residual stream has a component along b, and so rows
+  of −θ b/|b|² contribute the constant −θ. Root-mean-square norms have no bias: there b is a part of every
+  embedding, and what the norm leaves of it varies with the length of the rest, by some per cent.
 - *Drift*, so that consecutive tokens share neurons: learned positions are a smooth random walk. With
   rotary positions queries and keys have a constant part along b, in low frequencies, whose product
   depends on distance alone and falls with it: attention is a running mean over the last tokens. With
@@ -50,6 +52,7 @@ class Planting:
     attention_reach: float = 24.0  # tokens of the running mean; rotary positions
     reach_strength: float = 5.0  # logit at distance 0; rotary positions
     norm_bias: float = 0.25  # per coordinate, where thresholds live in the norm's bias
+    constant_energy: float = 0.5  # share of b in the first layer's input, where norms have no bias
 
     @classmethod
     def at_rate(cls, rate: float, model: Architecture) -> Planting:

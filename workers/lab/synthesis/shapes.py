@@ -1,4 +1,8 @@
-"""The shapes that can be synthesised: the published `config.json` of each, without its weights."""
+"""The shapes that can be synthesised: the published `config.json` of each, without its weights.
+
+Falcon's and Llama 2's have ReLU where the published ones have GELU and SiLU: as relufied ones, which the
+paper measured, and ReluLLaMA.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def _falcon(name: str, width: int, layers: int, heads: int, **flags: Any) -> Sha
     config = {
         "model_type": "falcon",
         "architectures": ["FalconForCausalLM"],
-        "activation": "gelu",
+        "activation": "relu",
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -70,6 +74,66 @@ def _falcon(name: str, width: int, layers: int, heads: int, **flags: Any) -> Sha
     }
     return Shape(name, config, "bfloat16")
 
+
+def _llama(
+    name: str,
+    width: int,
+    neurons: int,
+    layers: int,
+    heads: tuple[int, int],
+    vocabulary: int,
+    dtype: str = "bfloat16",
+    **flags: Any,
+) -> Shape:
+    """Llama 2 (arXiv 2307.09288), Llama 3 (2407.21783) and what has their form; heads of queries, of keys."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": neurons,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": dtype,
+        **flags,
+    }
+    return Shape(name, config, dtype)
+
+
+def _llama3(name: str, width: int, neurons: int, layers: int, heads: tuple[int, int], **flags: Any) -> Shape:
+    """Llama 3.1 and 3.2."""
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        **flags.pop("rope_scaling", {}),
+    }
+    return _llama(
+        name,
+        width,
+        neurons,
+        layers,
+        heads,
+        128256,
+        head_dim=width // heads[0],
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=rope,
+        bos_token_id=128000,
+        eos_token_id=128001,
+        **flags,
+    )
+
+
+_FACTOR_32 = {"tie_word_embeddings": True, "rope_scaling": {"factor": 32.0}}
 
 SHAPES = {
     shape.name: shape
@@ -95,6 +159,54 @@ SHAPES = {
             eos_token_id=2,
         ),
         _falcon("falcon-40b", 8192, 60, 128, new_decoder_architecture=True, num_kv_heads=8),
+        _llama(
+            "llama-2-7b",
+            4096,
+            11008,
+            32,
+            (32, 32),
+            32000,
+            "float16",
+            hidden_act="relu",
+            max_position_embeddings=4096,
+        ),
+        _llama3("llama-3.1-8b", 4096, 14336, 32, (32, 8)),
+        _llama3("llama-3.2-1b", 2048, 8192, 16, (32, 8), **_FACTOR_32),
+        _llama3("llama-3.2-3b", 3072, 8192, 28, (24, 8), **_FACTOR_32),
+        _llama(
+            "minicpm-s-1b",
+            1536,
+            3840,
+            52,
+            (24, 8),
+            73440,
+            model_type="minicpm",
+            architectures=["MiniCPMForCausalLM"],
+            hidden_act="fatrelu",
+            hidden_act_param=0.03,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            scale_emb=12,
+            scale_depth=1.4,
+            dim_model_base=256,
+        ),
+        _llama(
+            "qwen3-1.7b",
+            2048,
+            6144,
+            28,
+            (16, 8),
+            151936,
+            model_type="qwen3",
+            architectures=["Qwen3ForCausalLM"],
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            bos_token_id=151643,
+            eos_token_id=151645,
+        ),
     )
 }
 

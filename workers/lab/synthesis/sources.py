@@ -16,7 +16,6 @@ from storage import architecture as canonical
 from storage.architecture import Architecture
 from storage.checkpoint import Checkpoint
 from storage.convert.conversion import Conversion, check
-from storage.errors import UnsupportedModel
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.manifest import MANIFEST, RESIDENT
 from storage.resident import built
@@ -45,15 +44,10 @@ class Weights(Protocol):
 
 
 def open_weights(path: Path) -> Weights:
-    """Raises StoreError or CheckpointError for what is neither, UnsupportedModel for a gated model."""
-    weights: Weights
+    """Raises StoreError or CheckpointError for what is neither."""
     if (path / MANIFEST).is_file():
-        weights = StoreWeights(Store.open(path))
-    else:
-        weights = CheckpointWeights(check(Checkpoint.open(path), DEFAULT_ALIGNMENT))
-    if any(layer.ffn.kind != "plain" for layer in weights.architecture.layers):
-        raise UnsupportedModel(f"{weights.name} has gated FFNs, which cannot be measured yet")
-    return weights
+        return StoreWeights(Store.open(path))
+    return CheckpointWeights(check(Checkpoint.open(path), DEFAULT_ALIGNMENT))
 
 
 def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:
@@ -141,7 +135,8 @@ class StoreWeights:
                 for name in file.keys()  # noqa: SIM118
                 if name.startswith(prefix)
             }
-        up, down = self.store.ffn(index, "up", "down")
-        tensors["up.weight"] = torch.from_numpy(up.widened())
-        tensors["down.weight"] = torch.from_numpy(down.widened()).T
+        roles = [row.role for row in self.store.layout.layers[index].unit.rows]
+        for role, rows in zip(roles, self.store.ffn(index, *roles), strict=True):
+            matrix = torch.from_numpy(rows.widened())
+            tensors[f"{role}.weight"] = matrix.T if role == "down" else matrix
         return tensors

@@ -22,10 +22,10 @@ def print_table(
     console.print(_by_layer(title, reports))
     console.print(_by_window(f"{title}: windows", reports))
     console.print(_against_paper(f"{title}: means", PAPER.get(weights.architecture.family, {}), summary))
-    if weights.architecture.activation != "relu":
+    if not weights.architecture.sparse:
         console.print(
             f"{weights.name} uses {weights.architecture.activation}: its activations are never zero, "
-            "and 'active' counts positive pre-activations only."
+            "and 'active' counts neurons whose activation function is given a positive number."
         )
 
 

@@ -117,7 +117,7 @@ def make(
     `tokens` `[rows, length]`, cut by `split`. The same arguments give the same bytes, on the same
     machine. Raises UnsupportedModel for a model without ReLU.
     """
-    activations.require_relu(store)
+    _check(store, job)
     torch.set_num_threads(threads)
     recorded = activations.record(
         store,
@@ -148,6 +148,16 @@ def make(
     return reports
 
 
+def _check(store: Store, job: TrainingJob) -> None:
+    """Raises UnsupportedModel for a model without ReLU, UsageError for a method that cannot learn it."""
+    activations.require_relu(store)
+    if job.method == "svd" and any(len(layer.ffn.deciding) > 1 for layer in store.architecture.layers):
+        raise UsageError(
+            f"{store.manifest.name} has neurons that two projections decide (dReLU), of which --method svd "
+            "knows one: choose trained or regression"
+        )
+
+
 def _share(tensors: dict[str, torch.Tensor], layers: int) -> None:
     """Leave out a map's matrices where they are the in-layer one's, as with `svd`: half of the memory."""
     for layer in range(layers):
@@ -174,9 +184,11 @@ def _ranks(store: Store, recorded: Activations, split: Split, job: TrainingJob) 
 
 
 def _regression(store: Store, recorded: Activations, split: Split, layer: int, ahead: int) -> fit.Regression:
-    up, bias = activations.deciding(store, layer)
+    deciding = activations.deciding(store, layer)
+    if len(deciding) > 1:
+        return fit.Regression.of_activity(recorded.samples(layer, ahead).part(0, split.train))
     source = recorded.inputs(layer - ahead)[: split.train]
-    return fit.Regression.of(up, bias, source, recorded.targets(layer)[: split.train])
+    return fit.Regression.of(*deciding[0], source, recorded.targets(layer)[: split.train])
 
 
 def fit_map(
@@ -186,8 +198,8 @@ def fit_map(
     samples = recorded.samples(layer, ahead)
     validation = samples.part(split.train, split.validation)
     if job.method == "svd":
-        up, bias = activations.deciding(store, layer)
-        made = svd.decompose(up, bias, rank)
+        (one,) = activations.deciding(store, layer)
+        made = svd.decompose(*one, rank)
         made = LowMap(made.down, made.up, made.bias, samples.scale)
     else:
         made = _regression(store, recorded, split, layer, ahead).map(rank, samples.scale)
@@ -298,7 +310,7 @@ def main(
     store = Store.open(store_path)
     target = store.predictors(name)
     check_writable(target if target.parent.is_dir() else target.parent)
-    activations.require_relu(store)
+    _check(store, job)
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.training-{name}")

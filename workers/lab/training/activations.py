@@ -9,7 +9,7 @@ that of the resident weights, one layer and one block; the disk holds, per token
 DIR/meta.json            what it was made from; another store or text starts anew
 DIR/embedding.npy        float16 [n, d_model]: the residual stream before layer 0, times `scale`
 DIR/layer-L.input.npy    float16 [n, d_model]: the FFN's input
-DIR/layer-L.active.npy   uint8 [n, d_ff / 8]: bit i of a row (lowest first): pre-activation i > 0
+DIR/layer-L.active.npy   uint8 [n, d_ff / 8]: bit i of a row (lowest first): neuron i is active
 ```
 """
 
@@ -103,27 +103,26 @@ def _differ(store: Store, early: bool) -> bool:
     return early and not all(layer.parallel for layer in store.architecture.layers)
 
 
-def deciding(store: Store, layer: int, units: npt.NDArray[np.uint8] | None = None) -> tuple[Tensor, Tensor]:
-    """The projection that decides, gate or up, `[d_ff, d_model]`, and its bias `[d_ff]`, float32.
+def deciding(
+    store: Store, layer: int, units: npt.NDArray[np.uint8] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """The projections that decide, gate, up or both: each `[d_ff, d_model]`, with its bias `[d_ff]`; float32.
 
     `units` saves reading the layer again.
     """
-    (one,) = store.deciding(layer, units)
-    return torch.from_numpy(one.rows.widened()), torch.from_numpy(one.bias)
+    return [
+        (torch.from_numpy(one.rows.widened()), torch.from_numpy(one.bias))
+        for one in store.deciding(layer, units)
+    ]
 
 
 def require_relu(store: Store) -> None:
-    """Raises UnsupportedModel unless zero activations are exact, and one projection decides them."""
+    """Raises UnsupportedModel unless zero activations are exact."""
     architecture = store.architecture
     if not architecture.sparse:
         raise UnsupportedModel(
             f"{store.manifest.name} has {architecture.activation} activations: low-rank predictors need a "
             "ReLU model, whose neurons are exactly zero when inactive; run this one with predictor.kind all"
-        )
-    if any(len(layer.ffn.deciding) > 1 for layer in architecture.layers):
-        raise UnsupportedModel(
-            f"{store.manifest.name} has neurons that two projections decide (dReLU): low-rank predictors "
-            "cannot be trained for those yet; run this one with predictor.kind all"
         )
 
 
@@ -221,13 +220,15 @@ def _pass(
 ) -> None:
     """Everything through one layer."""
     units = store.read_layer(layer)
-    up, bias = deciding(store, layer, units)
+    deciders = deciding(store, layer, units)
     rows, length = shape
     tokens, width = rows * length, store.architecture.d_model
     before = np.load(_stream(directory, layer), mmap_mode="r")
     inputs = _Output(directory / _input_name(layer), (tokens, width))
     own = _Output(directory / _own_name(layer), (tokens, width)) if _differ(store, early) else None
-    active = _Output(directory / f"layer-{layer}.active.npy", (tokens, -(-len(up) // 8)), "u1")
+    active = _Output(
+        directory / f"layer-{layer}.active.npy", (tokens, -(-store.layout.units[layer] // 8)), "u1"
+    )
     last = layer + 1 == len(store.layout.layers)  # nobody reads the stream behind it: an empty file marks it
     after = _Output(_stream(directory, layer + 1), (0 if last else tokens, width), "f4")
     for start, block in _blocks((rows, length)):
@@ -241,7 +242,8 @@ def _pass(
         ffn_input = ffn_input.reshape(-1, width)
         if own is not None:
             own.put(start, _half(ffn_input))
-        positive = torch.addmm(bias, ffn_input, up.T) > 0
+        scores = (torch.addmm(bias, ffn_input, matrix.T) for matrix, bias in deciders)
+        positive = torch.stack([one > 0 for one in scores]).all(0)
         active.put(start, np.packbits(positive.numpy(), axis=1, bitorder="little"))
         if not last:
             after.put(start, y.reshape(-1, width).numpy())

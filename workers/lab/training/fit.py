@@ -4,8 +4,10 @@ Start: reduced-rank regression of the layer's pre-activations on the inputs, in 
 pre-activations are linear in the layer's own input, so two covariances of inputs suffice and no
 pre-activation is ever stored. Each neuron's row is then divided by what the map leaves unexplained
 of it, which turns scores into log-odds (1.702 · z approximates the probit by the logistic function).
+Where two projections decide (dReLU) there is no such target: activity itself, 0 or 1, is regressed on the
+inputs, and the discriminant of two classes of one covariance gives the log-odds.
 
-Then, from there, Deja Vu's recipe: binary cross-entropy on `pre-activation > 0`, negatives weighted
+Then, from there, Deja Vu's recipe: binary cross-entropy on whether a neuron is active, negatives weighted
 with w, the batch's active density + 0.005; AdamW with weight decay 0.01; batches of 1024 tokens;
 the best state on validation text is kept, and training stops when it no longer improves. The paper's
 threshold of 1/2 becomes a calibrated one.
@@ -51,7 +53,10 @@ class MapRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """Best linear prediction of pre-activations from inputs, ready to be cut to any rank. Float64."""
+    """Best linear prediction of pre-activations from inputs, ready to be cut to any rank. Float64.
+
+    With `binary`, of whether a neuron is active, 0 or 1, in the pre-activation's place.
+    """
 
     mean: Tensor  # [d_model] of the inputs
     expected: Tensor  # [d_ff] pre-activations' mean
@@ -61,6 +66,7 @@ class Regression:
     coefficients: Tensor  # [d_ff, d_model] of the whitened inputs
     strengths: Tensor  # [d_model] ascending: variance explained by each direction, neurons equal
     directions: Tensor  # [d_model, d_model], one column each
+    binary: bool = False
 
     @classmethod
     def of(cls, up: Tensor, bias: Tensor, source: F16, target: F16) -> Regression:
@@ -70,23 +76,51 @@ class Regression:
         """
         mean, covariance, mean_target, own, cross = _moments(source, target)
         weights = up.double()
+        variance = ((weights @ own) * weights).sum(1)
+        return cls._solved(mean, covariance, cross, weights @ mean_target + bias.double(), variance, weights)
+
+    @classmethod
+    def of_activity(cls, samples: Samples) -> Regression:
+        """Of active neurons alone, whatever decides them."""
+        mean, covariance, share, cross = _activity_moments(samples)
+        least = 0.5 / len(samples)  # a neuron that was never seen active may be so yet
+        share = share.clamp(least, 1 - least)
+        return cls._solved(mean, covariance, cross, share, share * (1 - share))
+
+    @classmethod
+    def _solved(
+        cls,
+        mean: Tensor,
+        covariance: Tensor,
+        cross: Tensor,
+        expected: Tensor,
+        variance: Tensor,
+        weights: Tensor | None = None,
+    ) -> Regression:
+        """`cross` `[n, d_model]`: the covariance of n values with the inputs.
+
+        The targets are those values themselves, or what `weights` `[d_ff, n]` makes of them.
+        """
         ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(covariance + ridge)
         half = (vectors * values.sqrt()) @ vectors.T
         inverse_half = (vectors / values.sqrt()) @ vectors.T
-        coefficients = weights @ (cross @ inverse_half)
-        variance = ((weights @ own) * weights).sum(1).clamp_min(1e-12)
+        coefficients = cross @ inverse_half
+        if weights is not None:
+            coefficients = weights @ coefficients
+        variance = variance.clamp_min(1e-12)
         normed = coefficients / variance.sqrt()[:, None]  # every neuron counts the same
         strengths, directions = torch.linalg.eigh(normed.T @ normed)
         return cls(
             mean,
-            weights @ mean_target + bias.double(),
+            expected,
             variance,
             half,
             inverse_half,
             coefficients,
             strengths.clamp_min(0),
             directions,
+            binary=weights is None,
         )
 
     def map(self, rank: int, scale: float) -> LowMap:
@@ -94,12 +128,17 @@ class Regression:
         kept = self.directions[:, -rank:]
         up = self.coefficients @ kept
         down = kept.T @ self.inverse_half
-        left = (self.variance - up.square().sum(1)).clamp_min(0) + 1e-4 * self.variance
-        bias = self.expected - up @ (down @ self.mean)
-        steepness = PROBIT / left.sqrt()
-        return LowMap(
-            down.float().contiguous(), (up * steepness[:, None]).float(), (bias * steepness).float(), scale
-        )
+        explained = up.square().sum(1)
+        left = (self.variance - explained).clamp_min(0) + 1e-4 * self.variance
+        centre = up @ (down @ self.mean)
+        if self.binary:
+            steepness = 1 / left
+            middle = centre + (0.5 - self.expected) * explained / self.variance  # of the two classes
+            bias = torch.logit(self.expected) - steepness * middle
+        else:
+            steepness = PROBIT / left.sqrt()
+            bias = (self.expected - centre) * steepness
+        return LowMap(down.float().contiguous(), (up * steepness[:, None]).float(), bias.float(), scale)
 
 
 def _moments(source: F16, target: F16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -122,6 +161,23 @@ def _moments(source: F16, target: F16) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         covariance[wanted, wanted],
         covariance[wanted, known],
     )
+
+
+def _activity_moments(samples: Samples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs' mean and covariance, share active, `[d_ff, d_model]` covariance; float64, read in blocks."""
+    width, count = samples.inputs.shape[1], len(samples)
+    sums, share = torch.zeros(width, dtype=torch.float64), torch.zeros(samples.d_ff, dtype=torch.float64)
+    products = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(samples.d_ff, width, dtype=torch.float64)
+    for start in range(0, count, STATISTICS_ROWS):
+        inputs, active = samples.rows(slice(start, start + STATISTICS_ROWS))
+        chosen = active.float()
+        sums += inputs.sum(0, dtype=torch.float64)
+        share += chosen.sum(0, dtype=torch.float64)
+        products += inputs.T @ inputs
+        cross += chosen.T @ inputs
+    mean, share = sums / count, share / count
+    return mean, products / count - mean[:, None] * mean, share, cross / count - share[:, None] * mean
 
 
 def allot(strengths: Sequence[Tensor], total: int) -> list[int]:

@@ -1,0 +1,217 @@
+"""A checkpoint of Llama's form as a GGUF file, its matrices in one type: equal weights for other programs.
+
+Only in types that the package `gguf` can quantise to itself: no K-quants. Names, keys and the order of
+queries' and keys' rows are those of llama.cpp's converter. Vectors stay float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+
+from storage.architecture import Architecture, Attention, Llama3Scaling
+from storage.checkpoint import Checkpoint
+from storage.codecs import F32, widen
+from storage.errors import CheckpointError, UnsupportedModel, UsageError
+from storage.families.registry import family_of
+from storage.files import TEMPORARY, publish
+from workers.compute.positions import frequencies
+from workers.lab.synthesis.space import check_space
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+PAIRED = {"llama": True, "qwen3": False}  # by family: rotary pairs lie side by side in the file
+CHUNK = 1 << 24  # values quantised at once
+TOKENIZER = "tokenizer.json"
+
+Bytes = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    read: Callable[[int, int], F32]  # lines [start, stop) of its values
+
+    @property
+    def bytes_shape(self) -> tuple[int, ...]:
+        found: tuple[int, ...] = gguf.quant_shape_to_byte_shape(self.shape, self.kind)
+        return found
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.bytes_shape)
+
+    def packed(self) -> Bytes:
+        """`[lines, bytes of a line]` uint8."""
+        lines, width = self.shape[0], math.prod(self.shape[1:])
+        packed = np.empty((lines, self.size // lines), np.uint8)
+        step = max(1, CHUNK // width)
+        for start in range(0, lines, step):
+            stop = min(start + step, lines)
+            part = gguf.quantize(self.read(start, stop).reshape(stop - start, width), self.kind)
+            packed[start:stop] = part.view(np.uint8).reshape(stop - start, -1)
+        return packed
+
+
+def write(directory: Path, out: Path, kind: str, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the checkpoint in `directory` to the file `out`; `progress` gets bytes written, of all.
+
+    Raises UsageError for an unknown type and for a file that is there, UnsupportedModel for a model that is
+    not of Llama's form with SiLU, CheckpointError, and DiskFull before writing more than fits.
+    """
+    if kind not in TYPES:
+        raise UsageError(f"--type must be one of {', '.join(TYPES)}, not {kind!r}")
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another file")
+    checkpoint = Checkpoint.open(directory)
+    model = family_of(checkpoint.config).architecture(checkpoint.config)
+    if model.family not in PAIRED or model.activation != "silu":
+        raise UnsupportedModel(
+            f"{directory} is a {model.family} model with {model.activation}; only {' and '.join(PAIRED)} "
+            "with silu can be written as GGUF"
+        )
+    tensors = _tensors(checkpoint, model, GGMLQuantizationType[kind])
+    total = sum(tensor.size for tensor in tensors)
+    check_space(total, out, "the GGUF file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + TEMPORARY)
+    try:
+        with contextlib.closing(GGUFWriter(partial, model.family)) as writer:
+            _describe(writer, checkpoint, model)
+            for tensor in tensors:
+                writer.add_tensor_info(
+                    tensor.name, tensor.bytes_shape, np.dtype(np.uint8), tensor.size, raw_dtype=tensor.kind
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done = 0
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.packed())
+                done += tensor.size
+                if progress is not None:
+                    progress(done, total)
+        publish(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _tensors(checkpoint: Checkpoint, model: Architecture, kind: GGMLQuantizationType) -> list[Tensor]:
+    number = next(index for index, name in gguf.MODEL_ARCH_NAMES.items() if name == model.family)
+    names = gguf.get_tensor_name_map(number, len(model.layers))
+    found = list(_rope_factors(model))
+    for name, entry in checkpoint.entries.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise CheckpointError(f"GGUF has no name for the tensor {name}")
+        matrix = len(entry.shape) > 1
+        if matrix and entry.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            raise UsageError(
+                f"{name} has rows of {entry.shape[-1]}, which are no whole blocks of {kind.name}"
+            )
+        order = _order(model, name, entry.shape[0])
+        read = _reader(checkpoint, name, entry.dtype, order)
+        found.append(Tensor(theirs, entry.shape, kind if matrix else GGMLQuantizationType.F32, read))
+    return found
+
+
+def _reader(
+    checkpoint: Checkpoint, name: str, dtype: str, order: npt.NDArray[np.int64] | None
+) -> Callable[[int, int], F32]:
+    def read(start: int, stop: int) -> F32:
+        if order is None:
+            return widen(checkpoint.read(name, start, stop), dtype)
+        return widen(checkpoint.read(name)[order[start:stop]], dtype)
+
+    return read
+
+
+def _order(model: Architecture, name: str, rows: int) -> npt.NDArray[np.int64] | None:
+    """The checkpoint's row at each of the file's: of a head, pair by pair instead of half by half."""
+    attention = model.layers[0].attention
+    heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}.get(name.split(".")[-2])
+    if heads is None or not PAIRED[model.family]:
+        return None
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _rope_factors(model: Architecture) -> Iterator[Tensor]:
+    """What Llama 3 divides its angles by."""
+    attention = model.layers[0].attention
+    rope = attention.rope
+    if rope is None or not isinstance(rope.scaling, Llama3Scaling):
+        return
+    plain = frequencies(replace(rope, scaling=None), attention.head_dim, 1)
+    factors = plain / frequencies(rope, attention.head_dim, 1)
+    yield Tensor(
+        "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32, lambda start, stop: factors[start:stop]
+    )
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, model: Architecture) -> None:
+    layer = model.layers[0]
+    attention, norm = layer.attention, model.final_norm
+    assert norm is not None
+    writer.add_name(str(checkpoint.config.get("_name_or_path", checkpoint.path.name)))
+    writer.add_block_count(len(model.layers))
+    writer.add_context_length(model.max_positions)
+    writer.add_embedding_length(model.d_model)
+    writer.add_feed_forward_length(layer.ffn.neurons)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_layer_norm_rms_eps(norm.epsilon)
+    writer.add_vocab_size(model.vocabulary)
+    _describe_positions(writer, attention)
+    _describe_tokenizer(writer, checkpoint.path / TOKENIZER, model)
+
+
+def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
+    rope = attention.rope
+    if rope is None or not isinstance(rope.scaling, Llama3Scaling | None):
+        raise UnsupportedModel("only plain rotary positions and Llama 3's can be written as GGUF")
+    writer.add_rope_freq_base(rope.base)
+    writer.add_rope_dimension_count(attention.head_dim)
+
+
+def _describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:
+    """A byte-level BPE that splits as GPT-2 does; ids that it does not have are tokens never used."""
+    if not path.is_file():
+        writer.add_tokenizer_model("no_vocab")
+        return
+    described = json.loads(path.read_text(encoding="utf-8"))
+    bpe, added = described["model"], described.get("added_tokens", [])
+    if bpe["type"] != "BPE" or (described["pre_tokenizer"] or {}).get("type") != "ByteLevel":
+        raise UnsupportedModel(f"{path} is not a byte-level BPE that splits as GPT-2 does")
+    tokens = [f"[PAD{index}]" for index in range(model.vocabulary)]
+    kinds = [TokenType.UNUSED] * model.vocabulary
+    for text, index in bpe["vocab"].items():
+        tokens[index], kinds[index] = text, TokenType.NORMAL
+    for one in added:
+        tokens[one["id"]] = one["content"]
+        kinds[one["id"]] = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in bpe["merges"]])
+    if model.bos_token is not None:
+        writer.add_bos_token_id(model.bos_token)
+    if model.eos_tokens:
+        writer.add_eos_token_id(model.eos_tokens[0])
+    writer.add_add_bos_token(False)
