@@ -38,27 +38,35 @@ class Row:
 class Rows:
     """Vectors of one length, one in each line of some memory: a matrix, or one role's rows of many units.
 
-    A vector's values are elements `start` .. `start + width` of its line.
+    A vector's `width` values begin at element `start` of its line. With `count` above one, a line holds that
+    many vectors, one behind the other.
     """
 
     memory: Carrier  # [lines, elements], in C order
     codec: Codec
     start: int
     width: int
+    count: int = 1
 
     @classmethod
     def of_matrix(cls, matrix: Carrier, codec: Codec) -> Rows:
-        """The lines of a matrix `[lines, width]`, whole."""
-        return cls(matrix, codec, 0, matrix.shape[-1])
+        """The lines of a matrix, whole."""
+        width = matrix.shape[-1] * matrix.itemsize // codec.bytes * codec.block
+        return cls(matrix, codec, 0, width)
+
+    @property
+    def elements(self) -> int:
+        """Of the carrier, in one vector."""
+        return self.codec.elements(self.width)
 
     @property
     def values(self) -> Carrier:
-        """As stored: `[lines, width]`, a view."""
-        return self.memory[:, self.start : self.start + self.width]
+        """As stored: `[lines, elements of its vectors]`, a view."""
+        return self.memory[:, self.start : self.start + self.count * self.elements]
 
     def widened(self) -> F32:
-        """A float32 copy, `[lines, width]`."""
-        return self.codec.widen(np.ascontiguousarray(self.values))
+        """A float32 copy, `[vectors, width]`: those of the first line, then those of the second."""
+        return self.codec.widen(np.ascontiguousarray(self.values).reshape(-1, self.elements))
 
 
 @dataclass(frozen=True, slots=True)
