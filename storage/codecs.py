@@ -44,6 +44,10 @@ class Codec:
             raise ValueError(f"{count} values are no whole blocks of {self.block} in {self.name}")
         return blocks * self.bytes
 
+    def fits(self, count: int) -> bool:
+        """Whether rows of `count` values can be written."""
+        return count > 0 if self.grouped is None else self.grouped.fits(count)
+
     def elements(self, count: int) -> int:
         """Of the carrier, for `count` values in whole blocks."""
         return self.size(count) // np.dtype(self.carrier).itemsize

@@ -71,7 +71,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one read brings: `width` neurons' rows, role after role, padded to `stride` bytes."""
+    """What one read brings: `width` neurons' rows, role after role, padded to `stride` bytes.
+
+    A row is one neuron's, of `d_model` values. The down rows of a unit of several neurons are the outputs' instead:
+    `d_model` rows of `width` values.
+    """
 
     rows: tuple[Row, ...]
     width: int  # neurons
@@ -109,12 +113,19 @@ class Unit:
 
     def view(self, memory: npt.NDArray[np.uint8], role: Role) -> Rows:
         """A role's rows of the units in `memory` `[units, stride]` bytes; nothing is copied."""
-        codec, (start, stop) = self.codec(role), self.span(role)
-        itemsize = np.dtype(codec.carrier).itemsize
-        return Rows(memory.view(codec.carrier), codec, start // itemsize, (stop - start) // itemsize)
+        codec, (start, _), (count, width) = self.codec(role), self.span(role), self.shape(role)
+        return Rows(
+            memory.view(codec.carrier), codec, start // np.dtype(codec.carrier).itemsize, width, count
+        )
+
+    def shape(self, role: Role) -> tuple[int, int]:
+        """A role's rows in the unit, and values of one."""
+        by_output = role == "down" and self.width > 1
+        return (self.d_model, self.width) if by_output else (self.width, self.d_model)
 
     def _bytes(self, row: Row) -> int:
-        return self.width * CODECS[row.codec].size(self.d_model)
+        count, width = self.shape(row.role)
+        return count * CODECS[row.codec].size(width)
 
 
 def check_alignment(alignment: Any) -> None:

@@ -43,6 +43,10 @@ class Grouped:
         """Of float16 numbers behind the codes, one number for each group."""
         return 2 if self.minima else 1
 
+    def fits(self, width: int) -> bool:
+        """Whether rows of `width` values can be written: whole groups, and whole pairs of runs."""
+        return width > 0 and width % max(self.group, 2 * RUN) == 0
+
     def join(self, codes: npt.NDArray[np.int16], tables: list[npt.NDArray[np.float16]]) -> Codes:
         """[rows, bytes] from codes [rows, groups, group], and scales and minima [rows, groups]."""
         rows = codes.shape[0]
@@ -67,6 +71,12 @@ class Grouped:
         behind = np.ascontiguousarray(stored[:, end:]).view("<f2").reshape(rows, self.tables, groups)
         tables = [behind[:, number].astype(np.float32) for number in range(self.tables)]
         return codes.reshape(rows, groups, self.group), tables
+
+    def cut(self, stored: Codes, count: int) -> Codes:
+        """Rows cut into `count` parts of whole groups: [count, rows, bytes] from [rows, bytes]."""
+        codes, tables = self.split(stored)
+        parts = np.split(codes, count, axis=1), *(np.split(table, count, axis=1) for table in tables)
+        return np.stack([self.join(some, [table.astype(np.float16) for table in own]) for some, *own in zip(*parts)])
 
     def widen(self, stored: Codes) -> F32:
         """[..., values] from [..., bytes], each value rounded once, to float32."""

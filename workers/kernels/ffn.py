@@ -284,7 +284,7 @@ def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> in
     return int(np.count_nonzero(a))
 
 
-def gather(rows: Rows, vectors: I32, start: int, width: int, out: F32) -> None:
+def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:
     """Widen elements [start, start + width) of the given vectors, counted over all lines, into out [n, width].
 
     Single-threaded and without the interpreter's lock: callers divide the work among threads.
