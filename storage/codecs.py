@@ -1,8 +1,8 @@
 """How numbers are stored: the one table of element types, their sizes and their carriers.
 
 A carrier is the numpy type that holds stored values where they are not computed with: numpy has no bfloat16
-and numba has neither 16-bit type, so both are held as uint16 and widened to float32 in registers. Rows in eight
-and four bits (`lowbits.py`) are held as bytes.
+and numba has neither 16-bit type, so both are held as uint16 and widened to float32 in registers. Rows in
+eight and four bits (`lowbits.py`) are held as bytes.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class Rows:
 class Unit:
     """What one read brings: `width` neurons' rows, role after role, padded to `stride` bytes.
 
-    A row is one neuron's, of `d_model` values. The down rows of a unit of several neurons are the outputs' instead:
-    `d_model` rows of `width` values.
+    A row is one neuron's, of `d_model` values. The down rows of a unit of several neurons are the outputs'
+    instead: `d_model` rows of `width` values.
     """
 
     rows: tuple[Row, ...]

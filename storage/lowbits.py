@@ -51,7 +51,7 @@ class Grouped:
         """[rows, bytes] from codes [rows, groups, group], and scales and minima [rows, groups]."""
         rows = codes.shape[0]
         if self.bits == 8:
-            packed = codes.astype(np.int8).view(np.uint8)
+            packed: Codes = codes.astype(np.int8).view(np.uint8)
         else:
             halves = codes.astype(np.uint8).reshape(rows, -1, 2, RUN // 2)
             packed = halves[:, :, 0] | halves[:, :, 1] << 4
@@ -75,8 +75,13 @@ class Grouped:
     def cut(self, stored: Codes, count: int) -> Codes:
         """Rows cut into `count` parts of whole groups: [count, rows, bytes] from [rows, bytes]."""
         codes, tables = self.split(stored)
-        parts = np.split(codes, count, axis=1), *(np.split(table, count, axis=1) for table in tables)
-        return np.stack([self.join(some, [table.astype(np.float16) for table in own]) for some, *own in zip(*parts)])
+        parts = (np.split(array, count, axis=1) for array in (codes, *tables))
+        return np.stack(
+            [
+                self.join(some, [table.astype(np.float16) for table in own])
+                for some, *own in zip(*parts, strict=True)
+            ]
+        )
 
     def widen(self, stored: Codes) -> F32:
         """[..., values] from [..., bytes], each value rounded once, to float32."""
@@ -94,7 +99,11 @@ class Grouped:
         step = max(1, _ROWS_AT_ONCE // max(1, values.shape[-1]))
         parts = [self._rounded(rows[start : start + step]) for start in range(0, len(rows), step)]
         size = values.shape[-1] // self.group * self.bytes
-        return np.concatenate(parts).reshape(*values.shape[:-1], size) if parts else np.empty((0, size), np.uint8)
+        return (
+            np.concatenate(parts).reshape(*values.shape[:-1], size)
+            if parts
+            else np.empty((0, size), np.uint8)
+        )
 
     def _rounded(self, rows: F32) -> Codes:
         groups = rows.reshape(rows.shape[0], -1, self.group)

@@ -34,7 +34,9 @@ class Stored:
 def header(residents: Sequence[Stored]) -> bytes:
     """Length and JSON of a safetensors file that holds `residents` in their order."""
     metadata = codecs_text((one.tensor.name, one.dtype) for one in residents)
-    return header_bytes(((one.tensor.name, one.dtype, one.tensor.shape) for one in residents), metadata or None)
+    return header_bytes(
+        ((one.tensor.name, one.dtype, one.tensor.shape) for one in residents), metadata or None
+    )
 
 
 def size(residents: Sequence[Stored]) -> int:

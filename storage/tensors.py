@@ -1,7 +1,7 @@
 """Single tensors of a store's safetensors files, in the types that kernels take.
 
-16-bit floats come as uint16, which is what numba can hold (and numpy has no bfloat16). Rows in few bits come as
-bytes; the file's metadata name their codecs.
+16-bit floats come as uint16, which is what numba can hold (and numpy has no bfloat16). Rows in few bits come
+as bytes; the file's metadata name their codecs.
 """
 
 from __future__ import annotations

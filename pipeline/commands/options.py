@@ -22,6 +22,13 @@ Memory = Annotated[
     str,
     typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="16, 8 or 4 bits for the weights, rounded once. [default: what the model's files have]",
+        show_default=False,
+    ),
+]
 Context = Annotated[
     int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
 ]

@@ -14,7 +14,7 @@ import xxhash
 from storage import resident
 from storage.architecture import POSITIONS, Architecture, Ffn
 from storage.codecs import CODECS, FLOAT16, FLOAT32, FLOATS, Carrier
-from storage.convert.recipe import Recipe, chosen, unit_width
+from storage.convert.recipe import AS_IT_IS, Recipe, chosen, unit_width
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
@@ -22,7 +22,6 @@ from storage.layout import Layout, Role, Row, Unit
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
 from storage.origin import Entry, Origin
 from storage.resident import Stored
-
 
 # Of published rows that cannot be kept as they are: of several formats, or to be turned into columns.
 _ROUNDED_AGAIN = "q8"
@@ -77,7 +76,7 @@ class Conversion:
 
 
 def check(
-    checkpoint: Origin, alignment: int, order: NeuronOrder | None = None, recipe: Recipe = Recipe()
+    checkpoint: Origin, alignment: int, order: NeuronOrder | None = None, recipe: Recipe = AS_IT_IS
 ) -> Conversion:
     """Check names, shapes and dtypes of everything that will be read, without reading it.
 
@@ -181,10 +180,14 @@ class _Sources:
         width = unit_width(ffn, low)
         rows = []
         for role, dtype in found.items():
-            by_output = role == "down" and width > 1
-            if role == "down" and width == 1 and dtype not in FLOATS:
-                dtype = _ROUNDED_AGAIN if CODECS[_ROUNDED_AGAIN].fits(d_model) else FLOAT16.name
-            rows.append(Row(role, chosen(dtype, self.recipe.ffn, width if by_output else d_model)))
+            if role == "down" and width > 1:  # by output, as the source has it
+                rows.append(Row(role, chosen(dtype, self.recipe.ffn, width)))
+                continue
+            if role == "down" and dtype not in FLOATS:
+                again = _ROUNDED_AGAIN if CODECS[_ROUNDED_AGAIN].fits(d_model) else FLOAT16.name
+                rows.append(Row(role, chosen(again, self.recipe.ffn, d_model)))
+                continue
+            rows.append(Row(role, chosen(dtype, self.recipe.ffn, d_model)))
         return Unit(tuple(rows), width, d_model, alignment)
 
     def dtype(self, resident: Resident, usual: str) -> str:

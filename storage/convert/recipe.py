@@ -36,6 +36,9 @@ class Recipe:
         raise UsageError(f"bits must be 16, 8 or 4, not {bits}")
 
 
+AS_IT_IS = Recipe()
+
+
 def chosen(source: str, wanted: str | None, width: int) -> str:
     """The format of rows of `width` values: what is wanted, unless the source has no more bits than that.
 

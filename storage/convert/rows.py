@@ -11,7 +11,8 @@ from storage.layout import Role, Unit
 def unit_rows(role: Role, matrix: Carrier, dtype: str, unit: Unit) -> Carrier:
     """A role's rows of all units, in the unit's codec, so that `[units, -1]` has a unit in each line.
 
-    `matrix` is the checkpoint's in the codec `dtype`: gate and up [neurons, d_model], down [d_model, neurons].
+    `matrix` is the checkpoint's in the codec `dtype`: gate and up [neurons, d_model], down
+    [d_model, neurons].
     What has the unit's codec already is moved and not rounded again.
     """
     target, source = unit.codec(role), CODECS[dtype]

@@ -21,6 +21,7 @@ from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
 I32 = npt.NDArray[np.int32]
+Places = npt.NDArray[np.int64]
 _OUTPUTS = 128  # of a sum over units that a thread takes at a time
 
 
@@ -137,18 +138,14 @@ def _ascending(ids: Any, a: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _accumulate(
-    codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chunk: Any, threads: Any
-) -> Any:
+def _accumulate(codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chunk: Any, threads: Any) -> Any:
     places = _ascending(ids, a)
     add_rows(codec, memory, at[places], y.shape[0], a[places], y, chunk, threads)
     return places.shape[0]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _combine(
-    codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any
-) -> None:
+def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any) -> None:
     """y[j] += Σ row j of unit u · part u of x, unit after unit; a unit's rows are `step` elements apart."""
     rows = y.shape[0]
     last = rows - 1
@@ -176,21 +173,19 @@ def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any)
         codec.widen_row(memory, at[i], column, width, out[i])
 
 
-def _places(rows: Rows, lines: I32) -> npt.NDArray[np.int64]:
+def _places(rows: Rows, lines: I32) -> Places:
     """The elements of flat memory where the vectors of some lines begin, one line after the other."""
-    first = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
+    first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
     if rows.count == 1:
         return first
-    each = np.arange(rows.count, dtype=np.int64) * rows.elements
-    return (first[:, None] + each).reshape(-1)
+    return np.add.outer(first, np.arange(rows.count) * rows.elements).reshape(-1)
 
 
 def _neurons(ids: I32, rows: Rows) -> I32:
     """Of units by their ids, the neurons."""
     if rows.count == 1:
         return ids
-    neurons: I32 = (ids[:, None] * np.int32(rows.count) + np.arange(rows.count, dtype=np.int32)).reshape(-1)
-    return neurons
+    return np.add.outer(ids * np.int32(rows.count), np.arange(rows.count, dtype=np.int32)).reshape(-1)
 
 
 def activate(
@@ -285,7 +280,9 @@ def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> in
 
 
 def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:
-    """Widen elements [start, start + width) of the given vectors, counted over all lines, into out [n, width].
+    """Widen elements [start, start + width) of the given vectors into out [n, width].
+
+    Vectors are counted through all lines.
 
     Single-threaded and without the interpreter's lock: callers divide the work among threads.
     """

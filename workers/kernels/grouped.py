@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model, unbox, NativeValue
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 from storage.codecs import LOW_BITS, Codec
 from storage.lowbits import Grouped
@@ -93,7 +93,8 @@ def _dots(
     typing: Any, codec: Any, memory: Any, at: Any, following: Any, values: Any, scales: Any, sums: Any
 ) -> Any:
     """Products of the rows `at` four offsets with a prepared vector (`prepare.py`)."""
-    signature = types.UniTuple(types.float32, ROWS)(codec, memory, at, following, values, scales, sums)
+    returns = types.UniTuple(types.float32, ROWS)  # type: ignore[no-untyped-call]
+    signature = returns(codec, memory, at, following, values, scales, sums)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given, grouped = _Arguments(context, builder, signature, values), format_of(signature.args[0])

@@ -169,8 +169,10 @@ class Emitter:
         scales = b.gep(row, [b.mul(groups, long(step))])
         return scales, b.gep(scales, [b.mul(groups, long(2))]) if self.grouped.minima else scales
 
-    def dots(self, rows: Sequence[Any], following: Sequence[Any], x: tuple[Any, Any, Any], groups: Any) -> Any:
-        """Products of ROWS rows with one prepared vector, as float32, while the following rows are asked for."""
+    def dots(
+        self, rows: Sequence[Any], following: Sequence[Any], x: tuple[Any, Any, Any], groups: Any
+    ) -> Any:
+        """Products of ROWS rows with one prepared vector, float32, while the following rows are asked for."""
         b = self.builder
         values, scales, sums = x
         tables = [self.tables(row, groups) for row in rows]
@@ -244,7 +246,9 @@ class Emitter:
                 codes = self.load(row, b.add(at, long(run * RUN)), ir.VectorType(I8, RUN))
                 halves = (self.pick(codes, range(start, start + 16)) for start in (0, 16))
                 wide = [b.sext(half, ir.VectorType(I16, 16)) for half in halves]
-                parts = (self.products(*pair) for pair in zip(wide, vector[2 * run : 2 * run + 2], strict=True))
+                parts = (
+                    self.products(*pair) for pair in zip(wide, vector[2 * run : 2 * run + 2], strict=True)
+                )
                 sums.append(b.add(*parts))
             return sums if self.grouped.group == RUN else [b.add(*sums)]
         codes = self.load(row, b.sdiv(at, long(2)), ir.VectorType(I8, RUN))

@@ -1,7 +1,7 @@
 """The vector that rows are multiplied with, in the form that their format takes.
 
-Rows of floats take float32 as it is. Rows in few bits take whole numbers and a scale for each group of values,
-`x ≈ scale · whole`, and the sum of the group, which the format's minima are multiplied with:
+Rows of floats take float32 as it is. Rows in few bits take whole numbers and a scale for each group of
+values, `x ≈ scale · whole`, and the sum of the group, which the format's minima are multiplied with:
 
 - eight bits: int16, ± 32,767;
 - four bits: `128 · high + low` in two planes of int8, ± 16,319, by PAIR values: the high planes of the values

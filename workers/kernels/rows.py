@@ -1,7 +1,8 @@
 """The inner loops: dot products of four rows at once, and sums of rows. For every codec, on one thread.
 
-A row lies in flat memory, an array of its codec's carrier, from some element on. Loops call the methods of what
-`loops` gives for a codec, and do not know how it writes numbers; of floats those methods are the functions here.
+A row lies in flat memory, an array of its codec's carrier, from some element on. Loops call the methods of
+what `loops` gives for a codec, and do not know how it writes numbers. Of floats those methods are the functions
+here, and of few bits those in `grouped.py`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def loops(codec: Codec) -> Scalars | Groups:
     return scalars(codec) if codec.grouped is None else grouped.groups(codec)
 
 
-# What compiled code may ask of either kind. `at` and `following` are elements of `memory`, ROWS of them, or one.
+# What compiled code may ask of either kind. `at` and `following` are elements of `memory`: four, or one.
 
 
 @overload_method(ScalarsType, "dots", inline="always")

@@ -13,7 +13,6 @@ from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.norms import layer_norm, rms_norm
 
-
 _WIDTH = 128  # of rows: every format can have them
 
 

@@ -257,8 +257,7 @@ class BatchFfn:
         ids, width = np.concatenate(block.ids), self._unit.width
         if width == 1:
             return ids
-        neurons: I32 = (ids[:, None] * np.int32(width) + np.arange(width, dtype=np.int32)).reshape(-1)
-        return neurons
+        return np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
 
     def _product(self, block: _Block, role: Role, neurons: I32, bias: F32) -> F32:
         """Of a role's rows with every token, [neurons, n]."""
@@ -280,7 +279,7 @@ class BatchFfn:
             total += outputs @ a[number * width : (number + 1) * width]
 
     def _rows(self, block: _Block, role: Role, which: slice, columns: slice) -> F32:
-        """Some rows of each unit of a block, and some of their values, widened in scratch: [rows, columns]."""
+        """Some rows of each unit of a block, some of their values, widened in scratch: [rows, columns]."""
         each, size = which.stop - which.start, columns.stop - columns.start
         out = self._pool.scratch(block.count * each, size)
         done, within = 0, np.arange(which.start, which.stop)
