@@ -49,12 +49,10 @@ class Grouped:
 
     def join(self, codes: npt.NDArray[np.int16], tables: list[npt.NDArray[np.float16]]) -> Codes:
         """[rows, bytes] from codes [rows, groups, group], and scales and minima [rows, groups]."""
-        rows = codes.shape[0]
-        if self.bits == 8:
-            packed: Codes = codes.astype(np.int8).view(np.uint8)
-        else:
-            halves = codes.astype(np.uint8).reshape(rows, -1, 2, RUN // 2)
-            packed = halves[:, :, 0] | halves[:, :, 1] << 4
+        rows, packed = codes.shape[0], codes.astype(np.uint8)  # int8's bytes are the same
+        if self.bits == 4:
+            halves = packed.reshape(rows, -1, 2, RUN // 2)
+            packed = (halves[:, :, 0] | halves[:, :, 1] << 4).astype(np.uint8)
         behind = [np.ascontiguousarray(table, "<f2").view(np.uint8).reshape(rows, -1) for table in tables]
         return np.concatenate([packed.reshape(rows, -1), *behind], axis=1)
 
@@ -75,13 +73,11 @@ class Grouped:
     def cut(self, stored: Codes, count: int) -> Codes:
         """Rows cut into `count` parts of whole groups: [count, rows, bytes] from [rows, bytes]."""
         codes, tables = self.split(stored)
-        parts = (np.split(array, count, axis=1) for array in (codes, *tables))
-        return np.stack(
-            [
-                self.join(some, [table.astype(np.float16) for table in own])
-                for some, *own in zip(*parts, strict=True)
-            ]
-        )
+        parts = [
+            self.join(some, [np.split(table.astype(np.float16), count, axis=1)[part] for table in tables])
+            for part, some in enumerate(np.split(codes, count, axis=1))
+        ]
+        return np.stack(parts)
 
     def widen(self, stored: Codes) -> F32:
         """[..., values] from [..., bytes], each value rounded once, to float32."""

@@ -185,7 +185,8 @@ def _neurons(ids: I32, rows: Rows) -> I32:
     """Of units by their ids, the neurons."""
     if rows.count == 1:
         return ids
-    return np.add.outer(ids * np.int32(rows.count), np.arange(rows.count, dtype=np.int32)).reshape(-1)
+    neurons: I32 = np.add.outer(ids * np.int32(rows.count), np.arange(rows.count, dtype=np.int32)).reshape(-1)
+    return neurons
 
 
 def activate(

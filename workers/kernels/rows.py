@@ -1,8 +1,8 @@
 """The inner loops: dot products of four rows at once, and sums of rows. For every codec, on one thread.
 
 A row lies in flat memory, an array of its codec's carrier, from some element on. Loops call the methods of
-what `loops` gives for a codec, and do not know how it writes numbers. Of floats those methods are the functions
-here, and of few bits those in `grouped.py`.
+what `loops` gives for a codec, and do not know how it writes numbers. Of floats those methods are the
+functions here, and of few bits those in `grouped.py`.
 """
 
 from __future__ import annotations

@@ -257,7 +257,8 @@ class BatchFfn:
         ids, width = np.concatenate(block.ids), self._unit.width
         if width == 1:
             return ids
-        return np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
+        neurons: I32 = np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
+        return neurons
 
     def _product(self, block: _Block, role: Role, neurons: I32, bias: F32) -> F32:
         """Of a role's rows with every token, [neurons, n]."""
