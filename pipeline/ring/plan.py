@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Whether every unit stays in its slot, and every step wants all: then no step has anything to ask."""
+        """Whether every unit stays in its slot, and every step wants all: then steps need not ask."""
         return self.forecast.every and self.slots == self.units
 
     def first_slot(self, layer: int) -> int:

@@ -10,7 +10,6 @@ from numba import njit, prange
 from storage.codecs import F32
 from storage.layout import Rows
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.prepare import prepared
 from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
@@ -21,6 +20,7 @@ NO_BIAS: F32 = np.zeros(0, np.float32)
 def _matvec(
     codec: Any, memory: Any, first: Any, step: Any, x: Any, bias: Any, out: Any, threads: Any
 ) -> None:
+    given = codec.prepare(x)
     biased = bias.shape[0] > 0
     last = out.shape[0] - 1
     counter = chunk_counter()
@@ -35,7 +35,7 @@ def _matvec(
                 n0, n1, n2, n3 = four(i + 4, last)
                 rows = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
                 following = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
-                t0, t1, t2, t3 = codec.dots(memory, rows, following, x)
+                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
                 if biased:
                     t0 += bias[i0]
                     t1 += bias[i1]
@@ -52,9 +52,8 @@ def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | 
     memory = weights.memory
     result = np.empty(memory.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, memory.shape[0] * weights.elements * memory.itemsize)
-    given = prepared(weights.codec, x)
-    step = memory.shape[1]
-    _matvec(loops(weights.codec), memory.reshape(-1), weights.start, step, given, bias, result, launched)
+    flat, step = memory.reshape(-1), memory.shape[1]
+    _matvec(loops(weights.codec), flat, weights.start, step, x, bias, result, launched)
     return result
 
 

@@ -16,7 +16,6 @@ from storage.codecs import F32
 from storage.layout import Rows
 from workers.kernels.functions import ACTIVATIONS, activation
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.prepare import prepared
 from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
@@ -38,6 +37,7 @@ def _activate(
     threshold: Any,
     threads: Any,
 ) -> None:
+    given = codec.prepare(h)
     biased = bias.shape[0] > 0
     last = at.shape[0] - 1
     counter = chunk_counter()
@@ -51,7 +51,7 @@ def _activate(
                 n0, n1, n2, n3 = four(i + 4, last)
                 rows = at[i0], at[i1], at[i2], at[i3]
                 following = at[n0], at[n1], at[n2], at[n3]
-                t0, t1, t2, t3 = codec.dots(memory, rows, following, h)
+                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
                 if biased:
                     t0 += bias[ids[i0]]
                     t1 += bias[ids[i1]]
@@ -72,8 +72,7 @@ def _activate_gated(
     gate_at: Any,
     up_at: Any,
     ids: Any,
-    gate_h: Any,
-    up_h: Any,
+    h: Any,
     gate_bias: Any,
     up_bias: Any,
     out: Any,
@@ -82,6 +81,7 @@ def _activate_gated(
     rectified: Any,
     threads: Any,
 ) -> None:
+    gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
     last = gate_at.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
@@ -147,6 +147,7 @@ def _accumulate(codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chun
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any) -> None:
     """y[j] += Σ row j of unit u · part u of x, unit after unit; a unit's rows are `step` elements apart."""
+    given = codec.prepare(x)
     rows = y.shape[0]
     last = rows - 1
     counter = chunk_counter()
@@ -156,7 +157,7 @@ def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y:
             if start > last:
                 break
             for unit in range(at.shape[0]):
-                first, part = at[unit], codec.part(x, unit * width, (unit + 1) * width)
+                first, part = at[unit], codec.part(given, unit * width, (unit + 1) * width)
                 for i in range(start, min(start + _OUTPUTS, rows), 4):
                     i0, i1, i2, i3 = four(i, last)
                     n0, n1, n2, n3 = four(i + 4, last)
@@ -207,9 +208,8 @@ def activate(
     at, memory = _places(up, slots), up.memory.reshape(-1)
     result = np.empty(at.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, given = np.float32(threshold), ACTIVATIONS[function], prepared(up.codec, h)
-    neurons = _neurons(ids, up)
-    _activate(loops(up.codec), memory, at, neurons, given, bias, result, number, least, launched)
+    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], _neurons(ids, up)
+    _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
     return result
 
 
@@ -232,7 +232,6 @@ def activate_gated(
     result = np.empty(at.shape[0], np.float32) if out is None else out
     size = gate.elements * gate.memory.itemsize + up.elements * up.memory.itemsize
     launched = use_threads(threads, at.shape[0] * size)
-    given = prepared(gate.codec, h)
     _activate_gated(
         loops(gate.codec),
         loops(up.codec),
@@ -241,8 +240,7 @@ def activate_gated(
         at,
         _places(up, slots),
         _neurons(ids, up),
-        given,
-        given if up.codec is gate.codec else prepared(up.codec, h),
+        h,
         *biases,
         result,
         ACTIVATIONS[ffn.activation],
@@ -273,7 +271,7 @@ def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> in
     """`accumulate` of units of several neurons, whose down rows lie by output: [d_model, width]."""
     order = np.argsort(ids, kind="stable")
     first = slots[order].astype(np.int64) * down.memory.shape[1] + down.start
-    x = prepared(down.codec, np.ascontiguousarray(a.reshape(ids.shape[0], -1)[order]).reshape(-1))
+    x = a.reshape(ids.shape[0], -1)[order].reshape(-1)
     memory, step = down.memory.reshape(-1), down.elements
     launched = use_threads(threads, ids.shape[0] * down.count * step * memory.itemsize)
     _combine(loops(down.codec), memory, first, step, down.width, x, y, launched)

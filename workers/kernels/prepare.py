@@ -16,18 +16,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-from storage.codecs import F32, Codec
-from storage.lowbits import CENTRE, RUN
+from storage.lowbits import CENTRE, RUN, Grouped
 from workers.kernels.instructions import PAIR
 
 _SHORTS = 32_767
 _PLANES = 127 * 128 + 63
 _HALF = RUN // 2
-
-Prepared = F32 | tuple[npt.NDArray[Any], F32, F32]  # float32 [width], or wholes, scales and sums [groups]
 
 
 @njit(cache=True, nogil=True)
@@ -35,7 +31,7 @@ def _wholes(x: Any, group: Any, most: Any, about: Any, out: Any, scales: Any, su
     """Whole numbers of x, group by group, and `about` times their sums."""
     for number in range(scales.shape[0]):
         some = x[number * group : (number + 1) * group]
-        wholes = out[number * group : (number + 1) * group]
+        found = out[number * group : (number + 1) * group]
         largest = np.float32(0)
         for j in range(some.shape[0]):
             largest = max(largest, abs(some[j]))
@@ -45,7 +41,7 @@ def _wholes(x: Any, group: Any, most: Any, about: Any, out: Any, scales: Any, su
         total = np.int32(0)
         for j in range(some.shape[0]):
             whole = np.int32(np.rint(some[j] * inverse))
-            wholes[j] = np.int16(whole)
+            found[j] = np.int16(whole)
             total += whole
         scales[number] = largest / most
         sums[number] = about * scales[number] * np.float32(total)
@@ -65,17 +61,28 @@ def _planes(wholes: Any, out: Any) -> None:
                     out[place + PAIR] = np.int8(whole - (high << np.int32(7)))
 
 
-def prepared(codec: Codec, x: F32) -> Prepared:
-    """x [width] as the kernels' rows in `codec` take it. Not finite values make products that are not."""
-    if codec.grouped is None:
-        return x
-    grouped = codec.grouped
-    wholes = np.empty(x.shape[0], np.int16)
-    scales, sums = np.empty((2, x.shape[0] // grouped.group), np.float32)
-    most = np.float32(_SHORTS if grouped.bits == 8 else _PLANES)
-    _wholes(x, grouped.group, most, np.float32(1 if grouped.minima else -CENTRE), wholes, scales, sums)
-    if grouped.bits == 8:
-        return wholes, scales, sums
-    planes = np.empty(2 * x.shape[0], np.int8)
-    _planes(wholes, planes)
-    return planes, scales, sums
+def preparation(grouped: Grouped) -> Any:
+    """For compiled code: the function that prepares x [width] for rows in this format.
+
+    It returns whole numbers, and scales and sums [groups]. Not finite values make products that are not.
+    """
+    group, bits = grouped.group, grouped.bits
+    most = np.float32(_SHORTS if bits == 8 else _PLANES)
+    about = np.float32(1 if grouped.minima else -CENTRE)
+
+    def prepare(codec: Any, x: Any) -> Any:
+        count = x.shape[0] // group
+        shorts = np.empty(x.shape[0], np.int16)
+        scales, sums = np.empty(count, np.float32), np.empty(count, np.float32)
+        _wholes(x, group, most, about, shorts, scales, sums)
+        return shorts, scales, sums
+
+    def prepare_planes(codec: Any, x: Any) -> Any:
+        count = x.shape[0] // group
+        shorts, planes = np.empty(x.shape[0], np.int16), np.empty(2 * x.shape[0], np.int8)
+        scales, sums = np.empty(count, np.float32), np.empty(count, np.float32)
+        _wholes(x, group, most, about, shorts, scales, sums)
+        _planes(shorts, planes)
+        return planes, scales, sums
+
+    return prepare if bits == 8 else prepare_planes

@@ -18,6 +18,7 @@ from storage.codecs import Codec
 from workers.kernels import grouped
 from workers.kernels.codecs import Scalars, ScalarsType, scalars
 from workers.kernels.grouped import Groups, GroupsType
+from workers.kernels.prepare import preparation
 
 # Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
 FAST = {"reassoc", "contract"}
@@ -132,6 +133,21 @@ def _grouped_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> A
         return grouped.dots(codec, memory, at, following, values, scales, sums)
 
     return run
+
+
+@overload_method(ScalarsType, "prepare", inline="always")
+def _float_prepare(codec: Any, x: Any) -> Any:
+    """x [width], float32, as rows in this codec are multiplied with it."""
+
+    def run(codec: Any, x: Any) -> Any:
+        return x
+
+    return run
+
+
+@overload_method(GroupsType, "prepare")
+def _grouped_prepare(codec: Any, x: Any) -> Any:
+    return preparation(grouped.format_of(codec))
 
 
 @overload_method(ScalarsType, "part", inline="always")

@@ -1,8 +1,8 @@
 """`python -m workers.lab.evaluation.bits`: what eight and four bits cost, beside the weights as they are.
 
 Every number of bits is a store of its own, converted from one checkpoint. All score the same chunks of a
-text, every neuron computed, widened to float32: what differs is the rounding of the weights alone. Beside ours
-stand the same weights rounded as GGUF's blocks are, by the `gguf` package.
+text, every neuron computed, widened to float32: what differs is the rounding of the weights alone. Beside
+ours stand the same weights rounded as GGUF's blocks are, by the `gguf` package.
 """
 
 from __future__ import annotations
