@@ -34,7 +34,9 @@ def _wholes(x: Any, group: Any, most: Any, about: Any, out: Any, scales: Any, su
         found = out[number * group : (number + 1) * group]
         largest = np.float32(0)
         for j in range(some.shape[0]):
-            largest = max(largest, abs(some[j]))
+            size = abs(some[j])
+            if size > largest or size != size:  # NaN stays, so that the products are NaN
+                largest = size
         inverse = np.float32(0)
         if largest > 0:
             inverse = most / largest
