@@ -87,8 +87,10 @@ def _grouped(header: Header) -> dict[str, Place]:
     found = {}
     for name, codec in json.loads(header.metadata.get(_CODECS, "{}")).items():
         place, known = header.places[name], CODECS[codec]
-        width, rest = divmod(place.shape[-1], known.bytes)
-        if place.dtype != BYTES or len(place.shape) != 2 or rest or not known.fits(width * known.block):
+        if place.dtype != BYTES or len(place.shape) != 2 or known.grouped is None:
+            raise ValueError(name)
+        width, rest = divmod(place.shape[1], known.bytes)
+        if rest or not known.fits(width * known.block):
             raise ValueError(name)
         found[name] = replace(place, dtype=codec)
     return found
