@@ -33,6 +33,7 @@ from storage.tensors import Tensors
 from storage.verify import verify
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
+from workers.lab.bench.naive import NaiveModel
 
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(20))]
 NEURONS = 256  # of a layer; of a dense model's 64 are a unit
@@ -162,6 +163,16 @@ def test_devices_prompts_and_tokens_agree(stores: dict[tuple[str, int], Store], 
         one_by_one = cpu.steps(PROMPT)
         assert np.abs(torch.steps(PROMPT) - expected).max() < 1e-4
     assert 0 < np.abs(one_by_one - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_that_is_streamed_whole_computes_the_same(
+    stores: dict[tuple[str, int], Store], bits: int
+) -> None:
+    store = stores["llama", bits]
+    with NaiveModel(store, 32, 1) as naive, LocalDecoder(store) as decoder:
+        streamed = np.stack([naive.forward(token, place) for place, token in enumerate(PROMPT[:4])])
+        assert streamed.tobytes() == decoder.steps(PROMPT[:4]).tobytes()
 
 
 def test_more_bits_are_nearer(checkpoints: dict[str, Path], stores: dict[tuple[str, int], Store]) -> None:

@@ -35,7 +35,7 @@ def _wholes(x: Any, group: Any, most: Any, about: Any, out: Any, scales: Any, su
         largest = np.float32(0)
         for j in range(some.shape[0]):
             size = abs(some[j])
-            if size > largest or size != size:  # NaN stays, so that the products are NaN
+            if size > largest or np.isnan(size):  # NaN stays, so that the products are NaN
                 largest = size
         inverse = np.float32(0)
         if largest > 0:
