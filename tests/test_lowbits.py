@@ -175,6 +175,11 @@ def test_nothing_is_nothing():
 # -- kernels ------------------------------------------------------------------------------------
 
 
+def prepared(name: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The vector as rows of this codec are multiplied with it: whole numbers, scales and sums."""
+    return codecs.njit(prepare.preparation(CODECS[name].grouped))(None, x)
+
+
 def whole_numbers(x: np.ndarray, form: Format) -> np.ndarray:
     """x as the products take it: whole numbers times a scale for each group, float64."""
     groups = x.astype(np.float64).reshape(-1, form.group)
@@ -237,7 +242,7 @@ def test_a_vector_of_next_to_nothing(name):
 def test_the_prepared_vector_is_whole_numbers_and_scales(name, about):
     """Of four bits two planes: of 64 values those that the bytes' low halves hold, then the others."""
     x, form = normal(1, 256), FORMATS[name]
-    numbers, scales, sums = prepare.prepared(CODECS[name], x)
+    numbers, scales, sums = prepared(name, x)
     if form.bits == 4:
         steps = numbers.astype(np.int64).reshape(-1, 2, 2, 2, 16)  # plane, half of a run, run, values
         numbers = (128 * steps[:, 0] + steps[:, 1]).swapaxes(1, 2).reshape(-1)
@@ -395,7 +400,7 @@ def test_every_processor_computes_the_same_bits(name, monkeypatch):
     memory[0, : width * form.bits // 8] = 0xFF if form.bits == 4 else 0x80  # the largest products
     x = normal(2, width)
     x[:128] = 3.5
-    flat, given_x, kind = memory.reshape(-1), prepare.prepared(CODECS[name], x), grouped.groups(CODECS[name])
+    flat, given_x, kind = memory.reshape(-1), prepared(name, x), grouped.groups(CODECS[name])
     found, used = {}, {}
     for path, processor in PATHS.items():
         if (processor.madd, processor.dot) > (HERE.madd, HERE.dot):
