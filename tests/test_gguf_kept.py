@@ -15,6 +15,8 @@ from gguf_files import SMALLEST, of_checkpoint, packed_by_hand, write
 
 from storage.codecs import CODECS
 from storage.convert import convert
+from storage.convert.conversion import check
+from storage.convert.rows import unit_rows
 from storage.gguf import tensors
 from storage.gguf.file import GgufFile
 from storage.manifest import RESIDENT
@@ -167,6 +169,25 @@ def test_a_store_of_a_file_has_the_files_bits(
             assert np.abs(ours.steps(PROMPT) - expected).max() < 0.01
 
 
+SHAPES: dict[str, dict[str, int]] = {
+    "falcon-40b": {"hidden_size": 128, "num_attention_heads": 4},  # queries, keys and values are put in order
+    "phi3": {"intermediate_size": 256},  # gate and up are halves of one tensor
+    "gemma3": {"intermediate_size": 256, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("variant", SHAPES)
+def test_tensors_that_are_put_together_keep_their_bits(tmp_path: Path, variant: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", variant, changes=SHAPES[variant])
+    extra = {"gemma3.attention.sliding_window_pattern": 2} if variant == "gemma3" else {}
+    file = of_checkpoint(checkpoint, tmp_path / "m.gguf", extra, matrices="Q8_0")
+    kept = convert(file, tmp_path / "kept", name="x")
+    assert set(codecs(kept).values()) == {"q8"}
+    wide = convert(file, tmp_path / "wide", name="x", dtype="float32")
+    with LocalDecoder(kept) as ours, LocalDecoder(wide) as theirs:
+        assert np.abs(ours.prefill(PROMPT) - theirs.prefill(PROMPT)).max() < 1e-4
+
+
 def test_bits_below_the_files_are_rounded_and_bits_above_are_not(checkpoint: Path, tmp_path: Path) -> None:
     eight, four = (
         of_checkpoint(checkpoint, tmp_path / f"{kind}.gguf", matrices=kind) for kind in ("Q8_0", "Q4_1")
@@ -184,10 +205,7 @@ def test_a_sparse_files_down_rows_are_columns_and_rounded_again(tmp_path: Path) 
     file = of_checkpoint(checkpoint, tmp_path / "m.gguf", matrices="Q4_0")
     relu = GgufFile.open(file, keep=True)
     assert relu.entry("model.layers.0.mlp.down_proj.weight").dtype == "q4s"
-    relu.config["hidden_act"] = "relu"
-    from storage.convert.conversion import check
-    from storage.convert.rows import unit_rows
-
+    relu.config["hidden_act"] = "relu"  # which no GGUF architecture says yet
     conversion = check(relu, 512)
     unit = conversion.layout.layers[0].unit
     assert unit.width == 1
