@@ -90,7 +90,12 @@ class Grouped:
         return values.reshape(*stored.shape[:-1], -1)
 
     def narrow(self, values: F32) -> Codes:
-        """[..., bytes] from [..., values]: of several scales for a group the one of least squared error."""
+        """[..., bytes] from [..., values]: of several scales for a group the one of least squared error.
+
+        Raises ValueError for values that are not finite.
+        """
+        if not np.isfinite(values).all():
+            raise ValueError("values that are not finite have no codes")
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1])
         step = max(1, _ROWS_AT_ONCE // max(1, values.shape[-1]))
         parts = [self._rounded(rows[start : start + step]) for start in range(0, len(rows), step)]
@@ -129,13 +134,15 @@ class Grouped:
         best, base = np.zeros_like(least, np.float16), np.zeros_like(least, np.float16)
         for share in _SHARES:
             trim = (high - low) * (1 - share) / 2
-            scale, minimum = _half((high - low) * share / top), _half(low + trim)
-            scale, minimum = _line(x, _codes(x - minimum, scale, 0, int(top)), scale, minimum)
-            error = np.square(x - minimum - scale * _codes(x - minimum, scale, 0, int(top)))
-            error = error.sum(axis=2, keepdims=True)
-            better = error < least
-            best, least = np.where(better, scale.astype(np.float16), best), np.where(better, error, least)
-            base = np.where(better, minimum.astype(np.float16), base)
+            plain = _half((high - low) * share / top), _half(low + trim)
+            refined = _line(x, _codes(x - plain[1], plain[0], 0, int(top)), *plain)
+            for scale, minimum in (plain, refined):
+                error = np.square(x - minimum - scale * _codes(x - minimum, scale, 0, int(top)))
+                error = error.sum(axis=2, keepdims=True)
+                better = error < least
+                best = np.where(better, scale.astype(np.float16), best)
+                base = np.where(better, minimum.astype(np.float16), base)
+                least = np.where(better, error, least)
         codes = _codes(x - base.astype(np.float32), best.astype(np.float32), 0, int(top)).astype(np.int16)
         return codes, [best[..., 0], base[..., 0]]
 

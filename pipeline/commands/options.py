@@ -25,7 +25,8 @@ Memory = Annotated[
 Bits = Annotated[
     int | None,
     typer.Option(
-        help="16, 8 or 4 bits for the weights, rounded once. [default: what the model's files have]",
+        help="8 or 4: weights are rounded to so many bits, once. 16: they are not, and those of a GGUF file "
+        "are widened. [default: as the model's files have them]",
         show_default=False,
     ),
 ]

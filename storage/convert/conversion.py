@@ -110,7 +110,7 @@ def check(
         "order_xxh3_128": None if order is None else xxhash.xxh3_128_hexdigest(order.neurons.tobytes()),
         "source": checkpoint.identity(),
     }
-    if recipe.bits is not None:
+    if recipe.ffn is not None:
         parameters["bits"] = recipe.bits
     if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
         parameters["synthetic"] = config["synthetic"]

@@ -24,7 +24,7 @@ from storage.convert.journal import PROGRESS, Journal
 from storage.convert.opening import open_origin
 from storage.convert.recipe import Recipe
 from storage.convert.rows import unit_rows
-from storage.errors import DiskFull, StoreError, UsageError
+from storage.errors import CheckpointError, DiskFull, StoreError, UsageError
 from storage.files import fsync_directory, write_whole
 from storage.layout import DEFAULT_ALIGNMENT, Layout, Role
 from storage.lock import locked
@@ -106,6 +106,8 @@ def _writing(partial: Path) -> Iterator[None]:
     """Turn the system's refusals into DiskFull or StoreError; what is written stays, and resumes."""
     try:
         yield
+    except ValueError as error:  # of `Codec.narrow`
+        raise CheckpointError(f"the checkpoint cannot be rounded: {error}") from error
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StoreError(f"{partial} cannot be written: {error.strerror}") from error

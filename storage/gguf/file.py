@@ -64,7 +64,7 @@ class GgufFile:
             shards=shards,
             digest="-".join(header.digest for header in headers),
             dtype=dtype or tensors.dtype_of(packed),
-            keep=keep,
+            keep=keep and any(tensor.kind in CODEC for tensor in packed if len(tensor.shape) > 1),
             _tensors=restored(file.architecture, packed, Heads(file.heads, file.kv_heads)),
             _tokenizer=words,
         )
