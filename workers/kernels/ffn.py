@@ -85,29 +85,53 @@ def _activate_gated(
     last = gate_at.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
-        gated = np.empty(4, np.float32)
+        activated = np.empty(CHUNK, np.float32)
+        live = np.empty(CHUNK, np.int64)  # places in the launch whose activation is not zero
         while True:
             start = next_chunk(counter) * CHUNK
             if start > last:
                 break
-            for i in range(start, min(start + CHUNK, last + 1), 4):  # as in dense.py
+            stop = min(start + CHUNK, last + 1)
+            for i in range(start, stop, 4):  # as in dense.py
                 i0, i1, i2, i3 = four(i, last)
                 n0, n1, n2, n3 = four(i + 4, last)
-                gate = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
-                up = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
+                rows = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
                 following = gate_at[n0], gate_at[n1], gate_at[n2], gate_at[n3]
-                gated[0], gated[1], gated[2], gated[3] = gate_codec.dots(gates, gate, up, gate_h)
-                raised = up_codec.dots(ups, up, following, up_h)
-                for j in range(4):
-                    place = min(i + j, last)
-                    g, u = gated[j], raised[j]
-                    if gate_bias.shape[0] > 0:
-                        g += gate_bias[ids[place]]
-                    if up_bias.shape[0] > 0:
-                        u += up_bias[ids[place]]
-                    if rectified:
-                        u = max(u, np.float32(0))
-                    out[place] = activation(g, function, threshold) * u
+                t0, t1, t2, t3 = gate_codec.dots(gates, rows, following, gate_h)
+                if gate_bias.shape[0] > 0:
+                    t0 += gate_bias[ids[i0]]
+                    t1 += gate_bias[ids[i1]]
+                    t2 += gate_bias[ids[i2]]
+                    t3 += gate_bias[ids[i3]]
+                activated[i0 - start] = activation(t0, function, threshold)
+                activated[i1 - start] = activation(t1, function, threshold)
+                activated[i2 - start] = activation(t2, function, threshold)
+                activated[i3 - start] = activation(t3, function, threshold)
+            count = 0
+            for i in range(start, stop):
+                out[i] = 0
+                if activated[i - start] != 0:
+                    live[count] = i
+                    count += 1
+            for k in range(0, count, 4):  # the other neurons' up rows are not read
+                k0, k1, k2, k3 = four(k, count - 1)
+                n0, n1, n2, n3 = four(k + 4, count - 1)
+                i0, i1, i2, i3 = live[k0], live[k1], live[k2], live[k3]
+                rows = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
+                following = up_at[live[n0]], up_at[live[n1]], up_at[live[n2]], up_at[live[n3]]
+                t0, t1, t2, t3 = up_codec.dots(ups, rows, following, up_h)
+                if up_bias.shape[0] > 0:
+                    t0 += up_bias[ids[i0]]
+                    t1 += up_bias[ids[i1]]
+                    t2 += up_bias[ids[i2]]
+                    t3 += up_bias[ids[i3]]
+                if rectified:
+                    zero = np.float32(0)
+                    t0, t1, t2, t3 = max(t0, zero), max(t1, zero), max(t2, zero), max(t3, zero)
+                out[i0] = activated[i0 - start] * t0
+                out[i1] = activated[i1 - start] * t1
+                out[i2] = activated[i2 - start] * t2
+                out[i3] = activated[i3 - start] * t3
 
 
 @njit(cache=True, nogil=True)
@@ -226,7 +250,8 @@ def activate_gated(
 ) -> F32:
     """`activation(gate · h) * up_activation(up · h)` [n · width] of the units `ids`, as `activate`.
 
-    `biases` are the gate's and the up-projection's. A neuron's two rows are read one after the other, once.
+    `biases` are the gate's and the up-projection's. Of a neuron whose gate's activation is zero the up row is
+    not read: the result is zero whatever finite numbers it holds.
     """
     at = _places(gate, slots)
     result = np.empty(at.shape[0], np.float32) if out is None else out
