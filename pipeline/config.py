@@ -35,6 +35,8 @@ class Model(Section):
 
     store: str = ""  # directory of a store; empty: converted from the checkpoint into the cache
     checkpoint: str = ""  # Hugging Face id, directory, or "builtin"
+    # 16, 8 or 4: the store that the checkpoint is converted to. Left out: what the checkpoint has.
+    bits: Literal[16, 8, 4] | None = None
     predictor: str = "default"  # which file of the store's predictors/ to use
 
 

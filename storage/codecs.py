@@ -1,7 +1,8 @@
 """How numbers are stored: the one table of element types, their sizes and their carriers.
 
 A carrier is the numpy type that holds stored values where they are not computed with: numpy has no bfloat16
-and numba has neither 16-bit type, so both are held as uint16 and widened to float32 in registers.
+and numba has neither 16-bit type, so both are held as uint16 and widened to float32 in registers. Rows in
+eight and four bits (`lowbits.py`) are held as bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from storage.lowbits import Grouped
+
 F32: TypeAlias = npt.NDArray[np.float32]
 Carrier: TypeAlias = npt.NDArray[Any]  # stored values, of their codec's carrier type
 
@@ -21,7 +24,10 @@ LARGEST_HALF = 65_504.0
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """A number format. Values come in blocks of `block`, each `bytes` long; floats in blocks of one."""
+    """A number format. Values come in blocks of `block`, each `bytes` long; floats in blocks of one.
+
+    `widen` and `narrow` take arrays of any shape for floats, and whole rows, along the last axis, for others.
+    """
 
     name: str
     block: int
@@ -29,6 +35,7 @@ class Codec:
     carrier: type[np.generic]
     widen: Callable[[Carrier], F32]  # a float32 copy of stored values
     narrow: Callable[[F32], Carrier]  # float32 rounded to what can be stored
+    grouped: Grouped | None = None  # how values are written in few bits; None: as floats
 
     def size(self, count: int) -> int:
         """Bytes of `count` values, which must be whole blocks."""
@@ -36,6 +43,14 @@ class Codec:
         if rest:
             raise ValueError(f"{count} values are no whole blocks of {self.block} in {self.name}")
         return blocks * self.bytes
+
+    def fits(self, count: int) -> bool:
+        """Whether rows of `count` values can be written."""
+        return count > 0 if self.grouped is None else self.grouped.fits(count)
+
+    def elements(self, count: int) -> int:
+        """Of the carrier, for `count` values in whole blocks."""
+        return self.size(count) // np.dtype(self.carrier).itemsize
 
 
 def _halves(array: Carrier) -> F32:
@@ -62,7 +77,21 @@ FLOAT16 = Codec("float16", 1, 2, np.uint16, _halves, _to_halves)
 BFLOAT16 = Codec("bfloat16", 1, 2, np.uint16, _brains, _to_brains)
 
 FLOATS = (FLOAT32.name, FLOAT16.name, BFLOAT16.name)  # what checkpoints may hold
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (FLOAT32, FLOAT16, BFLOAT16)}
+
+
+def _low(name: str, bits: int, minima: bool = False) -> list[Codec]:
+    """A format in few bits by its groups; groups of 32 have the plain name."""
+    found = []
+    for group in (32, 64, 128):
+        grouped = Grouped(bits, group, minima)
+        full = name if group == 32 else f"{name}g{group}"
+        found.append(Codec(full, group, grouped.bytes, np.uint8, grouped.widen, grouped.narrow, grouped))
+    return found
+
+
+# `q4` has minima; `q4s` lies about zero, and takes half a bit less a value in groups of 32.
+LOW_BITS = (*_low("q8", 8), *_low("q4", 4, minima=True), *_low("q4s", 4))
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (FLOAT32, FLOAT16, BFLOAT16, *LOW_BITS)}
 
 
 def widen(array: Carrier, name: str) -> F32:

@@ -18,6 +18,7 @@ from storage.codecs import CODECS
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
+BYTES = "U8"  # of rows in few bits; metadata say which format they have
 _LENGTH = struct.Struct("<Q")
 _LIMIT = 100 << 20  # bytes; the format's own
 _ALIGNMENT = 8  # bytes; of the tensors' beginning
@@ -77,9 +78,10 @@ def _place(base: int, entry: dict[str, Any]) -> Place:
     start, end = entry["data_offsets"]
     shape = tuple(int(extent) for extent in entry["shape"])
     dtype = DTYPES.get(entry["dtype"], str(entry["dtype"]))
-    if not 0 <= start <= end or min(shape, default=0) < 0:
+    if not 0 <= start <= end or min(shape, default=0) < 0 or entry["dtype"] in CODECS:
         raise ValueError("no such place")
-    if dtype in CODECS and end - start != CODECS[dtype].size(math.prod(shape)):
+    each = 1 if dtype == BYTES else CODECS[dtype].bytes if dtype in CODECS else None
+    if each is not None and end - start != each * math.prod(shape):
         raise ValueError("another size than the shape's")
     return Place(dtype, shape, base + start, end - start)
 
@@ -87,12 +89,19 @@ def _place(base: int, entry: dict[str, Any]) -> Place:
 def header_bytes(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Length and JSON for tensors (name, dtype, shape) that follow one another."""
+    """Length and JSON for tensors (name, dtype, shape of the values) that follow one another."""
     items: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + CODECS[dtype].size(math.prod(shape))
-        items[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        stored = list(shape)
+        if CODECS[dtype].grouped is not None:
+            stored[-1] = CODECS[dtype].elements(shape[-1])
+        items[name] = {
+            "dtype": _NAMES.get(dtype, BYTES),
+            "shape": stored,
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(items, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -38,32 +38,44 @@ class Row:
 class Rows:
     """Vectors of one length, one in each line of some memory: a matrix, or one role's rows of many units.
 
-    A vector's values are elements `start` .. `start + width` of its line.
+    A vector's `width` values begin at element `start` of its line. With `count` above one, a line holds that
+    many vectors, one behind the other.
     """
 
     memory: Carrier  # [lines, elements], in C order
     codec: Codec
     start: int
     width: int
+    count: int = 1
 
     @classmethod
     def of_matrix(cls, matrix: Carrier, codec: Codec) -> Rows:
-        """The lines of a matrix `[lines, width]`, whole."""
-        return cls(matrix, codec, 0, matrix.shape[-1])
+        """The lines of a matrix, whole."""
+        width = matrix.shape[-1] * matrix.itemsize // codec.bytes * codec.block
+        return cls(matrix, codec, 0, width)
+
+    @property
+    def elements(self) -> int:
+        """Of the carrier, in one vector."""
+        return self.codec.elements(self.width)
 
     @property
     def values(self) -> Carrier:
-        """As stored: `[lines, width]`, a view."""
-        return self.memory[:, self.start : self.start + self.width]
+        """As stored: `[lines, elements of its vectors]`, a view."""
+        return self.memory[:, self.start : self.start + self.count * self.elements]
 
     def widened(self) -> F32:
-        """A float32 copy, `[lines, width]`."""
-        return self.codec.widen(np.ascontiguousarray(self.values))
+        """A float32 copy, `[vectors, width]`: those of the first line, then those of the second."""
+        return self.codec.widen(np.ascontiguousarray(self.values).reshape(-1, self.elements))
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one read brings: `width` neurons' rows, role after role, padded to `stride` bytes."""
+    """What one read brings: `width` neurons' rows, role after role, padded to `stride` bytes.
+
+    A row is one neuron's, of `d_model` values. The down rows of a unit of several neurons are the outputs'
+    instead: `d_model` rows of `width` values.
+    """
 
     rows: tuple[Row, ...]
     width: int  # neurons
@@ -101,12 +113,19 @@ class Unit:
 
     def view(self, memory: npt.NDArray[np.uint8], role: Role) -> Rows:
         """A role's rows of the units in `memory` `[units, stride]` bytes; nothing is copied."""
-        codec, (start, stop) = self.codec(role), self.span(role)
-        itemsize = np.dtype(codec.carrier).itemsize
-        return Rows(memory.view(codec.carrier), codec, start // itemsize, (stop - start) // itemsize)
+        codec, (start, _), (count, width) = self.codec(role), self.span(role), self.shape(role)
+        return Rows(
+            memory.view(codec.carrier), codec, start // np.dtype(codec.carrier).itemsize, width, count
+        )
+
+    def shape(self, role: Role) -> tuple[int, int]:
+        """A role's rows in the unit, and values of one."""
+        by_output = role == "down" and self.width > 1
+        return (self.d_model, self.width) if by_output else (self.width, self.d_model)
 
     def _bytes(self, row: Row) -> int:
-        return self.width * CODECS[row.codec].size(self.d_model)
+        count, width = self.shape(row.role)
+        return count * CODECS[row.codec].size(width)
 
 
 def check_alignment(alignment: Any) -> None:

@@ -130,8 +130,9 @@ def _layout_from_json(layers: list[Mapping[str, Any]]) -> Layout:
         numbers = (layer["units"], unit.width, unit.d_model)
         if not all(type(number) is int for number in numbers) or layer["units"] < 0 or min(numbers[1:]) < 1:
             raise ValueError(f"a layer of {numbers} units, neurons and values")
-        if not all(row.codec in CODECS for row in rows):
-            raise ValueError(f"rows of {', '.join(row.codec for row in rows)}")
+        for row in rows:
+            if row.codec not in CODECS or not CODECS[row.codec].fits(unit.shape(row.role)[1]):
+                raise ValueError(f"rows of {row.codec!s:.40}")
         if unit.stride != layer["stride"]:
             raise ValueError(f"units of {layer['stride']} bytes where their rows take {unit.stride}")
         placed.append((layer["units"], unit))
@@ -145,7 +146,7 @@ def _flaw(manifest: Manifest) -> str:
         return "is damaged: architecture and layout have different numbers of layers, or no units at all"
     for part, layer in zip(layout.layers, architecture.layers, strict=True):
         roles = tuple(row.role for row in part.unit.rows)
-        if roles != ROLES[layer.ffn.kind] or part.unit.width != 1:  # nothing computes wider units yet
+        if roles != ROLES[layer.ffn.kind] or (part.unit.width > 1 and layer.ffn.sparse):
             return "describes units that this flashring does not read"
         if (part.units, part.unit.width, part.unit.d_model) != (
             layer.ffn.units,

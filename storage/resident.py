@@ -12,17 +12,20 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from storage.codecs import CODECS, Carrier
+from storage.codecs import CODECS, F32, Carrier, widen
 from storage.errors import CheckpointError
 from storage.families.family import Resident, Source
 from storage.header import header_bytes
 from storage.manifest import FileEntry
 from storage.origin import Origin
+from storage.tensors import codecs_text
+
+_ROUNDED_AT_ONCE = 1 << 24  # values
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A resident tensor and the dtype that it is stored in: its sources'."""
+    """A resident tensor and the codec that it is stored in: its sources', or one of fewer bits."""
 
     tensor: Resident
     dtype: str
@@ -30,7 +33,10 @@ class Stored:
 
 def header(residents: Sequence[Stored]) -> bytes:
     """Length and JSON of a safetensors file that holds `residents` in their order."""
-    return header_bytes((one.tensor.name, one.dtype, one.tensor.shape) for one in residents)
+    metadata = codecs_text((one.tensor.name, one.dtype) for one in residents)
+    return header_bytes(
+        ((one.tensor.name, one.dtype, one.tensor.shape) for one in residents), metadata or None
+    )
 
 
 def size(residents: Sequence[Stored]) -> int:
@@ -69,22 +75,53 @@ def _stream(
 
 
 def _chunks(stored: Stored, checkpoint: Origin, prefix: Callable[[str], str]) -> Iterator[Carrier]:
-    resident = stored.tensor
+    resident, codec = stored.tensor, CODECS[stored.dtype]
     if not resident.sources:
         yield _filled(resident, stored.dtype)
-    elif resident.build is None and resident.sources[0].of is None:
-        yield from checkpoint.chunks(prefix(resident.sources[0].name))
-    else:
+        return
+    sources = resident.sources
+    kept = all(checkpoint.entry(prefix(source.name)).dtype == stored.dtype for source in sources)
+    alone = resident.build is None and sources[0].of is None
+    if kept and alone:
+        yield from checkpoint.chunks(prefix(sources[0].name))
+    elif kept:
         yield built(resident, checkpoint, prefix)
+    elif alone:
+        name, lines = prefix(sources[0].name), resident.shape[0]
+        step = max(1, _ROUNDED_AT_ONCE // (resident.elements // lines))
+        for start in range(0, lines, step):
+            yield codec.narrow(_widened(checkpoint, name, start, min(start + step, lines)))
+    else:
+        yield codec.narrow(_values(resident, checkpoint, prefix))
 
 
 def built(resident: Resident, checkpoint: Origin, prefix: Callable[[str], str]) -> Carrier:
-    """A resident tensor that has sources, whole. Raises CheckpointError."""
+    """A resident tensor that has sources of one dtype, whole, as they are. Raises CheckpointError."""
     arrays = [read(checkpoint, source, prefix) for source in resident.sources]
     array = arrays[0] if resident.build is None else resident.build(arrays)
-    if array.shape != resident.shape:
-        raise CheckpointError(f"{resident.name} was built as {array.shape}, not {resident.shape}")
+    codec = CODECS[checkpoint.entry(prefix(resident.sources[0].name)).dtype]
+    _check(resident, array, (*resident.shape[:-1], codec.elements(resident.shape[-1])))
     return array
+
+
+def _values(resident: Resident, checkpoint: Origin, prefix: Callable[[str], str]) -> F32:
+    """A resident tensor that has sources, whole, as float32. Raises CheckpointError."""
+    arrays = [
+        _widened(checkpoint, prefix(source.name), source.start, source.start + source.shape[0])
+        for source in resident.sources
+    ]
+    array = arrays[0] if resident.build is None else resident.build(arrays)
+    _check(resident, array, resident.shape)
+    return array
+
+
+def _check(resident: Resident, array: Carrier, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise CheckpointError(f"{resident.name} was built as {array.shape}, not {shape}")
+
+
+def _widened(checkpoint: Origin, name: str, start: int, stop: int) -> F32:
+    return widen(checkpoint.read(name, start, stop), checkpoint.entry(name).dtype)
 
 
 def read(checkpoint: Origin, source: Source, prefix: Callable[[str], str]) -> Carrier:

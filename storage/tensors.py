@@ -1,19 +1,25 @@
 """Single tensors of a store's safetensors files, in the types that kernels take.
 
-16-bit floats come as uint16, which is what numba can hold (and numpy has no bfloat16).
+16-bit floats come as uint16, which is what numba can hold (and numpy has no bfloat16). Rows in few bits come
+as bytes; the file's metadata name their codecs.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.codecs import CODECS, F32, widen
+from storage.codecs import CODECS, F32, FLOATS, widen
 from storage.errors import StoreError, reason
-from storage.header import BadHeader, Header, Place
+from storage.header import BYTES, BadHeader, Header, Place
+
+_CODECS = "codecs"  # of a resident file's metadata: JSON, from a tensor's name to its codec's
 
 
 class Tensors:
@@ -31,7 +37,11 @@ class Tensors:
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {reason(error)}") from error
         self.metadata = header.metadata
-        self.places: dict[str, Place] = header.places
+        self.places: dict[str, Place] = dict(header.places)
+        try:
+            self.places |= _grouped(header)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{path} is damaged: its codecs cannot be read") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
@@ -64,3 +74,23 @@ class Tensors:
     def vector(self, name: str, shape: tuple[int, ...]) -> F32:
         """A tensor widened to float32."""
         return widen(self.read(name, shape), self.dtype(name))
+
+
+def codecs_text(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The metadata that name the codecs of rows in few bits; nothing where all are floats."""
+    named = {name: dtype for name, dtype in tensors if dtype not in FLOATS}
+    return {_CODECS: json.dumps(named, separators=(",", ":"))} if named else {}
+
+
+def _grouped(header: Header) -> dict[str, Place]:
+    """The tensors whose codecs the metadata name. Raises ValueError and others for what makes no sense."""
+    found = {}
+    for name, codec in json.loads(header.metadata.get(_CODECS, "{}")).items():
+        place, known = header.places[name], CODECS[codec]
+        if place.dtype != BYTES or len(place.shape) != 2 or known.grouped is None:
+            raise ValueError(name)
+        width, rest = divmod(place.shape[1], known.bytes)
+        if rest or not known.fits(width * known.block):
+            raise ValueError(name)
+        found[name] = replace(place, dtype=codec)
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm, NormPlace, Rope
-from storage.codecs import CODECS
+from storage.codecs import FLOATS
 from storage.layout import Layout, check_alignment, neuron
 from storage.records import read_record
 
@@ -86,7 +86,7 @@ def layout(data: dict[str, Any], model: Architecture) -> Layout:
     """Raises KeyError, TypeError or ValueError for what version 1 does not allow."""
     dtype, alignment = data["dtype"], data["alignment"]
     check_alignment(alignment)
-    if dtype not in CODECS or data["rows"] != ROWS:
+    if dtype not in FLOATS or data["rows"] != ROWS:
         raise ValueError(f"{data['rows']} rows of {dtype}")
     unit = neuron(dtype, model.d_model, alignment)
     if unit.stride != data["stride"]:

@@ -259,8 +259,8 @@ EAGER = {"gemma2"}  # sdpa has no softcap
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
-    """The transformers model of a variant, in `dtype`, in evaluation mode.
+def make_model(variant: str, dtype: str, seed: int = 0, changes: dict[str, Any] | None = None) -> Any:
+    """The transformers model of a variant, with `changes` of its settings, in `dtype`, in evaluation mode.
 
     Its attention is `sdpa`, the default: transformers' eager Falcon adds the ALiBi bias twice.
     """
@@ -268,7 +268,7 @@ def make_model(variant: str, dtype: str, seed: int = 0) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, settings, said = (*VARIANTS[variant], {}) if variant in VARIANTS else UNKNOWN[variant]
-    config = CONFIG_MAPPING[kind](**deepcopy(settings))
+    config = CONFIG_MAPPING[kind](**deepcopy({**settings, **(changes or {})}))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if kind in EAGER else "sdpa")
     if said:
         _sparsify(model, said)
@@ -339,12 +339,13 @@ def write_checkpoint(
     seed: int = 0,
     sharded: bool = False,
     bin: bool = False,
+    changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint of `VARIANTS[variant]` and return its directory.
+    """Write a checkpoint of `VARIANTS[variant]`, with `changes` of its settings, and return its directory.
 
     `sharded` splits it into several files with an index; `bin` writes `pytorch_model*.bin`.
     """
-    model = make_model(variant, dtype, seed)
+    model = make_model(variant, dtype, seed, changes)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size="100KB" if sharded else "1GB")
     if variant in UNKNOWN:

@@ -20,6 +20,26 @@ from storage.codecs import widen
 
 PAIRED = {"llama", "smollm3", "granite"}  # rotary pairs side by side
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where they are not called as the model type
+SMALLEST = {
+    "llama.vocab_size": 32,
+    "llama.context_length": 64,
+    "llama.embedding_length": 512,
+    "llama.block_count": 1,
+    "llama.feed_forward_length": 512,
+    "llama.attention.head_count": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+# Where a block has float16 scales and minima, in bytes.
+SCALES = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
 
 
 def real_file() -> Path | None:
@@ -55,6 +75,17 @@ def write(
     return path
 
 
+def packed_by_hand(kind: str, rows: int, columns: int) -> np.ndarray:
+    """Random codes with scales that are numbers."""
+    generator = np.random.default_rng(3)
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
+    for place in SCALES[kind]:
+        scales = generator.uniform(-0.01, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
@@ -68,8 +99,10 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def of_checkpoint(directory: Path, path: Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """The checkpoint in F32, as llama.cpp's converter writes it."""
+def of_checkpoint(
+    directory: Path, path: Path, extra: Mapping[str, Any] | None = None, matrices: str = "F32"
+) -> Path:
+    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors in F32."""
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
     kind = config["model_type"]
@@ -81,7 +114,7 @@ def of_checkpoint(directory: Path, path: Path, extra: Mapping[str, Any] | None =
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         values = _changed(widen(checkpoint.read(name), entry.dtype), name, config, architecture)
-        tensors[theirs] = (values, "F32")
+        tensors[theirs] = (values, matrices if values.ndim == 2 else "F32")
     tensors |= {name: (values, "F32") for name, values in _rope_factors(config).items()}
     return write(path, tensors, {**_metadata(config, architecture), **(extra or {})}, architecture)
 

@@ -30,7 +30,7 @@ from storage.verify import verify
 ROOT = Path(__file__).resolve().parents[1]
 
 # Converts argv[1] into argv[2]; at its argv[3]-th durable operation it kills itself, or with
-# argv[4] no file may grow beyond that many bytes.
+# argv[4] no file may grow beyond that many bytes. argv[5] is the number of bits.
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -48,11 +48,11 @@ def counted(function):
     return call
 for name in ("fsync", "replace", "rename"):
     setattr(os, name, counted(getattr(os, name)))
-if len(sys.argv) > 4:
-    limit = int(sys.argv[4])
+limit, bits = (int(text) or None for text in (*sys.argv[4:], "0", "0")[:2])
+if limit is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), name="child")
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), name="child", bits=bits)
 except DiskFull as error:
     sys.exit(f"DiskFull: {error}")
 """

@@ -28,7 +28,7 @@ from pipeline.ring.messages import (
     PartDone,
     TokenReady,
 )
-from pipeline.ring.plan import Forecast, Plan
+from pipeline.ring.plan import Forecast, Kind, Plan
 from pipeline.ring.segments import ID, SLOT
 from storage.convert import convert
 from storage.store import Store
@@ -136,6 +136,7 @@ def ring(
     store: Store,
     directory: Path,
     lookahead: int = 1,
+    kind: Kind = "lowrank",
     threads: int = 1,
     on: Callable[[Weights, int, int], Device[Any]] = CpuDevice,
     constraints: Any = None,
@@ -150,7 +151,7 @@ def ring(
         staging=8,
         context=64,
         hidden_rows=4,
-        forecast=Forecast("all", lookahead, refine=False),
+        forecast=Forecast(kind, lookahead, refine=False),
     )
     views = {name: np.zeros(shape, kind) for name, (shape, kind) in segments._shapes(plan).items()}
     memory = segments.Segments(**views)
@@ -257,6 +258,24 @@ def test_neither_parts_nor_slots_change_a_bit(opt, tmp_path, how):
     with ring(opt, tmp_path / "b", **how) as fake:
         generate(fake)
         assert (fake.tokens, fake.logprobs) == expected
+
+
+def test_a_ring_that_holds_everything_asks_once(store, tmp_path):
+    """Later steps, and later runs with their prefills, find the units where the first has seen them."""
+    with ring(store, tmp_path / "a") as fake:
+        generate(fake)
+        expected = fake.tokens, fake.logprobs
+    with ring(store, tmp_path / "b", kind="all", shuffle=3) as fake:
+        generate(fake)
+        assert (fake.tokens, fake.logprobs) == expected
+        assert {one.step.number for one in fake.announced} == {0}
+        fake.results.clear()
+        generate(fake)
+        assert (fake.tokens, fake.logprobs) == expected
+        assert {one.step.number for one in fake.announced} == {0}
+        assert fake.engine is not None
+        steps = 2 * (len(fake.tokens) - 1)
+        assert fake.engine.counts["kept"] == steps * sum(fake.plan.units)
 
 
 def test_announcements_follow_the_protocol(store, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from gguf import GGMLQuantizationType
-from gguf_files import of_checkpoint, real_file, write
+from gguf_files import SMALLEST, of_checkpoint, packed_by_hand, real_file, write
 
 from storage.checkpoint import Checkpoint
 from storage.codecs import narrow, widen
@@ -26,29 +26,8 @@ from storage.gguf.header import Header, Metadata
 from storage.gguf.rope import llama3_divisors, scaling
 from storage.origin import Origin
 
-SMALLEST = {
-    "llama.vocab_size": 32,
-    "llama.context_length": 64,
-    "llama.embedding_length": 512,
-    "llama.block_count": 1,
-    "llama.feed_forward_length": 512,
-    "llama.attention.head_count": 2,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-}
 QUANTISED = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # the package quantises to these
 BY_HAND = ("Q4_K", "Q5_K", "Q6_K")
-SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block has float16 scales, in bytes
-
-
-def packed_by_hand(kind: str, rows: int, columns: int) -> np.ndarray:
-    """Random codes with scales that are numbers."""
-    generator = np.random.default_rng(3)
-    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
-    for place in SCALES[kind]:
-        scales = generator.uniform(-0.01, 0.01, len(blocks)).astype(np.float16)
-        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

@@ -52,8 +52,8 @@ def file() -> Path:
 
 @pytest.fixture(scope="module")
 def store(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """In float32: 16 bits round the file's values, by up to 0.04 of a logit."""
-    return convert(file, tmp_path_factory.mktemp("smollm2") / "store", name="smollm2", dtype="float32")
+    """In the bits of the file."""
+    return convert(file, tmp_path_factory.mktemp("smollm2") / "store", name="smollm2")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import typer
 
 from pipeline.commands.generate import describe, tell_plan
 from pipeline.commands.options import (
+    Bits,
     ChatTemplateFile,
     ConfigFile,
     Context,
@@ -64,6 +65,7 @@ def command(
         str, typer.Option(help="Tell the model how to behave.", metavar="TEXT", show_default=False)
     ] = "",
     memory: Memory = "",
+    bits: Bits = None,
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -85,6 +87,7 @@ def command(
     """Converse with a model; Ctrl-C ends an answer, /help lists what else there is."""
     schema = read_schema(json_schema).text if json_schema else None
     values: Values = {
+        "model": {"bits": bits},
         "memory": {"budget": memory or None},
         "compute": {"context": context_tokens or None, "structured": True if schema else None},
         "sampling": {

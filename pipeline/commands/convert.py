@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import Bits
 from pipeline.console import say
 from pipeline.models import builtin
 from pipeline.models.names import find_source
@@ -33,15 +34,18 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What the numbers of a GGUF file are widened to: float16, bfloat16 or float32; "
-            "without it 16 bits, whichever lose less.",
+            help="What the numbers of a GGUF file are widened to: float16, bfloat16 or float32.",
             metavar="DTYPE",
         ),
     ] = None,
+    bits: Bits = None,
 ) -> None:
     """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
     source = find_source(model)
-    convert(source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype)
-    if source.directory == builtin.CHECKPOINT and order is None and alignment == DEFAULT_ALIGNMENT:
+    convert(
+        source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype, bits=bits
+    )
+    usual = order is None and alignment == DEFAULT_ALIGNMENT and bits in {None, 16}
+    if source.directory == builtin.CHECKPOINT and usual:
         builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
     say(f"{out} is ready: run.py --model {out}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands.options import (
+    Bits,
     ChatTemplateFile,
     ConfigFile,
     Context,
@@ -65,6 +66,7 @@ def command(
     prompt: Text = None,
     model: Model = "",
     memory: Memory = "",
+    bits: Bits = None,
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
@@ -117,6 +119,7 @@ def command(
     forced = _read_tokens(force_tokens) if force_tokens else ()
     grammar = Grammar.of_schema(read_schema(json_schema)) if json_schema else None
     values: Values = {
+        "model": {"bits": bits},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,

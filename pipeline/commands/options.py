@@ -22,6 +22,14 @@ Memory = Annotated[
     str,
     typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="8 or 4: weights are rounded to so many bits, once. 16: they are not, and those of a GGUF file "
+        "are widened. [default: as the model's files have them]",
+        show_default=False,
+    ),
+]
 Context = Annotated[
     int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
 ]

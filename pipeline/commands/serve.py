@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import ChatTemplateFile, ConfigFile, Context, Memory, Model, Settings
+from pipeline.commands.options import Bits, ChatTemplateFile, ConfigFile, Context, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
@@ -49,6 +49,7 @@ def command(
     endpoint: Endpoint = "",
     http: Http = "",
     memory: Memory = "",
+    bits: Bits = None,
     context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
     deadline: Annotated[
@@ -93,7 +94,7 @@ def command(
         check_http_packages()
     check_endpoint(address, keys)  # all before anything is loaded
     opened = open_ring(
-        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say
+        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say, bits
     )
     options = ServingOptions(
         endpoint=address,

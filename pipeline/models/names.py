@@ -10,6 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import NOTHING, Config, Values
@@ -46,9 +47,8 @@ def configure(
         model = builtin.NAME
     if model in known:
         config = Config.load(file, settings, known[model], values)
-    if model and model not in known:
-        return find_source(model), config
-    return _configured_source(config, model), config
+    source = find_source(model) if model and model not in known else _configured_source(config, model)
+    return replace(source, bits=config.model.bits), config
 
 
 def find_source(model: str) -> Source:

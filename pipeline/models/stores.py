@@ -34,6 +34,7 @@ class Source:
     directory: Path | None = None  # of a checkpoint
     file: Path | None = None  # GGUF; of a split model the first
     hub_id: str = ""
+    bits: int | None = None  # of the converted store; None: the checkpoint's own
 
     def checkpoint(self) -> Path:
         """The checkpoint's directory, downloaded if need be, or the GGUF file."""
@@ -47,10 +48,14 @@ class Source:
     def open_store(self) -> Store:
         """The store, converted on first use. Later calls open it at once, without the network."""
         if self.store is not None:
+            if self.bits is not None:
+                raise UsageError(
+                    f"{self.store} is a store already: its bits were chosen when it was converted"
+                )
             return Store.open(self.store)
         path = self.cached_store()
         store = Store.open(path) if (path / MANIFEST).is_file() else self._convert(path)
-        if self.directory == builtin.CHECKPOINT:
+        if self.directory == builtin.CHECKPOINT and self.bits in {None, 16}:
             builtin.install_predictors(store)
         return store
 
@@ -60,7 +65,10 @@ class Source:
             key = self.hub_id.replace("/", "--")
         else:
             key = f"{self.name}-{_fingerprint(self.checkpoint())}"
-        return directories.home() / "stores" / key
+        # A GGUF file was once widened to 16 bits unasked: that store must not pass for one of its own bits.
+        kept = "own" if self.file is not None else ""
+        bits = kept if self.bits is None else "" if self.bits == 16 else f"{self.bits}"
+        return directories.home() / "stores" / (f"{key}-{bits}-bits" if bits else key)
 
     def _convert(self, path: Path) -> Store:
         checkpoint = self.checkpoint()
@@ -68,7 +76,7 @@ class Source:
         with _locked(path.with_name(path.name + ".lock")):
             if not (path / MANIFEST).is_file():  # another process may have made it meanwhile
                 say(f"converting {self.name} for flash into {path} (once)")
-                convert(checkpoint, path, name=self.name)
+                convert(checkpoint, path, name=self.name, bits=self.bits)
         return Store.open(path)
 
 
@@ -107,6 +115,7 @@ def convert(
     alignment: int = 512,
     order: Path | None = None,
     dtype: str | None = None,
+    bits: int | None = None,
 ) -> None:
     """Convert with a progress bar; `order`: a `.npy` of neurons by position; `dtype`: of a GGUF file only."""
     from pipeline.progress import Progress
@@ -117,7 +126,14 @@ def convert(
 
     with Progress(f"converting {name}") as progress:
         convert_checkpoint(
-            checkpoint, store, name=name, alignment=alignment, order=neurons, dtype=dtype, progress=progress
+            checkpoint,
+            store,
+            name=name,
+            alignment=alignment,
+            order=neurons,
+            dtype=dtype,
+            bits=bits,
+            progress=progress,
         )
 
 

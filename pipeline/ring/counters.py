@@ -1,4 +1,4 @@
-"""Names of the counters that a worker keeps for each layer: `layer.N.NAME`.
+"""Names of counters that two processes share, above all those of each layer: `layer.N.NAME`.
 
 Workers put them into `Stats`; the page of `pipeline/serving/page.html` makes the same names for itself.
 """
@@ -6,6 +6,7 @@ Workers put them into `Stats`; the page of `pipeline/serving/page.html` makes th
 from __future__ import annotations
 
 _PREFIX = "layer."
+KEPT = "kept"  # compute's: units of decode that it did not have to ask for
 
 
 def of_layer(layer: int, name: str) -> str:

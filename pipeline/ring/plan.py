@@ -74,6 +74,11 @@ class Plan:
         """Slots of all layers, without staging."""
         return sum(self.slots)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every unit stays in its slot, and every step wants all: then steps need not ask."""
+        return self.forecast.every and self.slots == self.units
+
     def first_slot(self, layer: int) -> int:
         return sum(self.slots[:layer])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.ring.audit import AuditReport
-from pipeline.ring.counters import layer_and_name
+from pipeline.ring.counters import KEPT, layer_and_name
 from pipeline.ring.generation import Generation
 from pipeline.ring.plan import Plan
 
@@ -142,7 +142,8 @@ def _flash(done: Generation) -> Flash:
 
 
 def _cache(done: Generation, plan: Plan) -> CacheUse:
-    hits, misses = done.delta("cache", "decode_hits"), done.delta("cache", "decode_misses")
+    hits = done.delta("cache", "decode_hits") + done.delta("compute", KEPT)
+    misses = done.delta("cache", "decode_misses")
     return CacheUse(
         slots=plan.total_slots,
         hits=int(hits),

@@ -46,12 +46,14 @@ class Pipeline:
         settings: Sequence[str] = (),
         chat_template: Path | None = None,
         reuse_prefix: bool = False,
+        bits: int | None = None,
     ) -> Pipeline:
         """Start a ring. The arguments are the command line's options; without `model`, the built-in one.
 
         Raises the FlashringError that the command line would show.
         """
-        return cls(open_ring(model, memory, context, config, settings, chat_template, reuse_prefix).ring)
+        opened = open_ring(model, memory, context, config, settings, chat_template, reuse_prefix, bits=bits)
+        return cls(opened.ring)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Answer:
         """Continue a text (or token ids). Closes the answer before, if it is still open."""

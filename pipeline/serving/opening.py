@@ -33,12 +33,17 @@ def open_ring(
     chat_template: Path | None = None,
     reuse_prefix: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    bits: int | None = None,
 ) -> OpenRing:
     """Find the model, divide the memory and start the ring; raises FlashringError.
 
     `say` gets a line for each death and restart of the ring.
     """
-    values: Values = {"memory": {"budget": memory or None}, "compute": {"context": context or None}}
+    values: Values = {
+        "model": {"bits": bits},
+        "memory": {"budget": memory or None},
+        "compute": {"context": context or None},
+    }
     source, config = configure(model, config_file, settings, values)
     if "structured" not in config.compute.model_fields_set:  # whoever asks may ask for a form
         config = config.replace(compute={"structured": True})

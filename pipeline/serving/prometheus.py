@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pipeline.ring.audit import ACTIVE, FOUND, AuditSums
-from pipeline.ring.counters import layer_and_name
+from pipeline.ring.counters import KEPT, layer_and_name
 from pipeline.serving.client_messages import Done
 from pipeline.serving.observer import Observer
 from pipeline.serving.scheduler import Scheduler
@@ -88,7 +88,8 @@ class _RingCollector(Collector):
         for phase, name in (("decode", "decode_bytes"), ("prefill", "stream_bytes")):
             read.add_metric([phase], prefetcher.get(name, 0.0))
         yield read
-        hits, misses = cache.get("decode_hits", 0.0), cache.get("decode_misses", 0.0)
+        hits = cache.get("decode_hits", 0.0) + compute.get(KEPT, 0.0)
+        misses = cache.get("decode_misses", 0.0)
         yield _counter("cache_hits", "Wanted neurons found in DRAM", hits)
         yield _counter("cache_misses", "Neurons read from flash, wrong guesses included", misses)
         yield _gauge("cache_hit_ratio", "Share of hits", hits / (hits + misses) if hits + misses else 0.0)

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import xxhash
 
 from storage import resident
-from storage.architecture import Architecture
-from storage.codecs import Carrier
+from storage.architecture import POSITIONS, Architecture, Ffn
+from storage.codecs import CODECS, FLOAT16, FLOAT32, FLOATS, Carrier
+from storage.convert.recipe import AS_IT_IS, Recipe, chosen, unit_width
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
@@ -21,6 +22,9 @@ from storage.layout import Layout, Role, Row, Unit
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
 from storage.origin import Entry, Origin
 from storage.resident import Stored
+
+# Of published rows that cannot be kept as they are: of several formats, or to be turned into columns.
+_ROUNDED_AGAIN = "q8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,19 @@ class Conversion:
         """A source's values, in their carrier."""
         return resident.read(self.checkpoint, source, self.full_name)
 
+    def dtype(self, source: Source) -> str:
+        """The codec that `read` gives."""
+        return self.checkpoint.entry(self.full_name(source.name)).dtype
+
     @property
     def total_bytes(self) -> int:
         checksums = self.layout.total_units * CHECKSUM_BYTES
         return self.layout.total_bytes + checksums + resident.size(self.residents)
 
 
-def check(checkpoint: Origin, alignment: int, order: NeuronOrder | None = None) -> Conversion:
+def check(
+    checkpoint: Origin, alignment: int, order: NeuronOrder | None = None, recipe: Recipe = AS_IT_IS
+) -> Conversion:
     """Check names, shapes and dtypes of everything that will be read, without reading it.
 
     Only a head beside a tied embedding is read, to compare the two.
@@ -79,10 +89,18 @@ def check(checkpoint: Origin, alignment: int, order: NeuronOrder | None = None) 
     model = family.architecture(config)
     prefix = _prefix(checkpoint, family)
     model = replace(model, tied_head=_tied(checkpoint, prefix + family.embedding, model))
-    sources = _Sources(checkpoint, prefix)
-    units = [sources.unit(family.ffn(model, index), alignment) for index in range(len(model.layers))]
-    layout = Layout.of((layer.ffn.units, unit) for layer, unit in zip(model.layers, units, strict=True))
-    usual = units[0].rows[0].codec
+    sources = _Sources(checkpoint, prefix, recipe)
+    units = [
+        sources.unit(family.ffn(model, index), layer.ffn, alignment)
+        for index, layer in enumerate(model.layers)
+    ]
+    layers = tuple(
+        replace(layer, ffn=replace(layer.ffn, units=layer.ffn.neurons // unit.width, width=unit.width))
+        for layer, unit in zip(model.layers, units, strict=True)
+    )
+    model = replace(model, layers=layers)
+    layout = Layout.of((layer.ffn.units, unit) for layer, unit in zip(layers, units, strict=True))
+    usual = next((row.codec for row in units[0].rows if row.codec in FLOATS), FLOAT32.name)
     residents = tuple(Stored(one, sources.dtype(one, usual)) for one in family.resident(config, model))
     _check_order(order, layout)
     parameters = {
@@ -92,6 +110,8 @@ def check(checkpoint: Origin, alignment: int, order: NeuronOrder | None = None) 
         "order_xxh3_128": None if order is None else xxhash.xxh3_128_hexdigest(order.neurons.tobytes()),
         "source": checkpoint.identity(),
     }
+    if recipe.ffn is not None:
+        parameters["bits"] = recipe.bits
     if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
         parameters["synthetic"] = config["synthetic"]
     checkpoint.release()
@@ -150,25 +170,46 @@ class _Sources:
 
     checkpoint: Origin
     prefix: str
+    recipe: Recipe
 
-    def unit(self, ffn: Mapping[Role, Source], alignment: int) -> Unit:
-        """What one neuron of this FFN takes."""
-        rows = tuple(Row(role, self._entry(source).dtype) for role, source in ffn.items())
-        return Unit(rows, 1, ffn["up"].shape[1], alignment)
+    def unit(self, sources: Mapping[Role, Source], ffn: Ffn, alignment: int) -> Unit:
+        """One unit of this FFN."""
+        d_model = sources["up"].shape[1]
+        found = {role: self._entry(source).dtype for role, source in sources.items()}
+        low = self.recipe.ffn is not None or any(dtype not in FLOATS for dtype in found.values())
+        width = unit_width(ffn, low)
+        rows = []
+        for role, dtype in found.items():
+            if role == "down" and width > 1:  # by output, as the source has it
+                rows.append(Row(role, chosen(dtype, self.recipe.ffn, width)))
+                continue
+            if role == "down" and dtype not in FLOATS:
+                again = _ROUNDED_AGAIN if CODECS[_ROUNDED_AGAIN].fits(d_model) else FLOAT16.name
+                rows.append(Row(role, chosen(again, self.recipe.ffn, d_model)))
+                continue
+            rows.append(Row(role, chosen(dtype, self.recipe.ffn, d_model)))
+        return Unit(tuple(rows), width, d_model, alignment)
 
     def dtype(self, resident: Resident, usual: str) -> str:
-        """`usual` without sources. Raises UnsupportedModel for sources of several dtypes."""
+        """`usual` without sources. Raises UnsupportedModel for floats of several dtypes."""
         if not resident.sources:
             return usual
         first, *others = (self._entry(source) for source in resident.sources)
+        found = first.dtype
         for source, entry in zip(resident.sources[1:], others, strict=True):
-            if entry.dtype != first.dtype:
-                raise UnsupportedModel(
-                    f"{entry.shard}: {_full_name(self.prefix, source.name)} is {entry.dtype} where "
-                    f"{_full_name(self.prefix, resident.sources[0].name)} is {first.dtype}; "
-                    "they are stored as one tensor, which cannot have two dtypes"
-                )
-        return first.dtype
+            if entry.dtype == first.dtype:
+                continue
+            if entry.dtype not in FLOATS or first.dtype not in FLOATS:
+                found = _ROUNDED_AGAIN
+                continue
+            raise UnsupportedModel(
+                f"{entry.shard}: {_full_name(self.prefix, source.name)} is {entry.dtype} where "
+                f"{_full_name(self.prefix, resident.sources[0].name)} is {first.dtype}; "
+                "they are stored as one tensor, which cannot have two dtypes"
+            )
+        if len(resident.shape) != 2 or resident.name == POSITIONS:
+            return found
+        return chosen(found, self.recipe.matrices, resident.shape[1])
 
     def _entry(self, source: Source) -> Entry:
         return self.checkpoint.entry(_full_name(self.prefix, source.name), source.whole)

@@ -11,8 +11,11 @@ from storage.gguf.parts import is_gguf
 from storage.origin import Origin
 
 
-def open_origin(path: Path, dtype: str | None = None) -> Origin:
-    """A GGUF file, or a checkpoint's directory. `dtype`: of a GGUF file's matrices (`GgufFile.open`).
+def open_origin(path: Path, dtype: str | None = None, bits: int | None = None) -> Origin:
+    """A GGUF file, or a checkpoint's directory.
+
+    `dtype` is what a GGUF file's matrices are widened to, and so does `bits` 16, to what loses least;
+    otherwise they stay as they are.
 
     Raises CheckpointError or UnsupportedModel for what is there, UsageError for a dtype that cannot be.
     """
@@ -21,7 +24,7 @@ def open_origin(path: Path, dtype: str | None = None) -> Origin:
     if is_gguf(path):
         from storage.gguf.file import GgufFile
 
-        return GgufFile.open(path, dtype)
+        return GgufFile.open(path, dtype, keep=dtype is None and bits != 16)
     if dtype is not None:
         raise UsageError(f"{path} is no GGUF file: its tensors keep their own dtype")
     return Checkpoint.open(path)

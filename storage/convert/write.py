@@ -22,7 +22,9 @@ from storage.codecs import Carrier
 from storage.convert.conversion import Conversion, NeuronOrder, check, same_parameters
 from storage.convert.journal import PROGRESS, Journal
 from storage.convert.opening import open_origin
-from storage.errors import DiskFull, StoreError, UsageError
+from storage.convert.recipe import Recipe
+from storage.convert.rows import unit_rows
+from storage.errors import CheckpointError, DiskFull, StoreError, UsageError
 from storage.files import fsync_directory, write_whole
 from storage.layout import DEFAULT_ALIGNMENT, Layout, Role
 from storage.lock import locked
@@ -51,12 +53,14 @@ def convert(
     alignment: int = DEFAULT_ALIGNMENT,
     order: NeuronOrder | None = None,
     dtype: str | None = None,
+    bits: int | None = None,
     progress: Progress | None = None,
 ) -> Store:
     """Convert a checkpoint's directory, or a GGUF file, into the store `out`, or resume doing so.
 
     An `out` that already is a store of the same source and parameters is returned as it is.
-    `dtype` is what a GGUF file's matrices are widened to, instead of what loses least.
+    `bits` is 16, 8 or 4 (`recipe.py`), None the checkpoint's own; `dtype` is what a GGUF file's matrices
+    are widened to.
     `progress` hears the stages "resume", "bundles" and "resident" in bytes.
 
     Raises CheckpointError or UnsupportedModel for the checkpoint, UsageError for an `out` or a
@@ -64,7 +68,7 @@ def convert(
     DiskFull when the disk is or will be full; what is written then resumes.
     """
     out = Path(os.path.abspath(out))  # so that it has a name and a parent
-    conversion = check(open_origin(checkpoint, dtype), alignment, order)
+    conversion = check(open_origin(checkpoint, dtype, bits), alignment, order, Recipe.of(bits))
     existing = _existing(out, conversion)
     if existing is not None:
         return existing
@@ -102,6 +106,8 @@ def _writing(partial: Path) -> Iterator[None]:
     """Turn the system's refusals into DiskFull or StoreError; what is written stays, and resumes."""
     try:
         yield
+    except ValueError as error:  # of `Codec.narrow`
+        raise CheckpointError(f"the checkpoint cannot be rounded: {error}") from error
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StoreError(f"{partial} cannot be written: {error.strerror}") from error
@@ -198,9 +204,9 @@ def _rehash(
 
 def _layer(conversion: Conversion, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
     rows: dict[Role, Carrier] = {}
+    unit = conversion.layout.layers[layer].unit
     for role, source in conversion.family.ffn(conversion.architecture, layer).items():
-        matrix = conversion.read(source)
-        rows[role] = matrix.T if role == "down" else matrix  # a neuron's down row is its column
+        rows[role] = unit_rows(role, conversion.read(source), conversion.dtype(source), unit)
     conversion.checkpoint.release()
     order = None if conversion.order is None else conversion.order.neurons[layer]
     return assemble(conversion.layout.layers[layer], rows, order)

@@ -16,6 +16,7 @@ from storage.codecs import CODECS, FLOAT32, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.gguf import settings, tensors, tokenizer
 from storage.gguf.header import Header, Metadata, Packed
+from storage.gguf.kept import CODEC
 from storage.gguf.names import Heads, Restored, restored
 from storage.gguf.parts import split
 from storage.origin import Entry, samples
@@ -25,19 +26,23 @@ SPLIT_COUNT, SPLIT_NUMBER = "split.count", "split.no"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened GGUF model. Matrices are widened to `dtype`; vectors are float32."""
+    """An opened GGUF model. Matrices are kept in their bits or widened to `dtype`; vectors are float32."""
 
     path: Path  # of the first file
     config: dict[str, Any]
     shards: tuple[Path, ...]
     digest: str  # of all headers
     dtype: str
+    keep: bool
     _tensors: dict[str, Restored]
     _tokenizer: tokenizer.GgufTokenizer
 
     @classmethod
-    def open(cls, path: Path, dtype: str | None = None) -> GgufFile:
-        """Read every file's header, no weights. `dtype` None: what loses least (`tensors.dtype_of`).
+    def open(cls, path: Path, dtype: str | None = None, keep: bool = False) -> GgufFile:
+        """Read every file's header, no weights.
+
+        `dtype`: what matrices are widened to, None for what loses least (`tensors.dtype_of`). With `keep`
+        those that have few bits stay as they are (`kept.py`).
 
         Raises CheckpointError for a file that is missing, truncated or damaged, UnsupportedModel for an
         architecture, an option or a tokenizer that is not supported.
@@ -59,6 +64,7 @@ class GgufFile:
             shards=shards,
             digest="-".join(header.digest for header in headers),
             dtype=dtype or tensors.dtype_of(packed),
+            keep=keep and any(tensor.kind in CODEC for tensor in packed if len(tensor.shape) > 1),
             _tensors=restored(file.architecture, packed, Heads(file.heads, file.kv_heads)),
             _tokenizer=words,
         )
@@ -107,14 +113,19 @@ class GgufFile:
         """The headers' hash and, of each file, its size and the hash of samples spread over it."""
         return {
             "gguf": self.digest,
-            "dtype": self.dtype,
+            "dtype": "kept" if self.keep else self.dtype,
             "shards": {shard.name: samples(shard) for shard in self.shards},
         }
 
     def _dtype(self, packed: Packed) -> str:
         if packed.kind not in tensors.KINDS:
             return packed.kind
-        return FLOAT32.name if len(packed.shape) == 1 else self.dtype
+        if len(packed.shape) == 1:
+            return FLOAT32.name
+        codec = CODEC.get(packed.kind)
+        if self.keep and codec is not None and len(packed.shape) == 2 and CODECS[codec].fits(packed.columns):
+            return codec
+        return self.dtype
 
 
 def _check_split(shards: tuple[Path, ...], headers: list[Header]) -> None:

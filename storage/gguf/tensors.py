@@ -1,4 +1,4 @@
-"""Widening a tensor of a GGUF file, some rows at a time.
+"""Reading a tensor of a GGUF file, some rows at a time: in its own bits (`kept.py`), or widened to floats.
 
 Which floats the values become is the file's question, not the tensor's (`dtype_of`): a store's matrices are
 of one dtype. Vectors (norms, biases) are float32 in every file and stay so.
@@ -21,6 +21,7 @@ from gguf.quants import dequantize
 from storage.codecs import BFLOAT16, CODECS, FLOAT16, FLOAT32, Carrier, narrow
 from storage.errors import CheckpointError
 from storage.gguf.header import Packed
+from storage.gguf.kept import CODEC, kept
 from storage.gguf.names import Restored
 
 FLOATS = {"F32": FLOAT32.name, "F16": FLOAT16.name, "BF16": BFLOAT16.name}
@@ -38,7 +39,10 @@ def read(tensor: Restored, dtype: str, start: int = 0, stop: int | None = None) 
     """The tensor, or its lines from `start` up to `stop`, in the codec `dtype`. Raises CheckpointError."""
     packed = tensor.packed
     lines = (packed.shape[0] if stop is None else stop) - start
-    whole = np.empty((lines, *packed.shape[1:]), CODECS[dtype].carrier)
+    inner = packed.shape[1:]
+    if inner:
+        inner = (*inner[:-1], CODECS[dtype].elements(inner[-1]))
+    whole = np.empty((lines, *inner), CODECS[dtype].carrier)
     flat, done = whole.reshape(-1), 0
     for chunk in chunks(tensor, dtype, CHUNK, start, start + lines):
         flat[done : done + chunk.size] = chunk
@@ -65,7 +69,11 @@ def chunks(
             rows = _packed_rows(packed, first, last)
         else:
             rows = whole[tensor.order[first:last]]
-        yield _finished(_widened(rows, packed.kind), tensor, dtype)
+        same = kept(rows, packed.kind) if CODEC.get(packed.kind) == dtype else None
+        if same is not None:
+            yield same.reshape(-1)
+        else:
+            yield _finished(_widened(rows, packed.kind), tensor, dtype)
 
 
 def _finished(values: npt.NDArray[np.float32], tensor: Restored, dtype: str) -> Carrier:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.ring.channel import Channel
-from pipeline.ring.counters import of_layer
+from pipeline.ring.counters import KEPT, of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
 from workers.compute.audit import Audit
-from workers.compute.device import Device
+from workers.compute.device import I32, Device, LayerFfn
 from workers.compute.parts import Part, Parts
 
 _PATIENCE = 0.2  # seconds between looks at `stopped` while waiting for parts
@@ -28,7 +28,11 @@ class Cancelled(Exception):
 
 
 class RingUnits:
-    """`blocks.Units` over the ring. `stopped` and the two dictionaries are for any thread."""
+    """`blocks.Units` over the ring. `stopped` and the two dictionaries are for any thread.
+
+    Where the plan holds every unit (`Plan.whole`), the first step whose layers have all arrived is the last
+    that asks for them: slots are not given to others, so later steps find the units where they are.
+    """
 
     def __init__(
         self,
@@ -49,8 +53,10 @@ class RingUnits:
         self._parts = Parts(self._receive)
         self._run = 0
         self._step = Step(-1, 0, 0, every=False)
+        self._asks = True
         self._done = -1  # tick of the last finished FFN
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
+        self._kept: dict[int, tuple[I32, I32]] = {}  # ids and slots of layers that have arrived for good
         self._active_names = [of_layer(index, "active") for index in range(plan.layers)]
         self.stopped = False
         self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
@@ -65,11 +71,14 @@ class RingUnits:
         self._step = Step(self._step.number + 1, first, x.shape[0], every)
         if self._audit is not None and not every:
             self._audit.next_token()
+        self._asks = len(self._kept) < self._plan.layers
         self.announce(EMBEDDING, x)
         self._mark = time.perf_counter()
 
     def announce(self, index: int, hidden: Any) -> None:
         """Write the last rows of `hidden` [rows, d_model] and tell the predictor."""
+        if not self._asks:
+            return
         rows = min(hidden.shape[0], self._plan.hidden_rows)
         self._segments.hidden[index + 1, :rows] = self._device.host(hidden[-rows:])
         self._channel.send("predictor", HiddenReady(self._run, self._step, index, rows, self._done))
@@ -79,6 +88,8 @@ class RingUnits:
         if not self._step.every:
             self._spend("attention", self._mark)
         ffn = self._device.ffn(index, ffn_input)
+        if not self._asks:
+            return self._resident(index, ffn)
         table, neurons = self._segments.wanted[index], 0
         for part in self._arriving(index):
             which = slice(part.start, part.start + part.count)
@@ -90,6 +101,8 @@ class RingUnits:
             if not self._step.every:
                 self._spend("ffn", started)
             self._answer(index, part)
+        if self._plan.whole:
+            self._kept[index] = table[ID, :neurons].copy(), table[SLOT, :neurons].copy()
         output = ffn.finish()
         if self._audit is not None and not self._step.every and self._audit.layer == index:
             started = time.perf_counter()
@@ -103,6 +116,24 @@ class RingUnits:
         elif self._cancelled(self._run):
             self._drain(index)
             raise Cancelled
+        self._mark = time.perf_counter()
+        return output
+
+    def _resident(self, index: int, ffn: LayerFfn[Any]) -> Any:
+        """The output of a layer whose units stay where they are."""
+        started = time.perf_counter()
+        ffn.add(*self._kept[index], self._segments.bundles)
+        ffn.close()
+        output = ffn.finish()
+        self._finish(index)
+        if self._step.every:
+            if self._cancelled(self._run):
+                raise Cancelled
+        else:
+            self._spend("ffn", started)
+            self.counts[self._active_names[index]] += ffn.active
+            self.counts["active"] += ffn.active
+            self.counts[KEPT] += self._plan.units[index]
         self._mark = time.perf_counter()
         return output
 

@@ -1,4 +1,4 @@
-"""What the loops need of a number format: one value widened to float32, and rounded back. One table.
+"""What the loops need of a float format: one value widened to float32, and rounded back. One table.
 
 A kernel takes a codec's `Scalars` as an argument, and calls `codec.widen(value)`. To numba each `Scalars` is
 of a type of its own, and has no value at run time. So a loop is compiled once for each codec in use, with
@@ -38,11 +38,7 @@ class Scalars:
 
     @cached_property
     def _numba_type_(self) -> ScalarsType:  # what numba asks an argument for
-        digest = hashlib.sha256(_package())
-        for function in (self.widen, self.narrow):
-            source = Path(inspect.unwrap(function).__code__.co_filename)
-            digest.update(source.read_bytes() + function.__qualname__.encode())
-        return ScalarsType(self.name, digest.hexdigest()[:16])
+        return ScalarsType(self.name, digest(self.widen, self.narrow))
 
 
 class ScalarsType(types.Type):
@@ -57,6 +53,15 @@ class ScalarsType(types.Type):
 def _package() -> bytes:
     """The source of all kernels."""
     return b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def digest(*functions: Any) -> str:
+    """Of all that loops are put together from: this package, and these functions."""
+    found = hashlib.sha256(_package())
+    for function in functions:
+        source = Path(inspect.unwrap(function).__code__.co_filename)
+        found.update(source.read_bytes() + function.__qualname__.encode())
+    return found.hexdigest()[:16]
 
 
 register_model(ScalarsType)(models.OpaqueModel)
@@ -186,5 +191,5 @@ SCALARS: dict[str, Scalars] = {
 
 
 def scalars(codec: Codec) -> Scalars:
-    """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
+    """What kernels take for a `codec` of floats. Raises KeyError for another."""
     return SCALARS[codec.name]

@@ -9,19 +9,20 @@ from numba import njit, prange
 
 from storage.codecs import F32
 from storage.layout import Rows
-from workers.kernels.codecs import scalars
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.rows import FAST, dots, four
-from workers.kernels.sums import add_lines, columns
+from workers.kernels.rows import FAST, four, loops
+from workers.kernels.sums import add_rows, columns
 
 NO_BIAS: F32 = np.zeros(0, np.float32)
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _matvec(codec: Any, memory: Any, first: Any, x: Any, bias: Any, out: Any, threads: Any) -> None:
+def _matvec(
+    codec: Any, memory: Any, first: Any, step: Any, x: Any, bias: Any, out: Any, threads: Any
+) -> None:
+    given = codec.prepare(x)
     biased = bias.shape[0] > 0
-    end = first + x.shape[0]
-    last = memory.shape[0] - 1
+    last = out.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
         while True:
@@ -32,19 +33,9 @@ def _matvec(codec: Any, memory: Any, first: Any, x: Any, bias: Any, out: Any, th
             for i in range(start, min(start + CHUNK, last + 1), 4):
                 i0, i1, i2, i3 = four(i, last)
                 n0, n1, n2, n3 = four(i + 4, last)
-                rows = (
-                    memory[i0, first:end],
-                    memory[i1, first:end],
-                    memory[i2, first:end],
-                    memory[i3, first:end],
-                )
-                following = (
-                    memory[n0, first:end],
-                    memory[n1, first:end],
-                    memory[n2, first:end],
-                    memory[n3, first:end],
-                )
-                t0, t1, t2, t3 = dots(codec, rows, following, x)
+                rows = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
+                following = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
+                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
                 if biased:
                     t0 += bias[i0]
                     t1 += bias[i1]
@@ -60,8 +51,9 @@ def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | 
     """`weights @ x + bias`: a row of `weights` for each output, x [width]; returns [lines]."""
     memory = weights.memory
     result = np.empty(memory.shape[0], np.float32) if out is None else out
-    launched = use_threads(threads, memory.shape[0] * weights.width * memory.itemsize)
-    _matvec(scalars(weights.codec), memory, weights.start, x, bias, result, launched)
+    launched = use_threads(threads, memory.shape[0] * weights.elements * memory.itemsize)
+    flat, step = memory.reshape(-1), memory.shape[1]
+    _matvec(loops(weights.codec), flat, weights.start, step, x, bias, result, launched)
     return result
 
 
@@ -72,7 +64,7 @@ def combine(rows: Rows, a: F32, bias: F32) -> F32:
     """
     y = bias.copy()
     use_threads(1, 0)
-    every = np.arange(rows.memory.shape[0], dtype=np.int32)
-    chunk = columns(y.shape[0], 1)
-    add_lines(scalars(rows.codec), rows.memory, every, rows.start, a, y, chunk, 1)
+    lines, step = rows.memory.shape
+    at = rows.start + np.arange(lines) * step
+    add_rows(loops(rows.codec), rows.memory.reshape(-1), at, rows.width, a, y, columns(rows.width, 1), 1)
     return y

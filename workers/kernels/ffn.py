@@ -1,6 +1,6 @@
-"""A feed-forward layer by its neurons: activations of some, and the sum of what they contribute.
+"""A feed-forward layer by its units: activations of some, and the sum of what they contribute.
 
-Neurons lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are.
+Units lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from numba import njit, prange
 from storage.architecture import Ffn
 from storage.codecs import F32
 from storage.layout import Rows
-from workers.kernels.codecs import scalars
 from workers.kernels.functions import ACTIVATIONS, activation
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.rows import FAST, dots, four
-from workers.kernels.sums import add_lines, columns
+from workers.kernels.rows import FAST, four, loops
+from workers.kernels.sums import add_rows, columns
 
 I32 = npt.NDArray[np.int32]
+Places = npt.NDArray[np.int64]
+_OUTPUTS = 128  # of a sum over units that a thread takes at a time
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _activate(
     codec: Any,
     memory: Any,
-    first: Any,
+    at: Any,
     ids: Any,
-    slots: Any,
     h: Any,
     bias: Any,
     out: Any,
@@ -37,9 +37,9 @@ def _activate(
     threshold: Any,
     threads: Any,
 ) -> None:
+    given = codec.prepare(h)
     biased = bias.shape[0] > 0
-    end = first + h.shape[0]
-    last = slots.shape[0] - 1
+    last = at.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
         while True:
@@ -49,19 +49,9 @@ def _activate(
             for i in range(start, min(start + CHUNK, last + 1), 4):  # as in dense.py
                 i0, i1, i2, i3 = four(i, last)
                 n0, n1, n2, n3 = four(i + 4, last)
-                rows = (
-                    memory[slots[i0], first:end],
-                    memory[slots[i1], first:end],
-                    memory[slots[i2], first:end],
-                    memory[slots[i3], first:end],
-                )
-                following = (
-                    memory[slots[n0], first:end],
-                    memory[slots[n1], first:end],
-                    memory[slots[n2], first:end],
-                    memory[slots[n3], first:end],
-                )
-                t0, t1, t2, t3 = dots(codec, rows, following, h)
+                rows = at[i0], at[i1], at[i2], at[i3]
+                following = at[n0], at[n1], at[n2], at[n3]
+                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
                 if biased:
                     t0 += bias[ids[i0]]
                     t1 += bias[ids[i1]]
@@ -79,10 +69,9 @@ def _activate_gated(
     up_codec: Any,
     gates: Any,
     ups: Any,
-    first_gate: Any,
-    first_up: Any,
+    gate_at: Any,
+    up_at: Any,
     ids: Any,
-    slots: Any,
     h: Any,
     gate_bias: Any,
     up_bias: Any,
@@ -92,8 +81,8 @@ def _activate_gated(
     rectified: Any,
     threads: Any,
 ) -> None:
-    last_gate, last_up = first_gate + h.shape[0], first_up + h.shape[0]
-    last = slots.shape[0] - 1
+    gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
+    last = gate_at.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
         activated = np.empty(CHUNK, np.float32)
@@ -106,19 +95,9 @@ def _activate_gated(
             for i in range(start, stop, 4):  # as in dense.py
                 i0, i1, i2, i3 = four(i, last)
                 n0, n1, n2, n3 = four(i + 4, last)
-                rows = (
-                    gates[slots[i0], first_gate:last_gate],
-                    gates[slots[i1], first_gate:last_gate],
-                    gates[slots[i2], first_gate:last_gate],
-                    gates[slots[i3], first_gate:last_gate],
-                )
-                following = (
-                    gates[slots[n0], first_gate:last_gate],
-                    gates[slots[n1], first_gate:last_gate],
-                    gates[slots[n2], first_gate:last_gate],
-                    gates[slots[n3], first_gate:last_gate],
-                )
-                t0, t1, t2, t3 = dots(gate_codec, rows, following, h)
+                rows = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
+                following = gate_at[n0], gate_at[n1], gate_at[n2], gate_at[n3]
+                t0, t1, t2, t3 = gate_codec.dots(gates, rows, following, gate_h)
                 if gate_bias.shape[0] > 0:
                     t0 += gate_bias[ids[i0]]
                     t1 += gate_bias[ids[i1]]
@@ -138,19 +117,9 @@ def _activate_gated(
                 k0, k1, k2, k3 = four(k, count - 1)
                 n0, n1, n2, n3 = four(k + 4, count - 1)
                 i0, i1, i2, i3 = live[k0], live[k1], live[k2], live[k3]
-                rows = (
-                    ups[slots[i0], first_up:last_up],
-                    ups[slots[i1], first_up:last_up],
-                    ups[slots[i2], first_up:last_up],
-                    ups[slots[i3], first_up:last_up],
-                )
-                following = (
-                    ups[slots[live[n0]], first_up:last_up],
-                    ups[slots[live[n1]], first_up:last_up],
-                    ups[slots[live[n2]], first_up:last_up],
-                    ups[slots[live[n3]], first_up:last_up],
-                )
-                t0, t1, t2, t3 = dots(up_codec, rows, following, h)
+                rows = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
+                following = up_at[live[n0]], up_at[live[n1]], up_at[live[n2]], up_at[live[n3]]
+                t0, t1, t2, t3 = up_codec.dots(ups, rows, following, up_h)
                 if up_bias.shape[0] > 0:
                     t0 += up_bias[ids[i0]]
                     t1 += up_bias[ids[i1]]
@@ -193,21 +162,56 @@ def _ascending(ids: Any, a: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _accumulate(
-    codec: Any, memory: Any, first: Any, ids: Any, slots: Any, a: Any, y: Any, chunk: Any, threads: Any
-) -> Any:
+def _accumulate(codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chunk: Any, threads: Any) -> Any:
     places = _ascending(ids, a)
-    add_lines(codec, memory, slots[places], first, a[places], y, chunk, threads)
+    add_rows(codec, memory, at[places], y.shape[0], a[places], y, chunk, threads)
     return places.shape[0]
 
 
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any) -> None:
+    """y[j] += Σ row j of unit u · part u of x, unit after unit; a unit's rows are `step` elements apart."""
+    given = codec.prepare(x)
+    rows = y.shape[0]
+    last = rows - 1
+    counter = chunk_counter()
+    for _ in prange(threads):
+        while True:
+            start = next_chunk(counter) * _OUTPUTS
+            if start > last:
+                break
+            for unit in range(at.shape[0]):
+                first, part = at[unit], codec.part(given, unit * width, (unit + 1) * width)
+                for i in range(start, min(start + _OUTPUTS, rows), 4):
+                    i0, i1, i2, i3 = four(i, last)
+                    n0, n1, n2, n3 = four(i + 4, last)
+                    places = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
+                    later = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
+                    t = codec.dots(memory, places, later, part)
+                    for j in range(min(4, rows - i)):
+                        y[i + j] += t[j]
+
+
 @njit(cache=True, nogil=True)
-def _gather(codec: Any, memory: Any, lines: Any, first: Any, out: Any) -> None:
-    for i in range(lines.shape[0]):
-        row = memory[lines[i], first : first + out.shape[1]]
-        target = out[i]
-        for j in range(target.shape[0]):
-            target[j] = codec.widen(row[j])
+def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> None:
+    for i in range(at.shape[0]):
+        codec.widen_row(memory, at[i], column, width, out[i])
+
+
+def _places(rows: Rows, lines: I32) -> Places:
+    """The elements of flat memory where the vectors of some lines begin, one line after the other."""
+    first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
+    if rows.count == 1:
+        return first
+    return np.add.outer(first, np.arange(rows.count) * rows.elements).reshape(-1)
+
+
+def _neurons(ids: I32, rows: Rows) -> I32:
+    """Of units by their ids, the neurons."""
+    if rows.count == 1:
+        return ids
+    neurons: I32 = np.add.outer(ids * np.int32(rows.count), np.arange(rows.count, dtype=np.int32)).reshape(-1)
+    return neurons
 
 
 def activate(
@@ -221,16 +225,15 @@ def activate(
     out: F32 | None = None,
     threshold: float = 0.0,
 ) -> F32:
-    """Activations [n] of the neurons `ids` [n], whose up-projection rows lie in the lines `slots` [n].
+    """Activations [n · width] of the units `ids` [n], whose up-projection rows lie in the lines `slots` [n].
 
-    h [width]; `bias` is indexed by id, or empty; `threshold` is fatrelu's.
+    h [d_model]; `bias` is indexed by neuron, or empty; `threshold` is fatrelu's.
     """
-    memory = up.memory
-    result = np.empty(slots.shape[0], np.float32) if out is None else out
-    launched = use_threads(threads, slots.shape[0] * up.width * memory.itemsize)
-    least = np.float32(threshold)
-    numbers, number = scalars(up.codec), ACTIVATIONS[function]
-    _activate(numbers, memory, up.start, ids, slots, h, bias, result, number, least, launched)
+    at, memory = _places(up, slots), up.memory.reshape(-1)
+    result = np.empty(at.shape[0], np.float32) if out is None else out
+    launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
+    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], _neurons(ids, up)
+    _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
     return result
 
 
@@ -245,23 +248,23 @@ def activate_gated(
     threads: int,
     out: F32 | None = None,
 ) -> F32:
-    """`activation(gate · h) * up_activation(up · h)` [n] of the neurons `ids`, as `activate`.
+    """`activation(gate · h) * up_activation(up · h)` [n · width] of the units `ids`, as `activate`.
 
-    `biases` are the gate's and the up-projection's. Where the activation is zero, as ReLU's mostly is, the
-    up row is not read: the result is zero whatever finite numbers it holds.
+    `biases` are the gate's and the up-projection's. Of a neuron whose gate's activation is zero the up row is
+    not read: the result is zero whatever finite numbers it holds.
     """
-    result = np.empty(slots.shape[0], np.float32) if out is None else out
-    size = gate.width * gate.memory.itemsize + up.width * up.memory.itemsize
-    launched = use_threads(threads, slots.shape[0] * size)
+    at = _places(gate, slots)
+    result = np.empty(at.shape[0], np.float32) if out is None else out
+    size = gate.elements * gate.memory.itemsize + up.elements * up.memory.itemsize
+    launched = use_threads(threads, at.shape[0] * size)
     _activate_gated(
-        scalars(gate.codec),
-        scalars(up.codec),
-        gate.memory,
-        up.memory,
-        gate.start,
-        up.start,
-        ids,
-        slots,
+        loops(gate.codec),
+        loops(up.codec),
+        gate.memory.reshape(-1),
+        up.memory.reshape(-1),
+        at,
+        _places(up, slots),
+        _neurons(ids, up),
         h,
         *biases,
         result,
@@ -274,22 +277,40 @@ def activate_gated(
 
 
 def accumulate(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> int:
-    """y [width] += Σ a[i] · down-projection column in line slots[i], by ascending ids[i]; all [n].
+    """y [d_model] += what the units in the lines `slots` add, by ascending ids; both [n], a [n · width].
 
-    Each column is summed strictly in that order, so that a sum may be continued by another call.
-    Zero activations are skipped: for ReLU they change nothing. Returns the number of the others.
+    The sum of each element is made strictly in that order, so that it may be continued by another call.
+    Returns the number of activations that are not zero; the rows of single neurons of which they are zero are
+    skipped, which changes nothing.
     """
-    memory = down.memory
-    launched = use_threads(threads, slots.shape[0] * down.width * memory.itemsize)
-    chunk = columns(y.shape[0], launched)
-    active: int = _accumulate(scalars(down.codec), memory, down.start, ids, slots, a, y, chunk, launched)
+    memory = down.memory.reshape(-1)
+    if down.count > 1:
+        return _units(down, ids, slots, a, y, threads)
+    launched = use_threads(threads, slots.shape[0] * down.elements * memory.itemsize)
+    at, chunk = _places(down, slots), columns(y.shape[0], launched)
+    active: int = _accumulate(loops(down.codec), memory, at, ids, a, y, chunk, launched)
     return active
 
 
-def gather(rows: Rows, lines: I32, start: int, width: int, out: F32) -> None:
-    """Widen elements [start, start + width) of the rows in the given lines into out [n, width].
+def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> int:
+    """`accumulate` of units of several neurons, whose down rows lie by output: [d_model, width]."""
+    order = np.argsort(ids, kind="stable")
+    first = slots[order].astype(np.int64) * down.memory.shape[1] + down.start
+    x = a.reshape(ids.shape[0], -1)[order].reshape(-1)
+    memory, step = down.memory.reshape(-1), down.elements
+    launched = use_threads(threads, ids.shape[0] * down.count * step * memory.itemsize)
+    _combine(loops(down.codec), memory, first, step, down.width, x, y, launched)
+    return int(np.count_nonzero(a))
+
+
+def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:
+    """Widen elements [start, start + width) of the given vectors into out [n, width].
+
+    Vectors are counted through all lines.
 
     Single-threaded and without the interpreter's lock: callers divide the work among threads.
     """
-    assert out.shape == (lines.shape[0], width)
-    _gather(scalars(rows.codec), rows.memory, lines, rows.start + start, out)
+    assert out.shape == (vectors.shape[0], width)
+    line, within = np.divmod(vectors.astype(np.int64), rows.count)
+    at = line * rows.memory.shape[1] + rows.start + within * rows.elements
+    _gather(loops(rows.codec), rows.memory.reshape(-1), at, start, rows.width, out)

@@ -1,6 +1,8 @@
 """The inner loops: dot products of four rows at once, and sums of rows. For every codec, on one thread.
 
-Rows are contiguous arrays of the codec's carrier, so that LLVM finds steps of one.
+A row lies in flat memory, an array of its codec's carrier, from some element on. Loops call the methods of
+what `loops` gives for a codec, and do not know how it writes numbers. Of floats those methods are the
+functions here, and of few bits those in `grouped.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload_method
+
+from storage.codecs import Codec
+from workers.kernels import grouped
+from workers.kernels.codecs import Scalars, ScalarsType, scalars
+from workers.kernels.grouped import Groups, GroupsType
+from workers.kernels.prepare import preparation
 
 # Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
 FAST = {"reassoc", "contract"}
@@ -93,3 +101,139 @@ def add_one(codec: Any, y: Any, a: Any, row: Any) -> None:
     """As `add_four`, for what is left of the rows."""
     for j in range(y.shape[0]):
         y[j] += a * codec.widen(row[j])
+
+
+def loops(codec: Codec) -> Scalars | Groups:
+    """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
+    return scalars(codec) if codec.grouped is None else grouped.groups(codec)
+
+
+# What compiled code may ask of either kind. `at` and `following` are elements of `memory`: four, or one.
+
+
+@overload_method(ScalarsType, "dots", inline="always")
+def _float_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
+    """Products of four rows with a prepared x, while four following rows are asked for."""
+
+    def run(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
+        a, b, c, d = at
+        e, f, g, h = following
+        n = x.shape[0]
+        rows = (memory[a : a + n], memory[b : b + n], memory[c : c + n], memory[d : d + n])
+        later = (memory[e : e + n], memory[f : f + n], memory[g : g + n], memory[h : h + n])
+        return dots(codec, rows, later, x)
+
+    return run
+
+
+@overload_method(GroupsType, "dots", inline="always")
+def _grouped_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
+    def run(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
+        values, scales, sums = x
+        return grouped.dots(codec, memory, at, following, values, scales, sums)
+
+    return run
+
+
+@overload_method(ScalarsType, "prepare", inline="always")
+def _float_prepare(codec: Any, x: Any) -> Any:
+    """x [width], float32, as rows in this codec are multiplied with it."""
+
+    def run(codec: Any, x: Any) -> Any:
+        return x
+
+    return run
+
+
+@overload_method(GroupsType, "prepare")
+def _grouped_prepare(codec: Any, x: Any) -> Any:
+    return preparation(grouped.format_of(codec))
+
+
+@overload_method(ScalarsType, "part", inline="always")
+def _float_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+    """Some values of a prepared x, whole groups of them."""
+
+    def part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        return x[start:stop]
+
+    return part
+
+
+@overload_method(GroupsType, "part", inline="always")
+def _grouped_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+    form = grouped.format_of(codec)
+    group, each = form.group, 8 // form.bits  # numbers that a value takes
+
+    def part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        values, scales, sums = x
+        low, high = start // group, stop // group
+        return values[start * each : stop * each], scales[low:high], sums[low:high]
+
+    return part
+
+
+@overload_method(ScalarsType, "add_four", inline="always")
+def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+    """y += a[0] · part of row 0, and so on: as many values as y has, from `column` on, of rows of `width`."""
+
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+        first, second, third, fourth = at
+        n = y.shape[0]
+        add_four(
+            codec,
+            y,
+            a,
+            memory[first + column : first + column + n],
+            memory[second + column : second + column + n],
+            memory[third + column : third + column + n],
+            memory[fourth + column : fourth + column + n],
+        )
+
+    return run
+
+
+@overload_method(GroupsType, "add_four", inline="always")
+def _grouped_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+        grouped.add_four(codec, y, a, memory, at, column, width)
+
+    return run
+
+
+@overload_method(ScalarsType, "add_one", inline="always")
+def _float_add_one(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+    """As `add_four`, for one row, and one number."""
+
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+        add_one(codec, y, a, memory[at + column : at + column + y.shape[0]])
+
+    return run
+
+
+@overload_method(GroupsType, "add_one", inline="always")
+def _grouped_add_one(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+        grouped.add_one(codec, y, a, memory, at, column, width)
+
+    return run
+
+
+@overload_method(ScalarsType, "widen_row", inline="always")
+def _float_widen_row(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> Any:
+    """out = part of a row of `width`, from `column` on, as float32."""
+
+    def widen_row(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> None:
+        row = memory[at + column : at + column + out.shape[0]]
+        for j in range(out.shape[0]):
+            out[j] = codec.widen(row[j])
+
+    return widen_row
+
+
+@overload_method(GroupsType, "widen_row", inline="always")
+def _grouped_widen_row(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> Any:
+    def widen_row(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> None:
+        grouped.widen(codec, memory, at, column, width, out)
+
+    return widen_row

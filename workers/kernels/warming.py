@@ -13,6 +13,8 @@ from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.norms import layer_norm, rms_norm
 
+_WIDTH = 128  # of rows: every format can have them
+
 
 def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None = None) -> None:
     """Compile, or load from the cache, the kernels for weights in `codec`, keys and values in `cache`.
@@ -24,20 +26,23 @@ def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None
     norms = {norm.kind for layer in layers for norm in layer.norms.values()} or {"layer"}
     if any(layer.attention.qk_norm for layer in layers):
         norms.add("rms")
-    memory = np.zeros((2, 192), codec.carrier)
-    up, down, gate = (Rows(memory, codec, start, 64) for start in (0, 64, 128))
+    row = codec.elements(_WIDTH)
+    memory = np.zeros((2, 3 * row), codec.carrier)
+    up, down, gate = (Rows(memory, codec, start, _WIDTH) for start in (0, row, 2 * row))
     ids = np.zeros(1, np.int32)
-    x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    matvec(Rows.of_matrix(memory, codec), np.zeros(192, np.float32), 1)
+    x, y = np.zeros(_WIDTH, np.float32), np.zeros(_WIDTH, np.float32)
+    matvec(Rows.of_matrix(memory, codec), np.zeros(3 * _WIDTH, np.float32), 1)
     a = np.zeros(1, np.float32)
     if "plain" in kinds:
         activate(up, ids, ids, x, NO_BIAS, "relu", 1, a)
     if "gated" in kinds:
         activate_gated(gate, up, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, 1, "silu"), 1, a)
     accumulate(down, ids, ids, a, y, 1)
-    gather(up, ids, 0, 64, np.zeros((2, 64), np.float32)[:1])
+    if any(layer.ffn.width > 1 for layer in layers):
+        accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
+    gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])
     keys = np.zeros((1, 2, 64), cache.carrier)
-    projected, angles = np.zeros(3 * 64, np.float32), x[:32]
+    projected, angles = np.zeros(3 * 64, np.float32), np.zeros(32, np.float32)
     no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
     attend(projected, angles, angles, keys, keys, 0, 1.0, no_bias, scores, cache, 1)
     if "layer" in norms:

@@ -128,7 +128,7 @@ class BatchOperations:
         out = np.empty((x.shape[0], lines), np.float32)
 
         def tile(start: int) -> None:
-            which = np.arange(start, min(start + TILE, lines), dtype=np.int32)
+            which = np.arange(start, min(start + TILE, lines))
             wide = self.pool.scratch(which.size, weight.width)
             kernels.gather(weight, which, 0, weight.width, wide)
             out[:, start : start + which.size] = (wide @ x.T).T
@@ -161,7 +161,7 @@ class _Block:
 class BatchFfn:
     """One layer's FFN of many tokens, summed block by block in ascending neuron id.
 
-    Blocks are cut at multiples of BLOCK, whatever comes in which part: a block that a group leaves
+    Blocks are cut at multiples of BLOCK neurons, whatever comes in which part: a block that a group leaves
     unfinished is copied out of its slots and waits for the rest.
     """
 
@@ -177,6 +177,7 @@ class BatchFfn:
         self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
         self._memory: Bytes | None = None
         self._waiting = _Block()
+        self._per_block = max(1, BLOCK // unit.width)  # units
         self.active = 0  # not counted: many tokens want every unit
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
@@ -200,15 +201,16 @@ class BatchFfn:
 
     def _take_up(self, ids: I32, slots: I32, memory: Bytes) -> None:
         blocks: list[_Block] = []
-        cuts = np.flatnonzero(np.diff(ids // BLOCK)) + 1
+        per = self._per_block
+        cuts = np.flatnonzero(np.diff(ids // per)) + 1
         for some, where in zip(np.split(ids, cuts), np.split(slots, cuts), strict=True):
             if not some.size:
                 continue
-            if self._waiting.ids and self._waiting.ids[0][0] // BLOCK != some[0] // BLOCK:
+            if self._waiting.ids and self._waiting.ids[0][0] // per != some[0] // per:
                 blocks.append(self._take())
             self._waiting.ids.append(some)
             self._waiting.sources.append((memory, where))
-            if some[-1] % BLOCK == BLOCK - 1 or some[-1] == self._ffn.units - 1:
+            if some[-1] % per == per - 1 or some[-1] == self._ffn.units - 1:
                 blocks.append(self._take())
         for start in range(0, len(blocks), BLOCKS):
             self._sum(blocks[start : start + BLOCKS])
@@ -231,7 +233,7 @@ class BatchFfn:
 
         def activate(number: int) -> None:
             block = blocks[number]
-            ids = np.concatenate(block.ids)
+            ids = self._neurons(block)
             a = self._product(block, "up", ids, self._bound.up_bias)
             if self._ffn.kind == "gated":
                 up, a = a, self._product(block, "gate", ids, self._bound.gate_bias)
@@ -246,24 +248,45 @@ class BatchFfn:
             columns = min(TILE, width - start)
             total = self._output[start : start + columns]
             for block, a in zip(blocks, active, strict=True):
-                total += self._rows(block, "down", start, columns).T @ a
+                self._add(block, a, start, total)
 
         self._pool.run(activate, range(len(blocks)))
         self._pool.run(add, range(0, width, TILE))
 
-    def _product(self, block: _Block, role: Role, ids: I32, bias: F32) -> F32:
+    def _neurons(self, block: _Block) -> I32:
+        ids, width = np.concatenate(block.ids), self._unit.width
+        if width == 1:
+            return ids
+        neurons: I32 = np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
+        return neurons
+
+    def _product(self, block: _Block, role: Role, neurons: I32, bias: F32) -> F32:
         """Of a role's rows with every token, [neurons, n]."""
-        product: F32 = self._rows(block, role, 0, self._input.shape[1]) @ self._input.T
+        width = self._unit.width
+        wide = self._rows(block, role, slice(0, width), slice(0, self._input.shape[1]))
+        product: F32 = wide @ self._input.T
         if bias.size:
-            product += bias[ids, None]
+            product += bias[neurons, None]
         return product
 
-    def _rows(self, block: _Block, role: Role, start: int, width: int) -> F32:
-        """Elements [start, start + width) of a block's rows, widened, in scratch: [neurons, width]."""
-        out = self._pool.scratch(block.count, width)
-        done = 0
+    def _add(self, block: _Block, a: F32, start: int, total: F32) -> None:
+        """total [columns, n] += what a block's neurons, activated by a [neurons, n], add from `start` on."""
+        width, columns = self._unit.width, slice(start, start + total.shape[0])
+        if width == 1:
+            total += self._rows(block, "down", slice(0, 1), columns).T @ a
+            return
+        rows = self._rows(block, "down", columns, slice(0, width)).reshape(-1, total.shape[0], width)
+        for number, outputs in enumerate(rows):  # a unit's down rows lie by output
+            total += outputs @ a[number * width : (number + 1) * width]
+
+    def _rows(self, block: _Block, role: Role, which: slice, columns: slice) -> F32:
+        """Some rows of each unit of a block, some of their values, widened in scratch: [rows, columns]."""
+        each, size = which.stop - which.start, columns.stop - columns.start
+        out = self._pool.scratch(block.count * each, size)
+        done, within = 0, np.arange(which.start, which.stop)
         for memory, slots in block.sources:
             rows = self._unit.view(memory, role)
-            kernels.gather(rows, slots, start, width, out[done : done + slots.size])
-            done += slots.size
+            vectors = (slots.astype(np.int64)[:, None] * rows.count + within).reshape(-1)
+            kernels.gather(rows, vectors, columns.start, size, out[done : done + vectors.size])
+            done += vectors.size
         return out

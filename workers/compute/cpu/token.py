@@ -118,8 +118,8 @@ class TokenFfn:
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         if not ids.size:
             return
-        part = slice(self._activated, self._activated + ids.size)
-        self._activated += ids.size
+        part = slice(self._activated, self._activated + ids.size * self._unit.width)
+        self._activated = part.stop
         self._parts.append((ids, slots))
         self._memory = memory
         up, out = self._unit.view(memory, "up"), self._activations[part]

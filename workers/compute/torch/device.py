@@ -208,6 +208,8 @@ class TorchFfn:
         ids, units = np.concatenate(self._ids), np.concatenate(self._copies)
         order = np.argsort(ids, kind="stable")
         ids, units = ids[order], units[order]
+        if self._unit.width > 1:
+            ids = (ids[:, None] * self._unit.width + np.arange(self._unit.width)).reshape(-1)
         a = self._product("up", units, ids, self._bound.up_bias)
         if self._ffn.kind == "gated":
             gate = self._product("gate", units, ids, self._bound.gate_bias)
@@ -219,7 +221,10 @@ class TorchFfn:
         if self._mask is not None:
             a *= torch.from_numpy(self._mask[:, ids]).to(where)
         self.active = int(torch.count_nonzero(a))
-        return torch.addmm(output, a, _widened(self._unit.view(units, "down"), where))
+        down = _widened(self._unit.view(units, "down"), where)
+        if self._unit.width > 1:  # by output: [units · d_model, width]
+            down = down.view(len(units), -1, self._unit.width).transpose(1, 2).flatten(0, 1)
+        return torch.addmm(output, a, down)
 
     def _product(self, role: Role, units: Bytes, ids: I32, bias: F32) -> Tensor:
         """Of every row with a role's, [rows, n]."""

@@ -189,14 +189,13 @@ class Vectors:
     def lines(self, name: str, which: Any) -> F32:
         """Lines of a matrix, read now and forgotten: [lines, width], or [width] of a single one."""
         place = self.file.place(name)
-        codec, width = CODECS[place.dtype], place.shape[1]
+        codec, size = CODECS[place.dtype], place.bytes // place.shape[0]
         numbers = np.arange(place.shape[0])[which]
-        size = codec.size(width)
         with open(self.file.path, "rb", buffering=0) as file:
             read = [os.pread(file.fileno(), size, place.offset + int(line) * size) for line in numbers.flat]
             drop_cache(file.fileno())
-        values = np.frombuffer(b"".join(read), codec.carrier)
-        return codec.widen(values).reshape(*numbers.shape, width)
+        lines = np.frombuffer(b"".join(read), codec.carrier)
+        return codec.widen(lines.reshape(*numbers.shape, -1))
 
 
 class StreamedOperations(TokenOperations):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.ring.counters import KEPT
 from storage.layout import Unit
 from workers.lab.bench.children import Ran
 
@@ -86,7 +87,7 @@ def of_rings(
     waiting = 1e3 * per_token(("compute", "waiting_seconds"))
     # Misses are what was read: also guesses that no set wanted.
     wasted = per_token(("cache", "decode_wasted"))
-    neurons = per_token(("cache", "decode_hits"), ("cache", "decode_misses")) - wasted
+    neurons = per_token(("cache", "decode_hits"), ("compute", KEPT), ("cache", "decode_misses")) - wasted
     active = per_token(("compute", "active"))
     deciding = unit.row_bytes(unit.rows[0].role)
     return Row(
