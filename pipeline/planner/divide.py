@@ -203,7 +203,8 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     a = store.architecture
     threads = thread_count(config.compute.threads)
     heads = max(layer.attention.projected for layer in a.layers)
-    per_token = 7 * a.d_model + 2 * heads + min(divided.most_units, BLOCKS * BLOCK)
+    activations = max(min(layer.ffn.neurons, BLOCKS * max(BLOCK, layer.ffn.width)) for layer in a.layers)
+    per_token = 7 * a.d_model + 2 * heads + activations
     per_thread = TILE * (a.d_model + divided.context)
     if any(layer.ffn.kind == "gated" for layer in a.layers):
         per_thread += 2 * BLOCK * divided.context

@@ -1,6 +1,6 @@
 """What the loops need of rows in eight and four bits: the same calls as of rows of floats, in `rows.py`.
 
-`instructions.py` has what each of them does.
+`emitter.py` has what each of them does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 from storage.codecs import LOW_BITS, Codec
 from storage.lowbits import Grouped
 from workers.kernels.codecs import digest
-from workers.kernels.instructions import I8, ROWS, Emitter, Processor, long
+from workers.kernels.emitter import ROWS, Emitter
+from workers.kernels.instructions import I8, Processor, long
 
 
 @dataclass(frozen=True)

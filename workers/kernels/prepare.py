@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from storage.lowbits import CENTRE, RUN, Grouped
-from workers.kernels.instructions import PAIR
+from workers.kernels.emitter import PAIR
 
 _SHORTS = 32_767
 _PLANES = 127 * 128 + 63

@@ -24,7 +24,7 @@ from numba import njit, prange
 from torch.nn import functional
 
 from pipeline.cores import thread_count
-from storage.codecs import CODECS, narrow
+from storage.codecs import CODECS, F32, FLOAT32, FLOATS, Carrier, narrow
 from storage.layout import Rows
 
 PROMPT = 128  # tokens
@@ -43,13 +43,21 @@ def _sum(words: Any, pieces: Any, out: Any) -> None:
         out[piece] = total
 
 
+def read_rate(words: F32, threads: int) -> float:
+    """Bytes a second of one plain read of all words."""
+    out = np.zeros(threads, np.float32)
+    numba.set_num_threads(threads)
+    started = time.perf_counter()
+    _sum(words, threads, out)
+    return words.nbytes / (time.perf_counter() - started)
+
+
 def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, float]:
     """Bytes a second: reading alone, and the product of a matrix of `size` bytes with a vector.
 
-    And FLOP a second of matrix products, in `dtype` and in float32.
+    And FLOP a second of matrix products, in `dtype`, where it is one of floats, and in float32.
     """
-    row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
-    weights = np.tile(narrow(row, dtype), (size // WIDTH // CODECS[dtype].bytes, 1))
+    weights = _weights(size, dtype)
     words = weights.reshape(-1).view(np.float32)
     out = np.zeros(threads, np.float32)
     x = np.ones(WIDTH, np.float32)
@@ -72,9 +80,15 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
         found["read_one_thread"] = _rate(reading(1), weights.nbytes, seconds)
         one = _rate(lambda: kernels.matvec(matrix, x, 1, out=y), weights.nbytes, seconds)
         found["matvec_one_thread"] = one
-    found["matmul"] = products(threads, seconds, dtype)
-    found["matmul_float32"] = products(threads, seconds, "float32")
+    found["matmul"] = products(threads, seconds, dtype if dtype in FLOATS else FLOAT32.name)
+    found["matmul_float32"] = products(threads, seconds, FLOAT32.name)
     return found
+
+
+def _weights(size: int, dtype: str) -> Carrier:
+    """A matrix of about `size` bytes in `dtype`, with rows of WIDTH values."""
+    row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
+    return np.tile(narrow(row, dtype), (size // CODECS[dtype].size(WIDTH), 1))
 
 
 def products(threads: int, seconds: float, dtype: str) -> float:
@@ -98,7 +112,7 @@ def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
 
 def load(size: int, threads: int, dtype: str) -> None:
     """Keep the kernels and the memory busy until standard input ends."""
-    weights = np.tile(narrow(np.ones(WIDTH, np.float32), dtype), (size // WIDTH // CODECS[dtype].bytes, 1))
+    weights = _weights(size, dtype)
     matrix = Rows.of_matrix(weights, CODECS[dtype])
     x, y = np.ones(WIDTH, np.float32), np.empty(weights.shape[0], np.float32)
     kernels.matvec(matrix, x, threads, out=y)
