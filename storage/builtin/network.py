@@ -1,8 +1,9 @@
-"""The built-in model's network for training: OPT (pre-norm, ReLU), named as Hugging Face names it.
+"""Networks as the trainer sees them, and the built-in model's: OPT (pre-norm, ReLU).
 
-It exists beside transformers' own class because training needs the FFN activations for the
-sparsity penalty, at once and without hooks. Its state dict, prefixed with `model.`, is a
-checkpoint that `OPTForCausalLM.from_pretrained` loads unchanged; a test compares the two.
+OPT exists beside transformers' own class because training needs the FFN activations for the
+sparsity penalty, at once and without hooks. Its parameters are named as Hugging Face names them:
+what `Network.tensors` gives is a checkpoint that `OPTForCausalLM.from_pretrained` loads unchanged; a
+test compares the two.
 """
 
 from __future__ import annotations
@@ -109,6 +110,44 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden.to(ctx.dtype) * grads[0].to(ctx.dtype), grad_weight * grads[0], None
 
 
+class Network(nn.Module):
+    """What the trainer needs: a decoder, whose head is its embedding, and how a checkpoint holds it.
+
+    Called with `ids` `[rows, length]` and `slopes` `[steered]` it gives the normed hidden states
+    `[rows, length, d_model]` and the FFN activations of each steered layer.
+    """
+
+    config: dict[str, Any]  # the checkpoint's `config.json`
+    prefix: str  # of the tensors' names in the checkpoint
+    dtype: torch.dtype  # of the tensors in the checkpoint
+    steered: int  # layers whose FFN activity is penalised: all of them, or none
+    d_ff: int  # activations of a steered layer, a token
+
+    @property
+    def head(self) -> Tensor:
+        """`[vocabulary, d_model]`."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters as a checkpoint's tensors."""
+        return {f"{self.prefix}{name}": t.detach().to(self.dtype) for name, t in self.state_dict().items()}
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy in nats of `targets` `[rows, length]`."""
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.head, targets.flatten())
+        return loss
+
+
+def initialise(network: nn.Module, layers: int, residual: tuple[str, ...]) -> None:
+    """Matrices random, narrower where they add to the residual stream; biases zero; norms as they are."""
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            scale = (2 * layers) ** -0.5 if name.endswith(residual) else 1.0
+            nn.init.normal_(parameter, std=0.02 * scale)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention."""
 
@@ -148,23 +187,26 @@ class Layer(nn.Module):
         return x + self.fc2(active), active
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """Embeddings, blocks and final norm; the head is the embedding."""
+
+    prefix = "model.decoder."
+    dtype = torch.float16
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.config = shape.huggingface()
         self.d_ff = shape.d_ff
+        self.steered = shape.layers
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.d_model)
         self.embed_positions = nn.Embedding(shape.positions + POSITION_OFFSET, shape.d_model)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.final_layer_norm = nn.LayerNorm(shape.d_model)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 2:
-                residual = name.endswith(("out_proj.weight", "fc2.weight"))
-                scale = (2 * shape.layers) ** -0.5 if residual else 1.0
-                nn.init.normal_(parameter, std=0.02 * scale)
+        initialise(self, shape.layers, residual=("out_proj.weight", "fc2.weight"))
+
+    @property
+    def head(self) -> Tensor:
+        return self.embed_tokens.weight
 
     def forward(self, ids: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Normed hidden states `[rows, length, d_model]` and each layer's FFN activations.
@@ -179,10 +221,3 @@ class Decoder(nn.Module):
             x, active = layer(x, slope)
             activations.append(active.detach())
         return self.final_layer_norm(x), activations
-
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross-entropy in nats of `targets` `[rows, length]`."""
-        loss: Tensor = ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), self.embed_tokens.weight, targets.flatten()
-        )
-        return loss

@@ -22,7 +22,7 @@ def main(
     run: Annotated[Path, typer.Option(help="The --out directory of a training run.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")],
 ) -> None:
-    """Draw training and validation loss, and the active share of every layer."""
+    """Draw training and validation loss, and the active share of every layer where it was steered."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,31 +30,47 @@ def main(
 
     records = read_log(run / "log.jsonl")
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    steps = [record["step"] for record in records]
+    pictures = [draw_losses, draw_shares] if records[0]["shares"] else [draw_losses]
+    figure, grid = pyplot.subplots(
+        len(pictures), figsize=(8, 3.5 * len(pictures)), sharex=True, layout="constrained", squeeze=False
+    )
+    for draw, axes in zip(pictures, grid[:, 0], strict=True):
+        draw(axes, records)
+        axes.axvline(recipe["stable_steps"], color="grey", lw=0.8, ls="--")
+        axes.grid(alpha=0.3)
+    grid[-1, 0].set_xlabel("step (10,240 tokens)")
+    figure.savefig(out, dpi=110)
+
+
+def draw_losses(axes: Any, records: list[dict[str, Any]]) -> None:
     checked = [record for record in records if "valid" in record]
-    figure, (losses, shares) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    losses.plot(steps, [record["loss"] for record in records], lw=0.5, alpha=0.5, label="training mix")
-    losses.plot(
+    axes.plot(
+        [record["step"] for record in records],
+        [record["loss"] for record in records],
+        lw=0.5,
+        alpha=0.5,
+        label="training mix",
+    )
+    axes.plot(
         [record["step"] for record in checked],
         [record["valid"] for record in checked],
         marker="o",
         ms=3,
         label="held-out TinyStories",
     )
-    losses.set_ylabel("nats a token")
-    losses.set_ylim(top=6)
-    losses.legend()
+    axes.set_ylabel("nats a token")
+    axes.set_ylim(top=6)
+    axes.legend()
+
+
+def draw_shares(axes: Any, records: list[dict[str, Any]]) -> None:
+    steps = [record["step"] for record in records]
     for layer in range(len(records[0]["shares"])):
         percent = [100 * record["shares"][layer] for record in records]
-        shares.plot(steps, percent, lw=0.7, label=f"layer {layer}")
-    shares.set_yscale("log")
-    shares.set_ylabel("active FFN neurons, %")
-    shares.set_xlabel("step (10,240 tokens)")
-    shares.legend(ncol=4, fontsize=8)
-    for axes in (losses, shares):
-        axes.axvline(recipe["stable_steps"], color="grey", lw=0.8, ls="--")
-        axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=110)
+        axes.plot(steps, percent, lw=0.7, label=f"layer {layer}")
+    axes.set_yscale("log")
+    axes.set_ylabel("active FFN neurons, %")
+    axes.legend(ncol=4, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ learning rate, then a linear cool-down on the simple register. An L1 penalty on 
 FFN activation is steered per layer towards a target share of non-zero activations, so that no
 layer stays dense and none dies. The constant part does not depend on the number of steps: a run
 may be shortened or lengthened while it is in it. Runs resume from their last checkpoint.
+
+`--architecture qwen3` and `falcon` train the siblings (`siblings.py`) by the same recipe without the penalty.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +28,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from storage.builtin import corpus
-from storage.builtin.network import Decoder, Shape
+from storage.builtin.network import Decoder, Network, Shape
+from storage.builtin.siblings import Sibling, settings
 from storage.files import replacing
 
 TOKENS_PER_STEP = 10_240
@@ -33,6 +37,17 @@ TOKENS_PER_PASS = 5_120  # gradients accumulate over passes: smaller activations
 LENGTHS = (256, 512, 256, 1280)  # tokens a row, cycled; every fourth step trains all positions
 EVALUATE_EVERY = 100
 SAVE_EVERY = 100
+
+
+class Architecture(StrEnum):
+    OPT = "opt"
+    QWEN3 = "qwen3"
+    FALCON = "falcon"
+
+
+# FFN width in units of d_model. A gated FFN has three matrices instead of two, and grouped heads leave
+# parameters to the FFN: each architecture has 12 million in all at the default shape.
+FFN_WIDTH = {Architecture.OPT: 8, Architecture.QWEN3: 6, Architecture.FALCON: 9}
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Recipe:
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     weight_decay: float = 0.1
-    target_share: float = 0.03  # of FFN activations non-zero; 0 trains without the penalty
+    target_share: float = 0.03  # of FFN activations non-zero, where steered; 0 trains without the penalty
     ramp_steps: int = 600
     seed: int = 0
 
@@ -92,7 +107,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "layers." in name else others).append(parameter)
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
         torch.optim.Muon(
             matrices,
@@ -109,11 +124,18 @@ def active_share(activations: list[Tensor]) -> Tensor:
     return torch.tensor([torch.count_nonzero(a).item() / a.numel() for a in activations])
 
 
+def activity(shares: list[float]) -> str:
+    """For the line of progress; empty where no layer is steered."""
+    if not shares:
+        return ""
+    return f"active {sum(shares) / len(shares):.2%} (least {min(shares):.2%})  "
+
+
 @torch.no_grad()
-def validation_loss(model: Decoder, rows: Tensor) -> tuple[float, list[float]]:
+def validation_loss(model: Network, rows: Tensor) -> tuple[float, list[float]]:
     """Nats a token over `rows` `[n, length + 1]`, and the active share per layer."""
     total = 0.0
-    shares = torch.zeros(len(model.layers))
+    shares = torch.zeros(model.steered)
     for chunk in rows.split(8):
         with torch.autocast("cpu", torch.bfloat16):
             hidden, activations = model(chunk[:, :-1])
@@ -122,11 +144,11 @@ def validation_loss(model: Decoder, rows: Tensor) -> tuple[float, list[float]]:
     return total / rows[:, 1:].numel(), shares.tolist()
 
 
-def accumulate(model: Decoder, rows: Tensor, slopes: Tensor) -> tuple[float, Tensor]:
+def accumulate(model: Network, rows: Tensor, slopes: Tensor) -> tuple[float, Tensor]:
     """Forward and backward over `rows` in passes; returns the mean loss and the active shares."""
     tokens = rows[:, 1:].numel()
     passes = rows.split(max(1, TOKENS_PER_PASS // (rows.shape[1] - 1)))
-    total, shares = 0.0, torch.zeros(len(model.layers))
+    total, shares = 0.0, torch.zeros(model.steered)
     for part in passes:
         with torch.autocast("cpu", torch.bfloat16):
             hidden, activations = model(part[:, :-1], slopes)
@@ -147,10 +169,10 @@ def keep_heap() -> None:
         mallopt(m_top_pad, 256 << 20)
 
 
-def train(model: Decoder, mixture: corpus.Mixture, held_out: Tensor, recipe: Recipe, out: Path) -> None:
+def train(model: Network, mixture: corpus.Mixture, held_out: Tensor, recipe: Recipe, out: Path) -> None:
     """Train to the end of the recipe, appending to `out/log.jsonl`; resumes from `out/last.pt`."""
     optimisers = optimizers(model, recipe)
-    steering = SparsitySteering(len(model.layers))
+    steering = SparsitySteering(model.steered)
     first = 0
     last = out / "last.pt"
     if last.exists():
@@ -190,10 +212,9 @@ def train(model: Decoder, mixture: corpus.Mixture, held_out: Tensor, recipe: Rec
             held_loss, held_shares = validation_loss(model, held_out)
             record |= {"valid": round(held_loss, 4), "valid_shares": [round(s, 4) for s in held_shares]}
             rate = (done - first) * TOKENS_PER_STEP / (time.monotonic() - started)
-            mean = sum(held_shares) / len(held_shares)
             print(
                 f"step {done}/{recipe.steps}  train {loss:.3f}  valid {held_loss:.4f}  "
-                f"active {mean:.2%} (least {min(held_shares):.2%})  {rate:.0f} tokens/s",
+                f"{activity(held_shares)}{rate:.0f} tokens/s",
                 flush=True,
             )
         with (out / "log.jsonl").open("a") as log:
@@ -209,13 +230,27 @@ def train(model: Decoder, mixture: corpus.Mixture, held_out: Tensor, recipe: Rec
                 torch.save(state, file)
 
 
-def write_checkpoint(model: Decoder, shape: Shape, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `config.json`, `model.safetensors` (float16) and `tokenizer.json`."""
+def build(architecture: Architecture, shape: Shape) -> Network:
+    """The network before training."""
+    return Decoder(shape) if architecture is Architecture.OPT else Sibling(settings(architecture, shape))
+
+
+def write_checkpoint(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `config.json`, `model.safetensors` (16 bits) and `tokenizer.json`."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.decoder.{name}": t.detach().half() for name, t in model.state_dict().items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(shape.huggingface(), indent=2) + "\n")
+    save_file(model.tensors(), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
     tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def tokenizer_of(architecture: Architecture, corpus_dir: Path, out: Path) -> Tokenizer:
+    """A sibling's is the built-in model's; the built-in model's is trained, once a run."""
+    if architecture is not Architecture.OPT:
+        return Tokenizer.from_file(str(Path(__file__).parent / "tokenizer.json"))
+    path = out / "tokenizer.json"
+    if not path.exists():
+        corpus.train_tokenizer(corpus_dir).save(str(path))
+    return Tokenizer.from_file(str(path))
 
 
 def held_out_rows(directory: Path, tokenizer: Tokenizer, rows: int, length: int = 512) -> Tensor:
@@ -228,12 +263,16 @@ def held_out_rows(directory: Path, tokenizer: Tokenizer, rows: int, length: int 
 def main(
     corpus_dir: Annotated[Path, typer.Option("--corpus", help="Directory of the training text.")],
     out: Annotated[Path, typer.Option(help="Directory for checkpoints, log and result.")],
+    architecture: Annotated[
+        Architecture, typer.Option(help="opt: the built-in model; qwen3, falcon: its siblings.")
+    ] = Architecture.OPT,
     stable_steps: Annotated[int, typer.Option(help="Steps at the constant learning rate.")] = 1300,
     cooldown_steps: Annotated[int, typer.Option(help="Steps of linear cool-down.")] = 700,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 8,
     d_model: Annotated[int, typer.Option(help="Width.")] = 256,
     target_share: Annotated[
-        float, typer.Option(help="Wanted share of non-zero FFN activations; 0: no penalty.")
+        float,
+        typer.Option(help="Wanted share of non-zero FFN activations; 0: no penalty. Siblings have none."),
     ] = 0.03,
     muon_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     ramp_steps: Annotated[int, typer.Option(help="Steps over which the wanted share falls.")] = 600,
@@ -242,27 +281,26 @@ def main(
     """Train the model and write its Hugging Face checkpoint to OUT/checkpoint."""
     keep_heap()
     out.mkdir(parents=True, exist_ok=True)
-    shape = Shape(layers=layers, d_model=d_model, d_ff=8 * d_model, heads=d_model // 64)
+    width = FFN_WIDTH[architecture]
+    shape = Shape(layers=layers, d_model=d_model, d_ff=width * d_model, heads=d_model // 64)
     recipe = Recipe(
         stable_steps=stable_steps,
         cooldown_steps=cooldown_steps,
-        target_share=target_share,
+        target_share=target_share if architecture is Architecture.OPT else 0.0,
         muon_rate=muon_rate,
         ramp_steps=ramp_steps,
         seed=seed,
     )
-    tokenizer_path = out / "tokenizer.json"
-    if not tokenizer_path.exists():
-        corpus.train_tokenizer(corpus_dir).save(str(tokenizer_path))
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = tokenizer_of(architecture, corpus_dir, out)
     mixture = corpus.Mixture.prepare(corpus_dir, tokenizer, out)
     held_out = held_out_rows(corpus_dir, tokenizer, rows=64)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe) | asdict(shape), indent=2) + "\n")
+    settled = {"architecture": architecture, **asdict(recipe), **asdict(shape)}
+    (out / "recipe.json").write_text(json.dumps(settled, indent=2) + "\n")
     torch.manual_seed(seed)
-    model = Decoder(shape)
+    model = build(architecture, shape)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {recipe}", flush=True)
     train(model, mixture, held_out, recipe, out)
-    write_checkpoint(model, shape, tokenizer, out / "checkpoint")
+    write_checkpoint(model, tokenizer, out / "checkpoint")
 
 
 if __name__ == "__main__":

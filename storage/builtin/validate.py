@@ -1,5 +1,7 @@
 """Validation loss of the shipped checkpoint: `python -m storage.builtin.validate --corpus DIR`.
 
+`--checkpoint RUN/checkpoint` scores another one that `train.py` wrote.
+
 The held-out stories are scored in rows of 512 tokens, each row on its own, so that most tokens see
 between nothing and 511 tokens before them. The marks between stories are seen but not scored:
 nats a byte are over the stories' own UTF-8 bytes.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,27 +22,33 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from storage.builtin import corpus
-from storage.builtin.network import Decoder, Shape
+from storage.builtin.network import Decoder, Network, Shape
+from storage.builtin.siblings import Sibling
 
 ROW = 512  # tokens
 ROWS_AT_ONCE = 8
 
 
-def load(checkpoint: Path) -> Decoder:
-    """The shipped checkpoint as a training network, weights widened to float32."""
+def load(checkpoint: Path) -> Network:
+    """A checkpoint of `train.py` as a training network, weights widened to float32."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    shape = Shape(
-        d_model=config["hidden_size"],
-        d_ff=config["ffn_dim"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        vocabulary=config["vocab_size"],
-        positions=config["max_position_embeddings"],
-    )
-    model = Decoder(shape)
+    model = _opt(config) if config["model_type"] == "opt" else Sibling(config)
     tensors = load_file(checkpoint / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model.decoder."): t.float() for name, t in tensors.items()})
+    model.load_state_dict({name.removeprefix(model.prefix): t.float() for name, t in tensors.items()})
     return model.eval()
+
+
+def _opt(config: dict[str, Any]) -> Decoder:
+    return Decoder(
+        Shape(
+            d_model=config["hidden_size"],
+            d_ff=config["ffn_dim"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            vocabulary=config["vocab_size"],
+            positions=config["max_position_embeddings"],
+        )
+    )
 
 
 @torch.no_grad()
@@ -65,7 +73,7 @@ def main(
             rows[start : start + ROWS_AT_ONCE], batch_first=True, padding_value=corpus.BOS
         )
         hidden, _ = model(some[:, :-1])
-        logits = functional.linear(hidden, model.embed_tokens.weight).flatten(0, 1)
+        logits = functional.linear(hidden, model.head).flatten(0, 1)
         targets = some[:, 1:].flatten()
         scored = targets != corpus.BOS
         nats += functional.cross_entropy(logits[scored], targets[scored], reduction="sum").item()
