@@ -83,6 +83,10 @@ def test_a_streams_timings_become_seconds_a_token() -> None:
     assert token_seconds(parts) == pytest.approx([0.010, 0.015, 0.015, 0.005])
 
 
+def test_a_stream_that_ends_in_one_part_has_the_mean_of_its_tokens() -> None:
+    assert token_seconds([({"predicted_n": 4, "predicted_ms": 48.0}, 0)]) == pytest.approx([0.012] * 3)
+
+
 def test_peers_refuse_what_they_cannot_read(tmp_path: Path) -> None:
     here = Path(sys.executable)
     with pytest.raises(UsageError, match=r"llama\.cpp reads a GGUF file, which .*checkpoint is not"):

@@ -30,7 +30,14 @@ def main() -> None:
 
 
 def token_seconds(parts: list[tuple[dict[str, float], int]]) -> list[float]:
-    """Of every token but the first, which the prompt brings; a part has those since the part before."""
+    """Of every token but the first, which the prompt brings; a part has those since the part before.
+
+    Text that makes no whole character until its end comes as one part: then the mean stands for each.
+    """
+    if len(parts) == 1:
+        ((only, _),) = parts
+        count = int(only["predicted_n"])
+        return [1e-3 * only["predicted_ms"] / count] * (count - 1)
     seconds = []
     for (before, _), (after, _) in pairwise(parts):
         if count := int(after["predicted_n"] - before["predicted_n"]):
