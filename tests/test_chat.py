@@ -359,6 +359,9 @@ def test_ctrl_c_ends_the_answer_and_then_the_program(terminal: Pty) -> None:
     terminal.type("\x03")
     terminal.until("[interrupted]\r\n> ")
     assert terminal.process.poll() is None
+    time.sleep(
+        0.5
+    )  # readline hears no signal between writing its prompt and beginning to wait; people are slower
     terminal.type("\x03")
     terminal.until("flashring: interrupted")
     assert terminal.process.wait(60) == 130
