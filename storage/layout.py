@@ -24,6 +24,7 @@ ROLES: dict[str, tuple[Role, ...]] = {  # of a unit's rows, in their order, by `
 }
 
 DEFAULT_ALIGNMENT = 512  # bytes
+I32: TypeAlias = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,14 @@ class Unit:
     def _bytes(self, row: Row) -> int:
         count, width = self.shape(row.role)
         return count * CODECS[row.codec].size(width)
+
+
+def neurons_of(ids: I32, width: int) -> I32:
+    """The neurons of units of `width`, unit after unit, `[n · width]`, from the units' ids `[n]`."""
+    if width == 1:
+        return ids
+    found: I32 = np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
+    return found
 
 
 def check_alignment(alignment: Any) -> None:

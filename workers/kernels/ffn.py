@@ -13,13 +13,12 @@ from numba import njit, prange
 
 from storage.architecture import Ffn
 from storage.codecs import F32
-from storage.layout import Rows
+from storage.layout import I32, Rows, neurons_of
 from workers.kernels.functions import ACTIVATIONS, activation
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
 from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
-I32 = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 _OUTPUTS = 128  # of a sum over units that a thread takes at a time
 
@@ -206,14 +205,6 @@ def _places(rows: Rows, lines: I32) -> Places:
     return np.add.outer(first, np.arange(rows.count) * rows.elements).reshape(-1)
 
 
-def _neurons(ids: I32, rows: Rows) -> I32:
-    """Of units by their ids, the neurons."""
-    if rows.count == 1:
-        return ids
-    neurons: I32 = np.add.outer(ids * np.int32(rows.count), np.arange(rows.count, dtype=np.int32)).reshape(-1)
-    return neurons
-
-
 def activate(
     up: Rows,
     ids: I32,
@@ -232,7 +223,7 @@ def activate(
     at, memory = _places(up, slots), up.memory.reshape(-1)
     result = np.empty(at.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], _neurons(ids, up)
+    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], neurons_of(ids, up.count)
     _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
     return result
 
@@ -264,7 +255,7 @@ def activate_gated(
         up.memory.reshape(-1),
         at,
         _places(up, slots),
-        _neurons(ids, up),
+        neurons_of(ids, up.count),
         h,
         *biases,
         result,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipeline.ring.plan import BLOCK, BLOCKS, QUERIES, TILE
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
-from storage.layout import Role, Unit
+from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
@@ -233,7 +233,7 @@ class BatchFfn:
 
         def activate(number: int) -> None:
             block = blocks[number]
-            ids = self._neurons(block)
+            ids = neurons_of(np.concatenate(block.ids), self._unit.width)
             a = self._product(block, "up", ids, self._bound.up_bias)
             if self._ffn.kind == "gated":
                 up, a = a, self._product(block, "gate", ids, self._bound.gate_bias)
@@ -252,13 +252,6 @@ class BatchFfn:
 
         self._pool.run(activate, range(len(blocks)))
         self._pool.run(add, range(0, width, TILE))
-
-    def _neurons(self, block: _Block) -> I32:
-        ids, width = np.concatenate(block.ids), self._unit.width
-        if width == 1:
-            return ids
-        neurons: I32 = np.add.outer(ids * np.int32(width), np.arange(width, dtype=np.int32)).reshape(-1)
-        return neurons
 
     def _product(self, block: _Block, role: Role, neurons: I32, bias: F32) -> F32:
         """Of a role's rows with every token, [neurons, n]."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from storage.architecture import EMBED, POSITIONS, Attention, Ffn, NormPlace
 from storage.codecs import F32, FLOAT32, FLOATS, Codec
-from storage.layout import Role, Rows, Unit
+from storage.layout import Role, Rows, Unit, neurons_of
 from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.logits import finished
@@ -208,8 +208,7 @@ class TorchFfn:
         ids, units = np.concatenate(self._ids), np.concatenate(self._copies)
         order = np.argsort(ids, kind="stable")
         ids, units = ids[order], units[order]
-        if self._unit.width > 1:
-            ids = (ids[:, None] * self._unit.width + np.arange(self._unit.width)).reshape(-1)
+        ids = neurons_of(ids, self._unit.width)
         a = self._product("up", units, ids, self._bound.up_bias)
         if self._ffn.kind == "gated":
             gate = self._product("gate", units, ids, self._bound.gate_bias)
