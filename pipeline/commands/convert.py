@@ -45,7 +45,6 @@ def command(
     convert(
         source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype, bits=bits
     )
-    usual = order is None and alignment == DEFAULT_ALIGNMENT and bits in {None, 16}
-    if source.directory == builtin.CHECKPOINT and usual:
-        builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
+    if source.directory == builtin.CHECKPOINT:
+        builtin.install(Store.open(out), bits)
     say(f"{out} is ready: run.py --model {out}")
