@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from pipeline.config import Model
 from pipeline.launch import ROOT
-from storage import files
-from storage.errors import StoreError, reason
+from storage import predictors
 from storage.rounding import RoundingCost, read_cost, write_cost
 from storage.store import Store
 
@@ -22,36 +19,11 @@ COSTS = {
 
 
 def install(store: Store, bits: int | None) -> None:
-    """Give the built-in model's store what was measured and trained for it."""
-    _install_predictors(store)
+    """Give the built-in model's store what was measured and trained for it.
+
+    The predictors were trained on the weights as shipped, and serve those in fewer bits as well.
+    """
+    if (CHECKPOINT / PREDICTORS).is_file():
+        predictors.install(store, Model().predictor, CHECKPOINT / PREDICTORS)
     if bits in COSTS and read_cost(store) is None:
         write_cost(store, COSTS[bits])
-
-
-def _install_predictors(store: Store) -> None:
-    """Copy the predictors into the store, when they are new.
-
-    They were trained on the weights as shipped, and serve those in fewer bits as well (docs/lowbits.md).
-    """
-    source = CHECKPOINT / PREDICTORS
-    target = store.predictors(Model().predictor)
-    if not source.is_file():
-        return
-    data = _bound_to(store.identity, source.read_bytes())
-    if target.is_file() and target.read_bytes() == data:
-        return
-    target.parent.mkdir(exist_ok=True)
-    try:
-        files.write_whole(target, data, shared=True)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {reason(error)}") from error
-
-
-def _bound_to(identity: str, data: bytes) -> bytes:
-    """A safetensors file's bytes, with the store that its predictors are of in the metadata."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header["__metadata__"]["store"] = identity
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[start:]
