@@ -1,7 +1,7 @@
 """A checkpoint of Llama's form, or of Falcon-7B's, as a GGUF file: equal weights for other programs.
 
-All matrices have one type. Only in types that the package `gguf` can quantise to itself: no K-quants. Names, keys and the order of
-queries' and keys' rows are those of llama.cpp's converter. Vectors stay float32.
+All matrices have one type, of those that the package `gguf` can quantise to itself: no K-quants. Names, keys
+and the order of queries' and keys' rows are those of llama.cpp's converter. Vectors stay float32.
 """
 
 from __future__ import annotations
