@@ -245,6 +245,11 @@ class Architecture:
         return read_record(cls, data)
 
 
+def always_floats(name: str) -> bool:
+    """Whether this resident matrix is never stored in few bits."""
+    return name == POSITIONS or name.endswith((".router.weight", ".shared_switch.weight"))
+
+
 # Canonical names of the resident tensors in a store. Linear weights are [out, in].
 EMBED = "embed.weight"  # [vocabulary, embed_dim]
 POSITIONS = "positions.weight"  # [max_positions + learned_positions, d_model]

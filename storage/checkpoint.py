@@ -88,8 +88,12 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Carrier:
         """The tensor, or its lines from `start` up to `stop`."""
         entry = self.entry(name)
-        lines, width = (entry.shape[0] if stop is None else stop) - start, math.prod(entry.shape[1:])
-        return self._elements(name, entry, start * width, lines * width).reshape(lines, *entry.shape[1:])
+        if stop is None:
+            elements = self._elements(name, entry, 0, math.prod(entry.shape))
+            return elements.reshape(entry.shape)
+        width = entry.shape[1:][-1:]
+        each = math.prod(width)
+        return self._elements(name, entry, start * each, (stop - start) * each).reshape(-1, *width)
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""

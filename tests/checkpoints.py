@@ -221,6 +221,22 @@ GATED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_QWEN3_MOE = {
+    **_LLAMA,
+    "head_dim": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("qwen3_moe", {**_QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-dense-layer": (
+        "qwen3_moe",
+        {**_QWEN3_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
+    ),
+    "qwen3-moe-every-second": ("qwen3_moe", {**_QWEN3_MOE, "decoder_sparse_step": 2}),
+}
+GATED |= MIXTURES
 VARIANTS |= GATED
 
 # Families that transformers does not know: name -> (a model_type that it does, its settings, and what the

@@ -17,6 +17,7 @@ from storage.families.opt import OPT
 from storage.families.phi3 import PHI3
 from storage.families.qwen2 import QWEN2
 from storage.families.qwen3 import QWEN3
+from storage.families.qwen3_moe import QWEN3_MOE
 from storage.families.smollm3 import SMOLLM3
 
 _ALL = (
@@ -26,6 +27,7 @@ _ALL = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     GEMMA2,
     GEMMA3_TEXT,
     GEMMA3,
