@@ -323,8 +323,8 @@ def _randomise(model: Any, generator: torch.Generator) -> None:
         with torch.no_grad():
             if parameter.ndim == 2 and "embed" in name:
                 parameter.copy_(noise * 0.5)
-            elif parameter.ndim == 2:
-                parameter.copy_(noise * (1.6 / math.sqrt(parameter.shape[1])))
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * (1.6 / math.sqrt(parameter.shape[-1])))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
             else:

@@ -112,6 +112,7 @@ class LayerCache:
         assert not layer.guessed, "two guesses for one layer"
         residency = layer.residency
         missing = ids[residency.lease(ids) == NOWHERE]
+        missing = missing[: self._plan.forecast.guesses]
         admitted = missing[: residency.make_room(missing.size)]
         if not admitted.size:
             return []

@@ -23,12 +23,14 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
+from workers.compute.cpu.experts import BatchExperts, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import capped, finished
 from workers.compute.positions import Positions
+from workers.routing import Routing
 
 
 class BatchOperations:
@@ -45,6 +47,7 @@ class BatchOperations:
         self.first = 0  # position of the first token
         self._positions = positions
         self._units = [layer.unit for layer in source.layout.layers]
+        self._routing: Routing | None = None  # of the layer at hand
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x = self.source.lines(EMBED, tokens)
@@ -111,8 +114,16 @@ class BatchOperations:
         self.pool.run(attend, *zip(*tasks, strict=True))
         return out.reshape(tokens, -1)
 
-    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn:
+    def route(self, index: int, x: F32) -> None:
+        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x)
+
+    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]
+        if layer.ffn.router is not None or layer.ffn.shared is not None:
+            assert mask is None, "experts are chosen, not masked"
+            routing, self._routing = self._routing, None
+            bound, unit = self.model.layers[index], self._units[index]
+            return BatchExperts(bound, unit, layer.ffn, x, routing, self.pool, self._linear)
         return BatchFfn(self.model.layers[index], self._units[index], layer.ffn, x, self.pool, mask)
 
     def logits(self, x: F32) -> F32:
