@@ -221,12 +221,20 @@ GATED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_EXPERTS = {**_LLAMA, "intermediate_size": 64, "num_experts_per_tok": 3}
 _QWEN3_MOE = {
-    **_LLAMA,
+    **_EXPERTS,
+    "intermediate_size": 96,
     "head_dim": 24,
     "num_experts": 8,
-    "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
+}
+_QWEN2_MOE = {
+    **_EXPERTS,
+    "intermediate_size": 96,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 80,
 }
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("qwen3_moe", {**_QWEN3_MOE, "norm_topk_prob": True}),
@@ -235,6 +243,26 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_QWEN3_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
     ),
     "qwen3-moe-every-second": ("qwen3_moe", {**_QWEN3_MOE, "decoder_sparse_step": 2}),
+    "mixtral": ("mixtral", {**_EXPERTS, "num_local_experts": 8, "head_dim": 24}),
+    "mixtral-window": ("mixtral", {**_EXPERTS, "num_local_experts": 6, "sliding_window": _WINDOW}),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8, "norm_topk_prob": False}),
+    "olmoe-biased": ("olmoe", {**_EXPERTS, "num_experts": 8, "norm_topk_prob": True, "attention_bias": True}),
+    "qwen2-moe": ("qwen2_moe", {**_QWEN2_MOE, "norm_topk_prob": False}),
+    "qwen2-moe-dense-layer": (
+        "qwen2_moe",
+        {**_QWEN2_MOE, "norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **_EXPERTS,
+            "num_local_experts": 8,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.8,
+        },
+    ),
 }
 GATED |= MIXTURES
 VARIANTS |= GATED

@@ -32,14 +32,10 @@ class Names:
 
 def experts(config: Settings, router: Router, width: int, dense: Ffn, shared: Shared | None = None) -> Ffn:
     """An FFN of experts with `dense`'s activation. Raises UnsupportedModel for more chosen than there are."""
-    count = number(config, "num_local_experts", _count(config))
+    count = number(config, "num_local_experts", config.get("num_experts"))
     if router.top_k > count:
         raise UnsupportedModel(f"config.json: {router.top_k} experts a token of {count} are not supported")
     return Ffn("gated", count, width, dense.activation, router=router, shared=shared)
-
-
-def _count(config: Settings) -> int | None:
-    return number(config, "num_experts") if config.get("num_experts") is not None else None
 
 
 def dense(ffn: Ffn) -> Ffn:

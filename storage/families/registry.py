@@ -9,13 +9,17 @@ from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
 from storage.families.granite import GRANITE
+from storage.families.granitemoe import GRANITEMOE
 from storage.families.llama import LLAMA, SPARSELLAMA
 from storage.families.minicpm import MINICPM
 from storage.families.mistral import MISTRAL
+from storage.families.mixtral import MIXTRAL
 from storage.families.olmo2 import OLMO2
+from storage.families.olmoe import OLMOE
 from storage.families.opt import OPT
 from storage.families.phi3 import PHI3
 from storage.families.qwen2 import QWEN2
+from storage.families.qwen2_moe import QWEN2_MOE
 from storage.families.qwen3 import QWEN3
 from storage.families.qwen3_moe import QWEN3_MOE
 from storage.families.smollm3 import SMOLLM3
@@ -25,7 +29,9 @@ _ALL = (
     FALCON,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     GEMMA2,
@@ -34,7 +40,9 @@ _ALL = (
     PHI3,
     SMOLLM3,
     OLMO2,
+    OLMOE,
     GRANITE,
+    GRANITEMOE,
     SPARSELLAMA,
     MINICPM,
     BAMBOO,

@@ -1,7 +1,7 @@
 """A mixture's routers: of a layer's own input they choose exactly the experts that compute will use.
 
-For a guess, a later layer's router reads the row of an earlier one, brought to that layer's norm: the residual
-stream changes little from one layer to the next. Published recall of that is 74 to 89 %.
+For a guess, a later layer's router reads the row of an earlier one, brought to that layer's norm: the
+residual stream changes little from one layer to the next. Published recall of that is 74 to 89 %.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RouterScorer(Scorer):
 
 
 def _scale(file: Tensors, store: Store, index: int, source: int) -> F32 | None:
-    """From a row that layer `source` announced to one that this layer's router knows; below 0 the embedding."""
+    """From a row that layer `source` announced, below 0 the embedding, to one for this layer's router."""
     norm, before = _norm_weight(file, store, index), _norm_weight(file, store, source)
     if norm is None and before is None:
         return None

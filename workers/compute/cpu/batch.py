@@ -23,7 +23,7 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import BatchExperts, routed
+from workers.compute.cpu.experts import BatchExperts, of_shared, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
@@ -115,7 +115,7 @@ class BatchOperations:
         return out.reshape(tokens, -1)
 
     def route(self, index: int, x: F32) -> None:
-        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x)
+        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, _row_product)
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]
@@ -123,7 +123,8 @@ class BatchOperations:
             assert mask is None, "experts are chosen, not masked"
             routing, self._routing = self._routing, None
             bound, unit = self.model.layers[index], self._units[index]
-            return BatchExperts(bound, unit, layer.ffn, x, routing, self.pool, self._linear)
+            shared = None if bound.shared is None else of_shared(layer.ffn, bound.shared, x, self._linear)
+            return BatchExperts(bound, unit, layer.ffn, x, routing, shared, self.pool)
         return BatchFfn(self.model.layers[index], self._units[index], layer.ffn, x, self.pool, mask)
 
     def logits(self, x: F32) -> F32:
@@ -148,6 +149,11 @@ class BatchOperations:
         if linear.bias.size:
             out += linear.bias
         return out
+
+
+def _row_product(linear: Linear, row: F32) -> F32:
+    """As for one token."""
+    return kernels.matvec(linear.weight, row, 1, linear.bias)
 
 
 def _rotated(x: F32, cos: F32, sin: F32) -> F32:

@@ -16,27 +16,45 @@ from storage.architecture import Ffn
 from storage.codecs import F32
 from storage.layout import I32, Role, Rows, Unit
 from workers import kernels
-from workers.compute.bound import BoundLayer, BoundShared
+from workers.compute.bound import BoundLayer, BoundShared, Linear
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import Bytes
 from workers.routing import Ids, Routing, route
 
 
-def routed(ffn: Ffn, bound: BoundLayer, x: F32) -> Routing:
-    """Of x [rows, d_model]. A row's logits are the same bits in whatever company, and as the predictor's."""
+def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32], F32]) -> Routing:
+    """Of x [rows, d_model], one row after the other: its logits are the same bits in whatever company.
+
+    They are the predictor's, too: `product` multiplies one row by the kernel that it uses.
+    """
     assert ffn.router is not None
     assert bound.router is not None
-    linear = bound.router
-    return route(ffn.router, np.stack([kernels.matvec(linear.weight, row, 1, linear.bias) for row in x]))
+    return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
+
+
+def of_shared(ffn: Ffn, shared: BoundShared, x: F32, product: Callable[[Linear, F32], F32]) -> F32:
+    """The output of what every token has, of one row or of many."""
+    a = activated(ffn, product(shared.gate, x), product(shared.up, x))
+    output = product(shared.down, a)
+    if shared.switch is not None:
+        output *= np.float32(1) / (np.float32(1) + np.exp(-product(shared.switch, x)))
+    return output
 
 
 class TokenExperts:
     """One layer's FFN of one token. Experts are computed as they come, whatever else is under way."""
 
     def __init__(
-        self, bound: BoundLayer, unit: Unit, ffn: Ffn, x: F32, routing: Routing | None, threads: int
+        self,
+        bound: BoundLayer,
+        unit: Unit,
+        ffn: Ffn,
+        x: F32,
+        routing: Routing | None,
+        shared: F32 | None,
+        threads: int,
     ) -> None:
-        """x [d_model]; `routing` is its one row's, None without experts."""
+        """x [d_model]; `routing` is its one row's, None without experts; `shared` [d_model] is added."""
         self._bound, self._unit, self._ffn, self._input, self._threads = bound, unit, ffn, x, threads
         self._weights = np.zeros(ffn.units, np.float32)
         self._chosen = np.zeros(ffn.units, np.bool_)
@@ -45,7 +63,7 @@ class TokenExperts:
             self._chosen[routing.ids[0]] = True
         self._kept: list[tuple[I32, F32]] = []  # ids [n] and outputs [n, d_model] of the group's parts
         self._output = np.zeros_like(x)
-        self._shared = None if bound.shared is None else self._of_shared(bound.shared)
+        self._shared = shared
         self.active = 0  # experts
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
@@ -76,20 +94,6 @@ class TokenExperts:
             self._output += self._shared
         return self._output[None]
 
-    def _of_shared(self, shared: BoundShared) -> F32:
-        gate, up = shared.gate.weight, shared.up.weight
-        lines = np.arange(gate.memory.shape[0], dtype=np.int32)
-        biases = shared.gate.bias, shared.up.bias
-        a = kernels.activate_gated(gate, up, lines, lines, self._input, biases, self._ffn, self._threads)
-        output = kernels.matvec(shared.down.weight, a, self._threads)
-        if shared.switch is not None:
-            output *= _sigmoid(kernels.matvec(shared.switch.weight, self._input, 1))
-        return output
-
-
-def _sigmoid(x: F32) -> F32:
-    return np.float32(1) / (np.float32(1) + np.exp(-x))
-
 
 @dataclass(frozen=True, slots=True)
 class _Task:
@@ -111,16 +115,16 @@ class BatchExperts:
         ffn: Ffn,
         x: F32,
         routing: Routing | None,
+        shared: F32 | None,
         pool: Pool,
-        linear: Callable[..., F32],
     ) -> None:
-        """x [n, d_model]; `linear` multiplies all tokens with a resident matrix."""
+        """x [n, d_model]; `routing` is None without experts; `shared` [n, d_model] is added."""
         self._bound, self._unit, self._ffn, self._input, self._pool = bound, unit, ffn, x, pool
         self._routing = routing
         self._parts: list[tuple[I32, I32]] = []
         self._memory: Bytes | None = None
         self._output = np.zeros_like(x)
-        self._shared = None if bound.shared is None else self._of_shared(bound.shared, linear)
+        self._shared = shared
         self.active = 0  # not counted
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
@@ -187,16 +191,9 @@ class BatchExperts:
             out += bias[:, None]
         return out
 
-    def _of_shared(self, shared: BoundShared, linear: Callable[..., F32]) -> F32:
-        a = activated(self._ffn, linear(shared.gate, self._input), linear(shared.up, self._input))
-        output = linear(shared.down, a)
-        if shared.switch is not None:
-            output *= _sigmoid(linear(shared.switch, self._input))
-        return output
-
 
 def activated(ffn: Ffn, gate: F32, up: F32) -> F32:
-    """A gated FFN's activations from its products, in the place of the gate's."""
-    kernels.activations(gate, ffn.activation, ffn.threshold)
+    """A gated FFN's activations from its products [..., n], in the place of the gate's."""
+    kernels.activations(np.atleast_2d(gate), ffn.activation, ffn.threshold)
     gate *= np.maximum(up, 0) if ffn.up_activation == "relu" else up
     return gate

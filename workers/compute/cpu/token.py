@@ -12,7 +12,7 @@ from storage.codecs import F32
 from storage.layout import Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import TokenExperts, routed
+from workers.compute.cpu.experts import TokenExperts, of_shared, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
@@ -79,14 +79,17 @@ class TokenOperations:
         return self._product(bound.out, mixed)[None]
 
     def route(self, index: int, x: F32) -> None:
-        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x)
+        self._routing = routed(
+            self.architecture.layers[index].ffn, self.model.layers[index], x, self._product
+        )
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"
         ffn, bound, unit = self.architecture.layers[index].ffn, self.model.layers[index], self._units[index]
         if ffn.router is not None or ffn.shared is not None:
             routing, self._routing = self._routing, None
-            return TokenExperts(bound, unit, ffn, x[0], routing, self.threads)
+            shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
+            return TokenExperts(bound, unit, ffn, x[0], routing, shared, self.threads)
         return TokenFfn(bound, unit, ffn, x[0], self._activations, self.threads)
 
     def logits(self, x: F32) -> F32:
