@@ -6,7 +6,9 @@ that a name which the reader has wrong is not wrong here in the same way.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,15 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from storage.checkpoint import Checkpoint
 from storage.codecs import widen
+from storage.families.registry import family_of
 
 PAIRED = {"llama", "smollm3", "granite"}  # rotary pairs side by side
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where they are not called as the model type
+ARCHITECTURES = {  # where they are not called as the model type
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+}
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 SMALLEST = {
     "llama.vocab_size": 32,
     "llama.context_length": 64,
@@ -75,9 +83,9 @@ def write(
     return path
 
 
-def packed_by_hand(kind: str, rows: int, columns: int) -> np.ndarray:
+def packed_by_hand(kind: str, rows: int, columns: int, seed: int = 3) -> np.ndarray:
     """Random codes with scales that are numbers."""
-    generator = np.random.default_rng(3)
+    generator = np.random.default_rng(seed)
     block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
     for place in SCALES[kind]:
@@ -100,9 +108,16 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def of_checkpoint(
-    directory: Path, path: Path, extra: Mapping[str, Any] | None = None, matrices: str = "F32"
+    directory: Path,
+    path: Path,
+    extra: Mapping[str, Any] | None = None,
+    matrices: str = "F32",
+    stacked: bool = True,
 ) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors in F32."""
+    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors and routers in F32.
+
+    A mixture's experts are one tensor, or, not `stacked`, tensors of their own, as in files of 2023.
+    """
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
     kind = config["model_type"]
@@ -110,11 +125,23 @@ def of_checkpoint(
     number = next(index for index, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     tensors: dict[str, tuple[np.ndarray, str]] = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
     for name, entry in checkpoint.entries.items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        expert = EXPERT.fullmatch(name)
+        known = name if expert is None else f"{expert[1]}.{expert[3]}"
+        theirs = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         values = _changed(widen(checkpoint.read(name), entry.dtype), name, config, architecture)
-        tensors[theirs] = (values, matrices if values.ndim == 2 else "F32")
+        if expert is not None:
+            experts.setdefault(theirs, {})[int(expert[2])] = values
+            continue
+        tensors[theirs] = (values, matrices if values.ndim >= 2 and "ffn_gate_inp" not in theirs else "F32")
+    for theirs, each in experts.items():
+        if stacked:
+            tensors[theirs] = (np.stack([each[number] for number in range(len(each))]), matrices)
+            continue
+        for number, values in each.items():
+            tensors[theirs.replace("_exps", f".{number}")] = (values, matrices)
     tensors |= {name: (values, "F32") for name, values in _rope_factors(config).items()}
     return write(path, tensors, {**_metadata(config, architecture), **(extra or {})}, architecture)
 
@@ -185,6 +212,9 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         gguf.Keys.LLM.FEED_FORWARD_LENGTH: config.get("intermediate_size")
         or config.get("ffn_hidden_size")
         or 4 * config["hidden_size"],
+        gguf.Keys.LLM.EXPERT_COUNT: config.get("num_local_experts") or config.get("num_experts"),
+        gguf.Keys.LLM.EXPERT_USED_COUNT: config.get("num_experts_per_tok"),
+        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: config.get("moe_intermediate_size"),
         gguf.Keys.Attention.HEAD_COUNT: heads,
         gguf.Keys.Attention.HEAD_COUNT_KV: kv_heads,
         gguf.Keys.Attention.LAYERNORM_RMS_EPS: config.get("rms_norm_eps"),
@@ -210,3 +240,20 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         factor = max(longest / original, 1.0)
         found[gguf.Keys.Rope.SCALING_ATTN_FACTOR] = math.sqrt(1 + math.log(factor) / math.log(original))
     return {key.format(arch=architecture): value for key, value in found.items() if value is not None}
+
+
+def described_by(config: dict[str, Any]) -> dict[str, Any]:
+    """The architecture as a flat table."""
+    config = {key: value for key, value in config.items() if value is not None}
+    described = json.loads(json.dumps(family_of(config).architecture(config).to_json()))
+    found: dict[str, Any] = {}
+
+    def flatten(path: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                flatten(f"{path}.{key}", item)
+        else:
+            found[path] = value
+
+    flatten("", described)
+    return found

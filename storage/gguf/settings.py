@@ -17,6 +17,7 @@ from storage.gguf.rope import scaling
 
 Config: TypeAlias = dict[str, Any]
 
+SOFTMAX, SIGMOID = 1, 2  # how weights are made of a router's logits
 GEMMA2_27B, GEMMA3_27B = 46, 62  # layers: these two divide by the root of d_model / heads, not of the head
 
 
@@ -71,8 +72,11 @@ def config(file: File) -> Config:
             f"{file.metadata.path}: GGUF files of the architecture {file.architecture!r} are not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    if file.number("expert_count", 0):
-        raise UnsupportedModel(f"{file.metadata.path}: a mixture of experts is not supported")
+    if file.number("expert_count", 0) and file.architecture not in MIXTURES:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: a mixture of experts of the architecture {file.architecture!r} is not "
+            f"supported; supported are {', '.join(MIXTURES)}"
+        )
     settings = ARCHITECTURES[file.architecture](file)
     return {key: value for key, value in settings.items() if value is not None}
 
@@ -128,6 +132,36 @@ def _qwen2(file: File) -> Config:
 
 def _qwen3(file: File) -> Config:
     return {**_gated(file, "qwen3"), "use_sliding_window": False}
+
+
+def _expert_width(file: File) -> int:
+    """Neurons of one expert; files of the first mixtures name no other number than all FFNs' own."""
+    return file.number("expert_feed_forward_length", 0) or file.number("feed_forward_length")
+
+
+def _softmax(file: File, renormalised: bool) -> bool:
+    """Whether the chosen experts' weights are divided by their sum, `renormalised` where the file is silent.
+
+    Raises UnsupportedModel for weights that are made in another way than the architecture's.
+    """
+    if file.number("expert_gating_func", 0) not in {0, SOFTMAX}:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: experts' weights other than by softmax are not supported"
+        )
+    if file.real("expert_weights_scale", 0.0) not in {0.0, 1.0}:
+        raise UnsupportedModel(f"{file.metadata.path}: experts' weights that are scaled are not supported")
+    return file.metadata.flag(f"{file.architecture}.expert_weights_norm", renormalised)
+
+
+def _qwen3moe(file: File) -> Config:
+    return {
+        **_gated(file, "qwen3_moe"),
+        "use_sliding_window": False,
+        "num_experts": file.number("expert_count"),
+        "num_experts_per_tok": file.number("expert_used_count"),
+        "moe_intermediate_size": _expert_width(file),
+        "norm_topk_prob": _softmax(file, renormalised=True),
+    }
 
 
 def _gemma(file: File, model_type: str, large: int) -> Config:
@@ -218,10 +252,12 @@ def _positive(file: File, key: str) -> float | None:
     return file.real(key, 0.0) or None
 
 
+MIXTURES = ("qwen3moe",)
 ARCHITECTURES: dict[str, Callable[[File], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
