@@ -88,7 +88,9 @@ def packed_by_hand(kind: str, rows: int, columns: int, seed: int = 3) -> np.ndar
     generator = np.random.default_rng(seed)
     block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
-    for place in SCALES[kind]:
+    if kind == "MXFP4":
+        blocks[:, 0] = generator.integers(112, 124, len(blocks))
+    for place in SCALES.get(kind, ()):
         scales = generator.uniform(-0.01, 0.01, len(blocks)).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from storage.gguf.header import Header, Metadata
 from storage.gguf.rope import llama3_divisors, scaling
 from storage.origin import Origin
 
-QUANTISED = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # the package quantises to these
+QUANTISED = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")  # the package quantises to these
 BY_HAND = ("Q4_K", "Q5_K", "Q6_K")
 
 

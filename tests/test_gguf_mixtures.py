@@ -25,7 +25,7 @@ from storage.verify import verify
 
 # Of each architecture its checkpoints, with what their files cannot say.
 VARIANTS: dict[str, dict[str, Any]] = {"qwen3-moe": {}}
-KEPT = {"Q8_0": "q8", "Q4_0": "q4s", "Q4_1": "q4", "Q4_K": "q4"}
+KEPT = {"Q8_0": "q8", "Q4_0": "q4s", "Q4_1": "q4", "Q4_K": "q4", "MXFP4": "mxfp4"}
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256}  # whole blocks of every type
 
 
@@ -84,6 +84,16 @@ def expert_rows(store: Store, layer: int, role: Any) -> np.ndarray:
     return rows.values.reshape(part.units, count, -1)
 
 
+def numbers_of(rows: np.ndarray, codec: str) -> np.ndarray:
+    """[..., values] of [..., bytes]: by the formats' description, or by the package `gguf`."""
+    if codec in FORMATS:
+        return values(rows.reshape(-1, rows.shape[-1]), FORMATS[codec]).reshape(*rows.shape[:-1], -1)
+    groups = rows.shape[-1] // 17
+    codes = rows[..., : 16 * groups].reshape(*rows.shape[:-1], groups, 16)
+    blocks = np.concatenate([rows[..., 16 * groups :, None], codes], axis=-1)  # as GGUF has them
+    return gguf.dequantize(blocks.reshape(*rows.shape[:-1], -1), GGMLQuantizationType.MXFP4)
+
+
 @pytest.mark.parametrize("kind", KEPT)
 def test_published_blocks_of_experts_are_kept(tmp_path: Path, kind: str) -> None:
     directory = write_checkpoint(
@@ -98,7 +108,7 @@ def test_published_blocks_of_experts_are_kept(tmp_path: Path, kind: str) -> None
     for role in ("gate", "up", "down"):
         expected = numbers[f"blk.0.ffn_{role}_exps.weight"]
         rows = expert_rows(store, 0, role)
-        found = values(rows.reshape(-1, rows.shape[-1]), FORMATS[KEPT[kind]]).reshape(expected.shape)
+        found = numbers_of(rows, KEPT[kind])
         if kind == "Q4_K":  # its scales and minima are rounded to float16
             assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
         else:

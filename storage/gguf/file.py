@@ -15,7 +15,7 @@ from typing import Any
 from storage.codecs import CODECS, FLOAT32, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.gguf import settings, tensors, tokenizer
-from storage.gguf.header import Header, Metadata, Packed
+from storage.gguf.header import Header, Metadata
 from storage.gguf.kept import CODEC
 from storage.gguf.names import Heads, Restored, restored
 from storage.gguf.parts import split

@@ -25,7 +25,7 @@ from storage.gguf.kept import CODEC, kept
 from storage.gguf.names import Restored
 
 FLOATS = {"F32": FLOAT32.name, "F16": FLOAT16.name, "BF16": BFLOAT16.name}
-KINDS = (*FLOATS, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+KINDS = (*FLOATS, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 CHUNK = 8 << 20  # bytes of float32 widened at once; widening needs a few times as much
 
 
