@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from storage.checkpoint import Checkpoint
 from storage.codecs import widen
 from storage.families.registry import family_of
 
-PAIRED = {"llama", "smollm3", "granite"}  # rotary pairs side by side
+PAIRED = {"llama", "smollm3", "granite", "granitemoe"}  # rotary pairs side by side
 ARCHITECTURES = {  # where they are not called as the model type
     "mistral": "llama",
     "gemma3_text": "gemma3",
+    "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
+    "qwen2_moe": "qwen2moe",
+    "gpt_oss": "gpt-oss",
 }
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 SMALLEST = {
@@ -115,10 +118,12 @@ def of_checkpoint(
     extra: Mapping[str, Any] | None = None,
     matrices: str = "F32",
     stacked: bool = True,
+    instead: Mapping[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
     """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors and routers in F32.
 
-    A mixture's experts are one tensor, or, not `stacked`, tensors of their own, as in files of 2023.
+    A mixture's experts are one tensor, or, not `stacked`, tensors of their own, as in files of 2023. What
+    `instead` has, by the file's names, is written in place of the checkpoint's tensors.
     """
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
@@ -128,12 +133,12 @@ def of_checkpoint(
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
-    for name, entry in checkpoint.entries.items():
+    for name, values in _published(checkpoint):
         expert = EXPERT.fullmatch(name)
         known = name if expert is None else f"{expert[1]}.{expert[3]}"
         theirs = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        values = _changed(widen(checkpoint.read(name), entry.dtype), name, config, architecture)
+        values = _changed(values, name, config, architecture)
         if expert is not None:
             experts.setdefault(theirs, {})[int(expert[2])] = values
             continue
@@ -144,8 +149,38 @@ def of_checkpoint(
             continue
         for number, values in each.items():
             tensors[theirs.replace("_exps", f".{number}")] = (values, matrices)
+    tensors |= instead or {}
     tensors |= {name: (values, "F32") for name, values in _rope_factors(config).items()}
     return write(path, tensors, {**_metadata(config, architecture), **(extra or {})}, architecture)
+
+
+def _published(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, float32; of stacks that hold gate and up rows, each of the two by itself."""
+    kind, width = checkpoint.config["model_type"], checkpoint.config.get("intermediate_size")
+    for name, entry in checkpoint.entries.items():
+        values = widen(checkpoint.read(name), entry.dtype)
+        stem, _, last = name.rpartition(".")
+        if kind == "gpt_oss" and last.startswith("gate_up_proj"):
+            for start, role in enumerate(("gate_proj", "up_proj")):
+                part = values[..., start::2]
+                yield (
+                    (f"{stem}.{role}.bias", part)
+                    if last.endswith("_bias")
+                    else (f"{stem}.{role}.weight", part.swapaxes(1, 2))
+                )
+        elif kind == "gpt_oss" and last == "down_proj":
+            yield f"{name}.weight", values.swapaxes(1, 2)
+        elif kind == "gpt_oss" and last == "down_proj_bias":
+            yield f"{stem}.down_proj.bias", values
+        elif last == "sinks":
+            yield f"{name}.weight", values
+        elif ".input_linear" in name:
+            yield name.replace("block_sparse_moe.input_linear", "mlp.experts.gate_proj"), values[:, :width]
+            yield name.replace("block_sparse_moe.input_linear", "mlp.experts.up_proj"), values[:, width:]
+        elif name.endswith("shared_expert_gate.weight"):
+            yield name, values[0]
+        else:
+            yield name, values
 
 
 def _changed(values: np.ndarray, name: str, config: dict[str, Any], architecture: str) -> np.ndarray:
@@ -214,9 +249,15 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         gguf.Keys.LLM.FEED_FORWARD_LENGTH: config.get("intermediate_size")
         or config.get("ffn_hidden_size")
         or 4 * config["hidden_size"],
-        gguf.Keys.LLM.EXPERT_COUNT: config.get("num_local_experts") or config.get("num_experts"),
-        gguf.Keys.LLM.EXPERT_USED_COUNT: config.get("num_experts_per_tok"),
-        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: config.get("moe_intermediate_size"),
+        gguf.Keys.LLM.EXPERT_COUNT: config.get("num_local_experts")
+        or config.get("num_experts")
+        or config.get("moe_num_primary_experts"),
+        gguf.Keys.LLM.EXPERT_USED_COUNT: config.get("num_experts_per_tok")
+        or config.get("moe_num_active_primary_experts"),
+        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: config.get("moe_intermediate_size")
+        or config.get("moe_ffn_hidden_size")
+        or config.get("intermediate_size"),
+        gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: config.get("shared_expert_intermediate_size"),
         gguf.Keys.Attention.HEAD_COUNT: heads,
         gguf.Keys.Attention.HEAD_COUNT_KV: kv_heads,
         gguf.Keys.Attention.LAYERNORM_RMS_EPS: config.get("rms_norm_eps"),
@@ -229,11 +270,16 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         gguf.Keys.LLM.LOGIT_SCALE: config.get("logits_scaling"),
         gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.get("attn_logit_softcapping"),
         gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.get("final_logit_softcapping"),
-        gguf.Keys.Rope.FREQ_BASE: scaling.get("rope_theta"),
+        gguf.Keys.Rope.FREQ_BASE: scaling.get("rope_theta") or config.get("rope_theta"),
         gguf.Keys.Rope.DIMENSION_COUNT: int(head * scaling.get("partial_rotary_factor", 1.0)),
         gguf.Keys.Rope.SCALING_ORIG_CTX_LEN: config.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings"),
     }
+    if config["model_type"] == "smallthinker":
+        softmax = config["moe_primary_router_apply_softmax"]
+        found[gguf.Keys.LLM.EXPERT_GATING_FUNC] = 1 if softmax else 2
+        if any(config["sliding_window_layout"]):
+            found[gguf.Keys.Attention.SLIDING_WINDOW] = config["sliding_window_size"]
     kind = scaling.get("rope_type", "default")
     if kind in {"linear", "yarn"}:
         found |= {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: scaling["factor"]}

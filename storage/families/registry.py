@@ -8,6 +8,7 @@ from storage.families.falcon import FALCON
 from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from storage.families.gpt_oss import GPT_OSS
 from storage.families.granite import GRANITE
 from storage.families.llama import LLAMA, SPARSELLAMA
 from storage.families.minicpm import MINICPM
@@ -18,6 +19,7 @@ from storage.families.phi3 import PHI3
 from storage.families.qwen2 import QWEN2
 from storage.families.qwen3 import QWEN3
 from storage.families.qwen3_moe import QWEN3_MOE
+from storage.families.smallthinker import SMALLTHINKER
 from storage.families.smollm3 import SMOLLM3
 
 _ALL = (
@@ -35,6 +37,8 @@ _ALL = (
     SMOLLM3,
     OLMO2,
     GRANITE,
+    GPT_OSS,
+    SMALLTHINKER,
     SPARSELLAMA,
     MINICPM,
     BAMBOO,
@@ -56,8 +60,9 @@ def family_of(config: Settings) -> Family:
             f"model architecture {name} (model_type {kind!r}) is not supported; "
             f"supported model types are {supported}"
         )
-    if config.get("quantization_config"):
+    family, quantised = FAMILIES[kind], config.get("quantization_config")
+    if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") in family.quantised):
         raise UnsupportedModel(
             "quantised checkpoints are not supported; supported are float32, float16 and bfloat16 weights"
         )
-    return FAMILIES[kind]
+    return family

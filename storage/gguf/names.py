@@ -4,7 +4,7 @@ The file's names are llama.cpp's, the checkpoint's those that transformers' clas
 (convert_hf_to_gguf.py) changed four things, each undone here:
 
 - rows of queries and keys: rotary pairs lie side by side in the file, half a head apart in a checkpoint
-  (llama, granite, smollm3);
+  (llama, granite, granitemoe, smollm3);
 - rows of Falcon's fused projection: all queries, keys, values in the file; by group in a checkpoint;
 - Gemma's norms, which compute with 1 + w: the file holds 1 + w, the checkpoint w;
 - a layer's experts, which are stacked in one tensor: each is a part of it here. Files of the first mixtures
@@ -57,6 +57,11 @@ _AFTER = {
 }
 # A mixture's, below its block; `{}` is an expert's number.
 _EXPERTS = {role: f"mlp.experts.{{}}.{role}_proj" for role in ("gate", "up", "down")}
+_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+_SHARED = {f"ffn_{role}_shexp": f"mlp.shared_expert.{role}_proj" for role in _EXPERTS} | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
+}
+_NAKED = {"attn_sinks": "self_attn.sinks"}  # without `.weight` in a checkpoint
 _STACK = re.compile(r"ffn_(gate|up|down)_exps")
 _ALONE = re.compile(r"ffn_(gate|up|down)\.(\d+)")
 _FLOATS = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # never in few bits, and never rounded with the others
@@ -76,11 +81,41 @@ class Naming:
 
 
 NAMINGS: dict[str, Naming] = {
-    "llama": Naming({**_SPLIT, **_NORMS}, _TOP, pairs=True),
+    "llama": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.gate"},
+        _TOP,
+        experts={role: f"block_sparse_moe.experts.{{}}.{name}" for role, name in _MIXTRAL.items()},
+        pairs=True,
+    ),
     "qwen2": Naming({**_SPLIT, **_NORMS}, _TOP),
     "qwen3": Naming({**_SPLIT, **_NORMS, **_HEAD_NORMS}, _TOP),
     "qwen3moe": Naming(
         {**_SPLIT, **_NORMS, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS
+    ),
+    "qwen2moe": Naming({**_SPLIT, **_NORMS, **_SHARED, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS),
+    "olmoe": Naming(
+        {**_SPLIT, **_NORMS, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS
+    ),
+    "granitemoe": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.router.layer"},
+        _TOP,
+        experts={role: name.replace("mlp", "block_sparse_moe") for role, name in _EXPERTS.items()},
+        pairs=True,
+    ),
+    "smallthinker": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.primary_router"},
+        _TOP,
+        experts={role: f"block_sparse_moe.experts.{{}}.{role}" for role in _EXPERTS},
+    ),
+    "gpt-oss": Naming(
+        {
+            **_SPLIT,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        _TOP,
+        experts=_EXPERTS,
     ),
     "gemma2": Naming({**_SPLIT, **_SANDWICH}, _TOP, one_added=True),
     "gemma3": Naming({**_SPLIT, **_SANDWICH, **_HEAD_NORMS}, _TOP, one_added=True),
@@ -159,6 +194,8 @@ def _named(naming: Naming, parts: Mapping[str, str], tensor: Packed) -> Iterator
     below = f"{naming.layers}.{index}"
     if stem in naming.top:
         yield f"{naming.top[stem]}.{kind}", tensor
+    elif inside and part in _NAKED:
+        yield f"{below}.{_NAKED[part]}", tensor
     elif inside and part in parts:
         whole = (
             (1, *tensor.shape) if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1 else tensor.shape

@@ -185,9 +185,7 @@ class RequestBuilder:
             gap_bytes=gaps * stride,
         )
 
-    def _pieces(
-        self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]
-    ) -> Requests:
+    def _pieces(self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Requests:
         """Units larger than a read, each by several reads of about one length, unit after unit.
 
         Several pieces under way fill the disk where a single read does not, and each goes into its place.
