@@ -108,6 +108,7 @@ class Attention:
     window: int | None = None  # tokens that a token sees, itself among them; None: all before it
     softcap: float | None = None  # c: scores s become c · tanh(s / c)
     qk_norm: QkNorm | None = None
+    sinks: bool = False  # each head has one more score, which no key has made and no value answers to
 
     @property
     def width(self) -> int:
@@ -171,6 +172,11 @@ class Ffn:
     @property
     def neurons(self) -> int:
         return self.units * self.width
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """What the activation function has beside its argument: a threshold, or a limit and alpha."""
+        return (self.limit if self.activation == "clamped_silu" else self.threshold), self.alpha
 
     @property
     def sparse(self) -> bool:
@@ -273,7 +279,7 @@ def layer(index: int, part: str) -> str:
 
     Parts: `norm.weight|bias` [d_model], `qkv.weight` [(heads + 2 kv_heads) head_dim, d_model] (all
     queries, then all keys, then all values), `qkv.bias`, `q_norm.weight` and `k_norm.weight` ([head_dim],
-    or [heads head_dim] and [kv_heads head_dim] over whole projections), `out.weight` [d_model, heads
+    or [heads head_dim] and [kv_heads head_dim] over whole projections), `sinks` [heads], `out.weight` [d_model, heads
     head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and `up.bias`
     [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are absent.
     The gate, up and down matrices are the bundles.

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from storage import tokenizer
 from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
-from storage.header import BadHeader, Header
+from storage.header import BYTES, BadHeader, Header
 from storage.json_object import read_json, unreadable
 from storage.origin import Entry, samples
 from storage.tokenizer import GENERATION_CONFIG
@@ -94,6 +95,17 @@ class Checkpoint:
         width = entry.shape[1:][-1:]
         each = math.prod(width)
         return self._elements(name, entry, start * each, (stop - start) * each).reshape(-1, *width)
+
+    def bytes(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Lines [start, stop) of a tensor of bytes, as they lie. Raises CheckpointError, UnsupportedModel."""
+        entry = self.entries[name]
+        if entry.dtype != BYTES or entry.shard.suffix == ".bin":
+            raise UnsupportedModel(f"{entry.shard}: {name} has the dtype {entry.dtype}; supported is {BYTES}")
+        each = math.prod(entry.shape[1:])
+        data = np.fromfile(entry.shard, np.uint8, (stop - start) * each, offset=entry.offset + start * each)
+        if data.size != (stop - start) * each:
+            raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
+        return data.reshape(stop - start, *entry.shape[1:])
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""

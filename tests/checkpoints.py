@@ -264,6 +264,23 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+GPT_OSS = {
+    **_LLAMA,
+    "head_dim": 24,
+    "intermediate_size": 64,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": _WINDOW,
+    "rope_parameters": {**_YARN_ROPE, "truncate": False},
+}
+MIXTURES |= {
+    # A limit that a third of the gates are beyond.
+    "gpt-oss": ("gpt_oss", {**GPT_OSS, "swiglu_limit": 0.7, "swiglu_alpha": 1.3}),
+    "gpt-oss-plain": (
+        "gpt_oss",
+        {**GPT_OSS, "attention_bias": False, "layer_types": ["full_attention"] * 3, "rope_parameters": None},
+    ),
+}
 GATED |= MIXTURES
 VARIANTS |= GATED
 
@@ -299,7 +316,7 @@ UNKNOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-EAGER = {"gemma2"}  # sdpa has no softcap
+EAGER = {"gemma2", "gpt_oss"}  # sdpa has no softcap, and no sinks
 DTYPES = ("float32", "float16", "bfloat16")
 
 

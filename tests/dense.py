@@ -113,7 +113,13 @@ def _experts(ffn: Ffn, part: dict[str, Tensor], matrices: list[Tensor], routed: 
     """Token by token and expert by expert, as the papers have it."""
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
+        if ffn.activation == "clamped_silu":
+            gate = gate.clamp(max=ffn.limit)
+            return gate * (ffn.alpha * gate).sigmoid() * (1 + up.clamp(-ffn.limit, ffn.limit))
         return ACTIVATIONS[ffn.activation](gate) * up
+
+    def bias(role: str, expert: int) -> Tensor | int:
+        return part[f"{role}.bias"].view(ffn.units, -1)[expert] if f"{role}.bias" in part else 0
 
     output = torch.zeros_like(h)
     for row in range(len(h) if ffn.router else 0):
@@ -127,7 +133,8 @@ def _experts(ffn: Ffn, part: dict[str, Tensor], matrices: list[Tensor], routed: 
             weights = weights / weights.sum()
         for expert, weight in zip(best.tolist(), weights * ffn.router.scale, strict=True):
             gate, up, down = (matrix[expert] for matrix in matrices)
-            output[row] += weight * (down @ gated(gate @ h[row], up @ h[row]))
+            active = gated(gate @ h[row] + bias("gate", expert), up @ h[row] + bias("up", expert))
+            output[row] += weight * (down @ active + bias("down", expert))
     if ffn.shared is not None:
         always = gated(h @ part["shared_gate.weight"].T, h @ part["shared_up.weight"].T)
         always = always @ part["shared_down.weight"].T
@@ -164,7 +171,10 @@ def _attention(model: Attention, part: dict[str, Tensor], x: Tensor) -> Tensor:
         scores = model.softcap * (scores / model.softcap).tanh()
     distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
     hidden = (distance < 0) | (distance >= (model.window or len(x)))
-    mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+    scores = scores.masked_fill(hidden, -math.inf)
+    if model.sinks:
+        scores = torch.cat((scores, part["sinks"][:, None, None].expand(-1, len(x), 1)), -1)
+    mixed = scores.softmax(-1)[..., : len(x)] @ v
     out = mixed.transpose(0, 1).reshape(len(x), -1)
     return out @ part["out.weight"].T + part.get("out.bias", 0)
 

@@ -224,6 +224,8 @@ def _attention(a: Attention, index: int, width: int, biases: Biases, fused: bool
         parts.append(concatenated(here("qkv.bias"), vectors))
     if biases.out:
         parts.append(copied(here("out.bias"), f"{source}.o_proj.bias", width))
+    if a.sinks:
+        parts.append(copied(here("sinks"), f"{source}.sinks", a.heads))
     if a.qk_norm is not None:
         for one in ("q", "k"):
             size = a.head_dim if a.qk_norm.over == "head" else sizes[one]

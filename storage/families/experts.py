@@ -26,6 +26,7 @@ class Names:
     router: str = "gate"
     roles: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of one expert
     stacks: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")  # whole names; gate rows first
+    biases: bool = False  # of the router, and of every expert's projections
     shared: str = "shared_expert"
     switch: str = "shared_expert_gate"
 
@@ -64,6 +65,7 @@ def resident(names: Names, model: Architecture, index: int) -> list[Resident]:
         where = f"{below}.{names.block}.{names.shared}"
         source = f"{below}.{names.block}.{names.router}.weight"
         parts.append(copied(canonical.layer(index, "router.weight"), source, ffn.units, width))
+        parts += _biases(names, ffn, index, width) if names.biases else ()
     if ffn.shared is None:
         return parts
     for role in ROLES[ffn.kind]:
@@ -73,6 +75,18 @@ def resident(names: Names, model: Architecture, index: int) -> list[Resident]:
     if ffn.shared.gated:
         source = f"{below}.{names.block}.{names.switch}.weight"
         parts.append(copied(canonical.layer(index, "shared_switch.weight"), source, 1, width))
+    return parts
+
+
+def _biases(names: Names, ffn: Ffn, index: int, width: int) -> list[Resident]:
+    """The router's, and the experts' as one vector for each role, expert after expert."""
+    block = f"layers.{index}.{names.block}"
+    parts = [copied(canonical.layer(index, "router.bias"), f"{block}.{names.router}.bias", ffn.units)]
+    for role, name in zip(ROLES["gated"], names.roles, strict=True):
+        size = width if role == "down" else ffn.width
+        source = Source(f"{block}.experts.{name}.bias", (ffn.units, size))
+        place = canonical.layer(index, f"{role}.bias")
+        parts.append(Resident(place, (ffn.units * size,), (source,), lambda arrays: arrays[0].reshape(-1)))
     return parts
 
 

@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from storage.architecture import Activation, Architecture
+from storage.checkpoint import Checkpoint
 from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
 from storage.layout import Role
+from storage.origin import Origin
 
 Settings: TypeAlias = Mapping[str, Any]  # a checkpoint's config.json
 
@@ -85,6 +87,9 @@ class Family:
       `[d_model, neurons]`, in the order of `layout.ROLES`.
     - `experts(architecture, layer, expert)` has the same for one expert of a layer with a router, once for
       each form in which checkpoints are published.
+    - `published(checkpoint, keep)`, where there is one, gives a checkpoint's tensors under the names that the
+      sources have; with `keep` those in few bits stay as they are.
+    - `quantised` are the methods, of `quantization_config`, of checkpoints that it reads.
     """
 
     name: str  # model_type of config.json
@@ -94,6 +99,8 @@ class Family:
     resident: Callable[[Settings, Architecture], tuple[Resident, ...]]
     ffn: Callable[[Architecture, int], dict[Role, Source]]
     experts: Callable[[Architecture, int, int], tuple[Mapping[Role, Source], ...]] | None = None
+    published: Callable[[Checkpoint, bool], Origin] | None = None
+    quantised: tuple[str, ...] = ()
 
 
 HEAD_SOURCE = "lm_head.weight"  # never prefixed, in any family

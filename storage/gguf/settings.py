@@ -17,6 +17,7 @@ from storage.gguf.rope import scaling
 
 Config: TypeAlias = dict[str, Any]
 
+SOFTMAX, SIGMOID = 1, 2  # how weights are made of a router's logits
 GEMMA2_27B, GEMMA3_27B = 46, 62  # layers: these two divide by the root of d_model / heads, not of the head
 
 
@@ -71,8 +72,11 @@ def config(file: File) -> Config:
             f"{file.metadata.path}: GGUF files of the architecture {file.architecture!r} are not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    if file.number("expert_count", 0):
-        raise UnsupportedModel(f"{file.metadata.path}: a mixture of experts is not supported")
+    if file.number("expert_count", 0) and file.architecture not in MIXTURES:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: a mixture of experts of the architecture {file.architecture!r} is not "
+            f"supported; supported are {', '.join(MIXTURES)}"
+        )
     settings = ARCHITECTURES[file.architecture](file)
     return {key: value for key, value in settings.items() if value is not None}
 
@@ -112,8 +116,15 @@ def _gated(file: File, model_type: str, rope_base: float = 10_000.0) -> Config:
 
 
 def _llama(file: File) -> Config:
-    """Mistral's files say llama, too; what tells them apart is the window."""
+    """Mistral's files say llama, too, and Mixtral's; what tells them apart are the window and the experts."""
     window = file.number("attention.sliding_window", 0)
+    if file.number("expert_count", 0):
+        _always(file)
+        return {
+            **_gated(file, "mixtral"),
+            **_counts(file, "num_local_experts"),
+            "sliding_window": window or None,
+        }
     kind = "mistral" if window else "llama"
     return {
         **_gated(file, kind),
@@ -128,6 +139,114 @@ def _qwen2(file: File) -> Config:
 
 def _qwen3(file: File) -> Config:
     return {**_gated(file, "qwen3"), "use_sliding_window": False}
+
+
+def _counts(file: File, key: str) -> Config:
+    """How many experts there are, under this key, and how many a token has."""
+    return {key: file.number("expert_count"), "num_experts_per_tok": file.number("expert_used_count")}
+
+
+def _expert_width(file: File) -> int:
+    """Neurons of one expert. Where no number is its own, the FFN's is that of all that a token has."""
+    found = file.number("expert_feed_forward_length", 0)
+    return found or file.number("feed_forward_length") // max(file.number("expert_used_count"), 1)
+
+
+def _softmax(file: File, renormalised: bool) -> bool:
+    """Whether the chosen experts' weights are divided by their sum, `renormalised` where the file is silent.
+
+    Raises UnsupportedModel for weights that are made in another way than the architecture's.
+    """
+    if file.number("expert_gating_func", 0) not in {0, SOFTMAX}:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: experts' weights other than by softmax are not supported"
+        )
+    if file.real("expert_weights_scale", 0.0) not in {0.0, 1.0}:
+        raise UnsupportedModel(f"{file.metadata.path}: experts' weights that are scaled are not supported")
+    return file.metadata.flag(f"{file.architecture}.expert_weights_norm", renormalised)
+
+
+def _always(file: File) -> None:
+    """Raises UnsupportedModel for weights that are not divided by their sum, as the architecture's are."""
+    if not _softmax(file, renormalised=True):
+        raise UnsupportedModel(
+            f"{file.metadata.path}: experts' weights that do not sum to one are not supported"
+        )
+
+
+def _qwen3moe(file: File) -> Config:
+    return {
+        **_gated(file, "qwen3_moe"),
+        **_counts(file, "num_experts"),
+        "use_sliding_window": False,
+        "moe_intermediate_size": _expert_width(file),
+        "norm_topk_prob": _softmax(file, renormalised=True),
+    }
+
+
+def _qwen2moe(file: File) -> Config:
+    shared = file.number("expert_shared_feed_forward_length", 0) or file.number("feed_forward_length")
+    return {
+        **_gated(file, "qwen2_moe"),
+        **_counts(file, "num_experts"),
+        "use_sliding_window": False,
+        "qkv_bias": file.has_tensor("attn_q.bias"),
+        "moe_intermediate_size": _expert_width(file),
+        "shared_expert_intermediate_size": shared,
+        "norm_topk_prob": _softmax(file, renormalised=False),
+    }
+
+
+def _olmoe(file: File) -> Config:
+    return {
+        **_gated(file, "olmoe"),
+        **_counts(file, "num_experts"),
+        "clip_qkv": _positive(file, "attention.clamp_kqv"),
+        "norm_topk_prob": _softmax(file, renormalised=False),
+    }
+
+
+def _granitemoe(file: File) -> Config:
+    _always(file)
+    if file.has_tensor("ffn_up_shexp.weight"):
+        raise UnsupportedModel(
+            f"{file.metadata.path}: a Granite mixture with a shared expert is not supported"
+        )
+    return {**_granite(file), **_counts(file, "num_local_experts"), "model_type": "granitemoe"}
+
+
+def _smallthinker(file: File) -> Config:
+    """With a window every fourth layer, the first among them, sees everything and has no rotary positions."""
+    window, layers = file.number("attention.sliding_window", 0), range(file.number("block_count"))
+    local = [int(bool(window) and layer % 4 != 0) for layer in layers]
+    function = file.number("expert_gating_func", SIGMOID)
+    if function not in {SOFTMAX, SIGMOID}:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: experts' weights by function {function} are not supported"
+        )
+    return {
+        **_gated(file, "smallthinker", 1e6),
+        "sliding_window_size": window or None,
+        "sliding_window_layout": local,
+        "rope_layout": local if window else [1] * len(layers),
+        "moe_num_primary_experts": file.number("expert_count"),
+        "moe_num_active_primary_experts": file.number("expert_used_count"),
+        "moe_ffn_hidden_size": _expert_width(file),
+        "moe_primary_router_apply_softmax": function == SOFTMAX,
+    }
+
+
+def _gpt_oss(file: File) -> Config:
+    """The gates' limit and the ramp of rotary frequencies are the architecture's own."""
+    found = _gated(file, "gpt_oss", 150_000.0)
+    scaled = found["rope_scaling"]
+    return {
+        **found,
+        "rope_scaling": scaled and {**scaled, "truncate": False},
+        **_counts(file, "num_local_experts"),
+        "intermediate_size": file.number("expert_feed_forward_length"),
+        "sliding_window": file.number("attention.sliding_window", 128),
+    }
 
 
 def _gemma(file: File, model_type: str, large: int) -> Config:
@@ -218,10 +337,17 @@ def _positive(file: File, key: str) -> float | None:
     return file.real(key, 0.0) or None
 
 
+MIXTURES = ("llama", "qwen3moe", "qwen2moe", "olmoe", "granitemoe", "gpt-oss", "smallthinker")
 ARCHITECTURES: dict[str, Callable[[File], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
+    "qwen2moe": _qwen2moe,
+    "olmoe": _olmoe,
+    "granitemoe": _granitemoe,
+    "gpt-oss": _gpt_oss,
+    "smallthinker": _smallthinker,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,

@@ -73,6 +73,7 @@ class BoundLayer:
     up_bias: F32  # [neurons]
     down_bias: F32  # [d_model]; of experts [units · d_model]
     gate_bias: F32 = field(default_factory=lambda: np.zeros(0, np.float32))  # [neurons]
+    sinks: F32 = field(default_factory=lambda: np.zeros(0, np.float32))  # [heads], or empty
     q_norm: BoundNorm | None = None
     k_norm: BoundNorm | None = None
     router: Linear | None = None
@@ -115,6 +116,7 @@ def _layer(source: Source, index: int) -> BoundLayer:
         up_bias=source.vector(layer(index, "up.bias")),
         down_bias=source.vector(layer(index, "down.bias")),
         gate_bias=source.vector(layer(index, "gate.bias")),
+        sinks=source.vector(layer(index, "sinks")),
         q_norm=q_norm,
         k_norm=k_norm,
         router=None if described.ffn.router is None else _linear(source, layer(index, "router")),

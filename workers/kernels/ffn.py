@@ -20,6 +20,7 @@ from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
 Places = npt.NDArray[np.int64]
+_ABOVE = {"none": 0, "relu": 1, "clamped": 2}  # what becomes of an up product, by its number
 _OUTPUTS = 128  # of a sum over units that a thread takes at a time
 
 
@@ -77,7 +78,7 @@ def _activate_gated(
     out: Any,
     function: Any,
     threshold: Any,
-    rectified: Any,
+    above: Any,
     threads: Any,
 ) -> None:
     gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
@@ -124,7 +125,11 @@ def _activate_gated(
                     t1 += up_bias[ids[i1]]
                     t2 += up_bias[ids[i2]]
                     t3 += up_bias[ids[i3]]
-                if rectified:
+                if above == 2:
+                    low, high, one = -threshold[0], threshold[0], np.float32(1)
+                    t0, t1 = min(max(t0, low), high) + one, min(max(t1, low), high) + one
+                    t2, t3 = min(max(t2, low), high) + one, min(max(t3, low), high) + one
+                elif above == 1:
                     zero = np.float32(0)
                     t0, t1, t2, t3 = max(t0, zero), max(t1, zero), max(t2, zero), max(t3, zero)
                 out[i0] = activated[i0 - start] * t0
@@ -197,6 +202,10 @@ def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any)
         codec.widen_row(memory, at[i], column, width, out[i])
 
 
+def _pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
+    return np.float32(numbers[0]), np.float32(numbers[1])
+
+
 def _places(rows: Rows, lines: I32) -> Places:
     """The elements of flat memory where the vectors of some lines begin, one line after the other."""
     first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
@@ -223,7 +232,7 @@ def activate(
     at, memory = _places(up, slots), up.memory.reshape(-1)
     result = np.empty(at.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], neurons_of(ids, up.count)
+    least, number, neurons = _pair((threshold, 1.0)), ACTIVATIONS[function], neurons_of(ids, up.count)
     _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
     return result
 
@@ -260,8 +269,8 @@ def activate_gated(
         *biases,
         result,
         ACTIVATIONS[ffn.activation],
-        np.float32(ffn.threshold),
-        ffn.up_activation == "relu",
+        _pair(ffn.numbers),
+        _ABOVE[ffn.up_activation],
         launched,
     )
     return result

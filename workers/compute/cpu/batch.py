@@ -23,7 +23,7 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import BatchExperts, of_shared, routed
+from workers.compute.cpu.experts import BatchExperts, activated, of_shared, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
@@ -82,7 +82,7 @@ class BatchOperations:
     def _mixed(self, index: int, queries: F32, keys: F32, values: F32) -> F32:
         """Causal attention, [tokens, heads · head_dim]; some tokens of a head at a time."""
         a, bias = self.architecture.layers[index].attention, self._positions.bias[index]
-        tokens = queries.shape[1]
+        tokens, sinks = queries.shape[1], self.model.layers[index].sinks
         before = keys.shape[1] - tokens
         group = a.heads // a.kv_heads
         scale, window = np.float32(a.scale), a.window or keys.shape[1]
@@ -105,9 +105,13 @@ class BatchOperations:
             if known - window > low:
                 scores[np.tri(stop - start, known - low, oldest - low - 1, dtype=np.bool_)] = -np.inf
             scores[:, before + start - low :][future[: stop - start, : stop - start]] = -np.inf
-            scores -= scores.max(axis=1, keepdims=True)
+            highest = scores.max(axis=1, keepdims=True)
+            if sinks.size:
+                highest = np.maximum(highest, sinks[head])
+            scores -= highest
             np.exp(scores, out=scores)
-            scores /= scores.sum(axis=1, keepdims=True)
+            total = scores.sum(axis=1, keepdims=True)
+            scores /= total + np.exp(sinks[head] - highest) if sinks.size else total
             np.matmul(scores, values[shared, low:known], out=out[start:stop, head])
 
         tasks = product(range(a.heads), range(0, tokens, QUERIES))
@@ -253,10 +257,9 @@ class BatchFfn:
             ids = neurons_of(np.concatenate(block.ids), self._unit.width)
             a = self._product(block, "up", ids, self._bound.up_bias)
             if self._ffn.kind == "gated":
-                up, a = a, self._product(block, "gate", ids, self._bound.gate_bias)
-            kernels.activations(a, self._ffn.activation, self._ffn.threshold)
-            if self._ffn.kind == "gated":
-                a *= np.maximum(up, 0) if self._ffn.up_activation == "relu" else up
+                a = activated(self._ffn, self._product(block, "gate", ids, self._bound.gate_bias), a)
+            else:
+                kernels.activations(a, self._ffn.activation, *self._ffn.numbers)
             if self._mask is not None:
                 a *= self._mask[:, ids].T
             active[number] = a

@@ -194,6 +194,8 @@ class BatchExperts:
 
 def activated(ffn: Ffn, gate: F32, up: F32) -> F32:
     """A gated FFN's activations from its products [..., n], in the place of the gate's."""
-    kernels.activations(np.atleast_2d(gate), ffn.activation, ffn.threshold)
+    kernels.activations(np.atleast_2d(gate), ffn.activation, *ffn.numbers)
+    if ffn.up_activation == "clamped":
+        up = np.clip(up, -ffn.limit, ffn.limit) + np.float32(1)
     gate *= np.maximum(up, 0) if ffn.up_activation == "relu" else up
     return gate

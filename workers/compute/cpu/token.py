@@ -75,6 +75,7 @@ class TokenOperations:
             self.threads,
             attention.window,
             attention.softcap,
+            bound.sinks,
         )
         return self._product(bound.out, mixed)[None]
 

@@ -94,10 +94,12 @@ class TorchDevice:
         if self._kept:
             keys, values = self._with_past(index, keys[0], values[0])
         mask = self._mask(index, tokens)
-        if a.softcap is not None:
+        if a.softcap is not None or a.sinks:
             keys, values = (part.repeat_interleave(a.heads // a.kv_heads, dim=1) for part in (keys, values))
             scores = queries @ keys.transpose(2, 3) * a.scale
-            mixed = (a.softcap * torch.tanh(scores / a.softcap) + mask).softmax(-1) @ values
+            if a.softcap is not None:
+                scores = a.softcap * torch.tanh(scores / a.softcap)
+            mixed = self._shares(bound, scores + mask) @ values
         else:
             mixed = functional.scaled_dot_product_attention(
                 queries, keys, values, mask, scale=a.scale, enable_gqa=a.heads != a.kv_heads
@@ -167,6 +169,13 @@ class TorchDevice:
         if window is not None:
             allowed = allowed.triu(self._first - window + 1)
         return mask.masked_fill(~allowed, -torch.inf)
+
+    def _shares(self, bound: BoundLayer, scores: Tensor) -> Tensor:
+        """Of keys, [1, heads, tokens, keys]; a sink takes its own of them all."""
+        if not bound.sinks.size:
+            return scores.softmax(-1)
+        sinks = self._here(bound.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
     def _linear(self, linear: Linear, x: Tensor) -> Tensor:
         bias = self._here(linear.bias) if linear.bias.size else None
