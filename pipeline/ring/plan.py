@@ -15,6 +15,8 @@ BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
 ROWS: Final = 512  # tokens of one expert that are computed at once
 
+LARGE: Final = 1 << 20  # bytes of a slot from which each unit that a token misses is a part of its own
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:

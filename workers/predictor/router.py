@@ -82,8 +82,10 @@ def _scale(file: Tensors, store: Store, index: int, source: int) -> F32 | None:
     norm, before = _norm_weight(file, store, index), _norm_weight(file, store, source)
     if norm is None and before is None:
         return None
-    after = np.ones(store.architecture.d_model, np.float32) if norm is None else norm
-    return after if before is None else after / np.where(before == 0, np.float32(1), before)
+    scale: F32 = np.ones(store.architecture.d_model, np.float32) if norm is None else norm
+    if before is not None:
+        scale = scale / np.where(before == 0, np.float32(1), before)
+    return scale
 
 
 def _norm_weight(file: Tensors, store: Store, index: int) -> F32 | None:
@@ -95,4 +97,5 @@ def _norm_weight(file: Tensors, store: Store, index: int) -> F32 | None:
     if norm is None or (router is not None and router.reads == "layer_input"):
         return None
     name = layer_part(index, f"{NORM_PARTS['ffn_input']}.weight")
-    return file.vector(name, (store.architecture.d_model,)) + np.float32(norm.offset)
+    weight: F32 = file.vector(name, (store.architecture.d_model,)) + np.float32(norm.offset)
+    return weight

@@ -162,7 +162,7 @@ class CacheAwareChooser(RingChooser):
 
 
 def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingChooser | None:
-    """What the ring of this configuration would choose; None: every neuron (kind `all`), or a router's experts.
+    """What the ring of this configuration would choose; None: every neuron, or a router decides.
 
     `in_order`: source rows will come as the tokens of one ring's life, which cache-aware choice needs.
     Raises ConfigError and StoreError as the ring's start does.
