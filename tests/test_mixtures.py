@@ -22,7 +22,7 @@ from pipeline.planner.divide import plan
 from storage.architecture import Ffn, Router
 from storage.codecs import CODECS
 from storage.convert import convert
-from storage.errors import BudgetError, ConfigError, UnsupportedModel
+from storage.errors import BudgetError, ConfigError, UnsupportedModel, UsageError
 from storage.families.registry import family_of
 from storage.layout import Layout, Row, Unit
 from storage.manifest import RESIDENT
@@ -33,7 +33,10 @@ from workers import kernels
 from workers.compute.bound import BoundLayer, Linear
 from workers.compute.cpu.experts import BatchExperts, TokenExperts
 from workers.compute.cpu.pool import Pool
+from workers.lab.evaluation.points import measure as measure_points
+from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
+from workers.lab.training.activations import require_relu
 from workers.predictor.router import RouterScorer
 from workers.prefetcher.requests import RequestBuilder
 from workers.routing import Routing, ranked, route
@@ -315,6 +318,15 @@ def test_a_token_s_experts_have_slots_in_every_plan(store: Store) -> None:
 def test_other_predictors_are_refused(store: Store, kind: str) -> None:
     with pytest.raises(ConfigError, match="its own routers"):
         plan(store, Config.parse({"predictor": {"kind": kind}}))
+
+
+def test_programs_for_neurons_refuse_a_mixture_in_one_sentence(store: Store) -> None:
+    rows = np.zeros((1, 4), np.int64)
+    with DenseModel(store, 1) as dense, pytest.raises(UsageError, match="compare sets of neurons"):
+        measure_points(dense, [], rows, 0)
+    with pytest.raises(UnsupportedModel, match="no predictors are trained"):
+        require_relu(store)
+    assert make_chooser(store, Config()) is None  # evaluation: every device chooses by itself
 
 
 def test_a_router_needs_experts(tmp_path: Path) -> None:
