@@ -279,10 +279,10 @@ def layer(index: int, part: str) -> str:
 
     Parts: `norm.weight|bias` [d_model], `qkv.weight` [(heads + 2 kv_heads) head_dim, d_model] (all
     queries, then all keys, then all values), `qkv.bias`, `q_norm.weight` and `k_norm.weight` ([head_dim],
-    or [heads head_dim] and [kv_heads head_dim] over whole projections), `sinks` [heads], `out.weight` [d_model, heads
-    head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and `up.bias`
-    [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are absent.
-    The gate, up and down matrices are the bundles.
+    or [heads head_dim] and [kv_heads head_dim] over whole projections), `sinks` [heads], `out.weight`
+    [d_model, heads head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and
+    `up.bias` [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are
+    absent. The gate, up and down matrices are the bundles.
 
     Of a layer with experts: `router.weight` [experts, d_model] and `router.bias` [experts], always floats;
     `down.bias` is [experts d_model], one expert's after the other's. Of its shared part: `shared_gate.weight`

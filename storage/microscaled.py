@@ -1,10 +1,11 @@
 """MXFP4, as the Open Compute Project's "Microscaling Formats" 1.0 has it: four bits under a power of two.
 
-A group of 32 values shares one byte of scale, `2 ^ (byte - 127)`, and a code is a sign and one of 0, ½, 1, 1½,
-2, 3, 4 and 6. Computed is with twice that and half the scale, which are whole numbers and exact in float32, as
-GGUF does. FORMAT.md, "Codecs".
+A group of 32 values shares one byte of scale, `2 ^ (byte - 127)`, and a code is a sign and one of 0, ½, 1,
+1½, 2, 3, 4 and 6. Computed is with twice that, a whole number, and half the scale, as GGUF does. Both are
+exact in float32. FORMAT.md, "Codecs".
 
-A row of `n` values is one run of bytes: the codes of all groups, packed as in `lowbits.py`, then their scales.
+A row of `n` values is one run of bytes: the codes of all groups, packed as in `lowbits.py`, then their
+scales.
 """
 
 from __future__ import annotations

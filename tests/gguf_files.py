@@ -120,7 +120,7 @@ def of_checkpoint(
     stacked: bool = True,
     instead: Mapping[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors and routers in F32.
+    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, others in F32.
 
     A mixture's experts are one tensor, or, not `stacked`, tensors of their own, as in files of 2023. What
     `instead` has, by the file's names, is written in place of the checkpoint's tensors.
@@ -133,12 +133,12 @@ def of_checkpoint(
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
-    for name, values in _published(checkpoint):
+    for name, published in _published(checkpoint):
         expert = EXPERT.fullmatch(name)
         known = name if expert is None else f"{expert[1]}.{expert[3]}"
         theirs = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        values = _changed(values, name, config, architecture)
+        values = _changed(published, name, config, architecture)
         if expert is not None:
             experts.setdefault(theirs, {})[int(expert[2])] = values
             continue

@@ -60,7 +60,7 @@ def test_a_file_becomes_the_store_of_its_checkpoint(tmp_path: Path, variant: str
 
 
 def repacked(path: Path, kind: str, out: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """The file with random blocks of this type for its experts, and the numbers that those are, [E, out, in]."""
+    """The file with random blocks of this type for its experts, and their numbers, [E, out, in]."""
     header = Header.read(path)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     numbers: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv 2508.10925): experts in MXFP4 with clamped gates and biases, attention with a sink in each head.
+"""gpt-oss (arXiv 2508.10925): experts in MXFP4 with clamped gates and biases, and a sink in each head.
 
 Every other layer, the first among them, sees a window. Checkpoints have a form of their own (`laced.py`).
 """

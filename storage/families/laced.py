@@ -1,10 +1,11 @@
 """gpt-oss's checkpoints: all experts of a layer in one tensor, gate and up rows in turn.
 
-Each expert's matrices are given here under the names that other mixtures publish, as are the biases. Two forms
-are read, with E experts of I neurons:
+Each expert's matrices are given here under the names that other mixtures publish, as are the biases. Two
+forms are read, with E experts of I neurons:
 
 - floats: `gate_up_proj` [E, d_model, 2 I] and `down_proj` [E, I, d_model], both the other way round;
-- MXFP4: `..._blocks` [E, rows, groups, 16], each byte two neighbouring values, and `..._scales` [E, rows, groups].
+- MXFP4: `..._blocks` [E, rows, groups, 16], each byte two neighbouring values, and `..._scales`
+  [E, rows, groups].
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _apart(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def opened(checkpoint: Checkpoint, keep: bool) -> Origin:
     """With `keep` MXFP4 stays as it is; without, it becomes bfloat16, which holds all of its values.
 
-    Raises CheckpointError for blocks without their scales, UnsupportedModel for rows that are kept in no codec.
+    Raises CheckpointError for blocks without their scales, UnsupportedModel for rows that no codec holds.
     """
     entries, parts = dict[str, Entry](), dict[str, _Part]()
     for name, entry in checkpoint.entries.items():

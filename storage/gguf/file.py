@@ -15,6 +15,7 @@ from typing import Any
 from storage.codecs import CODECS, FLOAT32, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.gguf import settings, tensors, tokenizer
+from storage.gguf.basis import File
 from storage.gguf.header import Header, Metadata
 from storage.gguf.kept import CODEC
 from storage.gguf.names import Heads, Restored, restored
@@ -54,7 +55,7 @@ class GgufFile:
         metadata = Metadata(shards[0], headers[0].metadata)
         _check_split(shards, headers)
         packed = tuple(tensor for header in headers for tensor in header.tensors)
-        file = settings.File.of(metadata, packed)
+        file = File.of(metadata, packed)
         config = settings.config(file)
         words = tokenizer.GgufTokenizer(metadata, file.architecture)
         ends = words.end_tokens()

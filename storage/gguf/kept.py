@@ -1,8 +1,9 @@
 """Rows of a GGUF file taken over in the bits that they have.
 
 A block of 32 values with one scale, or with a scale and a minimum, is what a group of ours is; only its bytes
-are put elsewhere (`storage/lowbits.py`). Q8_0, Q5_0, Q4_0, Q4_1 and MXFP4 lose nothing. Q4_K has whole numbers for
-the scales of its groups, times one float16: their product is rounded to float16, and no code changes.
+are put elsewhere (`storage/lowbits.py`, `microscaled.py`). Q8_0, Q5_0, Q4_0, Q4_1 and MXFP4 lose nothing.
+Q4_K has whole numbers for the scales of its groups, times one float16: their product is rounded to float16,
+and no code changes.
 
 Q5_1, Q5_K and Q6_K have no counterpart and become eight bits, rounded to the nearest.
 """

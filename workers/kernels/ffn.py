@@ -63,6 +63,16 @@ def _activate(
                 out[i3] = activation(t3, function, threshold)
 
 
+@njit(inline="always")
+def _raised(product: Any, above: Any, numbers: Any) -> Any:
+    """What becomes of an up product."""
+    if above == 1:
+        return max(product, np.float32(0))
+    if above == 2:
+        return min(max(product, -numbers[0]), numbers[0]) + np.float32(1)
+    return product
+
+
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _activate_gated(
     gate_codec: Any,
@@ -125,13 +135,8 @@ def _activate_gated(
                     t1 += up_bias[ids[i1]]
                     t2 += up_bias[ids[i2]]
                     t3 += up_bias[ids[i3]]
-                if above == 2:
-                    low, high, one = -threshold[0], threshold[0], np.float32(1)
-                    t0, t1 = min(max(t0, low), high) + one, min(max(t1, low), high) + one
-                    t2, t3 = min(max(t2, low), high) + one, min(max(t3, low), high) + one
-                elif above == 1:
-                    zero = np.float32(0)
-                    t0, t1, t2, t3 = max(t0, zero), max(t1, zero), max(t2, zero), max(t3, zero)
+                t0, t1 = _raised(t0, above, threshold), _raised(t1, above, threshold)
+                t2, t3 = _raised(t2, above, threshold), _raised(t3, above, threshold)
                 out[i0] = activated[i0 - start] * t0
                 out[i1] = activated[i1 - start] * t1
                 out[i2] = activated[i2 - start] * t2

@@ -1,7 +1,7 @@
 """What the loops need of rows in MXFP4: the same calls as of other rows, in `rows.py`.
 
-Codes are whole numbers, small enough to be found without a table; products are made in float32 with the vector
-as it is. Every value is exact, so that only the order of a sum rounds.
+Codes are whole numbers, small enough to be found without a table; products are made in float32 with the
+vector as it is.
 """
 
 from __future__ import annotations
