@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 24,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": 2**-20,  # which float32 holds as it is
     "rope_theta": 1.5e6,
     "rope_layout": [0, 1, 1, 1, 0],
     "sliding_window_layout": [0, 1, 1, 1, 0],
@@ -58,7 +58,7 @@ def write(
         if len(shape) == 1:
             values = 1 + 0.3 * noise
         else:
-            values = noise * (0.5 if "embed" in name else 1.6 / math.sqrt(shape[1]))
+            values = noise * (0.5 if "embed" in name else 1.2 / math.sqrt(shape[1]))
         tensors[name] = values.to(getattr(torch, dtype))
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors")

@@ -119,10 +119,10 @@ def smallthinker(file: File) -> Config:
 def gpt_oss(file: File) -> Config:
     """The gates' limit and the ramp of rotary frequencies are the architecture's own."""
     found = gated(file, "gpt_oss", 150_000.0)
-    scaled = found["rope_scaling"]
+    scaled = found["rope_scaling"] or {"rope_type": "default"}
     return {
         **found,
-        "rope_scaling": scaled and {**scaled, "truncate": False},
+        "rope_scaling": {**scaled, "truncate": False},
         **_counts(file, "num_local_experts"),
         "intermediate_size": file.number("expert_feed_forward_length"),
         "sliding_window": file.number("attention.sliding_window", 128),
