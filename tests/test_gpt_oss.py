@@ -13,8 +13,11 @@ import torch
 from checkpoints import reference_model, write_checkpoint
 from decoding import LocalDecoder
 from gguf_files import of_checkpoint
+from ring import PROMPT as RING_PROMPT
+from ring import config, generate, plan_for
 from safetensors.torch import load_file, save_file
 
+from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.families.registry import family_of
@@ -121,6 +124,22 @@ def test_one_token_and_many_are_the_reference(tmp_path: Path, variant: str) -> N
     with LocalDecoder(store) as decoder:
         assert np.abs(decoder.prefill(PROMPT) - expected).max() < 1e-4
         assert np.abs(decoder.steps(PROMPT) - expected).max() < 1e-4
+
+
+@pytest.mark.ring
+def test_a_ring_with_fewer_slots_than_experts_writes_the_decoders_text(forms: Forms, tmp_path: Path) -> None:
+    store = convert(forms.blocks, tmp_path / "store", name="x")
+    chosen = config(predictor={"kind": "auto", "refine": None})
+    made = plan_for(store, chosen)
+    assert (made.forecast.kind, made.slots, made.units) == ("router", (3, 3, 3), (8, 8, 8))
+    with Session(store, chosen, made) as session:
+        found = generate(session).tokens
+    with LocalDecoder(store) as decoder:
+        logits, expected = decoder.prefill(RING_PROMPT)[-1], []
+        for _ in found:
+            expected.append(int(logits.argmax()))
+            logits = decoder.step(expected[-1])
+    assert found == expected
 
 
 def test_every_stored_tensor_matters(tmp_path: Path) -> None:
