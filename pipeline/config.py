@@ -43,7 +43,8 @@ class Model(Section):
 class Predictor(Section):
     """How the active neurons are foreseen."""
 
-    kind: Literal["auto", "lowrank", "oracle", "all"] = "auto"  # auto: lowrank for ReLU, else all
+    # auto: router for a mixture of experts, lowrank for ReLU, else all
+    kind: Literal["auto", "lowrank", "oracle", "router", "all"] = "auto"
     lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
     # Whether a layer's set is predicted again from its own input; the early prediction is then only a guess,
     # which starts reads. Left out: yes, where the predictors can do it.
@@ -55,6 +56,9 @@ class Predictor(Section):
     # Whether a resident neuron is computed at a lower score than an absent one is read at. That saves reads
     # at equal recall, but the text then depends on what is resident.
     cache_aware: bool = False
+    # Of a mixture: experts that are read for a layer before its router has chosen, at most; they wait for all
+    # reads that somebody waits for. 0: none.
+    guesses: Annotated[int, Field(ge=0, le=4096)] = 2
 
 
 class Cache(Section):

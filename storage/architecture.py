@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from storage.layout import Role
 from storage.records import read_record
 
-Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu"]
+Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu", "clamped_silu"]
 
 # Where a layer may have a norm: of a sub-layer's input, of its output before that is added to the residual
 # stream, or of the stream after it has been added.
@@ -108,6 +108,7 @@ class Attention:
     window: int | None = None  # tokens that a token sees, itself among them; None: all before it
     softcap: float | None = None  # c: scores s become c · tanh(s / c)
     qk_norm: QkNorm | None = None
+    sinks: bool = False  # each head has one more score, which no key has made and no value answers to
 
     @property
     def width(self) -> int:
@@ -121,11 +122,39 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Router:
+    """Which of a layer's experts a token has, and how much each counts.
+
+    One logit an expert, `weight @ x`, plus a bias where the layer has one. The `top_k` largest are the
+    token's experts; of equal ones the lower id.
+    """
+
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # what makes weights of logits
+    over: Literal["all", "chosen"] = "all"  # the logits that softmax goes over
+    renormalise: bool = False  # the chosen experts' weights are divided by their sum
+    scale: float = 1.0  # of the weights, at last
+    reads: Literal["ffn_input", "layer_input"] = "ffn_input"  # layer_input: x before attention and its norm
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What of an FFN every token has: gate, up and down of `width` neurons, resident."""
+
+    width: int
+    gated: bool = False  # its output is multiplied by the sigmoid of one more product with the FFN's input
+
+
+@dataclass(frozen=True, slots=True)
 class Ffn:
     """A feed-forward layer, in `units` units of `width` neurons.
 
     - plain: `down @ activation(up @ x)`
     - gated: `down @ (activation(gate @ x) * up_activation(up @ x))`
+
+    With a `router` the units are experts, gated FFNs of `width` neurons each: the output is the sum of those
+    that the router chooses, by ascending id, each times its weight. What is `shared` is added at last. An FFN
+    without units is its shared part alone: the dense layers of a mixture.
     """
 
     kind: Literal["plain", "gated"]
@@ -133,16 +162,26 @@ class Ffn:
     width: int
     activation: Activation
     threshold: float = 0.0  # fatrelu: what does not exceed it becomes zero
-    up_activation: Literal["none", "relu"] = "none"  # gated only; relu of both is called dReLU
+    # Gated only; relu of both is called dReLU. clamped: what lies beyond ±limit becomes that, plus one.
+    up_activation: Literal["none", "relu", "clamped"] = "none"
+    limit: float = 0.0  # clamped_silu: of the gate from above; and of the up product where that is clamped
+    alpha: float = 1.0  # clamped_silu: g · sigmoid(alpha · g)
+    router: Router | None = None
+    shared: Shared | None = None
 
     @property
     def neurons(self) -> int:
         return self.units * self.width
 
     @property
+    def numbers(self) -> tuple[float, float]:
+        """What the activation function has beside its argument: a threshold, or a limit and alpha."""
+        return (self.limit if self.activation == "clamped_silu" else self.threshold), self.alpha
+
+    @property
     def sparse(self) -> bool:
         """Whether zero activations are exact and common: then a set of neurons can be enough."""
-        return self.activation in ("relu", "fatrelu")
+        return self.router is None and self.activation in ("relu", "fatrelu")
 
     @property
     def deciding(self) -> tuple[Role, ...]:
@@ -194,6 +233,11 @@ class Architecture:
         return all(layer.ffn.sparse for layer in self.layers)
 
     @property
+    def mixture(self) -> bool:
+        """Whether any layer has experts."""
+        return any(layer.ffn.router for layer in self.layers)
+
+    @property
     def activation(self) -> str:
         """The activations of the FFNs, for people."""
         return ", ".join(sorted({layer.ffn.activation for layer in self.layers}))
@@ -205,6 +249,11 @@ class Architecture:
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """Inverse of `to_json`. Raises ValueError for fields that are missing, unknown or of another type."""
         return read_record(cls, data)
+
+
+def always_floats(name: str) -> bool:
+    """Whether this resident matrix is never stored in few bits."""
+    return name == POSITIONS or name.endswith((".router.weight", ".shared_switch.weight"))
 
 
 # Canonical names of the resident tensors in a store. Linear weights are [out, in].
@@ -230,9 +279,14 @@ def layer(index: int, part: str) -> str:
 
     Parts: `norm.weight|bias` [d_model], `qkv.weight` [(heads + 2 kv_heads) head_dim, d_model] (all
     queries, then all keys, then all values), `qkv.bias`, `q_norm.weight` and `k_norm.weight` ([head_dim],
-    or [heads head_dim] and [kv_heads head_dim] over whole projections), `out.weight` [d_model, heads
-    head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and `up.bias`
-    [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are absent.
-    The gate, up and down matrices are the bundles.
+    or [heads head_dim] and [kv_heads head_dim] over whole projections), `sinks` [heads], `out.weight`
+    [d_model, heads head_dim], `out.bias`, `out_norm.weight|bias`, `ffn_norm.weight|bias`, `gate.bias` and
+    `up.bias` [neurons], `down.bias` [d_model], `down_norm.weight|bias`. Biases that a checkpoint lacks are
+    absent. The gate, up and down matrices are the bundles.
+
+    Of a layer with experts: `router.weight` [experts, d_model] and `router.bias` [experts], always floats;
+    `down.bias` is [experts d_model], one expert's after the other's. Of its shared part: `shared_gate.weight`
+    and `shared_up.weight` [shared width, d_model], `shared_down.weight` [d_model, shared width], and
+    `shared_switch.weight` [1, d_model], always floats, whose product's sigmoid is the part's weight.
     """
     return f"layers.{index}.{part}"

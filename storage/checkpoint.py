@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from storage import tokenizer
 from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
-from storage.header import BadHeader, Header
+from storage.header import BYTES, BadHeader, Header
 from storage.json_object import read_json, unreadable
 from storage.origin import Entry, samples
 from storage.tokenizer import GENERATION_CONFIG
@@ -88,8 +89,21 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Carrier:
         """The tensor, or its lines from `start` up to `stop`."""
         entry = self.entry(name)
-        lines, width = (entry.shape[0] if stop is None else stop) - start, math.prod(entry.shape[1:])
-        return self._elements(name, entry, start * width, lines * width).reshape(lines, *entry.shape[1:])
+        if stop is None:
+            elements = self._elements(name, entry, 0, math.prod(entry.shape))
+            return elements.reshape(entry.shape)
+        width = entry.shape[1:][-1:]
+        each = math.prod(width)
+        return self._elements(name, entry, start * each, (stop - start) * each).reshape(-1, *width)
+
+    def bytes(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Lines [start, stop) of a tensor of bytes, as they lie. Raises CheckpointError, UnsupportedModel."""
+        entry = self.entries[name]
+        if entry.dtype != BYTES or entry.shard.suffix == ".bin":
+            raise UnsupportedModel(f"{entry.shard}: {name} has the dtype {entry.dtype}; supported is {BYTES}")
+        each = math.prod(entry.shape[1:])
+        data = _from_file(name, entry, np.uint8, start * each, (stop - start) * each)
+        return data.reshape(stop - start, *entry.shape[1:])
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""
@@ -121,19 +135,23 @@ class Checkpoint:
         if entry.shard.suffix == ".bin":
             flat: Carrier = _as_carrier(self._torch(entry.shard)[name]).reshape(-1)
             return flat[start : start + count]
-        offset = entry.offset + CODECS[entry.dtype].size(start)
-        try:
-            data = np.fromfile(entry.shard, carrier, count=count, offset=offset)
-        except OSError as error:
-            unreadable(entry.shard, error)
-        if data.size != count:
-            raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
-        return data
+        return _from_file(name, entry, carrier, CODECS[entry.dtype].size(start), count)
 
     def _torch(self, shard: Path) -> dict[str, Any]:
         if self._torch_shard is None or self._torch_shard[0] != shard:
             self._torch_shard = (shard, _load_bin(shard))
         return self._torch_shard[1]
+
+
+def _from_file(name: str, entry: Entry, carrier: type[np.generic], start: int, count: int) -> Carrier:
+    """So many elements of a tensor, from its byte `start` on."""
+    try:
+        data = np.fromfile(entry.shard, carrier, count=count, offset=entry.offset + start)
+    except OSError as error:
+        unreadable(entry.shard, error)
+    if data.size != count:
+        raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
+    return data
 
 
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:

@@ -2,7 +2,7 @@
 
 A carrier is the numpy type that holds stored values where they are not computed with: numpy has no bfloat16
 and numba has neither 16-bit type, so both are held as uint16 and widened to float32 in registers. Rows in
-eight and four bits (`lowbits.py`) are held as bytes.
+eight and four bits (`lowbits.py`, `microscaled.py`) are held as bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.lowbits import Grouped
+from storage.microscaled import Microscaled
 
 F32: TypeAlias = npt.NDArray[np.float32]
 Carrier: TypeAlias = npt.NDArray[Any]  # stored values, of their codec's carrier type
@@ -35,7 +36,7 @@ class Codec:
     carrier: type[np.generic]
     widen: Callable[[Carrier], F32]  # a float32 copy of stored values
     narrow: Callable[[F32], Carrier]  # float32 rounded to what can be stored
-    grouped: Grouped | None = None  # how values are written in few bits; None: as floats
+    grouped: Grouped | Microscaled | None = None  # how values are written in few bits; None: as floats
 
     def size(self, count: int) -> int:
         """Bytes of `count` values, which must be whole blocks."""
@@ -91,7 +92,9 @@ def _low(name: str, bits: int, minima: bool = False) -> list[Codec]:
 
 # `q4` has minima; `q4s` lies about zero, and takes half a bit less a value in groups of 32.
 LOW_BITS = (*_low("q8", 8), *_low("q4", 4, minima=True), *_low("q4s", 4))
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (FLOAT32, FLOAT16, BFLOAT16, *LOW_BITS)}
+_MICRO = Microscaled()
+MXFP4 = Codec("mxfp4", _MICRO.group, _MICRO.bytes, np.uint8, _MICRO.widen, _MICRO.narrow, _MICRO)
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (FLOAT32, FLOAT16, BFLOAT16, *LOW_BITS, MXFP4)}
 
 
 def widen(array: Carrier, name: str) -> F32:

@@ -204,7 +204,7 @@ class Layout:
     @property
     def stride(self) -> int:
         """Of the largest unit: what a slot must hold."""
-        return max(layer.unit.stride for layer in self.layers)
+        return max((layer.unit.stride for layer in self.layers if layer.units), default=0)
 
     @property
     def total_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from storage import version1
-from storage.architecture import Architecture, LongropeScaling, Rope
+from storage.architecture import Architecture, Ffn, LongropeScaling, Rope
 from storage.codecs import CODECS
 from storage.errors import StoreError
 from storage.layout import ROLES, LayerLayout, Layout, Row, Unit, check_alignment
@@ -181,6 +181,16 @@ def _rotates(rope: Rope | None, head_dim: int) -> bool:
     return dims % 2 == 0 and 0 < dims <= head_dim
 
 
+def _routes(ffn: Ffn) -> bool:
+    """Whether there are as many experts as a token has, and something of every shared part."""
+    if ffn.shared is not None and not 0 < ffn.shared.width < _BEYOND:
+        return False
+    router = ffn.router
+    if router is None:
+        return ffn.units > 0 or ffn.shared is not None
+    return ffn.kind == "gated" and 0 < router.top_k <= ffn.units
+
+
 def _senseless(model: Architecture) -> str:
     """What is wrong with an architecture's numbers, as `_flaw` says it."""
     sizes = [model.vocabulary, model.max_positions, model.embed_dim]
@@ -189,6 +199,8 @@ def _senseless(model: Architecture) -> str:
         sizes += [] if one.attention.window is None else [one.attention.window]
     if min(sizes) < 1 or max(sizes) >= _BEYOND:
         return "is damaged: its architecture has sizes that cannot be"
+    if not all(_routes(one.ffn) for one in model.layers):
+        return "is damaged: its experts cannot be what they are said to be"
     if any(one.attention.heads % one.attention.kv_heads for one in model.layers):
         return "is damaged: its heads do not share keys and values evenly"
     if not all(_rotates(one.attention.rope, one.attention.head_dim) for one in model.layers):

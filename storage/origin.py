@@ -46,7 +46,7 @@ class Origin(Protocol):
         """Raises CheckpointError for a missing tensor or another shape, UnsupportedModel for its dtype."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Carrier:
-        """The tensor, or its lines from `start` up to `stop`."""
+        """The tensor, or its lines from `start` up to `stop`: of a stack of matrices, through all of them."""
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
         """The tensor's elements, flat, in chunks of at most `size` bytes."""

@@ -221,6 +221,67 @@ GATED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_EXPERTS = {**_LLAMA, "intermediate_size": 64, "num_experts_per_tok": 3}
+_QWEN3_MOE = {
+    **_EXPERTS,
+    "intermediate_size": 96,
+    "head_dim": 24,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+}
+_QWEN2_MOE = {
+    **_EXPERTS,
+    "intermediate_size": 96,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 80,
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("qwen3_moe", {**_QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-dense-layer": (
+        "qwen3_moe",
+        {**_QWEN3_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
+    ),
+    "qwen3-moe-every-second": ("qwen3_moe", {**_QWEN3_MOE, "decoder_sparse_step": 2}),
+    "mixtral": ("mixtral", {**_EXPERTS, "num_local_experts": 8, "head_dim": 24}),
+    "mixtral-window": ("mixtral", {**_EXPERTS, "num_local_experts": 6, "sliding_window": _WINDOW}),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8, "norm_topk_prob": False}),
+    "olmoe-biased": ("olmoe", {**_EXPERTS, "num_experts": 8, "norm_topk_prob": True, "attention_bias": True}),
+    "qwen2-moe": ("qwen2_moe", {**_QWEN2_MOE, "norm_topk_prob": False}),
+    "qwen2-moe-dense-layer": (
+        "qwen2_moe",
+        {**_QWEN2_MOE, "norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **_EXPERTS,
+            "num_local_experts": 8,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.8,
+        },
+    ),
+}
+GPT_OSS = {
+    **_LLAMA,
+    "head_dim": 24,
+    "intermediate_size": 64,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": _WINDOW,
+    "rope_parameters": {**_YARN_ROPE, "truncate": False},
+}
+MIXTURES |= {
+    # A limit that a third of the gates are beyond.
+    "gpt-oss": ("gpt_oss", {**GPT_OSS, "swiglu_limit": 0.7, "swiglu_alpha": 1.3}),
+    "gpt-oss-plain": (
+        "gpt_oss",
+        {**GPT_OSS, "attention_bias": False, "layer_types": ["full_attention"] * 3, "rope_parameters": None},
+    ),
+}
+GATED |= MIXTURES
 VARIANTS |= GATED
 
 # Families that transformers does not know: name -> (a model_type that it does, its settings, and what the
@@ -255,7 +316,7 @@ UNKNOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-EAGER = {"gemma2"}  # sdpa has no softcap
+EAGER = {"gemma2", "gpt_oss"}  # sdpa has no softcap, and no sinks
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -307,8 +368,8 @@ def _randomise(model: Any, generator: torch.Generator) -> None:
         with torch.no_grad():
             if parameter.ndim == 2 and "embed" in name:
                 parameter.copy_(noise * 0.5)
-            elif parameter.ndim == 2:
-                parameter.copy_(noise * (1.6 / math.sqrt(parameter.shape[1])))
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * (1.6 / math.sqrt(parameter.shape[-1])))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
             else:

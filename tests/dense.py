@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from storage.architecture import (
     Attention,
+    Ffn,
     Layer,
     Llama3Scaling,
     LongropeScaling,
@@ -60,17 +61,33 @@ def logits(store: Store, ids: list[int]) -> Tensor:
 
 
 def _ffn_matrices(store: Store, layer: int) -> list[Tensor]:
-    """Gate, where there is one, up, and the down-projection's columns as rows: `[neurons, d_model]` each."""
-    rows = store.layout.layers[layer].unit.rows
+    """Gate, where there is one, up, and the down-projection's columns as rows: `[neurons, d_model]` each.
+
+    Of experts gate, up `[experts, width, d_model]` and down `[experts, d_model, width]`.
+    """
+    ffn, rows = store.architecture.layers[layer].ffn, store.layout.layers[layer].unit.rows
     dtype, width = getattr(torch, rows[0].codec), store.architecture.d_model
     values = torch.from_numpy(store.read_layer(layer).copy()).view(dtype).double()
+    if not ffn.units:
+        return [values.new_zeros(0, width)] * 2
+    if ffn.router is not None:
+        gate, up, down, _ = values.split(
+            [*3 * [ffn.width * width], values.shape[1] - 3 * ffn.width * width], 1
+        )
+        shape = (ffn.units, ffn.width, width)
+        return [gate.reshape(shape), up.reshape(shape), down.reshape(ffn.units, width, ffn.width)]
     return [values[:, width * i : width * (i + 1)] for i in range(len(rows))]
 
 
 def _block(layer: Layer, part: dict[str, Tensor], matrices: list[Tensor], x: Tensor) -> Tensor:
     up, down = matrices[-2:]
+    router, start = layer.ffn.router, x
 
     def ffn(h: Tensor) -> Tensor:
+        if layer.ffn.router is not None or layer.ffn.shared is not None:
+            return _experts(
+                layer.ffn, part, matrices, start if router and router.reads == "layer_input" else h, h
+            )
         raised = h @ up.T + part.get("up.bias", 0)
         activation = ACTIVATIONS[layer.ffn.activation]
         if layer.ffn.kind == "gated":
@@ -90,6 +107,41 @@ def _block(layer: Layer, part: dict[str, Tensor], matrices: list[Tensor], x: Ten
     x = norm("attention_sum", "norm", x + layer.branch_scale * attended)
     branch = norm("ffn_output", "down_norm", ffn(norm("ffn_input", "ffn_norm", x)))
     return norm("ffn_sum", "ffn_norm", x + layer.branch_scale * branch)
+
+
+def _experts(ffn: Ffn, part: dict[str, Tensor], matrices: list[Tensor], routed: Tensor, h: Tensor) -> Tensor:
+    """Token by token and expert by expert, as the papers have it."""
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        if ffn.activation == "clamped_silu":
+            gate = gate.clamp(max=ffn.limit)
+            return gate * (ffn.alpha * gate).sigmoid() * (1 + up.clamp(-ffn.limit, ffn.limit))
+        return ACTIVATIONS[ffn.activation](gate) * up
+
+    def bias(role: str, expert: int) -> Tensor | int:
+        return part[f"{role}.bias"].view(ffn.units, -1)[expert] if f"{role}.bias" in part else 0
+
+    output = torch.zeros_like(h)
+    for row in range(len(h) if ffn.router else 0):
+        assert ffn.router is not None
+        scores = part["router.weight"] @ routed[row] + part.get("router.bias", 0)
+        best = scores.topk(ffn.router.top_k).indices
+        weights = scores[best].sigmoid() if ffn.router.scores == "sigmoid" else scores.softmax(0)[best]
+        if ffn.router.scores == "softmax" and ffn.router.over == "chosen":
+            weights = scores[best].softmax(0)
+        if ffn.router.renormalise:
+            weights = weights / weights.sum()
+        for expert, weight in zip(best.tolist(), weights * ffn.router.scale, strict=True):
+            gate, up, down = (matrix[expert] for matrix in matrices)
+            active = gated(gate @ h[row] + bias("gate", expert), up @ h[row] + bias("up", expert))
+            output[row] += weight * (down @ active + bias("down", expert))
+    if ffn.shared is not None:
+        always = gated(h @ part["shared_gate.weight"].T, h @ part["shared_up.weight"].T)
+        always = always @ part["shared_down.weight"].T
+        if ffn.shared.gated:
+            always = always * (h @ part["shared_switch.weight"].T).sigmoid()
+        output = output + always
+    return output
 
 
 def _norm(norm: Norm, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -119,7 +171,10 @@ def _attention(model: Attention, part: dict[str, Tensor], x: Tensor) -> Tensor:
         scores = model.softcap * (scores / model.softcap).tanh()
     distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
     hidden = (distance < 0) | (distance >= (model.window or len(x)))
-    mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+    scores = scores.masked_fill(hidden, -math.inf)
+    if model.sinks:
+        scores = torch.cat((scores, part["sinks"][:, None, None].expand(-1, len(x), 1)), -1)
+    mixed = scores.softmax(-1)[..., : len(x)] @ v
     out = mixed.transpose(0, 1).reshape(len(x), -1)
     return out @ part["out.weight"].T + part.get("out.bias", 0)
 

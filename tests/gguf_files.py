@@ -6,8 +6,10 @@ that a name which the reader has wrong is not wrong here in the same way.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from storage.checkpoint import Checkpoint
 from storage.codecs import widen
+from storage.families.registry import family_of
 
-PAIRED = {"llama", "smollm3", "granite"}  # rotary pairs side by side
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where they are not called as the model type
+PAIRED = {"llama", "smollm3", "granite", "granitemoe"}  # rotary pairs side by side
+ARCHITECTURES = {  # where they are not called as the model type
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "qwen2_moe": "qwen2moe",
+    "gpt_oss": "gpt-oss",
+}
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 SMALLEST = {
     "llama.vocab_size": 32,
     "llama.context_length": 64,
@@ -75,12 +86,14 @@ def write(
     return path
 
 
-def packed_by_hand(kind: str, rows: int, columns: int) -> np.ndarray:
+def packed_by_hand(kind: str, rows: int, columns: int, seed: int = 3) -> np.ndarray:
     """Random codes with scales that are numbers."""
-    generator = np.random.default_rng(3)
+    generator = np.random.default_rng(seed)
     block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
-    for place in SCALES[kind]:
+    if kind == "MXFP4":
+        blocks[:, 0] = generator.integers(112, 124, len(blocks))
+    for place in SCALES.get(kind, ()):
         scales = generator.uniform(-0.01, 0.01, len(blocks)).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)
@@ -100,9 +113,18 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def of_checkpoint(
-    directory: Path, path: Path, extra: Mapping[str, Any] | None = None, matrices: str = "F32"
+    directory: Path,
+    path: Path,
+    extra: Mapping[str, Any] | None = None,
+    matrices: str = "F32",
+    stacked: bool = True,
+    instead: Mapping[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, vectors in F32."""
+    """The checkpoint as llama.cpp's converter writes it: its matrices in this type, others in F32.
+
+    A mixture's experts are one tensor, or, not `stacked`, tensors of their own, as in files of 2023. What
+    `instead` has, by the file's names, is written in place of the checkpoint's tensors.
+    """
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
     kind = config["model_type"]
@@ -110,13 +132,59 @@ def of_checkpoint(
     number = next(index for index, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     tensors: dict[str, tuple[np.ndarray, str]] = {}
-    for name, entry in checkpoint.entries.items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, published in _published(checkpoint):
+        expert = EXPERT.fullmatch(name)
+        known = name if expert is None else f"{expert[1]}.{expert[3]}"
+        theirs = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        values = _changed(widen(checkpoint.read(name), entry.dtype), name, config, architecture)
-        tensors[theirs] = (values, matrices if values.ndim == 2 else "F32")
+        values = _changed(published, name, config, architecture)
+        if expert is not None:
+            experts.setdefault(theirs, {})[int(expert[2])] = values
+            continue
+        if values.ndim == 3:
+            experts[theirs] = dict(enumerate(values))
+            continue
+        vector = values.ndim == 1 or "ffn_gate_inp" in theirs or theirs.endswith(".bias")
+        tensors[theirs] = (values, "F32" if vector else matrices)
+    for theirs, each in experts.items():
+        if stacked:
+            tensors[theirs] = (np.stack([each[number] for number in range(len(each))]), matrices)
+            continue
+        for number, values in each.items():
+            tensors[theirs.replace("_exps", f".{number}")] = (values, matrices)
+    tensors |= instead or {}
     tensors |= {name: (values, "F32") for name, values in _rope_factors(config).items()}
     return write(path, tensors, {**_metadata(config, architecture), **(extra or {})}, architecture)
+
+
+def _published(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, float32; of stacks that hold gate and up rows, each of the two by itself."""
+    kind, width = checkpoint.config["model_type"], checkpoint.config.get("intermediate_size")
+    for name, entry in checkpoint.entries.items():
+        values = widen(checkpoint.read(name), entry.dtype)
+        stem, _, last = name.rpartition(".")
+        if kind == "gpt_oss" and last.startswith("gate_up_proj"):
+            for start, role in enumerate(("gate_proj", "up_proj")):
+                part = values[..., start::2]
+                yield (
+                    (f"{stem}.{role}.bias", part)
+                    if last.endswith("_bias")
+                    else (f"{stem}.{role}.weight", part.swapaxes(1, 2))
+                )
+        elif kind == "gpt_oss" and last == "down_proj":
+            yield f"{name}.weight", values.swapaxes(1, 2)
+        elif kind == "gpt_oss" and last == "down_proj_bias":
+            yield f"{stem}.down_proj.bias", values
+        elif last == "sinks":
+            yield f"{name}.weight", values
+        elif ".input_linear" in name:
+            yield name.replace("block_sparse_moe.input_linear", "mlp.experts.gate_proj"), values[:, :width]
+            yield name.replace("block_sparse_moe.input_linear", "mlp.experts.up_proj"), values[:, width:]
+        elif name.endswith("shared_expert_gate.weight"):
+            yield name, values[0]
+        else:
+            yield name, values
 
 
 def _changed(values: np.ndarray, name: str, config: dict[str, Any], architecture: str) -> np.ndarray:
@@ -185,6 +253,15 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         gguf.Keys.LLM.FEED_FORWARD_LENGTH: config.get("intermediate_size")
         or config.get("ffn_hidden_size")
         or 4 * config["hidden_size"],
+        gguf.Keys.LLM.EXPERT_COUNT: config.get("num_local_experts")
+        or config.get("num_experts")
+        or config.get("moe_num_primary_experts"),
+        gguf.Keys.LLM.EXPERT_USED_COUNT: config.get("num_experts_per_tok")
+        or config.get("moe_num_active_primary_experts"),
+        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: config.get("moe_intermediate_size")
+        or config.get("moe_ffn_hidden_size")
+        or config.get("intermediate_size"),
+        gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: config.get("shared_expert_intermediate_size"),
         gguf.Keys.Attention.HEAD_COUNT: heads,
         gguf.Keys.Attention.HEAD_COUNT_KV: kv_heads,
         gguf.Keys.Attention.LAYERNORM_RMS_EPS: config.get("rms_norm_eps"),
@@ -197,11 +274,16 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         gguf.Keys.LLM.LOGIT_SCALE: config.get("logits_scaling"),
         gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.get("attn_logit_softcapping"),
         gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.get("final_logit_softcapping"),
-        gguf.Keys.Rope.FREQ_BASE: scaling.get("rope_theta"),
+        gguf.Keys.Rope.FREQ_BASE: scaling.get("rope_theta") or config.get("rope_theta"),
         gguf.Keys.Rope.DIMENSION_COUNT: int(head * scaling.get("partial_rotary_factor", 1.0)),
         gguf.Keys.Rope.SCALING_ORIG_CTX_LEN: config.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings"),
     }
+    if config["model_type"] == "smallthinker":
+        softmax = config["moe_primary_router_apply_softmax"]
+        found[gguf.Keys.LLM.EXPERT_GATING_FUNC] = 1 if softmax else 2
+        if any(config["sliding_window_layout"]):
+            found[gguf.Keys.Attention.SLIDING_WINDOW] = config["sliding_window_size"]
     kind = scaling.get("rope_type", "default")
     if kind in {"linear", "yarn"}:
         found |= {gguf.Keys.Rope.SCALING_TYPE: kind, gguf.Keys.Rope.SCALING_FACTOR: scaling["factor"]}
@@ -210,3 +292,20 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         factor = max(longest / original, 1.0)
         found[gguf.Keys.Rope.SCALING_ATTN_FACTOR] = math.sqrt(1 + math.log(factor) / math.log(original))
     return {key.format(arch=architecture): value for key, value in found.items() if value is not None}
+
+
+def described_by(config: dict[str, Any]) -> dict[str, Any]:
+    """The architecture as a flat table."""
+    config = {key: value for key, value in config.items() if value is not None}
+    described = json.loads(json.dumps(family_of(config).architecture(config).to_json()))
+    found: dict[str, Any] = {}
+
+    def flatten(path: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                flatten(f"{path}.{key}", item)
+        else:
+            found[path] = value
+
+    flatten("", described)
+    return found

@@ -103,6 +103,21 @@ def part0(step: int, layer: int, counts, closes, staged: bool = False) -> LayerP
     return LayerPart(RUN, step, layer, 0, counts, closes, staged)
 
 
+def test_large_misses_are_parts_of_their_own():
+    """A token's, so that one is computed while the next is read; a prefill's come together."""
+    bench = Bench(replace(plan((5, 8), refine=True), stride=1 << 20))
+    bench.tell(0, 0, 1, 6)
+    assert bench.guess(1, 0, 3, 4) == [read(1, 0, 1, 0, 2, guess=True)]
+    schedule = part0(1, 0, (1, 1, 1, 1), (False, False, False, True))
+    assert bench.tell(1, 0, 0, 1, 3, 7) == [read(1, 0, 2, 2, 1), read(1, 0, 3, 3, 1), schedule]
+    assert [[one for one, _ in part] for part in bench.parts(0, schedule)] == [[1], [3], [0], [7]]
+    assert bench.table(bench.reads, 0, 2, 2) == [
+        bench.parts(0, schedule)[2][0],
+        bench.parts(0, schedule)[3][0],
+    ]
+    assert bench.every(2, 1) == [read(2, 1, 1, 0, 8, every=True), part0(2, 1, (0, 8), (False, True))]
+
+
 def test_misses_are_read_and_then_hits():
     bench = Bench(plan((4, 4)))
     assert bench.tell(0, 1, 2, 5) == [read(0, 1, 1, 0, 2), part0(0, 1, (0, 2), (False, True))]

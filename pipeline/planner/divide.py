@@ -18,9 +18,9 @@ from pipeline.planner.budget import parse_budget
 from pipeline.planner.machine import available_bytes
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
-from pipeline.ring.plan import BLOCK, BLOCKS, TILE, Plan
+from pipeline.ring.plan import BLOCK, BLOCKS, ROWS, TILE, Plan
 from storage.codecs import CODECS
-from storage.errors import BudgetError
+from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -137,20 +137,35 @@ def most(store: Store, config: Config) -> PlanReport:
     return _report(store, resolve(store, config), store.layout.units, None)
 
 
+def _floor(store: Store) -> list[int]:
+    """The slots that each layer has at least: one, and of experts as many as a token needs.
+
+    With fewer, a layer's experts would drive each other out within a token.
+    """
+    routers = (layer.ffn.router for layer in store.architecture.layers)
+    return [router.top_k if router else 1 for router in routers]
+
+
 def _least_slots(store: Store, config: Config) -> list[int]:
-    return [config.cache.slots_per_layer or 1] * len(store.layout.layers)
+    """Raises ConfigError for a number of slots with which a token's experts cannot stay together."""
+    asked, floor = config.cache.slots_per_layer, _floor(store)
+    if asked and asked < max(floor):
+        raise ConfigError(
+            f"cache.slots_per_layer {asked} is below the {max(floor)} experts that a token needs of a layer"
+        )
+    return [asked] * len(floor) if asked else floor
 
 
 def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int | None) -> PlanReport:
-    """The plan with so many `slots` in each layer that is not pinned: at least one, at most all."""
+    """The plan with so many `slots` in each layer that is not pinned: at least its floor, at most all."""
     config, forecast, units = resolved.config, resolved.forecast, store.layout.units
     divided = Plan(
         d_model=store.architecture.d_model,
         units=units,
         stride=store.layout.stride,
         slots=tuple(
-            count if layer in forecast.pinned else max(1, min(count, slots[layer]))
-            for layer, count in enumerate(units)
+            count if layer in forecast.pinned else min(count, max(least, slots[layer]))
+            for layer, (count, least) in enumerate(zip(units, _floor(store), strict=True))
         ),
         staging=staging_slots(config.prefetcher.staging, store.layout.stride, store.layout.most_units),
         context=config.compute.context,
@@ -198,16 +213,27 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
     and values before and after rotation, and the FFN activations of a few blocks of units. Per
     thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens; in a
-    gated FFN two products of one block at once, rectified.
+    gated FFN two products of one block at once, rectified; of experts two inputs, outputs and products of as
+    many tokens as are computed at once, and tiles as wide as an expert.
     """
     a = store.architecture
     threads = thread_count(config.compute.threads)
     heads = max(layer.attention.projected for layer in a.layers)
-    activations = max(min(layer.ffn.neurons, BLOCKS * max(BLOCK, layer.ffn.width)) for layer in a.layers)
+    activations = max(
+        2 * ffn.shared.width
+        if ffn.shared
+        else 0
+        if ffn.router
+        else min(ffn.neurons, BLOCKS * max(BLOCK, ffn.width))
+        for ffn in (layer.ffn for layer in a.layers)
+    )
     per_token = 7 * a.d_model + 2 * heads + activations
     per_thread = TILE * (a.d_model + divided.context)
     if any(layer.ffn.kind == "gated" for layer in a.layers):
         per_thread += 2 * BLOCK * divided.context
+    if a.mixture:
+        width = max(layer.ffn.width for layer in a.layers)
+        per_thread += 2 * ROWS * (2 * a.d_model + width) + TILE * width
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
@@ -227,6 +253,9 @@ def predictor_bytes(store: Store, config: Config) -> int:
 def _held_by_predictor(store: Store, config: Config, divided: Plan) -> int:
     if divided.forecast.kind == "lowrank":
         return predictor_bytes(store, config)
+    if divided.forecast.kind == "router":  # as compute has them, with the scales of guesses
+        routed = (layer.ffn for layer in store.architecture.layers if layer.ffn.router)
+        return sum((ffn.units + 1) * store.architecture.d_model * F32 for ffn in routed)
     if divided.forecast.kind == "oracle":
         layers = zip(store.layout.layers, store.architecture.layers, strict=True)
         return sum(

@@ -37,6 +37,13 @@ def resolve(store: Store, config: Config) -> Resolved:
 def _forecast(store: Store, config: Config) -> Forecast:
     wanted = config.predictor
     kind = _kind(store, config)
+    if kind in ("oracle", "lowrank") and store.architecture.mixture:
+        raise ConfigError(
+            f"{store.manifest.name} is a mixture of experts, which its own routers choose: "
+            f"predictor.kind is router or all, not {kind}"
+        )
+    if kind == "router" and not store.architecture.mixture:
+        raise ConfigError(f"predictor.kind router needs experts, and {store.manifest.name} has none")
     if kind == "oracle" and not store.architecture.sparse:
         raise ConfigError(
             "predictor.kind oracle needs a ReLU model, "
@@ -49,14 +56,20 @@ def _forecast(store: Store, config: Config) -> Forecast:
         refine, early = _fitting(store, config)
     if kind == "oracle" and wanted.lookahead and not refine:
         raise ConfigError("predictor.kind oracle needs predictor.lookahead 0 or predictor.refine true")
-    pinned = _pinned_layers(store, config)
-    return Forecast(kind, wanted.lookahead, refine, early, pinned, wanted.cache_aware)
+    pinned, lookahead, guesses = _pinned_layers(store, config), wanted.lookahead, None
+    if kind == "router":
+        if lookahead and not refine:
+            raise ConfigError("a router chooses from its layer's own input: leave predictor.refine out")
+        lookahead, guesses = (lookahead if wanted.guesses else 0), wanted.guesses
+    return Forecast(kind, lookahead, refine, early, pinned, wanted.cache_aware, guesses)
 
 
 def _kind(store: Store, config: Config) -> Kind:
     """Raises ConfigError for predictors that are not there."""
     kind, name = config.predictor.kind, config.model.predictor
     has_predictors = store.predictors(name).is_file()
+    if store.architecture.mixture and kind != "all":
+        return "router" if kind == "auto" else kind
     if not has_predictors and (kind == "lowrank" or (kind == "auto" and name != Model().predictor)):
         others = ", ".join(sorted(file.stem for file in store.predictors(name).parent.glob("*.safetensors")))
         raise ConfigError(

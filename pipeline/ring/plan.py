@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["lowrank", "oracle", "all"]  # of predictor
+Kind: TypeAlias = Literal["lowrank", "oracle", "router", "all"]  # of predictor
 
 # How compute cuts the products of a prompt: the planner reserves scratch for as much, and whole blocks of
 # staging. They are the same in every ring, because the order of a sum, and with it the text, hangs on them.
@@ -13,6 +13,9 @@ TILE: Final = 512  # rows of a weight that are widened at once
 BLOCK: Final = 256  # units of one product, at multiples of BLOCK
 BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
+ROWS: Final = 512  # tokens of one expert that are computed at once
+
+LARGE: Final = 1 << 20  # bytes of a slot from which each unit that a token misses is a part of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Forecast:
     early: bool = False  # hidden states are announced before their layer's attention
     pinned: frozenset[int] = frozenset()  # layers that are resident and computed whole
     cache_aware: bool = False  # some neurons are wanted only where they are resident
+    guesses: int | None = None  # units that one guess may read; None: all that it lists
 
     @property
     def every(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import numpy.typing as npt
 import xxhash
 
 from storage import resident
-from storage.architecture import POSITIONS, Architecture, Ffn
+from storage.architecture import Architecture, Ffn, always_floats
 from storage.codecs import CODECS, FLOAT16, FLOAT32, FLOATS, Carrier
 from storage.convert.recipe import AS_IT_IS, Recipe, chosen, unit_width
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
-from storage.layout import Layout, Role, Row, Unit
+from storage.layout import Layout, Role, Row, Unit, neuron
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
 from storage.origin import Entry, Origin
 from storage.resident import Stored
@@ -61,6 +61,10 @@ class Conversion:
     def full_name(self, source: str) -> str:
         return _full_name(self.prefix, source)
 
+    def expert(self, layer: int, expert: int) -> Mapping[Role, Source]:
+        """The sources of one expert's matrices."""
+        return published(self.family, self.architecture, layer, expert, self.full_name, self.checkpoint)
+
     def read(self, source: Source) -> Carrier:
         """A source's values, in their carrier."""
         return resident.read(self.checkpoint, source, self.full_name)
@@ -89,18 +93,15 @@ def check(
     model = family.architecture(config)
     prefix = _prefix(checkpoint, family)
     model = replace(model, tied_head=_tied(checkpoint, prefix + family.embedding, model))
-    sources = _Sources(checkpoint, prefix, recipe)
-    units = [
-        sources.unit(family.ffn(model, index), layer.ffn, alignment)
-        for index, layer in enumerate(model.layers)
-    ]
+    sources = _Sources(checkpoint, family, prefix, recipe)
+    units = _units(sources, family, model, alignment)
     layers = tuple(
         replace(layer, ffn=replace(layer.ffn, units=layer.ffn.neurons // unit.width, width=unit.width))
         for layer, unit in zip(model.layers, units, strict=True)
     )
     model = replace(model, layers=layers)
     layout = Layout.of((layer.ffn.units, unit) for layer, unit in zip(layers, units, strict=True))
-    usual = next((row.codec for row in units[0].rows if row.codec in FLOATS), FLOAT32.name)
+    usual = next((row.codec for unit in units for row in unit.rows if row.codec in FLOATS), FLOAT32.name)
     residents = tuple(Stored(one, sources.dtype(one, usual)) for one in family.resident(config, model))
     _check_order(order, layout)
     parameters = {
@@ -116,6 +117,21 @@ def check(
         parameters["synthetic"] = config["synthetic"]
     checkpoint.release()
     return Conversion(checkpoint, family, prefix, model, layout, residents, order, parameters)
+
+
+def _units(sources: _Sources, family: Family, model: Architecture, alignment: int) -> list[Unit]:
+    """One unit of each layer. A layer that has nothing on flash gets a neuron in another layer's codec."""
+    found: dict[int, Unit] = {}
+    for index, layer in enumerate(model.layers):
+        if layer.ffn.router is not None:
+            found[index] = sources.expert(model, index, alignment)
+        elif layer.ffn.units:
+            found[index] = sources.unit(family.ffn(model, index), layer.ffn, alignment)
+    codec = next(iter(found.values())).rows[0].codec
+    return [
+        found.get(index) or neuron(codec, model.d_model, alignment, layer.ffn.kind)
+        for index, layer in enumerate(model.layers)
+    ]
 
 
 def _with_generation(checkpoint: Origin) -> dict[str, Any]:
@@ -164,11 +180,29 @@ def _full_name(prefix: str, source: str) -> str:
     return source if source == HEAD_SOURCE else prefix + source
 
 
+def published(
+    family: Family,
+    model: Architecture,
+    layer: int,
+    expert: int,
+    full_name: Callable[[str], str],
+    checkpoint: Origin,
+) -> Mapping[Role, Source]:
+    """One expert's sources in the form that the checkpoint has; if it has none, in the usual one."""
+    assert family.experts is not None, f"{family.name} has no experts"
+    forms = family.experts(model, layer, expert)
+    for form in forms:
+        if all(full_name(source.name) in checkpoint.entries for source in form.values()):
+            return form
+    return forms[0]
+
+
 @dataclass(frozen=True, slots=True)
 class _Sources:
     """Asks that every source is present and of its shape, and tells its dtype."""
 
     checkpoint: Origin
+    family: Family
     prefix: str
     recipe: Recipe
 
@@ -190,6 +224,25 @@ class _Sources:
             rows.append(Row(role, chosen(dtype, self.recipe.ffn, d_model)))
         return Unit(tuple(rows), width, d_model, alignment)
 
+    def expert(self, model: Architecture, layer: int, alignment: int) -> Unit:
+        """The unit that a layer's experts are. Raises UnsupportedModel for experts that differ in dtype."""
+        ffn, found = model.layers[layer].ffn, dict[Role, str]()
+        for expert in range(ffn.units):
+            sources = published(self.family, model, layer, expert, self._full_name, self.checkpoint)
+            for role, source in sources.items():
+                entry = self._entry(source)
+                if entry.dtype != found.setdefault(role, entry.dtype):
+                    raise UnsupportedModel(
+                        f"{entry.shard}: {self._full_name(source.name)} is {entry.dtype} where the layer's "
+                        f"first expert is {found[role]}; a layer's experts cannot have two dtypes"
+                    )
+        widths: dict[Role, int] = {"gate": model.d_model, "up": model.d_model, "down": ffn.width}
+        rows = (Row(role, chosen(dtype, self.recipe.ffn, widths[role])) for role, dtype in found.items())
+        return Unit(tuple(rows), ffn.width, model.d_model, alignment)
+
+    def _full_name(self, source: str) -> str:
+        return _full_name(self.prefix, source)
+
     def dtype(self, resident: Resident, usual: str) -> str:
         """`usual` without sources. Raises UnsupportedModel for floats of several dtypes."""
         if not resident.sources:
@@ -207,7 +260,7 @@ class _Sources:
                 f"{_full_name(self.prefix, resident.sources[0].name)} is {first.dtype}; "
                 "they are stored as one tensor, which cannot have two dtypes"
             )
-        if len(resident.shape) != 2 or resident.name == POSITIONS:
+        if len(resident.shape) != 2 or always_floats(resident.name):
             return found
         return chosen(found, self.recipe.matrices, resident.shape[1])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from storage.checkpoint import Checkpoint
 from storage.codecs import FLOATS
 from storage.errors import UsageError
+from storage.families.registry import FAMILIES
 from storage.gguf.parts import is_gguf
 from storage.origin import Origin
 
@@ -27,4 +28,9 @@ def open_origin(path: Path, dtype: str | None = None, bits: int | None = None) -
         return GgufFile.open(path, dtype, keep=dtype is None and bits != 16)
     if dtype is not None:
         raise UsageError(f"{path} is no GGUF file: its tensors keep their own dtype")
-    return Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path)
+    kind = checkpoint.config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None or family.published is None:
+        return checkpoint
+    return family.published(checkpoint, bits != 16)

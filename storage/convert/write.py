@@ -6,9 +6,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,8 +25,9 @@ from storage.convert.opening import open_origin
 from storage.convert.recipe import Recipe
 from storage.convert.rows import unit_rows
 from storage.errors import CheckpointError, DiskFull, StoreError, UsageError
+from storage.families.family import Source
 from storage.files import fsync_directory, write_whole
-from storage.layout import DEFAULT_ALIGNMENT, Layout, Role
+from storage.layout import DEFAULT_ALIGNMENT, Layout, Role, Unit
 from storage.lock import locked
 from storage.manifest import (
     BUNDLES,
@@ -203,13 +204,24 @@ def _rehash(
 
 
 def _layer(conversion: Conversion, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
-    rows: dict[Role, Carrier] = {}
-    unit = conversion.layout.layers[layer].unit
-    for role, source in conversion.family.ffn(conversion.architecture, layer).items():
-        rows[role] = unit_rows(role, conversion.read(source), conversion.dtype(source), unit)
-    conversion.checkpoint.release()
+    """A layer's units in file order. Of neurons the whole layer is in memory, of experts one at a time."""
+    part = conversion.layout.layers[layer]
     order = None if conversion.order is None else conversion.order.neurons[layer]
-    return assemble(conversion.layout.layers[layer], rows, order)
+    if conversion.architecture.layers[layer].ffn.router is not None:
+        for expert in range(part.units) if order is None else order.tolist():
+            rows = _rows(conversion, conversion.expert(layer, expert), part.unit)
+            yield from assemble(replace(part, units=1), rows, None)
+    elif part.units:
+        rows = _rows(conversion, conversion.family.ffn(conversion.architecture, layer), part.unit)
+        yield from assemble(part, rows, order)
+    conversion.checkpoint.release()
+
+
+def _rows(conversion: Conversion, sources: Mapping[Role, Source], unit: Unit) -> dict[Role, Carrier]:
+    return {
+        role: unit_rows(role, conversion.read(source), conversion.dtype(source), unit)
+        for role, source in sources.items()
+    }
 
 
 def _resident(conversion: Conversion, partial: Path, journal: Journal, progress: Progress) -> FileEntry:

@@ -27,6 +27,8 @@ from storage.architecture import (
     Rope,
 )
 from storage.errors import UnsupportedModel
+from storage.families import experts as mixture
+from storage.families.experts import Names
 from storage.families.family import (
     ACTIVATIONS,
     HEAD_SOURCE,
@@ -163,21 +165,27 @@ def family(
     biases: Callable[[Settings], Biases] = stated,
     norms: Mapping[NormPlace, str] = BEFORE,
     fused: bool = False,
+    experts: Names | None = None,
     prefixes: tuple[str, ...] = ("model.", ""),
 ) -> Family:
-    """`fused`: queries, keys and values are one tensor, and so are gate and up."""
+    """`fused`: queries, keys and values are one tensor, and so are gate and up. `experts`: of a mixture."""
     return Family(
         name=name,
         prefixes=prefixes,
         embedding="embed_tokens.weight",
         architecture=described,
-        resident=lambda config, model: _resident(model, biases(config), norms, fused),
+        resident=lambda config, model: _resident(model, biases(config), norms, fused, experts),
         ffn=partial(_ffn, fused=fused),
+        experts=None if experts is None else partial(mixture.sources, experts),
     )
 
 
 def _resident(
-    model: Architecture, biases: Biases, norms: Mapping[NormPlace, str], fused: bool
+    model: Architecture,
+    biases: Biases,
+    norms: Mapping[NormPlace, str],
+    fused: bool,
+    experts: Names | None,
 ) -> tuple[Resident, ...]:
     width = model.d_model
     parts = [copied(canonical.EMBED, "embed_tokens.weight", model.vocabulary, width)]
@@ -186,6 +194,8 @@ def _resident(
         for place in layer.norms:
             name = f"{canonical.NORM_PARTS[place]}.weight"
             parts.append(copied(canonical.layer(index, name), f"layers.{index}.{norms[place]}.weight", width))
+        if experts is not None:
+            parts += mixture.resident(experts, model, index)
         if biases.ffn:
             sizes = {"gate": layer.ffn.neurons, "up": layer.ffn.neurons, "down": width}
             for role, size in sizes.items():
@@ -214,6 +224,8 @@ def _attention(a: Attention, index: int, width: int, biases: Biases, fused: bool
         parts.append(concatenated(here("qkv.bias"), vectors))
     if biases.out:
         parts.append(copied(here("out.bias"), f"{source}.o_proj.bias", width))
+    if a.sinks:
+        parts.append(copied(here("sinks"), f"{source}.sinks", a.heads))
     if a.qk_norm is not None:
         for one in ("q", "k"):
             size = a.head_dim if a.qk_norm.over == "head" else sizes[one]

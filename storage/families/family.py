@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from storage.architecture import Activation, Architecture
+from storage.checkpoint import Checkpoint
 from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
 from storage.layout import Role
+from storage.origin import Origin
 
 Settings: TypeAlias = Mapping[str, Any]  # a checkpoint's config.json
 
@@ -35,18 +37,23 @@ ACTIVATIONS: dict[str, Activation] = {
 class Source:
     """A tensor of the checkpoint, named below the family's prefix, and the shape it must have.
 
-    Where it is some lines of a larger tensor, that one has `of` lines, and these begin at `start`.
+    Where it is some lines of a larger tensor, that one has `of` lines, and these begin at `start`. The tensor
+    may be a stack of `stack` matrices: lines are counted through all of them.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int = 0
     of: int | None = None
+    stack: int | None = None
 
     @property
     def whole(self) -> tuple[int, ...]:
         """The shape of the checkpoint's tensor."""
-        return self.shape if self.of is None else (self.of, *self.shape[1:])
+        lines = self.shape[0] if self.of is None else self.of
+        if self.stack is not None:
+            return (self.stack, lines // self.stack, *self.shape[1:])
+        return (lines, *self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,11 @@ class Family:
     - `resident(config, architecture)` lists the resident tensors in the order they are stored.
     - `ffn(architecture, layer)` has a source for each role: gate and up `[neurons, d_model]`, down
       `[d_model, neurons]`, in the order of `layout.ROLES`.
+    - `experts(architecture, layer, expert)` has the same for one expert of a layer with a router, once for
+      each form in which checkpoints are published.
+    - `published(checkpoint, keep)`, where there is one, gives a checkpoint's tensors under the names that the
+      sources have; with `keep` those in few bits stay as they are.
+    - `quantised` are the methods, of `quantization_config`, of checkpoints that it reads.
     """
 
     name: str  # model_type of config.json
@@ -86,6 +98,9 @@ class Family:
     architecture: Callable[[Settings], Architecture]
     resident: Callable[[Settings, Architecture], tuple[Resident, ...]]
     ffn: Callable[[Architecture, int], dict[Role, Source]]
+    experts: Callable[[Architecture, int, int], tuple[Mapping[Role, Source], ...]] | None = None
+    published: Callable[[Checkpoint, bool], Origin] | None = None
+    quantised: tuple[str, ...] = ()
 
 
 HEAD_SOURCE = "lm_head.weight"  # never prefixed, in any family

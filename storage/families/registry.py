@@ -8,15 +8,22 @@ from storage.families.falcon import FALCON
 from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from storage.families.gpt_oss import GPT_OSS
 from storage.families.granite import GRANITE
+from storage.families.granitemoe import GRANITEMOE
 from storage.families.llama import LLAMA, SPARSELLAMA
 from storage.families.minicpm import MINICPM
 from storage.families.mistral import MISTRAL
+from storage.families.mixtral import MIXTRAL
 from storage.families.olmo2 import OLMO2
+from storage.families.olmoe import OLMOE
 from storage.families.opt import OPT
 from storage.families.phi3 import PHI3
 from storage.families.qwen2 import QWEN2
+from storage.families.qwen2_moe import QWEN2_MOE
 from storage.families.qwen3 import QWEN3
+from storage.families.qwen3_moe import QWEN3_MOE
+from storage.families.smallthinker import SMALLTHINKER
 from storage.families.smollm3 import SMOLLM3
 
 _ALL = (
@@ -24,15 +31,22 @@ _ALL = (
     FALCON,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
+    QWEN3_MOE,
     GEMMA2,
     GEMMA3_TEXT,
     GEMMA3,
     PHI3,
     SMOLLM3,
     OLMO2,
+    OLMOE,
     GRANITE,
+    GRANITEMOE,
+    GPT_OSS,
+    SMALLTHINKER,
     SPARSELLAMA,
     MINICPM,
     BAMBOO,
@@ -54,8 +68,9 @@ def family_of(config: Settings) -> Family:
             f"model architecture {name} (model_type {kind!r}) is not supported; "
             f"supported model types are {supported}"
         )
-    if config.get("quantization_config"):
+    family, quantised = FAMILIES[kind], config.get("quantization_config")
+    if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") in family.quantised):
         raise UnsupportedModel(
             "quantised checkpoints are not supported; supported are float32, float16 and bfloat16 weights"
         )
-    return FAMILIES[kind]
+    return family

@@ -15,7 +15,8 @@ from typing import Any
 from storage.codecs import CODECS, FLOAT32, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.gguf import settings, tensors, tokenizer
-from storage.gguf.header import Header, Metadata, Packed
+from storage.gguf.basis import File
+from storage.gguf.header import Header, Metadata
 from storage.gguf.kept import CODEC
 from storage.gguf.names import Heads, Restored, restored
 from storage.gguf.parts import split
@@ -54,25 +55,26 @@ class GgufFile:
         metadata = Metadata(shards[0], headers[0].metadata)
         _check_split(shards, headers)
         packed = tuple(tensor for header in headers for tensor in header.tensors)
-        file = settings.File.of(metadata, packed)
+        file = File.of(metadata, packed)
         config = settings.config(file)
         words = tokenizer.GgufTokenizer(metadata, file.architecture)
         ends = words.end_tokens()
+        named = restored(file.architecture, packed, Heads(file.heads, file.kv_heads))
         return cls(
             path=shards[0],
             config={**config, "eos_token_id": ends},
             shards=shards,
             digest="-".join(header.digest for header in headers),
-            dtype=dtype or tensors.dtype_of(packed),
-            keep=keep and any(tensor.kind in CODEC for tensor in packed if len(tensor.shape) > 1),
-            _tensors=restored(file.architecture, packed, Heads(file.heads, file.kv_heads)),
+            dtype=dtype or tensors.dtype_of(named.values()),
+            keep=keep and any(one.packed.kind in CODEC for one in named.values() if one.matrix),
+            _tensors=named,
             _tokenizer=words,
         )
 
     @cached_property
     def entries(self) -> Mapping[str, Entry]:
         return {
-            name: Entry(tensor.packed.path, tensor.packed.shape, self._dtype(tensor.packed), 0)
+            name: Entry(tensor.packed.path, tensor.packed.shape, self._dtype(tensor), 0)
             for name, tensor in self._tensors.items()
         }
 
@@ -117,10 +119,11 @@ class GgufFile:
             "shards": {shard.name: samples(shard) for shard in self.shards},
         }
 
-    def _dtype(self, packed: Packed) -> str:
+    def _dtype(self, tensor: Restored) -> str:
+        packed = tensor.packed
         if packed.kind not in tensors.KINDS:
             return packed.kind
-        if len(packed.shape) == 1:
+        if not tensor.matrix:
             return FLOAT32.name
         codec = CODEC.get(packed.kind)
         if self.keep and codec is not None and len(packed.shape) == 2 and CODECS[codec].fits(packed.columns):

@@ -59,6 +59,11 @@ class Packed:
     offset: int  # of the first byte, in the file
 
     @property
+    def known(self) -> bool:
+        """Whether the type is one whose blocks are known."""
+        return self.kind in GGMLQuantizationType.__members__
+
+    @property
     def columns(self) -> int:
         return self.shape[-1]
 
@@ -202,7 +207,7 @@ def _aligned(position: int, alignment: Any) -> int:
 
 
 def _check_place(tensor: Packed, size: int) -> None:
-    if tensor.kind not in GGMLQuantizationType.__members__:
+    if not tensor.known:
         return
     block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.kind]]
     if tensor.columns % block:

@@ -1,8 +1,9 @@
 """Rows of a GGUF file taken over in the bits that they have.
 
 A block of 32 values with one scale, or with a scale and a minimum, is what a group of ours is; only its bytes
-are put elsewhere (`storage/lowbits.py`). Q8_0, Q5_0, Q4_0 and Q4_1 lose nothing. Q4_K has whole numbers for
-the scales of its groups, times one float16: their product is rounded to float16, and no code changes.
+are put elsewhere (`storage/lowbits.py`, `microscaled.py`). Q8_0, Q5_0, Q4_0, Q4_1 and MXFP4 lose nothing.
+Q4_K has whole numbers for the scales of its groups, times one float16: their product is rounded to float16,
+and no code changes.
 
 Q5_1, Q5_K and Q6_K have no counterpart and become eight bits, rounded to the nearest.
 """
@@ -14,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from storage.codecs import CODECS
+from storage.codecs import CODECS, MXFP4
 from storage.lowbits import Codes, Grouped
+from storage.microscaled import Microscaled
 
 CODEC = {
     "Q8_0": "q8",
@@ -26,6 +28,7 @@ CODEC = {
     "Q4_0": "q4s",
     "Q4_1": "q4",
     "Q4_K": "q4",
+    "MXFP4": MXFP4.name,
 }
 _BLOCK = 32  # values
 _SUPER = 256  # values of a block of the K kinds
@@ -34,14 +37,22 @@ Halves = npt.NDArray[np.float16]
 
 def kept(rows: Codes, kind: str) -> Codes | None:
     """[n, bytes] in `CODEC[kind]`, of rows as the file has them; None where they must be rounded."""
+    if kind == "MXFP4":
+        return _mxfp4(rows)
     take = _TAKEN.get(kind)
     return None if take is None else take(rows, _grouped(kind))
 
 
 def _grouped(kind: str) -> Grouped:
     grouped = CODECS[CODEC[kind]].grouped
-    assert grouped is not None
+    assert isinstance(grouped, Grouped)
     return grouped
+
+
+def _mxfp4(rows: Codes) -> Codes:
+    """A scale, and the codes packed as ours."""
+    blocks = rows.reshape(rows.shape[0], -1, 1 + _BLOCK // 2)
+    return Microscaled().join(blocks[:, :, 1:], blocks[:, :, 0])
 
 
 def _halves(blocks: Codes, start: int) -> Halves:

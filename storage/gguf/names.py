@@ -1,18 +1,21 @@
 """Which tensor of a GGUF file is which of a checkpoint's, by architecture, and what its converter changed.
 
 The file's names are llama.cpp's, the checkpoint's those that transformers' classes give. The converter
-(convert_hf_to_gguf.py) changed three things, each undone here:
+(convert_hf_to_gguf.py) changed four things, each undone here:
 
 - rows of queries and keys: rotary pairs lie side by side in the file, half a head apart in a checkpoint
-  (llama, granite, smollm3);
+  (llama, granite, granitemoe, smollm3);
 - rows of Falcon's fused projection: all queries, keys, values in the file; by group in a checkpoint;
-- Gemma's norms, which compute with 1 + w: the file holds 1 + w, the checkpoint w.
+- Gemma's norms, which compute with 1 + w: the file holds 1 + w, the checkpoint w;
+- a layer's experts, which are stacked in one tensor: each is a part of it here. Files of the first mixtures
+  have them one by one, as checkpoints do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -52,6 +55,16 @@ _AFTER = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# A mixture's, below its block; `{}` is an expert's number.
+_EXPERTS = {role: f"mlp.experts.{{}}.{role}_proj" for role in ("gate", "up", "down")}
+_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+_SHARED = {f"ffn_{role}_shexp": f"mlp.shared_expert.{role}_proj" for role in _EXPERTS} | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
+}
+_NAKED = {"attn_sinks": "self_attn.sinks"}  # without `.weight` in a checkpoint
+_STACK = re.compile(r"ffn_(gate|up|down)_exps")
+_ALONE = re.compile(r"ffn_(gate|up|down)\.(\d+)")
+_FLOATS = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # never in few bits, and never rounded with the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +74,47 @@ class Naming:
     parts: Mapping[str, str]  # of a layer
     top: Mapping[str, str]
     layers: str = "model.layers"
+    experts: Mapping[str, str] | None = None  # of a mixture, by role
     pairs: bool = False  # rotary pairs lie side by side
     grouped: bool = False  # the fused projection is Falcon's
     one_added: bool = False  # to norms
 
 
 NAMINGS: dict[str, Naming] = {
-    "llama": Naming({**_SPLIT, **_NORMS}, _TOP, pairs=True),
+    "llama": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.gate"},
+        _TOP,
+        experts={role: f"block_sparse_moe.experts.{{}}.{name}" for role, name in _MIXTRAL.items()},
+        pairs=True,
+    ),
     "qwen2": Naming({**_SPLIT, **_NORMS}, _TOP),
     "qwen3": Naming({**_SPLIT, **_NORMS, **_HEAD_NORMS}, _TOP),
+    "qwen3moe": Naming(
+        {**_SPLIT, **_NORMS, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS
+    ),
+    "qwen2moe": Naming({**_SPLIT, **_NORMS, **_SHARED, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS),
+    "olmoe": Naming({**_SPLIT, **_NORMS, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"}, _TOP, experts=_EXPERTS),
+    "granitemoe": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.router.layer"},
+        _TOP,
+        experts={role: name.replace("mlp", "block_sparse_moe") for role, name in _EXPERTS.items()},
+        pairs=True,
+    ),
+    "smallthinker": Naming(
+        {**_SPLIT, **_NORMS, "ffn_gate_inp": "block_sparse_moe.primary_router"},
+        _TOP,
+        experts={role: f"block_sparse_moe.experts.{{}}.{role}" for role in _EXPERTS},
+    ),
+    "gpt-oss": Naming(
+        {
+            **_SPLIT,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        _TOP,
+        experts=_EXPERTS,
+    ),
     "gemma2": Naming({**_SPLIT, **_SANDWICH}, _TOP, one_added=True),
     "gemma3": Naming({**_SPLIT, **_SANDWICH, **_HEAD_NORMS}, _TOP, one_added=True),
     "phi3": Naming({**_FUSED, **_NORMS}, _TOP),
@@ -110,6 +155,12 @@ class Restored:
     order: Rows | None = None
     subtracted: float = 0.0
 
+    @property
+    def matrix(self) -> bool:
+        """Whether it shares the dtype that a store's matrices have. Vectors, routers and biases do not."""
+        part, _, kind = self.packed.name.partition(".")[2].partition(".")[2].rpartition(".")
+        return len(self.packed.shape) > 1 and kind != "bias" and part not in _FLOATS
+
 
 def restored(architecture: str, tensors: tuple[Packed, ...], heads: Heads) -> dict[str, Restored]:
     """By the checkpoint's names. A tensor that has none keeps its own; rope factors are left out."""
@@ -120,26 +171,57 @@ def restored(architecture: str, tensors: tuple[Packed, ...], heads: Heads) -> di
         parts |= _TWO_NORMS
     found = (
         Restored(
-            _name(naming, parts, tensor.name),
-            tensor,
-            _order(naming, tensor, heads),
+            name,
+            part,
+            _order(naming, part, heads),
             1.0 if naming.one_added and tensor.name.endswith("norm.weight") else 0.0,
         )
         for tensor in tensors
         if tensor.name not in ROPE_FACTORS
+        for name, part in _named(naming, parts, tensor)
     )
     return {item.name: item for item in found}
 
 
-def _name(naming: Naming, parts: Mapping[str, str], name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in naming.top:
-        return f"{naming.top[stem]}.{kind}"
+def _named(naming: Naming, parts: Mapping[str, str], tensor: Packed) -> Iterator[tuple[str, Packed]]:
+    """The tensor under the checkpoint's name; of a stack its experts, each as a matrix of its own."""
+    stem, _, kind = tensor.name.rpartition(".")
     block, _, rest = stem.partition(".")
     index, _, part = rest.partition(".")
-    if block == "blk" and index.isdecimal() and part in parts:
-        return f"{naming.layers}.{index}.{parts[part]}.{kind}"
-    return name
+    inside = block == "blk" and index.isdecimal()
+    below = f"{naming.layers}.{index}"
+    if stem in naming.top:
+        yield f"{naming.top[stem]}.{kind}", tensor
+    elif inside and part in _NAKED:
+        yield f"{below}.{_NAKED[part]}", tensor
+    elif inside and part in parts:
+        whole = (
+            (1, *tensor.shape) if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1 else tensor.shape
+        )
+        yield f"{below}.{parts[part]}.{kind}", replace(tensor, shape=whole)
+    elif inside and naming.experts and (stack := _STACK.fullmatch(part)):
+        name = f"{below}.{naming.experts[stack[1]]}.{kind}"
+        if kind == "bias":
+            yield name.replace(".{}", ""), tensor
+        else:
+            yield from _stacked(name, tensor)
+    elif inside and naming.experts and (alone := _ALONE.fullmatch(part)):
+        yield f"{below}.{naming.experts[alone[1]].format(alone[2])}.{kind}", tensor
+    else:
+        yield tensor.name, tensor
+
+
+def _stacked(name: str, tensor: Packed) -> Iterator[tuple[str, Packed]]:
+    """Of a type that is not known, and of a wrong shape, one: it is refused where it is asked for."""
+    if not tensor.known or len(tensor.shape) != 3:
+        yield name.format(0), tensor
+        return
+    size = tensor.shape[1] * tensor.row_bytes
+    for expert in range(tensor.shape[0]):
+        yield (
+            name.format(expert),
+            replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * size),
+        )
 
 
 def _order(naming: Naming, tensor: Packed, heads: Heads) -> Rows | None:

@@ -7,61 +7,13 @@ architecture or an option that is not supported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 from storage.errors import UnsupportedModel
-from storage.gguf.header import Metadata, Packed
-from storage.gguf.rope import scaling
-
-Config: TypeAlias = dict[str, Any]
+from storage.gguf import mixtures
+from storage.gguf.basis import Config, File, common, gated, granite, positive
 
 GEMMA2_27B, GEMMA3_27B = 46, 62  # layers: these two divide by the root of d_model / heads, not of the head
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """What settings are read from."""
-
-    metadata: Metadata
-    architecture: str
-    tensors: Mapping[str, Packed]
-
-    @classmethod
-    def of(cls, metadata: Metadata, packed: tuple[Packed, ...]) -> File:
-        return cls(
-            metadata, metadata.text("general.architecture"), {tensor.name: tensor for tensor in packed}
-        )
-
-    def number(self, key: str, default: int | None = None) -> int:
-        return self.metadata.number(f"{self.architecture}.{key}", default)
-
-    def real(self, key: str, default: float | None = None) -> float:
-        return self.metadata.real(f"{self.architecture}.{key}", default)
-
-    def has(self, key: str) -> bool:
-        return self.metadata.has(f"{self.architecture}.{key}")
-
-    def has_tensor(self, part: str) -> bool:
-        return f"blk.0.{part}" in self.tensors
-
-    @property
-    def heads(self) -> int:
-        return self.number("attention.head_count")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.number("attention.head_count_kv", self.heads)
-
-    @property
-    def head_dim(self) -> int:
-        return self.number("attention.key_length", self.number("embedding_length") // max(self.heads, 1))
-
-    @property
-    def rotated(self) -> int:
-        """Dimensions of a head that turn with the position."""
-        return self.number("rope.dimension_count", self.head_dim)
 
 
 def config(file: File) -> Config:
@@ -71,63 +23,34 @@ def config(file: File) -> Config:
             f"{file.metadata.path}: GGUF files of the architecture {file.architecture!r} are not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    if file.number("expert_count", 0):
-        raise UnsupportedModel(f"{file.metadata.path}: a mixture of experts is not supported")
+    if file.number("expert_count", 0) and file.architecture not in MIXTURES:
+        raise UnsupportedModel(
+            f"{file.metadata.path}: a mixture of experts of the architecture {file.architecture!r} is not "
+            f"supported; supported are {', '.join(MIXTURES)}"
+        )
     settings = ARCHITECTURES[file.architecture](file)
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _common(file: File) -> Config:
-    embedding = file.tensors.get("token_embd.weight")
-    vocabulary = embedding.shape[0] if embedding else file.number("vocab_size")
-    return {
-        "hidden_size": file.number("embedding_length"),
-        "num_hidden_layers": file.number("block_count"),
-        "num_attention_heads": file.heads,
-        "num_key_value_heads": file.kv_heads,
-        "max_position_embeddings": file.number("context_length"),
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.metadata.values.get("tokenizer.ggml.bos_token_id"),
-    }
-
-
-def _gated(file: File, model_type: str, rope_base: float = 10_000.0) -> Config:
-    """What all gated decoders with RMS norms and rotary positions have."""
-    if model_type != "phi3" and file.rotated != file.head_dim:
-        raise UnsupportedModel(
-            f"{file.metadata.path}: a {model_type} model that rotates a part of each head is not supported"
-        )
-    return {
-        "model_type": model_type,
-        **_common(file),
-        "intermediate_size": file.number("feed_forward_length"),
-        "head_dim": file.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": file.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": file.real("rope.freq_base", rope_base),
-        "rope_scaling": scaling(file.metadata, file.architecture, file.tensors, file.rotated),
-        "attention_bias": file.has_tensor("attn_q.bias"),
-    }
-
-
 def _llama(file: File) -> Config:
-    """Mistral's files say llama, too; what tells them apart is the window."""
+    """Mistral's files say llama, too, and Mixtral's; what tells them apart are the window and the experts."""
     window = file.number("attention.sliding_window", 0)
+    if file.number("expert_count", 0):
+        return mixtures.mixtral(file)
     kind = "mistral" if window else "llama"
     return {
-        **_gated(file, kind),
+        **gated(file, kind),
         "mlp_bias": file.has_tensor("ffn_up.bias"),
         "sliding_window": window or None,
     }
 
 
 def _qwen2(file: File) -> Config:
-    return {**_gated(file, "qwen2"), "use_sliding_window": False}
+    return {**gated(file, "qwen2"), "use_sliding_window": False}
 
 
 def _qwen3(file: File) -> Config:
-    return {**_gated(file, "qwen3"), "use_sliding_window": False}
+    return {**gated(file, "qwen3"), "use_sliding_window": False}
 
 
 def _gemma(file: File, model_type: str, large: int) -> Config:
@@ -135,7 +58,7 @@ def _gemma(file: File, model_type: str, large: int) -> Config:
     whole = file.number("block_count") == large
     per_head = file.number("embedding_length") // max(file.heads, 1)
     return {
-        **_gated(file, model_type),
+        **gated(file, model_type),
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": per_head if whole else file.head_dim,
@@ -158,14 +81,14 @@ def _gemma3(file: File) -> Config:
         "rope_local_base_freq": file.real("rope.freq_base_swa", 10_000.0),
         "sliding_window": file.number("attention.sliding_window"),
         "sliding_window_pattern": file.number("attention.sliding_window_pattern", 6),
-        "final_logit_softcapping": _positive(file, "final_logit_softcapping"),
+        "final_logit_softcapping": positive(file, "final_logit_softcapping"),
     }
 
 
 def _phi3(file: File) -> Config:
     longest = file.number("context_length")
     return {
-        **_gated(file, "phi3"),
+        **gated(file, "phi3"),
         "partial_rotary_factor": file.rotated / max(file.head_dim, 1),
         "original_max_position_embeddings": file.number("rope.scaling.original_context_length", longest),
         "sliding_window": file.number("attention.sliding_window", 0) or None,
@@ -175,22 +98,11 @@ def _phi3(file: File) -> Config:
 def _smollm3(file: File) -> Config:
     """Every fourth layer has no rotary positions; the file does not say so."""
     layers = range(file.number("block_count"))
-    return {**_gated(file, "smollm3"), "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in layers]}
+    return {**gated(file, "smollm3"), "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in layers]}
 
 
 def _olmo2(file: File) -> Config:
-    return _gated(file, "olmo2")
-
-
-def _granite(file: File) -> Config:
-    return {
-        **_gated(file, "granite"),
-        "mlp_bias": file.has_tensor("ffn_up.bias"),
-        "attention_multiplier": _positive(file, "attention.scale"),
-        "embedding_multiplier": _positive(file, "embedding_scale"),
-        "residual_multiplier": _positive(file, "residual_scale"),
-        "logits_scaling": _positive(file, "logit_scale"),
-    }
+    return gated(file, "olmo2")
 
 
 def _falcon(file: File) -> Config:
@@ -199,7 +111,7 @@ def _falcon(file: File) -> Config:
     grouped = two_norms or kv_heads > 1
     return {
         "model_type": "falcon",
-        **_common(file),
+        **common(file),
         "num_kv_heads": kv_heads,
         "ffn_hidden_size": file.number("feed_forward_length"),
         "layer_norm_epsilon": file.real("attention.layer_norm_epsilon"),
@@ -213,20 +125,22 @@ def _falcon(file: File) -> Config:
     }
 
 
-def _positive(file: File, key: str) -> float | None:
-    """None, which is the family's own default, where the file has nothing or 0."""
-    return file.real(key, 0.0) or None
-
-
+MIXTURES = ("llama", "qwen3moe", "qwen2moe", "olmoe", "granitemoe", "gpt-oss", "smallthinker")
 ARCHITECTURES: dict[str, Callable[[File], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3moe": mixtures.qwen3moe,
+    "qwen2moe": mixtures.qwen2moe,
+    "olmoe": mixtures.olmoe,
+    "granitemoe": mixtures.granitemoe,
+    "gpt-oss": mixtures.gpt_oss,
+    "smallthinker": mixtures.smallthinker,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
     "smollm3": _smollm3,
     "olmo2": _olmo2,
-    "granite": _granite,
+    "granite": granite,
     "falcon": _falcon,
 }

@@ -1,7 +1,7 @@
 """Reading a tensor of a GGUF file, some rows at a time: in its own bits (`kept.py`), or widened to floats.
 
 Which floats the values become is the file's question, not the tensor's (`dtype_of`): a store's matrices are
-of one dtype. Vectors (norms, biases) are float32 in every file and stay so.
+of one dtype. Vectors (norms, biases) are float32 in every file and stay so; so do routers.
 
 - A file whose matrices are all F32, F16 or BF16 keeps that: nothing is lost.
 - Anything else becomes float16. A block's value is a whole number of 4 to 8 bits times a scale of 11 bits, so
@@ -25,13 +25,13 @@ from storage.gguf.kept import CODEC, kept
 from storage.gguf.names import Restored
 
 FLOATS = {"F32": FLOAT32.name, "F16": FLOAT16.name, "BF16": BFLOAT16.name}
-KINDS = (*FLOATS, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+KINDS = (*FLOATS, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 CHUNK = 8 << 20  # bytes of float32 widened at once; widening needs a few times as much
 
 
-def dtype_of(tensors: Iterable[Packed]) -> str:
+def dtype_of(tensors: Iterable[Restored]) -> str:
     """What the matrices are widened to."""
-    kinds = {tensor.kind for tensor in tensors if len(tensor.shape) > 1}
+    kinds = {tensor.packed.kind for tensor in tensors if tensor.matrix}
     return FLOATS.get(kinds.pop(), FLOAT16.name) if len(kinds) == 1 else FLOAT16.name
 
 

@@ -42,7 +42,13 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "falcon": ("falcon",),
 }
 # Files older than that key do not say; of these architectures there is only one way.
-OLD_SPLITS = {"falcon": "falcon", "qwen2": "qwen2", "qwen3": "qwen2"}
+OLD_SPLITS = {
+    "falcon": "falcon",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2",
+    "qwen3": "qwen2",
+    "qwen3moe": "qwen2",
+}
 BEGINS = ("llama-3", "tekken")  # a text begins with the first token unless the file says otherwise
 GEMMAS = ("gemma2", "gemma3")
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import LayerPart, NeuronsPredicted, PartDone, ReadBundles
-from pipeline.ring.plan import Plan
+from pipeline.ring.plan import LARGE, Plan
 from pipeline.ring.segments import ID, SLOT
 from workers.cache.policy import NOTHING, Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
@@ -112,6 +112,7 @@ class LayerCache:
         assert not layer.guessed, "two guesses for one layer"
         residency = layer.residency
         missing = ids[residency.lease(ids) == NOWHERE]
+        missing = missing[: self._plan.forecast.guesses]
         admitted = missing[: residency.make_room(missing.size)]
         if not admitted.size:
             return []
@@ -193,15 +194,20 @@ class LayerCache:
         guessed: npt.NDArray[np.bool_],
         misses: int,
     ) -> list[Instruction]:
-        """Everything fits: hits, then the guess's, then the misses."""
+        """Everything fits: hits, then the guess's, then the misses, large ones of a token one by one."""
         places = [np.flatnonzero(~(missing | guessed))]
         if layer.guessed:
             places.append(np.flatnonzero(guessed))
         instructions: list[Instruction] = []
         if misses:
-            places.append(np.flatnonzero(missing))
-            read = (ids[places[-1]], slots[places[-1]])
-            instructions.append(self._read(layer, message, len(places) - 1, layer.guessed, *read))
+            absent = np.flatnonzero(missing)
+            alone = self._plan.stride >= LARGE and not message.every
+            at = layer.guessed
+            for some in np.split(absent, absent.size) if alone else (absent,):
+                read = self._read(layer, message, len(places), at, ids[some], slots[some])
+                instructions.append(read)
+                places.append(some)
+                at += read.count
         order = np.concatenate(places) if len(places) > 1 else places[0]
         self._wanted[message.layer, ID, : ids.size] = ids[order]
         self._wanted[message.layer, SLOT, : ids.size] = slots[order]

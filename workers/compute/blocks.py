@@ -55,6 +55,8 @@ def before_ffn(
 ) -> tuple[Hidden, Hidden]:
     """The residual stream so far, and the FFN's input, which `announce` has been given.
 
+    Of a layer with experts what the router reads is announced, and then the rows' experts are chosen.
+
     With `early` it is given what the FFN's input would be without this layer's attention, before
     attention is computed: reads have that time, too. In parallel blocks that is the FFN's input.
     """
@@ -62,18 +64,28 @@ def before_ffn(
     def norm(place: NormPlace, x: Hidden) -> Hidden:
         return device.norm(index, place, x) if place in layer.norms else x
 
+    def tell(hidden: Hidden) -> None:
+        announce(hidden)
+        if router is not None:
+            device.route(index, hidden)
+
+    router = layer.ffn.router
+    from_layer_input = router is not None and router.reads == "layer_input"
+    if from_layer_input:
+        tell(x)
     attention_input = norm("attention_input", x)
     if layer.parallel:
         ffn_input = norm("ffn_input", x) if "ffn_input" in layer.norms else attention_input
-        announce(ffn_input)
+        if not from_layer_input:
+            tell(ffn_input)
         return x + device.attention(index, attention_input), ffn_input
     if early:
         announce(norm("ffn_input", norm("attention_sum", x)))
     branch = norm("attention_output", device.attention(index, attention_input))
     x = norm("attention_sum", x + _scaled(layer, branch))
     ffn_input = norm("ffn_input", x)
-    if not early:
-        announce(ffn_input)
+    if not early and not from_layer_input:
+        tell(ffn_input)
     return x, ffn_input
 
 

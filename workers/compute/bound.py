@@ -20,7 +20,7 @@ from storage.architecture import (
     layer,
 )
 from storage.codecs import F32
-from storage.layout import Layout, Rows
+from storage.layout import ROLES, Layout, Rows
 
 
 class Source(Protocol):
@@ -54,6 +54,16 @@ class BoundNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundShared:
+    """What of an FFN every token has; `switch` is of one output, whose sigmoid is this part's weight."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    switch: Linear | None
+
+
+@dataclass(frozen=True, slots=True)
 class BoundLayer:
     """One layer's resident weights. Biases of the FFN may be empty."""
 
@@ -61,10 +71,13 @@ class BoundLayer:
     qkv: Linear
     out: Linear
     up_bias: F32  # [neurons]
-    down_bias: F32  # [d_model]
+    down_bias: F32  # [d_model]; of experts [units · d_model]
     gate_bias: F32 = field(default_factory=lambda: np.zeros(0, np.float32))  # [neurons]
+    sinks: F32 = field(default_factory=lambda: np.zeros(0, np.float32))  # [heads], or empty
     q_norm: BoundNorm | None = None
     k_norm: BoundNorm | None = None
+    router: Linear | None = None
+    shared: BoundShared | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +116,21 @@ def _layer(source: Source, index: int) -> BoundLayer:
         up_bias=source.vector(layer(index, "up.bias")),
         down_bias=source.vector(layer(index, "down.bias")),
         gate_bias=source.vector(layer(index, "gate.bias")),
+        sinks=source.vector(layer(index, "sinks")),
         q_norm=q_norm,
         k_norm=k_norm,
+        router=None if described.ffn.router is None else _linear(source, layer(index, "router")),
+        shared=_shared(source, index),
     )
+
+
+def _shared(source: Source, index: int) -> BoundShared | None:
+    shared = source.architecture.layers[index].ffn.shared
+    if shared is None:
+        return None
+    gate, up, down = (_linear(source, layer(index, f"shared_{role}")) for role in ROLES["gated"])
+    switch = _linear(source, layer(index, "shared_switch")) if shared.gated else None
+    return BoundShared(gate, up, down, switch)
 
 
 def _norm(source: Source, name: str, norm: Norm) -> BoundNorm:

@@ -27,7 +27,7 @@ class LayerFfn(Protocol[Out_co]):
     The output depends on the units alone: not on parts, their order or where they lay.
     """
 
-    active: int  # neurons so far whose activation is not zero, of a step that wants a set
+    active: int  # so far, of a step that wants a set: neurons with an activation that is not zero, or experts
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         """Add units `ids`, which lie in `slots` of `memory` [slots, stride]. Both are [n]."""
@@ -57,8 +57,14 @@ class Device(Protocol[Hidden]):
     def attention(self, index: int, x: Hidden) -> Hidden:
         """Layer `index`'s attention with its projections, keeping keys and values."""
 
+    def route(self, index: int, x: Hidden) -> None:
+        """Choose each row's experts, with weights, for layer `index`'s FFN; x is what its router reads."""
+
     def ffn(self, index: int, x: Hidden, mask: Mask | None = None) -> LayerFfn[Hidden]:
-        """Begin layer `index`'s FFN; `mask` [rows, neurons], where given, silences neurons."""
+        """Begin layer `index`'s FFN; `mask` [rows, neurons], where given, silences neurons.
+
+        Of a layer with experts, each row has those that `route` chose, and no others.
+        """
 
     def logits(self, x: Hidden) -> F32:
         """[rows, vocabulary] from the last layer's output."""

@@ -2,7 +2,7 @@
 
 Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
 `launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
-`functions.py`, `attention.py`. `norms.py` stands alone.
+`functions.py`, `experts.py`, `attention.py`. `norms.py` stands alone.
 
 Weights stay in the checkpoint's number format and are widened in registers. All sums are float32. Every
 loop is written once, and compiled for each codec that is used. Its caller's `Rows` say which elements of
@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from workers.kernels.attention import attend
 from workers.kernels.dense import NO_BIAS, combine, matvec
+from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes
@@ -48,6 +49,7 @@ __all__ = [
     "layer_norm",
     "matvec",
     "notes",
+    "outputs",
     "rms_norm",
     "warm",
 ]

@@ -13,6 +13,8 @@ from workers.kernels.codecs import scalars
 from workers.kernels.launch import use_threads
 from workers.kernels.rows import FAST, add_four, add_one, dots, four
 
+_NO_SINKS = np.zeros(0, np.float32)
+
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _rotate(vectors: Any, cos: Any, sin: Any) -> None:
@@ -44,6 +46,7 @@ def _attend(
     scale: Any,
     softcap: Any,
     bias: Any,
+    sinks: Any,
     scores: Any,
     out: Any,
 ) -> None:
@@ -67,14 +70,15 @@ def _attend(
         if softcap > np.float32(0):
             for t in range(first, length):
                 score[t] = np.float32(math.tanh(score[t] * scale / softcap))
-        highest = np.float32(-np.inf)
+        sunk = sinks.shape[0] > 0
+        highest = sinks[head] if sunk else np.float32(-np.inf)
         factor = softcap if softcap > np.float32(0) else scale
         for t in range(first, length):
             score[t] *= factor
             if biased:
                 score[t] += bias[head, t]
             highest = max(highest, score[t])
-        total = np.float32(0)
+        total = np.float32(math.exp(sinks[head] - highest)) if sunk else np.float32(0)
         for t in range(first, length):
             score[t] = np.float32(math.exp(score[t] - highest))
             total += score[t]
@@ -103,6 +107,7 @@ def _keep_and_attend(
     scale: Any,
     softcap: Any,
     bias: Any,
+    sinks: Any,
     scores: Any,
     out: Any,
 ) -> None:
@@ -114,7 +119,7 @@ def _keep_and_attend(
     put(codec, vectors[shared:], position, values)
     length = position + 1
     first = max(0, length - window)
-    _attend(codec, vectors[:heads], keys, values, first, length, scale, softcap, bias, scores, out)
+    _attend(codec, vectors[:heads], keys, values, first, length, scale, softcap, bias, sinks, scores, out)
 
 
 def attend(
@@ -131,6 +136,7 @@ def attend(
     threads: int,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: F32 = _NO_SINKS,
 ) -> F32:
     """Attention of the token at `position`; returns [heads · head_dim].
 
@@ -139,7 +145,8 @@ def attend(
     or none. Keys and values go into the caches, [kv_heads, context, head_dim] of `codec`'s carrier, before
     they are attended to; the token sees the last `window` of them, or all. Products are multiplied by
     `scale`, and then s becomes softcap · tanh(s / softcap) where there is one; bias [heads, context] is
-    added to them, or has no rows; scores [heads, context] is scratch.
+    added to them, or has no rows; scores [heads, context] is scratch. Sinks [heads], where there are any, are
+    one more score of each head, whose share is lost.
     """
     heads, width = scores.shape[0], keys.shape[2]
     out = np.empty(heads * width, np.float32)
@@ -147,6 +154,6 @@ def attend(
     use_threads(threads, heads * min(position + 1, seen) * width * 2 * keys.itemsize)
     numbers, factor, cap = scalars(codec), np.float32(scale), np.float32(softcap or 0)
     _keep_and_attend(
-        numbers, projected, cos, sin, keys, values, position, seen, factor, cap, bias, scores, out
+        numbers, projected, cos, sin, keys, values, position, seen, factor, cap, bias, sinks, scores, out
     )
     return out

@@ -102,7 +102,7 @@ def _bits(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-_as_float: Any = _bits  # called by compiled code with the bits alone
+as_float: Any = _bits  # called by compiled code with the bits alone
 
 
 @intrinsic
@@ -139,7 +139,7 @@ def integer_half(bits: Any) -> Any:
     """float16 → float32, exact for every finite value: exponents are re-biased by the product."""
     wide = np.uint32(bits)
     moved = ((wide & np.uint32(0x7FFF)) << np.uint32(13)) | ((wide & np.uint32(0x8000)) << np.uint32(16))
-    return _as_float(np.uint32(moved)) * np.float32(2.0**112)
+    return as_float(np.uint32(moved)) * np.float32(2.0**112)
 
 
 def _converts_halves() -> bool:
@@ -159,7 +159,7 @@ def _to_half(value: Any) -> Any:
         return np.uint16(sign | np.uint32(0x7E00))
     size = min(size, np.uint32(0x477FE000))  # 65,504
     if size < np.uint32(0x38800000):  # below the least normal: adding ½ leaves units of 2⁻²⁴ in the last bits
-        small = _as_bits(_as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+        small = _as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
         return np.uint16(sign | np.uint32(small))
     tie = (size >> np.uint32(13)) & np.uint32(1)
     rounded = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + tie) >> np.uint32(13)
@@ -169,7 +169,7 @@ def _to_half(value: Any) -> Any:
 @njit(inline="always")
 def _brain(bits: Any) -> Any:
     """bfloat16 → float32."""
-    return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
+    return as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
 @njit(inline="always")

@@ -20,6 +20,7 @@ from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
 Places = npt.NDArray[np.int64]
+_ABOVE = {"none": 0, "relu": 1, "clamped": 2}  # what becomes of an up product, by its number
 _OUTPUTS = 128  # of a sum over units that a thread takes at a time
 
 
@@ -62,6 +63,16 @@ def _activate(
                 out[i3] = activation(t3, function, threshold)
 
 
+@njit(inline="always")
+def _raised(product: Any, above: Any, numbers: Any) -> Any:
+    """What becomes of an up product."""
+    if above == 1:
+        return max(product, np.float32(0))
+    if above == 2:
+        return min(max(product, -numbers[0]), numbers[0]) + np.float32(1)
+    return product
+
+
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _activate_gated(
     gate_codec: Any,
@@ -77,7 +88,7 @@ def _activate_gated(
     out: Any,
     function: Any,
     threshold: Any,
-    rectified: Any,
+    above: Any,
     threads: Any,
 ) -> None:
     gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
@@ -124,9 +135,8 @@ def _activate_gated(
                     t1 += up_bias[ids[i1]]
                     t2 += up_bias[ids[i2]]
                     t3 += up_bias[ids[i3]]
-                if rectified:
-                    zero = np.float32(0)
-                    t0, t1, t2, t3 = max(t0, zero), max(t1, zero), max(t2, zero), max(t3, zero)
+                t0, t1 = _raised(t0, above, threshold), _raised(t1, above, threshold)
+                t2, t3 = _raised(t2, above, threshold), _raised(t3, above, threshold)
                 out[i0] = activated[i0 - start] * t0
                 out[i1] = activated[i1 - start] * t1
                 out[i2] = activated[i2 - start] * t2
@@ -197,6 +207,10 @@ def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any)
         codec.widen_row(memory, at[i], column, width, out[i])
 
 
+def _pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
+    return np.float32(numbers[0]), np.float32(numbers[1])
+
+
 def _places(rows: Rows, lines: I32) -> Places:
     """The elements of flat memory where the vectors of some lines begin, one line after the other."""
     first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
@@ -223,7 +237,7 @@ def activate(
     at, memory = _places(up, slots), up.memory.reshape(-1)
     result = np.empty(at.shape[0], np.float32) if out is None else out
     launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], neurons_of(ids, up.count)
+    least, number, neurons = _pair((threshold, 1.0)), ACTIVATIONS[function], neurons_of(ids, up.count)
     _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
     return result
 
@@ -260,8 +274,8 @@ def activate_gated(
         *biases,
         result,
         ACTIVATIONS[ffn.activation],
-        np.float32(ffn.threshold),
-        ffn.up_activation == "relu",
+        _pair(ffn.numbers),
+        _ABOVE[ffn.up_activation],
         launched,
     )
     return result

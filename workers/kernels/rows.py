@@ -2,7 +2,7 @@
 
 A row lies in flat memory, an array of its codec's carrier, from some element on. Loops call the methods of
 what `loops` gives for a codec, and do not know how it writes numbers. Of floats those methods are the
-functions here, and of few bits those in `grouped.py`.
+functions here, and of few bits those in `grouped.py` and `microscaled.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload_method
 
-from storage.codecs import Codec
+from storage.codecs import MXFP4, Codec
 from workers.kernels import grouped
 from workers.kernels.codecs import Scalars, ScalarsType, scalars
 from workers.kernels.grouped import Groups, GroupsType
+from workers.kernels.microscaled import MICRO, Micro
 from workers.kernels.prepare import preparation
 
 # Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
@@ -103,12 +104,14 @@ def add_one(codec: Any, y: Any, a: Any, row: Any) -> None:
         y[j] += a * codec.widen(row[j])
 
 
-def loops(codec: Codec) -> Scalars | Groups:
+def loops(codec: Codec) -> Scalars | Groups | Micro:
     """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
+    if codec is MXFP4:
+        return MICRO
     return scalars(codec) if codec.grouped is None else grouped.groups(codec)
 
 
-# What compiled code may ask of either kind. `at` and `following` are elements of `memory`: four, or one.
+# What compiled code may ask of any of them. `at` and `following` are elements of `memory`: four, or one.
 
 
 @overload_method(ScalarsType, "dots", inline="always")

@@ -9,6 +9,7 @@ from storage.codecs import FLOAT32, Codec
 from storage.layout import Rows
 from workers.kernels.attention import attend
 from workers.kernels.dense import NO_BIAS, matvec
+from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.norms import layer_norm, rms_norm
@@ -38,7 +39,9 @@ def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None
     if "gated" in kinds:
         activate_gated(gate, up, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, 1, "silu"), 1, a)
     accumulate(down, ids, ids, a, y, 1)
-    if any(layer.ffn.width > 1 for layer in layers):
+    if any(layer.ffn.router for layer in layers):
+        outputs(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, x, 1)
+    if any(layer.ffn.width > 1 and not layer.ffn.router for layer in layers):
         accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
     gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])
     keys = np.zeros((1, 2, 64), cache.carrier)

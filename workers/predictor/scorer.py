@@ -27,5 +27,8 @@ class Scorer(Protocol):
         """
 
     def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
-        """The same as ids, each ascending: what is certain, and what is wanted only where it is resident."""
+        """The same as ids, each ascending: what is certain, and what is wanted only where it is resident.
+
+        A guess may be in an order of its own, likeliest first.
+        """
         return np.flatnonzero(self.active(layer, hidden, own)), NOTHING

@@ -25,7 +25,17 @@ def _lowrank(store: Store, config: Config, forecast: Forecast) -> Scorer:
     return lowrank.load(store, config.model.predictor, forecast, config.predictor.threshold)
 
 
-SCORERS: dict[str, Callable[[Store, Config, Forecast], Scorer]] = {"oracle": _oracle, "lowrank": _lowrank}
+def _router(store: Store, config: Config, forecast: Forecast) -> Scorer:
+    from workers.predictor.router import RouterScorer
+
+    return RouterScorer.load(store, forecast)
+
+
+SCORERS: dict[str, Callable[[Store, Config, Forecast], Scorer]] = {
+    "oracle": _oracle,
+    "lowrank": _lowrank,
+    "router": _router,
+}
 
 
 def load_scorer(store: Store, config: Config, forecast: Forecast) -> Scorer | None:

@@ -19,6 +19,7 @@ from storage.layout import Layout
 
 IOV_MAX = 1024  # most iovecs of one read, Linux's limit
 DIRECT_UNIT = 512  # bytes; the least that direct I/O reads on any disk
+PIECE_UNIT = 4096  # bytes; of the pieces of a larger unit but its last
 IOVEC_BYTES = 16  # struct iovec of 64-bit systems: address and length
 
 Integers = npt.NDArray[np.int64]
@@ -146,12 +147,14 @@ class RequestBuilder:
         )
 
     def build(self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Requests:
-        """Reads that bring the bundle at file position `positions[i]` of `layer` into `slots[i]`."""
+        """Reads that bring the unit at file position `positions[i]` of `layer` into `slots[i]`."""
         assert positions.shape == slots.shape
         if positions.size == 0:
             return Requests.scatter(np.empty(0, np.int64), np.zeros(1, np.int64), np.empty((0, 2), np.int64))
         part = self.layout.layers[layer]
         stride = part.unit.stride
+        if stride > self.max_read:
+            return self._pieces(layer, positions, slots)
         both = np.array((positions, slots), np.int64)[:, positions.argsort(kind="stable")]
         position, slot = both
         step, slot_step = both[:, 1:] - both[:, :-1]
@@ -180,6 +183,28 @@ class RequestBuilder:
             iovecs=iovecs,
             bundles=position.size,
             gap_bytes=gaps * stride,
+        )
+
+    def _pieces(self, layer: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Requests:
+        """Units larger than a read, each by several reads of about one length, unit after unit.
+
+        Several pieces under way fill the disk where a single read does not, and each goes into its place.
+        """
+        part = self.layout.layers[layer]
+        stride = part.unit.stride
+        length = -(-stride // -(-stride // self.max_read))
+        length = -(-length // PIECE_UNIT) * PIECE_UNIT
+        within = np.arange(0, stride, length)
+        assert 0 <= slots.min() <= slots.max() < self.slots, "a slot outside the segment"
+        assert 0 <= positions.min() <= positions.max() < part.units, "a neuron outside the layer"
+        iovecs = np.empty((positions.size * within.size, 2), np.int64)
+        iovecs[:, 0] = np.add.outer(self.base + slots.astype(np.int64) * self.stride, within).reshape(-1)
+        iovecs[:, 1] = np.tile(np.minimum(length, stride - within), positions.size)
+        return Requests.scatter(
+            offsets=np.add.outer(part.offset(positions.astype(np.int64)), within).reshape(-1),
+            bounds=np.arange(len(iovecs) + 1),
+            iovecs=iovecs,
+            bundles=positions.size,
         )
 
     def _starts(self, position: Integers, step: Integers, stride: int) -> npt.NDArray[np.bool_]:

@@ -23,12 +23,14 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
+from workers.compute.cpu.experts import BatchExperts, activated, of_shared, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import capped, finished
 from workers.compute.positions import Positions
+from workers.routing import Routing
 
 
 class BatchOperations:
@@ -45,6 +47,7 @@ class BatchOperations:
         self.first = 0  # position of the first token
         self._positions = positions
         self._units = [layer.unit for layer in source.layout.layers]
+        self._routing: Routing | None = None  # of the layer at hand
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x = self.source.lines(EMBED, tokens)
@@ -79,7 +82,7 @@ class BatchOperations:
     def _mixed(self, index: int, queries: F32, keys: F32, values: F32) -> F32:
         """Causal attention, [tokens, heads · head_dim]; some tokens of a head at a time."""
         a, bias = self.architecture.layers[index].attention, self._positions.bias[index]
-        tokens = queries.shape[1]
+        tokens, sinks = queries.shape[1], self.model.layers[index].sinks
         before = keys.shape[1] - tokens
         group = a.heads // a.kv_heads
         scale, window = np.float32(a.scale), a.window or keys.shape[1]
@@ -102,17 +105,30 @@ class BatchOperations:
             if known - window > low:
                 scores[np.tri(stop - start, known - low, oldest - low - 1, dtype=np.bool_)] = -np.inf
             scores[:, before + start - low :][future[: stop - start, : stop - start]] = -np.inf
-            scores -= scores.max(axis=1, keepdims=True)
+            highest = scores.max(axis=1, keepdims=True)
+            if sinks.size:
+                highest = np.maximum(highest, sinks[head])
+            scores -= highest
             np.exp(scores, out=scores)
-            scores /= scores.sum(axis=1, keepdims=True)
+            total = scores.sum(axis=1, keepdims=True)
+            scores /= total + np.exp(sinks[head] - highest) if sinks.size else total
             np.matmul(scores, values[shared, low:known], out=out[start:stop, head])
 
         tasks = product(range(a.heads), range(0, tokens, QUERIES))
         self.pool.run(attend, *zip(*tasks, strict=True))
         return out.reshape(tokens, -1)
 
-    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn:
+    def route(self, index: int, x: F32) -> None:
+        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, _row_product)
+
+    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]
+        if layer.ffn.router is not None or layer.ffn.shared is not None:
+            assert mask is None, "experts are chosen, not masked"
+            routing, self._routing = self._routing, None
+            bound, unit = self.model.layers[index], self._units[index]
+            shared = None if bound.shared is None else of_shared(layer.ffn, bound.shared, x, self._linear)
+            return BatchExperts(bound, unit, layer.ffn, x, routing, shared, self.pool)
         return BatchFfn(self.model.layers[index], self._units[index], layer.ffn, x, self.pool, mask)
 
     def logits(self, x: F32) -> F32:
@@ -137,6 +153,11 @@ class BatchOperations:
         if linear.bias.size:
             out += linear.bias
         return out
+
+
+def _row_product(linear: Linear, row: F32) -> F32:
+    """As for one token."""
+    return kernels.matvec(linear.weight, row, 1, linear.bias)
 
 
 def _rotated(x: F32, cos: F32, sin: F32) -> F32:
@@ -236,10 +257,9 @@ class BatchFfn:
             ids = neurons_of(np.concatenate(block.ids), self._unit.width)
             a = self._product(block, "up", ids, self._bound.up_bias)
             if self._ffn.kind == "gated":
-                up, a = a, self._product(block, "gate", ids, self._bound.gate_bias)
-            kernels.activations(a, self._ffn.activation, self._ffn.threshold)
-            if self._ffn.kind == "gated":
-                a *= np.maximum(up, 0) if self._ffn.up_activation == "relu" else up
+                a = activated(self._ffn, self._product(block, "gate", ids, self._bound.gate_bias), a)
+            else:
+                kernels.activations(a, self._ffn.activation, *self._ffn.numbers)
             if self._mask is not None:
                 a *= self._mask[:, ids].T
             active[number] = a

@@ -55,6 +55,9 @@ class CpuDevice:
     def attention(self, index: int, x: F32) -> F32:
         return self._now.attention(index, x)
 
+    def route(self, index: int, x: F32) -> None:
+        self._now.route(index, x)
+
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> LayerFfn[F32]:
         return self._now.ffn(index, x, mask)
 

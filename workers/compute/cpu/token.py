@@ -12,11 +12,13 @@ from storage.codecs import F32
 from storage.layout import Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
+from workers.compute.cpu.experts import TokenExperts, of_shared, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import finished
 from workers.compute.positions import Positions
+from workers.routing import Routing
 
 
 class TokenOperations:
@@ -34,7 +36,9 @@ class TokenOperations:
         self._positions = positions
         self._units = [layer.unit for layer in source.layout.layers]
         layers = self.architecture.layers
-        self._activations = np.empty(max(layer.ffn.neurons for layer in layers), np.float32)  # of one layer
+        neurons = max((layer.ffn.neurons for layer in layers if not layer.ffn.router), default=0)
+        self._activations = np.empty(neurons, np.float32)  # of one layer
+        self._routing: Routing | None = None  # of the layer at hand
         context = cache.keys[0].shape[1]
         heads = max(layer.attention.heads for layer in layers)
         self._scores = np.empty((heads, context), np.float32)  # of one layer
@@ -71,12 +75,22 @@ class TokenOperations:
             self.threads,
             attention.window,
             attention.softcap,
+            bound.sinks,
         )
         return self._product(bound.out, mixed)[None]
 
-    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn:
+    def route(self, index: int, x: F32) -> None:
+        self._routing = routed(
+            self.architecture.layers[index].ffn, self.model.layers[index], x, self._product
+        )
+
+    def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"
         ffn, bound, unit = self.architecture.layers[index].ffn, self.model.layers[index], self._units[index]
+        if ffn.router is not None or ffn.shared is not None:
+            routing, self._routing = self._routing, None
+            shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
+            return TokenExperts(bound, unit, ffn, x[0], routing, shared, self.threads)
         return TokenFfn(bound, unit, ffn, x[0], self._activations, self.threads)
 
     def logits(self, x: F32) -> F32:

@@ -17,11 +17,12 @@ from torch.nn import functional
 from storage.architecture import EMBED, POSITIONS, Attention, Ffn, NormPlace
 from storage.codecs import F32, FLOAT32, FLOATS, Codec
 from storage.layout import Role, Rows, Unit, neurons_of
-from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, Linear
+from workers.compute.bound import BoundLayer, BoundModel, BoundNorm, BoundShared, Linear
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.logits import finished
 from workers.compute.positions import Positions
 from workers.compute.weights import Weights
+from workers.routing import Routing, route
 
 
 class TorchDevice:
@@ -44,6 +45,7 @@ class TorchDevice:
         self._first = 0
         self._sequences = 1
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._routing: Routing | None = None  # of the layer at hand
         if context:
             kind = getattr(torch, cache_codec.name)
             for layer in self.architecture.layers:
@@ -92,19 +94,37 @@ class TorchDevice:
         if self._kept:
             keys, values = self._with_past(index, keys[0], values[0])
         mask = self._mask(index, tokens)
-        if a.softcap is not None:
+        if a.softcap is not None or a.sinks:
             keys, values = (part.repeat_interleave(a.heads // a.kv_heads, dim=1) for part in (keys, values))
             scores = queries @ keys.transpose(2, 3) * a.scale
-            mixed = (a.softcap * torch.tanh(scores / a.softcap) + mask).softmax(-1) @ values
+            if a.softcap is not None:
+                scores = a.softcap * torch.tanh(scores / a.softcap)
+            mixed = self._shares(bound, scores + mask) @ values
         else:
             mixed = functional.scaled_dot_product_attention(
                 queries, keys, values, mask, scale=a.scale, enable_gqa=a.heads != a.kv_heads
             )
         return self._linear(bound.out, mixed.transpose(1, 2).reshape(x.shape[0], a.width))
 
-    def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn:
-        ffn = self.architecture.layers[index].ffn
-        return TorchFfn(self._model.layers[index], self._units[index], ffn, x, mask)
+    def route(self, index: int, x: Tensor) -> None:
+        router, bound = self.architecture.layers[index].ffn.router, self._model.layers[index].router
+        assert router is not None
+        assert bound is not None
+        self._routing = route(router, self.host(self._linear(bound, x)))
+
+    def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn | TorchExperts:
+        ffn, bound, unit = self.architecture.layers[index].ffn, self._model.layers[index], self._units[index]
+        if ffn.router is not None or ffn.shared is not None:
+            assert mask is None, "experts are chosen, not masked"
+            routing, self._routing = self._routing, None
+            shared = None if bound.shared is None else self._of_shared(ffn, bound.shared, x)
+            return TorchExperts(bound, unit, ffn, x, routing, shared)
+        return TorchFfn(bound, unit, ffn, x, mask)
+
+    def _of_shared(self, ffn: Ffn, shared: BoundShared, x: Tensor) -> Tensor:
+        a = gated(ffn, self._linear(shared.gate, x), self._linear(shared.up, x))
+        output = self._linear(shared.down, a)
+        return output if shared.switch is None else output * self._linear(shared.switch, x).sigmoid()
 
     def logits(self, x: Tensor) -> F32:
         if self._model.final_norm is not None:
@@ -149,6 +169,13 @@ class TorchDevice:
         if window is not None:
             allowed = allowed.triu(self._first - window + 1)
         return mask.masked_fill(~allowed, -torch.inf)
+
+    def _shares(self, bound: BoundLayer, scores: Tensor) -> Tensor:
+        """Of keys, [1, heads, tokens, keys]; a sink takes its own of them all."""
+        if not bound.sinks.size:
+            return scores.softmax(-1)
+        sinks = self._here(bound.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
     def _linear(self, linear: Linear, x: Tensor) -> Tensor:
         bias = self._here(linear.bias) if linear.bias.size else None
@@ -211,10 +238,7 @@ class TorchFfn:
         ids = neurons_of(ids, self._unit.width)
         a = self._product("up", units, ids, self._bound.up_bias)
         if self._ffn.kind == "gated":
-            gate = self._product("gate", units, ids, self._bound.gate_bias)
-            if self._ffn.up_activation == "relu":
-                a = functional.relu(a)
-            a *= activated(self._ffn, gate)
+            a = gated(self._ffn, self._product("gate", units, ids, self._bound.gate_bias), a)
         else:
             a = activated(self._ffn, a)
         if self._mask is not None:
@@ -234,6 +258,68 @@ class TorchFfn:
         return product
 
 
+class TorchExperts:
+    """One layer's FFN of experts, each computed with the rows that chose it; summed by ascending id."""
+
+    def __init__(
+        self,
+        bound: BoundLayer,
+        unit: Unit,
+        ffn: Ffn,
+        x: Tensor,
+        routing: Routing | None,
+        shared: Tensor | None,
+    ) -> None:
+        """x [rows, d_model]; `routing` is None without experts, `shared` the shared part's output."""
+        self._bound, self._unit, self._ffn, self._input = bound, unit, ffn, x
+        self._routing, self._shared = routing, shared
+        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}  # of each expert: rows, and what they get
+        self.active = 0
+
+    def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
+        for expert, slot in zip(ids.tolist(), slots.tolist(), strict=True):
+            assert self._routing is not None
+            rows, places = np.nonzero(self._routing.ids == expert)
+            if rows.size:
+                weights = torch.from_numpy(self._routing.weights[rows, places]).to(self._input.device)
+                which = torch.from_numpy(rows).to(self._input.device)
+                found = self._of_expert(memory[slot : slot + 1], expert, self._input[which])
+                self._outputs[expert] = which, weights[:, None] * found
+                self.active += 1
+
+    def close(self) -> None:
+        """Every expert has been computed."""
+
+    def finish(self) -> Tensor:
+        output = torch.zeros_like(self._input)
+        for expert in sorted(self._outputs):
+            rows, found = self._outputs[expert]
+            output[rows] += found
+        return output if self._shared is None else output + self._shared
+
+    def _of_expert(self, unit: Bytes, expert: int, x: Tensor) -> Tensor:
+        def product(role: Role, x: Tensor, bias: F32) -> Tensor:
+            product = functional.linear(x, _widened(self._unit.view(unit, role), x.device).view(shape[role]))
+            if bias.size:
+                product += torch.from_numpy(bias.reshape(self._ffn.units, -1)[expert]).to(x.device)
+            return product
+
+        shape = {row.role: self._unit.shape(row.role) for row in self._unit.rows}
+        gate = product("gate", x, self._bound.gate_bias)
+        a = gated(self._ffn, gate, product("up", x, self._bound.up_bias))
+        return product("down", a, self._bound.down_bias)
+
+
+def gated(ffn: Ffn, gate: Tensor, up: Tensor) -> Tensor:
+    """A gated FFN's activations from its products."""
+    match ffn.up_activation:
+        case "relu":
+            up = functional.relu(up)
+        case "clamped":
+            up = up.clamp(-ffn.limit, ffn.limit) + 1
+    return activated(ffn, gate) * up
+
+
 def activated(ffn: Ffn, x: Tensor) -> Tensor:
     """The FFN's activation function of x."""
     match ffn.activation:
@@ -243,6 +329,9 @@ def activated(ffn: Ffn, x: Tensor) -> Tensor:
             return functional.threshold(x, ffn.threshold, 0.0)
         case "silu":
             return functional.silu(x)
+        case "clamped_silu":
+            x = x.clamp(max=ffn.limit)
+            return x * torch.sigmoid(ffn.alpha * x)
         case "gelu":
             return functional.gelu(x)
         case "gelu_tanh":

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pipeline import ending
 from pipeline.cores import thread_count
 from pipeline.ring.memory import proportional_bytes
-from storage.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, layer
+from storage.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, Layer, layer
 from storage.codecs import CODECS, F32
 from storage.errors import StoreCorrupt, StoreError, UsageError
 from storage.files import drop_cache, open_direct
@@ -155,12 +155,23 @@ def pieces(store: Store, file: Tensors, resident: int, bundles: int) -> list[Pie
         cut(name, resident, place.offset, place.shape[0], place.bytes // place.shape[0])
 
     for index, part in enumerate(store.layout.layers):
-        for tensor in ("qkv", "out"):
+        for tensor in _matrices(store.architecture.layers[index]):
             matrix(layer(index, f"{tensor}.weight"))
         cut(f"{index}", bundles, part.start, part.units, part.unit.stride)
     if PROJECT_OUT in file:
         matrix(PROJECT_OUT)
     matrix(EMBED if store.architecture.tied_head else HEAD)
+    return found
+
+
+def _matrices(described: Layer) -> list[str]:
+    """A layer's resident matrices, in the order in which they are used."""
+    router, shared = described.ffn.router, described.ffn.shared
+    found = ["qkv", "out"]
+    if router is not None:
+        found.insert(0 if router.reads == "layer_input" else 2, "router")
+    if shared is not None:
+        found += ["shared_gate", "shared_up", "shared_down", *(["shared_switch"] if shared.gated else [])]
     return found
 
 

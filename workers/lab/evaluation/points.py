@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.planner.divide import plan, predictor_bytes
+from storage.errors import UsageError
 from workers.cache.policies import make_policy
 from workers.lab.evaluation.report import compare_text
 from workers.lab.evaluation.statistics import Estimate
@@ -89,6 +90,11 @@ def measure(
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Point]:
     """Every point, on the same tokens. `points`: name, configuration and what was set."""
+    if model.store.architecture.mixture:
+        raise UsageError(
+            f"{model.store.manifest.name} is a mixture of experts: points compare sets of neurons, and its "
+            "routers choose whole experts exactly"
+        )
     for _, chosen, _ in points:  # what cannot be is refused before the work
         make_chooser(model.store, chosen, in_order=True)
         plan(model.store, chosen, available=0)

@@ -162,13 +162,13 @@ class CacheAwareChooser(RingChooser):
 
 
 def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingChooser | None:
-    """What the ring of this configuration would choose; None: every neuron (kind `all`).
+    """What the ring of this configuration would choose; None: every neuron, or a router decides.
 
     `in_order`: source rows will come as the tokens of one ring's life, which cache-aware choice needs.
     Raises ConfigError and StoreError as the ring's start does.
     """
     forecast = resolve(store, config).forecast
-    if forecast.every:
+    if forecast.every or forecast.kind == "router":  # which every device chooses by itself
         return None
     if forecast.kind == "oracle":
         return RingChooser(forecast, OracleScores(store))

@@ -64,6 +64,8 @@ def record_command(
     check_writable(out)
     source, config = configure(model, config_file, settings or ())
     store = source.open_store()
+    if store.architecture.mixture:
+        raise UsageError(f"{store.manifest.name} is a mixture of experts: traces are of single neurons")
     if not store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
     config = resolve(store, config).config

@@ -119,6 +119,11 @@ def deciding(
 def require_relu(store: Store) -> None:
     """Raises UnsupportedModel unless zero activations are exact."""
     architecture = store.architecture
+    if architecture.mixture:
+        raise UnsupportedModel(
+            f"{store.manifest.name} is a mixture of experts, which its own routers choose: no predictors are "
+            "trained for it"
+        )
     if not architecture.sparse:
         raise UnsupportedModel(
             f"{store.manifest.name} has {architecture.activation} activations: low-rank predictors need a "

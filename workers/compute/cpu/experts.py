@@ -1,0 +1,201 @@
+"""An FFN of experts on the CPU, of a shared part, or of both; of one token, and of many.
+
+Every expert's output is kept apart until its group of parts is closed, and summed in ascending id then: the
+sum does not depend on which parts came first. Groups ascend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.ring.plan import ROWS, TILE
+from storage.architecture import Ffn
+from storage.codecs import F32
+from storage.layout import I32, Role, Rows, Unit
+from workers import kernels
+from workers.compute.bound import BoundLayer, BoundShared, Linear
+from workers.compute.cpu.pool import Pool
+from workers.compute.device import Bytes
+from workers.routing import Ids, Routing, route
+
+
+def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32], F32]) -> Routing:
+    """Of x [rows, d_model], one row after the other: its logits are the same bits in whatever company.
+
+    They are the predictor's, too: `product` multiplies one row by the kernel that it uses.
+    """
+    assert ffn.router is not None
+    assert bound.router is not None
+    return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
+
+
+def of_shared(ffn: Ffn, shared: BoundShared, x: F32, product: Callable[[Linear, F32], F32]) -> F32:
+    """The output of what every token has, of one row or of many."""
+    a = activated(ffn, product(shared.gate, x), product(shared.up, x))
+    output = product(shared.down, a)
+    if shared.switch is not None:
+        output *= np.float32(1) / (np.float32(1) + np.exp(-product(shared.switch, x)))
+    return output
+
+
+class TokenExperts:
+    """One layer's FFN of one token. Experts are computed as they come, whatever else is under way."""
+
+    def __init__(
+        self,
+        bound: BoundLayer,
+        unit: Unit,
+        ffn: Ffn,
+        x: F32,
+        routing: Routing | None,
+        shared: F32 | None,
+        threads: int,
+    ) -> None:
+        """x [d_model]; `routing` is its one row's, None without experts; `shared` [d_model] is added."""
+        self._bound, self._unit, self._ffn, self._input, self._threads = bound, unit, ffn, x, threads
+        self._weights = np.zeros(ffn.units, np.float32)
+        self._chosen = np.zeros(ffn.units, np.bool_)
+        if routing is not None:
+            self._weights[routing.ids[0]] = routing.weights[0]
+            self._chosen[routing.ids[0]] = True
+        self._kept: list[tuple[I32, F32]] = []  # ids [n] and outputs [n, d_model] of the group's parts
+        self._output = np.zeros_like(x)
+        self._shared = shared
+        self.active = 0  # experts
+
+    def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
+        wanted = self._chosen[ids]
+        ids, slots = ids[wanted], slots[wanted]
+        if not ids.size:
+            return
+        gate, up = self._unit.view(memory, "gate"), self._unit.view(memory, "up")
+        biases = self._bound.gate_bias, self._bound.up_bias
+        a = kernels.activate_gated(gate, up, ids, slots, self._input, biases, self._ffn, self._threads)
+        found = kernels.outputs(self._unit.view(memory, "down"), slots, a, self._threads)
+        if self._bound.down_bias.size:
+            found += self._bound.down_bias.reshape(self._ffn.units, -1)[ids]
+        self._kept.append((ids, found))
+        self.active += ids.size
+
+    def close(self) -> None:
+        if not self._kept:
+            return
+        ids, found = (np.concatenate(several) for several in zip(*self._kept, strict=True))
+        self._kept.clear()
+        for place in np.argsort(ids):
+            self._output += self._weights[ids[place]] * found[place]
+
+    def finish(self) -> F32:
+        assert self.active == np.count_nonzero(self._chosen), "an expert has not come"
+        if self._shared is not None:
+            self._output += self._shared
+        return self._output[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Some tokens of one expert; the expert lies in `slot`."""
+
+    expert: int
+    slot: int
+    rows: Ids  # ascending
+    weights: F32
+
+
+class BatchExperts:
+    """One layer's FFN of many tokens: each expert with the tokens that chose it, others are left out."""
+
+    def __init__(
+        self,
+        bound: BoundLayer,
+        unit: Unit,
+        ffn: Ffn,
+        x: F32,
+        routing: Routing | None,
+        shared: F32 | None,
+        pool: Pool,
+    ) -> None:
+        """x [n, d_model]; `routing` is None without experts; `shared` [n, d_model] is added."""
+        self._bound, self._unit, self._ffn, self._input, self._pool = bound, unit, ffn, x, pool
+        self._routing = routing
+        self._parts: list[tuple[I32, I32]] = []
+        self._memory: Bytes | None = None
+        self._output = np.zeros_like(x)
+        self._shared = shared
+        self.active = 0  # not counted
+
+    def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
+        if ids.size:
+            self._parts.append((ids, slots))
+            self._memory = memory
+
+    def close(self) -> None:
+        if self._memory is None:
+            return
+        ids, slots = (np.concatenate(several) for several in zip(*self._parts, strict=True))
+        order = np.argsort(ids, kind="stable")
+        tasks = self._tasks(ids[order], slots[order])
+        wave = 2 * self._pool.threads  # outputs that are kept apart at once
+        for start in range(0, len(tasks), wave):
+            self._run(tasks[start : start + wave], self._memory)
+        self._parts.clear()
+        self._memory = None
+
+    def finish(self) -> F32:
+        return self._output if self._shared is None else self._output + self._shared
+
+    def _tasks(self, ids: I32, slots: I32) -> list[_Task]:
+        assert self._routing is not None
+        tasks = []
+        for expert, slot in zip(ids.tolist(), slots.tolist(), strict=True):
+            rows, places = np.nonzero(self._routing.ids == expert)
+            weights = self._routing.weights[rows, places]
+            for start in range(0, rows.size, ROWS):
+                some = slice(start, start + ROWS)
+                tasks.append(_Task(expert, slot, rows[some], weights[some]))
+        return tasks
+
+    def _run(self, tasks: Sequence[_Task], memory: Bytes) -> None:
+        found: list[F32] = [np.empty(0, np.float32)] * len(tasks)
+
+        def compute(number: int) -> None:
+            found[number] = self._of_expert(tasks[number], memory)
+
+        self._pool.run(compute, range(len(tasks)))
+        for task, output in zip(tasks, found, strict=True):
+            self._output[task.rows] += task.weights[:, None] * output.T
+
+    def _of_expert(self, task: _Task, memory: Bytes) -> F32:
+        """[d_model, rows]."""
+        x, width = self._input[task.rows].T, self._ffn.width
+        neurons = slice(task.expert * width, (task.expert + 1) * width)
+        gate = self._product(memory, "gate", task.slot, x, self._bound.gate_bias[neurons])
+        up = self._product(memory, "up", task.slot, x, self._bound.up_bias[neurons])
+        outputs = slice(task.expert * len(x), (task.expert + 1) * len(x))
+        a = activated(self._ffn, gate, up)
+        return self._product(memory, "down", task.slot, a, self._bound.down_bias[outputs])
+
+    def _product(self, memory: Bytes, role: Role, slot: int, x: F32, bias: F32) -> F32:
+        """Of an expert's rows with x [values, tokens], tile by tile; the bias may be empty."""
+        rows: Rows = self._unit.view(memory, role)
+        out = np.empty((rows.count, x.shape[1]), np.float32)
+        for start in range(0, rows.count, TILE):
+            stop = min(start + TILE, rows.count)
+            wide = self._pool.scratch(stop - start, rows.width)
+            kernels.gather(rows, slot * rows.count + np.arange(start, stop), 0, rows.width, wide)
+            np.matmul(wide, x, out=out[start:stop])
+        if bias.size:
+            out += bias[:, None]
+        return out
+
+
+def activated(ffn: Ffn, gate: F32, up: F32) -> F32:
+    """A gated FFN's activations from its products [..., n], in the place of the gate's."""
+    kernels.activations(np.atleast_2d(gate), ffn.activation, *ffn.numbers)
+    if ffn.up_activation == "clamped":
+        up = np.clip(up, -ffn.limit, ffn.limit) + np.float32(1)
+    gate *= np.maximum(up, 0) if ffn.up_activation == "relu" else up
+    return gate

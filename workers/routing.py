@@ -1,0 +1,49 @@
+"""Which experts a row has, and how much each counts, from a router's logits. Pure numpy.
+
+The predictor chooses with this, and compute again: from the same row by the same kernel come the same logits,
+and with them the same experts, so that only their ids travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.architecture import Router
+from storage.codecs import F32
+
+Ids = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Of each row its experts, ascending, and their weights: both [rows, top_k]."""
+
+    ids: Ids
+    weights: F32
+
+
+def ranked(logits: F32, top_k: int) -> Ids:
+    """The experts with the largest logits, [..., top_k], likeliest first, and of equal ones the lower id."""
+    order: Ids = np.argsort(-logits, axis=-1, kind="stable")
+    return order[..., :top_k]
+
+
+def route(router: Router, logits: F32) -> Routing:
+    """From logits [rows, experts]."""
+    ids = np.sort(ranked(logits, router.top_k), axis=-1)
+    chosen = np.take_along_axis(logits, ids, axis=-1)
+    if router.scores == "sigmoid":
+        weights = 1 / (1 + np.exp(-chosen))
+    else:
+        highest = logits.max(axis=-1, keepdims=True)
+        exponents = np.exp(chosen - highest)
+        of = chosen if router.over == "chosen" else logits
+        weights = exponents / np.exp(of - highest).sum(axis=-1, keepdims=True)
+    if router.renormalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    if router.scale != 1:
+        weights = weights * np.float32(router.scale)
+    return Routing(ids, weights.astype(np.float32))
