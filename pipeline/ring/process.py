@@ -29,6 +29,7 @@ from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
 from pipeline.ring.plan import Plan
+from pipeline.ring.timeline import Timeline
 from storage.errors import FlashringError, UsageError
 from storage.store import Store
 
@@ -72,6 +73,7 @@ class Worker:
     config: Config
     plan: Plan
     segments: segments.Segments
+    timeline: Timeline
 
     def ready(self, *notes: str) -> None:
         """Tell the supervisor that this worker can receive.
@@ -119,8 +121,10 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[
                 config=Config.parse(spec.config),
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
+                timeline=Timeline.wanted(),
             )
             uvloop.run(_as_coroutine(main, worker))
+            worker.timeline.write(name)
         except Exception as error:
             known = isinstance(error, FlashringError)
             if not known:

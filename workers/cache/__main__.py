@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pipeline.ring.messages import LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.ring.process import Worker, run
+from pipeline.ring.timeline import ANSWERED, FORESEEN
 from workers.cache.layers import LayerCache
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
@@ -25,11 +26,17 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
         if isinstance(message, NeuronsPredicted) and not message.step.every:
             cache.decode_seconds += time.perf_counter() - started
 
+    def mark(message: NeuronsPredicted, event: int) -> None:
+        if not message.guess:
+            worker.timeline.mark(event, message.step.number, message.layer)
+
     def answer(message: Message) -> None:
         match message:
             case NeuronsPredicted():
+                mark(message, FORESEEN)
                 ids = predicted[message.layer, int(message.guess), : message.listed]
                 instructions = cache.handle(message, ids)
+                mark(message, ANSWERED)
             case PartDone():
                 instructions = cache.handle(message)
             case RingReady():

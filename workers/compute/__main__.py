@@ -34,7 +34,14 @@ class LayerLoop:
         audit = Audit(worker.store, weights, every) if every and worker.store.architecture.sparse else None
         constraints = Constraints(worker.store)
         self.engine = Engine(
-            weights.architecture, device, worker.plan, worker.segments, self._channel, audit, constraints
+            weights.architecture,
+            device,
+            worker.plan,
+            worker.segments,
+            self._channel,
+            audit,
+            constraints,
+            worker.timeline,
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()

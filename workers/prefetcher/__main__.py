@@ -16,6 +16,7 @@ from pipeline.ring import process
 from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker
 from pipeline.ring.segments import ID, SLOT
+from pipeline.ring.timeline import ASKED, BEGUN, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
@@ -53,6 +54,7 @@ class Prefetcher:
 
     def _read(self, message: ReadBundles) -> None:
         assert message.part >= 1, "part 0 is the cache's"
+        self._mark(ASKED, message)
         rows = slice(message.start, message.start + message.count)
         table = self._worker.segments.reads[message.layer]
         ids = table[ID, rows].copy()
@@ -63,9 +65,15 @@ class Prefetcher:
         requests = build(message.layer, positions, table[SLOT, rows].copy())
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
+        self._mark(BEGUN, message)
+
+    def _mark(self, event: int, message: ReadBundles) -> None:
+        if not message.guess:
+            self._worker.timeline.mark(event, message.step.number, message.layer)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
         part = LayerPart(message.run, message.step.number, message.layer, message.part, (), (), False)
+        self._mark(READ, message)
         self._worker.channel.send("compute", part)
         kind = "stream" if message.step.every else "decode"
         self._values[f"{kind}_bytes"] += requests.total_bytes
