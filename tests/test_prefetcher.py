@@ -472,7 +472,7 @@ def test_where_the_kernel_refuses_a_second_ring_all_queues_are_threads(store: St
 
 def test_promptness_keeps_or_raises_the_priority() -> None:
     program = (
-        "import os; from workers.prefetcher.promptness import be_prompt; os.nice(5);"
+        "import os; from pipeline.ring.promptness import be_prompt; os.nice(5);"
         "be_prompt(); print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0) == os.SCHED_OTHER)"
     )
     root = str(Path(segments.__file__).resolve().parent.parent)

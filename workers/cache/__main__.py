@@ -50,7 +50,7 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
     return handle
 
 
-async def main(worker: Worker) -> None:
+def main(worker: Worker) -> None:
     """Answer messages until Stop."""
     plan, segments = worker.plan, worker.segments
 
@@ -58,7 +58,7 @@ async def main(worker: Worker) -> None:
         return make_policy(plan.units[layer], worker.config.cache)
 
     cache = LayerCache(plan, segments.wanted, segments.reads, policy)
-    await serve(worker, answering(worker, cache), cache.stats)
+    serve(worker, answering(worker, cache), cache.stats)
 
 
 if __name__ == "__main__":

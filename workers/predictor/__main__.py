@@ -34,11 +34,11 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
     return handle
 
 
-async def main(worker: Worker) -> None:
+def main(worker: Worker) -> None:
     """Answer messages until Stop."""
     scorer = load_scorer(worker.store, worker.config, worker.plan.forecast)
     prediction = Prediction(worker.plan, scorer, worker.segments.hidden, worker.segments.predicted)
-    await serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
+    serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
-from workers.prefetcher.promptness import be_prompt
+from pipeline.ring.promptness import be_prompt
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import RequestBuilder, Requests
 
@@ -182,4 +182,4 @@ async def serve(worker: Worker, prefetcher: Prefetcher, pool: ReaderPool, *notes
 
 
 if __name__ == "__main__":
-    process.run("prefetcher", ("prefetcher",), main)
+    process.run_on_loop("prefetcher", ("prefetcher",), main)

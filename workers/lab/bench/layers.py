@@ -67,6 +67,9 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
+PREFETCHER = ("decode_bundles", "decode_reads", "decode_bytes", "batches", "wakes")  # counters worth telling
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Of one stage over the layers that have it; microseconds."""
@@ -180,6 +183,8 @@ def main(
         with Session(store, report.config, report.plan, budget=report.budget) as session:
             seconds, spent = measure(session, *_tokens(session, prompt_tokens, tokens))
             notes = session.ring.notes
+            assert session.last is not None
+            read = {name: session.last.delta("prefetcher", name) for name in PREFETCHER}
         stamps = timeline.read(Path(directory))
     last = int(stamps[:, 1].max())
     layers = layers_of(stamps, report.plan.forecast, last - tokens + 2, last)
@@ -193,6 +198,7 @@ def main(
         "token_ms": 1e3 * statistics.median(seconds),
         "layer_us": 1e6 * statistics.median(seconds) / report.plan.layers,
         "stages_us": {name: asdict(spread) for name, spread in stages_of(layers).items()},
+        "prefetcher": {name.removeprefix("decode_"): value / count for name, value in read.items()},
         "cores": {
             name: {"ran_us": one.ran / 1e3 / count, "ready_us": one.ready / 1e3 / count, "turns": one.turns / count}
             for name, one in spent.items()
@@ -212,6 +218,7 @@ def _table(result: Mapping[str, object], stages: Mapping[str, Spread]) -> str:
             f"{name:<36}{one.median:>8.0f}{one.mean:>8.0f}{one.p90:>8.0f}{one.layers:>8}"
             for name, one in stages.items()
         ),
+        "prefetcher, a layer: " + ", ".join(f"{name} {value:,.1f}" for name, value in result["prefetcher"].items()),
         f"{'threads, a layer':<36}{'ran µs':>8}{'ready µs':>10}{'turns':>8}",
     ]
     cores: Mapping[str, Mapping[str, float]] = result["cores"]  # type: ignore[assignment]
