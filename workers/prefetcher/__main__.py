@@ -15,13 +15,13 @@ import numpy.typing as npt
 from pipeline.ring import process
 from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker
+from pipeline.ring.promptness import be_prompt
 from pipeline.ring.segments import ID, SLOT
 from pipeline.ring.timeline import ASKED, BEGUN, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
-from pipeline.ring.promptness import be_prompt
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import RequestBuilder, Requests
 
