@@ -57,12 +57,12 @@ class Prefetcher:
         self._mark(ASKED, message)
         rows = slice(message.start, message.start + message.count)
         table = self._worker.segments.reads[message.layer]
-        ids = table[ID, rows].copy()
+        ids = table[ID, rows]
         assert ids.size == message.count, "a part beyond the read table"
         positions = ids if self._positions is None else self._positions[message.layer][ids]
         by_halves = self._split and not message.step.every
         build = self._builder.build_halves if by_halves else self._builder.build
-        requests = build(message.layer, positions, table[SLOT, rows].copy())
+        requests = build(message.layer, positions, table[SLOT, rows])
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
         self._mark(BEGUN, message)
