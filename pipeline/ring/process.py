@@ -35,7 +35,7 @@ from storage.errors import FlashringError, UsageError
 from storage.store import Store
 
 ORPHANED = 3  # exit status of a worker whose supervisor vanished
-SELDOM = 50_000  # objects between two looks for garbage; by Python's 700 they took 5 % of the predictor's time
+SELDOM = 50_000  # objects between two looks for garbage: by Python's 700 they took 5 % of the predictor
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ compute finishes a layer only when every part of it has arrived.
 
 Slots are numbered from 0 here; the plan says where the layer's slots begin.
 
-A turn costs by the number of array operations, as the kernels next to this process have the caches: each takes
-three microseconds, a third of that alone. Hence `take`, `nonzero`, and a list of the empty slots.
+A turn costs by the number of array operations: next to kernels that fill the caches each takes three
+microseconds, and a third of that alone. Hence `take`, `nonzero`, and a list of the empty slots.
 """
 
 from __future__ import annotations

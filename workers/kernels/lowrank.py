@@ -55,6 +55,6 @@ def score(codec: Codec, down: Carrier, up: Carrier, x: F32, scale: np.float32, b
 
 
 def passing(y: F32, least: float, most: float, ids: Any) -> int:
-    """Write the places i where least < y[i] <= most, ascending, to the front of `ids`; returns their number."""
+    """Write the places i where least < y[i] <= most, ascending, to `ids` from its front; returns how many."""
     count: int = _passing(y, np.float32(least), np.float32(most), ids)
     return count

@@ -20,7 +20,7 @@ from storage.layout import Layout
 IOV_MAX = 1024  # most iovecs of one read, Linux's limit
 DIRECT_UNIT = 512  # bytes; the least that direct I/O reads on any disk
 IOVEC_BYTES = 16  # struct iovec of 64-bit systems: address and length
-# Of a part's bundles: where fewer follow on their neighbours, joining them costs more than reading them apart.
+# Of a part's bundles: where fewer follow on a neighbour, joining them costs more than reading them apart.
 # A read costs the kernel 3 µs, and finding out what to join took 100 for a part of 100 bundles.
 FEW_JOINED = 1 / 8
 

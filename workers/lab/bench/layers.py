@@ -1,8 +1,8 @@
-"""Where the time of a layer goes in a ring: `python -m workers.lab.bench.layers --model STORE --set …`.
+"""Where a layer's time goes in a ring: `python -m workers.lab.bench.layers --model STORE --set …`.
 
-A ring decodes some tokens while its workers stamp what they do (`pipeline/ring/timeline.py`). Printed are, for
-the median layer, how long each stage took between the layer's announcement and its end, how long compute
-waited, and what each process's threads had of the cores: on them, and ready to run but without one.
+A ring decodes some tokens while its workers stamp what they do (`pipeline/ring/timeline.py`). Printed are how
+long each stage took between a layer's announcement and its end, how long compute waited, and what each
+process's threads had of the cores: on them, and ready to run but without one.
 
 Stages overlap with compute where layers are foreseen: they add up to a layer's time only with look-ahead 0.
 """
@@ -15,10 +15,11 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -67,6 +68,7 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
+PHASES = ("attention", "ffn", "waiting", "head")  # of compute
 PREFETCHER = ("decode_bundles", "decode_reads", "decode_bytes", "batches", "wakes")  # counters worth telling
 
 
@@ -85,6 +87,15 @@ class Spread:
         return cls(
             float(np.median(scaled)), float(scaled.mean()), float(np.quantile(scaled, 0.9)), len(values)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What threads of one name had of the cores for one layer."""
+
+    ran_us: float
+    ready_us: float  # they could have run, and had no core
+    turns: float
 
 
 @dataclass(slots=True)
@@ -109,6 +120,55 @@ class Cores:
     def since(self, before: Cores) -> Cores:
         return Cores(self.ran - before.ran, self.ready - before.ready, self.turns - before.turns)
 
+    def each(self, count: int) -> Share:
+        """Of one of `count` layers."""
+        return Share(self.ran / 1e3 / count, self.ready / 1e3 / count, self.turns / count)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was found: means over the decoded tokens' layers, but `token_ms` and `layer_us` are medians."""
+
+    model: str
+    layers: int
+    resident: float  # share of the FFN that has slots
+    forecast: Mapping[str, Any]
+    notes: tuple[str, ...]
+    token_ms: float
+    layer_us: float  # of a token, head and embedding included
+    compute_us: Mapping[str, float]  # by phase
+    prefetcher: Mapping[str, float]
+    cores: Mapping[str, Share]  # by process and thread
+    stages_us: Mapping[str, Spread] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """For people."""
+        compute = ", ".join(f"{name} {value:,.0f}" for name, value in self.compute_us.items())
+        reads = ", ".join(
+            f"{name.removeprefix('decode_')} {value:,.1f}" for name, value in self.prefetcher.items()
+        )
+        stages = (
+            f"{name:<36}{one.median:>8.0f}{one.mean:>8.0f}{one.p90:>8.0f}{one.layers:>8}"
+            for name, one in self.stages_us.items()
+        )
+        threads = (
+            f"{name:<36}{one.ran_us:>8.1f}{one.ready_us:>10.1f}{one.turns:>8.2f}"
+            for name, one in sorted(self.cores.items(), key=lambda item: -item[1].ran_us)
+            if one.turns
+        )
+        lines = (
+            f"{self.model}: {self.layers} layers, {self.resident:.0%} of the FFN in slots; "
+            f"{self.token_ms:.1f} ms a token, {self.layer_us:,.0f} µs a layer with head and embedding",
+            *self.notes,
+            f"{'stage, µs':<36}{'median':>8}{'mean':>8}{'p90':>8}{'layers':>8}",
+            *stages,
+            f"compute, µs a layer: {compute}",
+            f"prefetcher, a layer: {reads}",
+            f"{'threads, a layer':<36}{'ran µs':>8}{'ready µs':>10}{'turns':>8}",
+            *threads,
+        )
+        return "\n".join(lines)
+
 
 def layers_of(stamps: timeline.Stamps, forecast: Forecast, first: int, last: int) -> list[Layer]:
     """The layers of steps `first` .. `last` whose sets were predicted from a layer, each with its stamps."""
@@ -131,8 +191,8 @@ def stages_of(layers: list[Layer]) -> dict[str, Spread]:
     return {name: Spread.of(values) for name, values in found.items() if values}
 
 
-def measure(session: Session, prompt: list[int], tokens: list[int]) -> tuple[list[float], dict[str, Cores]]:
-    """Decode `tokens` twice, the first time to warm up: seconds a token, and the cores by process and thread."""
+def measure(session: Session, prompt: list[int], tokens: list[int]) -> Profile:
+    """Decode `tokens` twice, the first time to warm up. What only stamps tell is missing."""
     forced = GenerationParams(len(tokens), ignore_eos=True, forced=tuple(tokens))
     for _ in session.pieces(prompt, forced):
         pass
@@ -141,14 +201,26 @@ def measure(session: Session, prompt: list[int], tokens: list[int]) -> tuple[lis
         if not before:
             before = {name: Cores.of(pid) for name, pid in session.ring.pids.items()}
     after = {name: Cores.of(pid) for name, pid in session.ring.pids.items()}
-    assert session.last is not None
-    moments = session.last.moments
-    spent = {
-        f"{name} {thread}": cores.since(before[name].get(thread, Cores()))
-        for name, threads in after.items()
-        for thread, cores in threads.items()
-    }
-    return [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)], spent
+    last, layers = session.last, session.plan.layers
+    assert last is not None
+    count = (len(tokens) - 1) * layers
+    seconds = statistics.median(later - earlier for earlier, later in pairwise(last.moments))
+    return Profile(
+        model=session.store.manifest.name,
+        layers=layers,
+        resident=session.plan.total_slots / sum(session.plan.units),
+        forecast=session.plan.to_json()["forecast"],
+        notes=tuple(session.ring.notes),
+        token_ms=1e3 * seconds,
+        layer_us=1e6 * seconds / layers,
+        compute_us={name: 1e6 * last.delta("compute", f"{name}_seconds") / count for name in PHASES},
+        prefetcher={name: last.delta("prefetcher", name) / count for name in PREFETCHER},
+        cores={
+            f"{name} {thread}": cores.since(before[name].get(thread, Cores())).each(count)
+            for name, threads in after.items()
+            for thread, cores in threads.items()
+        },
+    )
 
 
 def _tokens(session: Session, prompt_tokens: int, count: int) -> tuple[list[int], list[int]]:
@@ -181,50 +253,12 @@ def main(
     with TemporaryDirectory(prefix="flashring-timeline-") as directory:
         os.environ[timeline.DIRECTORY] = directory
         with Session(store, report.config, report.plan, budget=report.budget) as session:
-            seconds, spent = measure(session, *_tokens(session, prompt_tokens, tokens))
-            notes = session.ring.notes
-            assert session.last is not None
-            read = {name: session.last.delta("prefetcher", name) for name in PREFETCHER}
+            found = measure(session, *_tokens(session, prompt_tokens, tokens))
         stamps = timeline.read(Path(directory))
     last = int(stamps[:, 1].max())
     layers = layers_of(stamps, report.plan.forecast, last - tokens + 2, last)
-    count = (tokens - 1) * report.plan.layers
-    result = {
-        "model": store.manifest.name,
-        "layers": report.plan.layers,
-        "forecast": {**asdict(report.plan.forecast), "pinned": sorted(report.plan.forecast.pinned)},
-        "resident": report.plan.total_slots / sum(report.plan.units),
-        "notes": notes,
-        "token_ms": 1e3 * statistics.median(seconds),
-        "layer_us": 1e6 * statistics.median(seconds) / report.plan.layers,
-        "stages_us": {name: asdict(spread) for name, spread in stages_of(layers).items()},
-        "prefetcher": {name.removeprefix("decode_"): value / count for name, value in read.items()},
-        "cores": {
-            name: {"ran_us": one.ran / 1e3 / count, "ready_us": one.ready / 1e3 / count, "turns": one.turns / count}
-            for name, one in spent.items()
-            if one.turns
-        },
-    }
-    print(json.dumps(result, indent=2) if as_json else _table(result, stages_of(layers)))
-
-
-def _table(result: Mapping[str, object], stages: Mapping[str, Spread]) -> str:
-    lines = [
-        f"{result['model']}: {result['layers']} layers, {result['resident']:.0%} of the FFN in slots, "
-        f"{result['token_ms']:.1f} ms a token, {result['layer_us']:.0f} µs a layer (head and embedding included)",
-        *(str(note) for note in result["notes"]),  # type: ignore[attr-defined]
-        f"{'stage, µs':<36}{'median':>8}{'mean':>8}{'p90':>8}{'layers':>8}",
-        *(
-            f"{name:<36}{one.median:>8.0f}{one.mean:>8.0f}{one.p90:>8.0f}{one.layers:>8}"
-            for name, one in stages.items()
-        ),
-        "prefetcher, a layer: " + ", ".join(f"{name} {value:,.1f}" for name, value in result["prefetcher"].items()),
-        f"{'threads, a layer':<36}{'ran µs':>8}{'ready µs':>10}{'turns':>8}",
-    ]
-    cores: Mapping[str, Mapping[str, float]] = result["cores"]  # type: ignore[assignment]
-    for name, one in sorted(cores.items(), key=lambda item: -item[1]["ran_us"]):
-        lines.append(f"{name:<36}{one['ran_us']:>8.1f}{one['ready_us']:>10.1f}{one['turns']:>8.2f}")
-    return "\n".join(lines)
+    found = replace(found, stages_us=stages_of(layers))
+    print(json.dumps(asdict(found), indent=2) if as_json else found.table())
 
 
 def run() -> int:
