@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from storage.codecs import CODECS, Codec, narrow, widen
 from storage.layout import Rows, neuron
 from workers import kernels
-from workers.kernels import attention, codecs, launch, sums
+from workers.kernels import attention, codecs, launch
 
 DTYPES = ("float32", "float16", "bfloat16")
 FUNCTIONS = ("relu", "gelu", "gelu_tanh")
@@ -120,13 +120,24 @@ def test_sums_run_by_ascending_ids_whatever_the_order_of_the_parts(dtype, count,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=15, deadline=None)
-@given(count=sizes, seed=st.integers(0, 99))
-def test_combine(dtype, count, seed):
-    width = sums.MOST_COLUMNS + 7 * seed  # more than one piece
-    rows, exact = stored(normal(seed, count, width), dtype)
-    a, bias = normal(seed + 1, count), normal(seed + 2, width)
-    got = kernels.combine(matrix(rows, dtype), a, bias)
-    assert np.allclose(got, a.astype(np.float64) @ exact + bias, rtol=1e-5, atol=1e-4)
+@given(rank=sizes, seed=st.integers(0, 99))
+def test_scores_of_low_rank(dtype, rank, seed):
+    d_model, d_ff = 5 + seed, 40 + 7 * seed
+    down, exact_down = stored(normal(seed, rank, d_model), dtype)
+    up, exact_up = stored(normal(seed + 1, rank, d_ff), dtype)
+    x, bias, got = normal(seed + 2, d_model), normal(seed + 3, d_ff), np.empty(d_ff, np.float32)
+    kernels.score(CODECS[dtype], down, up, x, np.float32(0.5), bias, got)
+    assert np.allclose(got, (exact_down @ (x * 0.5)) @ exact_up + bias, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 99), least=st.sampled_from((-1.0, 0.5)), most=st.sampled_from((0.5, math.inf)))
+def test_passing_scores_lie_above_one_bound_and_not_above_the_other(seed, least, most):
+    scores = np.round(normal(seed, 50), 1)  # so that some lie on a bound
+    scores[seed % 50] = np.nan
+    ids = np.empty(50, np.intp)
+    count = kernels.passing(scores, least, most, ids)
+    assert ids[:count].tolist() == [i for i, one in enumerate(scores) if least < one <= most]
 
 
 def test_every_finite_half_is_widened_exactly():

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Forecast, Plan
 from pipeline.ring.process import WorkerSpec
+from pipeline.ring.promptness import shared_core, starting_prompt_threads
 from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.manifest import BUNDLES
@@ -470,9 +472,26 @@ def test_where_the_kernel_refuses_a_second_ring_all_queues_are_threads(store: St
     uvloop.run(main())
 
 
+def test_prompt_threads_share_one_of_two_cores_and_use_all_of_more() -> None:
+    assert shared_core({3, 6}) == {6}
+    assert shared_core({5}) == {5}
+    assert shared_core({0, 1, 2}) == {0, 1, 2}
+
+
+def test_who_starts_prompt_threads_stays_as_it_is() -> None:
+    cores, priority = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
+    with starting_prompt_threads():
+        found: list[set[int]] = []
+        thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+        thread.start()
+        thread.join()
+    assert found == [shared_core(cores)]
+    assert (os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)) == (cores, priority)
+
+
 def test_promptness_keeps_or_raises_the_priority() -> None:
     program = (
-        "import os; from workers.prefetcher.promptness import be_prompt; os.nice(5);"
+        "import os; from pipeline.ring.promptness import be_prompt; os.nice(5);"
         "be_prompt(); print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0) == os.SCHED_OTHER)"
     )
     root = str(Path(segments.__file__).resolve().parent.parent)

@@ -115,7 +115,7 @@ def test_a_second_slot_for_a_neuron_is_refused():
         (lambda cache: cache.leased.__setitem__(0, False), "no lease"),
         (lambda cache: cache.leased.__setitem__(2, True), "empty slot is leased"),
         (lambda cache: cache.leased.__setitem__(NOWHERE, True), "sentinel"),
-        (lambda cache: setattr(cache, "resident", 1), "number of residents"),
+        (lambda cache: setattr(cache, "_empty", np.arange(2)), "list of empty slots"),
     ],
 )
 def test_validate_sees(break_it, message):

@@ -28,6 +28,7 @@ class Channel:
         self.routes = dict(routes or {})
         self._context = zmq.Context(io_threads=1)
         self._inboxes: dict[str, zmq.Socket[bytes]] = {}
+        self._timeouts: dict[str, float | None] = {}  # of `receive`, as they were last set
         self._outgoing: dict[str, zmq.Socket[bytes]] = {}
         for name in inboxes:
             socket = self._socket(zmq.PULL)
@@ -60,7 +61,9 @@ class Channel:
     def receive(self, inbox: str, timeout: float | None = None) -> Message | None:
         """Wait up to `timeout` seconds (None: for ever) for the next message; None on time-out."""
         socket = self._inboxes[inbox]
-        socket.rcvtimeo = -1 if timeout is None else int(timeout * 1000)
+        if timeout != self._timeouts.get(inbox):
+            socket.rcvtimeo = -1 if timeout is None else int(timeout * 1000)
+            self._timeouts[inbox] = timeout
         try:
             return decode(socket.recv())
         except zmq.Again:

@@ -29,10 +29,13 @@ from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
 from pipeline.ring.plan import Plan
+from pipeline.ring.promptness import starting_prompt_threads
+from pipeline.ring.timeline import Timeline
 from storage.errors import FlashringError, UsageError
 from storage.store import Store
 
 ORPHANED = 3  # exit status of a worker whose supervisor vanished
+SELDOM = 50_000  # objects between two looks for garbage: by Python's 700 they took 5 % of the predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Worker:
     config: Config
     plan: Plan
     segments: segments.Segments
+    timeline: Timeline
 
     def ready(self, *notes: str) -> None:
         """Tell the supervisor that this worker can receive.
@@ -79,6 +83,7 @@ class Worker:
         What there is by now stays to the end: later collections of garbage need not look at it.
         """
         gc.freeze()
+        gc.set_threshold(SELDOM)
         gc.enable()
         self.channel.send("supervisor", WorkerReady(self.name, os.getpid(), PROTOCOL_VERSION, notes))
 
@@ -99,18 +104,26 @@ def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[None]]) -> None:
-    """Run a worker's `main` to its end on a uvloop event loop.
+def run_on_loop(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[None]]) -> None:
+    """`run` for a worker that waits for several things: on a uvloop event loop."""
+    run(name, inboxes, lambda worker: uvloop.run(_as_coroutine(main, worker)))
+
+
+def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> None:
+    """Run a worker's `main` to its end.
 
     An exception is reported to the supervisor as `Failed` and ends the process with status 1.
     """
     gc.disable()  # until it is ready nothing is garbage; looking takes a fifth of the kernels' start
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the supervisor's business
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     source = sys.stdin.buffer
     spec = WorkerSpec.read(source)
     _leave_with_parent(source, Path(spec.directory))
     plan = Plan.from_json(spec.plan)
-    with Channel(Path(spec.directory), inboxes, spec.routes) as channel:
+    with starting_prompt_threads():
+        channel = Channel(Path(spec.directory), inboxes, spec.routes)
+    with channel:
         try:
             worker = Worker(
                 name=name,
@@ -119,8 +132,10 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[
                 config=Config.parse(spec.config),
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
+                timeline=Timeline.wanted(),
             )
-            uvloop.run(_as_coroutine(main, worker))
+            main(worker)
+            worker.timeline.write(name)
         except Exception as error:
             known = isinstance(error, FlashringError)
             if not known:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pipeline.ring.messages import LayerPart, Message, NeuronsPredicted, PartDone, RingReady
 from pipeline.ring.process import Worker, run
+from pipeline.ring.timeline import ANSWERED, FORESEEN
 from workers.cache.layers import LayerCache
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
@@ -25,11 +26,17 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
         if isinstance(message, NeuronsPredicted) and not message.step.every:
             cache.decode_seconds += time.perf_counter() - started
 
+    def mark(message: NeuronsPredicted, event: int) -> None:
+        if not message.guess:
+            worker.timeline.mark(event, message.step.number, message.layer)
+
     def answer(message: Message) -> None:
         match message:
             case NeuronsPredicted():
+                mark(message, FORESEEN)
                 ids = predicted[message.layer, int(message.guess), : message.listed]
                 instructions = cache.handle(message, ids)
+                mark(message, ANSWERED)
             case PartDone():
                 instructions = cache.handle(message)
             case RingReady():
@@ -43,7 +50,7 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
     return handle
 
 
-async def main(worker: Worker) -> None:
+def main(worker: Worker) -> None:
     """Answer messages until Stop."""
     plan, segments = worker.plan, worker.segments
 
@@ -51,7 +58,7 @@ async def main(worker: Worker) -> None:
         return make_policy(plan.units[layer], worker.config.cache)
 
     cache = LayerCache(plan, segments.wanted, segments.reads, policy)
-    await serve(worker, answering(worker, cache), cache.stats)
+    serve(worker, answering(worker, cache), cache.stats)
 
 
 if __name__ == "__main__":

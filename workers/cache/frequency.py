@@ -23,11 +23,14 @@ class RecentlyFrequent(WindowThenOldest):
         super().__init__(units, window)
         self._half_life = half_life
         self._level = np.full(units, _NEVER)
+        self._latest = -1  # the last step of any use
 
     def used(self, ids: Ids, step: int) -> None:
-        fresh = ids[self._last_used[ids] != step]  # a guess and its set are one use
-        self._level[fresh] = np.logaddexp2(self._level[fresh], step / self._half_life)
-        super().used(fresh, step)
+        if step == self._latest:
+            ids = ids[self._last_used[ids] != step]  # a guess and its set are one use
+        self._latest = step
+        self._level[ids] = np.logaddexp2(self._level.take(ids), step / self._half_life)
+        super().used(ids, step)
 
     def worth(self, ids: Ids) -> npt.NDArray[np.int64]:
-        return (self._level[ids] * _RESOLUTION).astype(np.int64)
+        return (self._level.take(ids) * _RESOLUTION).astype(np.int64)

@@ -129,12 +129,12 @@ class LayerCache:
         residency = layer.residency
         slots = residency.lease(ids)
         missing = slots == NOWHERE
-        guessed = residency.in_flight[slots]
-        places = np.flatnonzero(missing)
+        guessed = residency.in_flight.take(slots) if layer.guessed else None
+        places = missing.nonzero()[0]
         if places.size:
-            absent = ids[places]
+            absent = ids.take(places)
             residency.admit(absent[: residency.make_room(absent.size)])
-            slots[places] = residency.slot_of[absent]
+            slots[places] = residency.slot_of.take(absent)
         residency.use(ids, message.step.number)
         return self._answer(layer, message, ids, slots, missing, guessed)
 
@@ -149,7 +149,7 @@ class LayerCache:
         ids = self._all(message.layer)
         slots = residency.lease(ids)
         missing = slots == NOWHERE
-        guessed = residency.in_flight[slots]
+        guessed = residency.in_flight.take(slots) if layer.guessed else None
         other = missing.copy()
         other[keep] = False
         chosen = np.concatenate((kept, np.flatnonzero(other)[: residency.free - kept.size]))
@@ -166,19 +166,19 @@ class LayerCache:
         ids: Ids,
         slots: Ids,
         missing: npt.NDArray[np.bool_],
-        guessed: npt.NDArray[np.bool_],
+        guessed: npt.NDArray[np.bool_] | None,
     ) -> list[Instruction]:
         """Write the tables of a set and schedule its parts.
 
         All arrays are [wanted neurons]: `slots` of the layer, NOWHERE for what has to be staged;
-        `missing` has to be read now; `guessed` is being read already.
+        `missing` has to be read now; `guessed` is being read already, where the layer had a guess.
         """
         misses = int(np.count_nonzero(missing))
-        wanted_guesses = int(np.count_nonzero(guessed)) if layer.guessed else 0
+        wanted_guesses = 0 if guessed is None else int(np.count_nonzero(guessed))
         self._count(layer, message, hits=ids.size - misses - wanted_guesses, misses=misses)
         if not message.step.every:
             self._counts["decode_wasted"] += layer.guessed - wanted_guesses
-        staged = np.flatnonzero(slots == NOWHERE) if misses else NOTHING
+        staged = (slots == NOWHERE).nonzero()[0] if misses and slots.min() == NOWHERE else NOTHING
         slots += layer.first_slot
         if staged.size:
             return self._groups(layer, message, ids, slots, missing, staged)
@@ -191,28 +191,31 @@ class LayerCache:
         ids: Ids,
         slots: Ids,
         missing: npt.NDArray[np.bool_],
-        guessed: npt.NDArray[np.bool_],
+        guessed: npt.NDArray[np.bool_] | None,
         misses: int,
     ) -> list[Instruction]:
         """Everything fits: hits, then the guess's, then the misses, large ones of a token one by one."""
-        places = [np.flatnonzero(~(missing | guessed))]
-        if layer.guessed:
-            places.append(np.flatnonzero(guessed))
+        later = [] if guessed is None else [guessed.nonzero()[0]]
         instructions: list[Instruction] = []
         if misses:
-            absent = np.flatnonzero(missing)
+            absent = missing.nonzero()[0]
             alone = self._plan.stride >= LARGE and not message.every
             at = layer.guessed
             for some in np.split(absent, absent.size) if alone else (absent,):
-                read = self._read(layer, message, len(places), at, ids[some], slots[some])
+                later.append(some)
+                read = self._read(layer, message, len(later), at, ids.take(some), slots.take(some))
                 instructions.append(read)
-                places.append(some)
                 at += read.count
-        order = np.concatenate(places) if len(places) > 1 else places[0]
-        self._wanted[message.layer, ID, : ids.size] = ids[order]
-        self._wanted[message.layer, SLOT, : ids.size] = slots[order]
-        counts = tuple(some.size for some in places)
-        closes = (False,) * (len(places) - 1) + (True,)
+        if later:
+            hits = (~missing if guessed is None else ~(missing | guessed)).nonzero()[0]
+            order = np.concatenate((hits, *later))
+            counts = (hits.size, *(some.size for some in later))
+            ids, slots = ids.take(order), slots.take(order)
+        else:
+            counts = (ids.size,)
+        self._wanted[message.layer, ID, : ids.size] = ids
+        self._wanted[message.layer, SLOT, : ids.size] = slots
+        closes = (False,) * len(later) + (True,)
         return [*instructions, _schedule(message, counts, closes, staged=False)]
 
     def _groups(

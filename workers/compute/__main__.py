@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.cores import thread_count
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
-from pipeline.ring.process import Worker, run
+from pipeline.ring.process import Worker, run_on_loop
+from pipeline.ring.promptness import starting_prompt_threads
 from storage.codecs import CODECS
 from workers import kernels
 from workers.compute.audit import Audit
@@ -29,12 +30,20 @@ class LayerLoop:
 
     def __init__(self, worker: Worker, weights: Weights, device: Device[Any]) -> None:
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
-        self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
+        with starting_prompt_threads():
+            self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
         every = worker.config.compute.audit
         audit = Audit(worker.store, weights, every) if every and worker.store.architecture.sparse else None
         constraints = Constraints(worker.store)
         self.engine = Engine(
-            weights.architecture, device, worker.plan, worker.segments, self._channel, audit, constraints
+            weights.architecture,
+            device,
+            worker.plan,
+            worker.segments,
+            self._channel,
+            audit,
+            constraints,
+            worker.timeline,
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -121,4 +130,4 @@ def _values(engine: Engine) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(NAME, ("control",), main)
+    run_on_loop(NAME, ("control",), main)

@@ -18,6 +18,7 @@ from pipeline.ring.messages import Cancel, Finished, Generate, TokenReady
 from pipeline.ring.plan import Plan
 from pipeline.ring.sampling import Sampling
 from pipeline.ring.segments import Segments
+from pipeline.ring.timeline import Timeline
 from storage.architecture import Architecture
 from storage.codecs import F32
 from storage.errors import StoreCorrupt
@@ -41,6 +42,7 @@ class Engine:
         channel: Channel,
         audit: Audit | None = None,
         constraints: Constraints | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """`constraints`: of the model's tokenizer; without them no request has a grammar."""
         self._architecture = architecture
@@ -49,7 +51,9 @@ class Engine:
         self._channel = channel
         self._constraints = constraints
         self._cancelled = -1  # the run that was last asked to end
-        self._units = RingUnits(device, plan, segments, channel, audit, self._is_cancelled)
+        self._units = RingUnits(
+            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline()
+        )
         self.seconds, self.counts = self._units.seconds, self._units.counts
 
     # -- from other threads ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pipeline.ring.counters import KEPT, of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
+from pipeline.ring.timeline import ANNOUNCED, COMPLETE, COMPUTED, KNOWN, NEEDED, Timeline
 from workers.compute.audit import Audit
 from workers.compute.device import I32, Device, LayerFfn
 from workers.compute.parts import Part, Parts
@@ -42,6 +43,7 @@ class RingUnits:
         channel: Channel,
         audit: Audit | None,
         cancelled: Callable[[int], bool],
+        timeline: Timeline,
     ) -> None:
         """`cancelled(run)` is asked between layers of a prefill."""
         self._device = device
@@ -50,6 +52,7 @@ class RingUnits:
         self._channel = channel
         self._audit = audit
         self._cancelled = cancelled
+        self._timeline = timeline
         self._parts = Parts(self._receive)
         self._run = 0
         self._step = Step(-1, 0, 0, every=False)
@@ -81,6 +84,7 @@ class RingUnits:
             return
         rows = min(hidden.shape[0], self._plan.hidden_rows)
         self._segments.hidden[index + 1, :rows] = self._device.host(hidden[-rows:])
+        self._stamp(ANNOUNCED, index)
         self._channel.send("predictor", HiddenReady(self._run, self._step, index, rows, self._done))
 
     def ffn(self, index: int, ffn_input: Any) -> Any:
@@ -90,8 +94,12 @@ class RingUnits:
         ffn = self._device.ffn(index, ffn_input)
         if not self._asks:
             return self._resident(index, ffn)
+        self._stamp(NEEDED, index)
         table, neurons = self._segments.wanted[index], 0
         for part in self._arriving(index):
+            if part.number == 0:
+                self._stamp(KNOWN, index)
+            self._stamp(COMPLETE, index)
             which = slice(part.start, part.start + part.count)
             neurons += part.count
             started = time.perf_counter()
@@ -104,6 +112,7 @@ class RingUnits:
         if self._plan.whole:
             self._kept[index] = table[ID, :neurons].copy(), table[SLOT, :neurons].copy()
         output = ffn.finish()
+        self._stamp(COMPUTED, index)
         if self._audit is not None and not self._step.every and self._audit.layer == index:
             started = time.perf_counter()
             seen = self._device.host(ffn_input)[0], table[ID, :neurons], self._device.host(output)[0]
@@ -153,6 +162,9 @@ class RingUnits:
         """Give the staging half back, where the part used one."""
         if part.staged and part.closes:
             self._channel.send("cache", PartDone(self._run, self._step.number, index, part.number))
+
+    def _stamp(self, event: int, index: int) -> None:
+        self._timeline.mark(event, self._step.number, index)
 
     def _finish(self, index: int) -> None:
         self._done = self._step.number * self._plan.layers + index

@@ -29,11 +29,12 @@ os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from workers.kernels.attention import attend
-from workers.kernels.dense import NO_BIAS, combine, matvec
+from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes
+from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 from workers.kernels.warming import warm
 
@@ -44,12 +45,13 @@ __all__ = [
     "activate_gated",
     "activations",
     "attend",
-    "combine",
     "gather",
     "layer_norm",
     "matvec",
     "notes",
     "outputs",
+    "passing",
     "rms_norm",
+    "score",
     "warm",
 ]

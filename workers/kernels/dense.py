@@ -11,7 +11,6 @@ from storage.codecs import F32
 from storage.layout import Rows
 from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
 from workers.kernels.rows import FAST, four, loops
-from workers.kernels.sums import add_rows, columns
 
 NO_BIAS: F32 = np.zeros(0, np.float32)
 
@@ -55,16 +54,3 @@ def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | 
     flat, step = memory.reshape(-1), memory.shape[1]
     _matvec(loops(weights.codec), flat, weights.start, step, x, bias, result, launched)
     return result
-
-
-def combine(rows: Rows, a: F32, bias: F32) -> F32:
-    """bias + Σ a[i] · rows[i]: a [lines], bias [width]; returns [width]. One thread.
-
-    For few long rows: `matvec` by their transpose, many short ones, takes twice as long.
-    """
-    y = bias.copy()
-    use_threads(1, 0)
-    lines, step = rows.memory.shape
-    at = rows.start + np.arange(lines) * step
-    add_rows(loops(rows.codec), rows.memory.reshape(-1), at, rows.width, a, y, columns(rows.width, 1), 1)
-    return y

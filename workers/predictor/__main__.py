@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pipeline.ring.messages import HiddenReady, Message, RingReady
 from pipeline.ring.process import Worker, run
+from pipeline.ring.timeline import HEARD, PREDICTED
 from workers.loop import serve
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorers import load_scorer
@@ -15,11 +16,15 @@ NAME = "predictor"
 
 def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], None]:
     """The handler of the ring's messages."""
+    timeline = worker.timeline
 
     def handle(message: Message) -> None:
         match message:
             case HiddenReady():
+                timeline.mark(HEARD, message.step.number, message.layer)
                 for answer in prediction.handle(message):
+                    if not answer.guess:
+                        timeline.mark(PREDICTED, answer.step.number, answer.layer)
                     worker.channel.send("cache", answer)
             case RingReady():
                 return
@@ -29,11 +34,11 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
     return handle
 
 
-async def main(worker: Worker) -> None:
+def main(worker: Worker) -> None:
     """Answer messages until Stop."""
     scorer = load_scorer(worker.store, worker.config, worker.plan.forecast)
     prediction = Prediction(worker.plan, scorer, worker.segments.hidden, worker.segments.predicted)
-    await serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
+    serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import numpy.typing as npt
 from pipeline.ring.plan import Forecast
 from storage.codecs import FLOAT16
 from storage.errors import StoreError
-from storage.layout import Rows
 from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
-from workers.predictor.scorer import F32, Ids, Mask, Scorer
+from workers.predictor.scorer import F32, NOTHING, Ids, Mask, Scorer
 
 AHEAD, OWN = "layers", "inlayer"  # prefixes: trained for the file's look-ahead, and for 0
 REMEDY = "make predictors with `run.py train-predictor`"
@@ -69,10 +68,9 @@ class LowRank:
         """The map for guesses, which should waste few reads: a set follows them."""
         return replace(self, bias=self.bias - np.float32(self.guess), guess=0.0, resident=0.0, absent=0.0)
 
-    def scores(self, x: F32) -> F32:
-        """[d_ff] for one hidden row x [d_model]."""
-        inner = kernels.matvec(Rows.of_matrix(self.down, FLOAT16), x * self.scale, 1)
-        return kernels.combine(Rows.of_matrix(self.up, FLOAT16), inner, self.bias)
+    def score(self, x: F32, out: F32) -> None:
+        """Write the scores [d_ff] of one hidden row x [d_model]."""
+        kernels.score(FLOAT16, self.down, self.up, x, self.scale, self.bias, out)
 
 
 def _half(file: Tensors, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
@@ -95,21 +93,33 @@ class LowRankScorer(Scorer):
     ) -> None:
         self.notes = notes
         self.maps = (ahead, own)
-        self._threshold = np.float32(threshold)
+        self._threshold = threshold
         self._cache_aware = cache_aware
+        most = max((one.bias.size for maps in self.maps for one in maps.values()), default=0)
+        self._scores = np.empty(most, np.float32)  # of one layer
+        self._ids = np.empty((2, most), np.intp)  # certain and doubtful ones
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
-        mask: Mask = self.maps[own][layer].scores(hidden) > self._threshold
+        mask: Mask = self._score(self.maps[own][layer], hidden) > np.float32(self._threshold)
         return mask
 
     def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
-        if not self._cache_aware:
-            return super().wanted(layer, hidden, own)
+        """The answer is overwritten by the next one."""
         one = self.maps[own][layer]
-        scores = one.scores(hidden) - self._threshold
-        ids = np.flatnonzero(scores > one.resident)
-        certain = scores[ids] > one.absent
-        return ids[certain], ids[~certain]
+        scores = self._score(one, hidden)
+        certain, doubtful = self._ids
+        if not self._cache_aware:
+            return certain[: kernels.passing(scores, self._threshold, math.inf, certain)], NOTHING
+        resident = one.resident + self._threshold
+        absent = max(one.absent + self._threshold, resident)
+        many = kernels.passing(scores, absent, math.inf, certain)
+        some = kernels.passing(scores, resident, absent, doubtful)
+        return certain[:many], doubtful[:some]
+
+    def _score(self, one: LowRank, hidden: F32) -> F32:
+        scores = self._scores[: one.bias.size]
+        one.score(hidden, scores)
+        return scores
 
 
 def load(store: Store, name: str, forecast: Forecast, threshold: float) -> LowRankScorer:

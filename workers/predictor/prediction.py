@@ -30,17 +30,25 @@ class Prediction:
         self._seconds = self._decode_seconds = 0.0
         self._calls = 0
         self._totals = np.zeros(plan.layers, np.int64)
+        self._targets: dict[tuple[int, bool], list[Target]] = {}  # by source and `every`
 
     def handle(self, message: HiddenReady) -> list[NeuronsPredicted]:
         """What to send, in this order; the ids are written by then."""
         started = time.perf_counter()
-        due = targets(self._plan.forecast, self._plan.layers, message.layer, message.step.every)
-        answers = [self._answer(message, target) for target in due]
+        answers = [self._answer(message, target) for target in self._due(message.layer, message.step.every)]
         took = time.perf_counter() - started
         self._seconds += took
         self._decode_seconds += 0.0 if message.step.every else took
         self._calls += 1
         return answers
+
+    def _due(self, source: int, every: bool) -> list[Target]:
+        """The source's targets, made once: they are the same in every step."""
+        found = self._targets.get((source, every))
+        if found is None:
+            found = targets(self._plan.forecast, self._plan.layers, source, every)
+            self._targets[source, every] = found
+        return found
 
     def _answer(self, message: HiddenReady, target: Target) -> NeuronsPredicted:
         certain = doubtful = 0

@@ -15,12 +15,13 @@ import numpy.typing as npt
 from pipeline.ring import process
 from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker
+from pipeline.ring.promptness import be_prompt
 from pipeline.ring.segments import ID, SLOT
+from pipeline.ring.timeline import ASKED, BEGUN, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
-from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import RequestBuilder, Requests
 
@@ -53,19 +54,26 @@ class Prefetcher:
 
     def _read(self, message: ReadBundles) -> None:
         assert message.part >= 1, "part 0 is the cache's"
+        self._mark(ASKED, message)
         rows = slice(message.start, message.start + message.count)
         table = self._worker.segments.reads[message.layer]
-        ids = table[ID, rows].copy()
+        ids = table[ID, rows]
         assert ids.size == message.count, "a part beyond the read table"
         positions = ids if self._positions is None else self._positions[message.layer][ids]
         by_halves = self._split and not message.step.every
         build = self._builder.build_halves if by_halves else self._builder.build
-        requests = build(message.layer, positions, table[SLOT, rows].copy())
+        requests = build(message.layer, positions, table[SLOT, rows])
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
+        self._mark(BEGUN, message)
+
+    def _mark(self, event: int, message: ReadBundles) -> None:
+        if not message.guess:
+            self._worker.timeline.mark(event, message.step.number, message.layer)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
         part = LayerPart(message.run, message.step.number, message.layer, message.part, (), (), False)
+        self._mark(READ, message)
         self._worker.channel.send("compute", part)
         kind = "stream" if message.step.every else "decode"
         self._values[f"{kind}_bytes"] += requests.total_bytes
@@ -174,4 +182,4 @@ async def serve(worker: Worker, prefetcher: Prefetcher, pool: ReaderPool, *notes
 
 
 if __name__ == "__main__":
-    process.run("prefetcher", ("prefetcher",), main)
+    process.run_on_loop("prefetcher", ("prefetcher",), main)

@@ -195,6 +195,7 @@ class IoUring:
         self._head = self._memory.cq_head[0]
         self._in_flight = 0
         self._registered: int | None = None  # address of the first registered buffer
+        self._one_buffer = False  # it is the only one
         self._register_descriptor(REGISTER_FILES, file.descriptor)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._register_descriptor(REGISTER_EVENTFD, self._event)
@@ -227,6 +228,7 @@ class IoUring:
         buffers = np.array([(base + at, min(BUFFER_BYTES, memory.nbytes - at)) for at in starts], np.int64)
         refusal = self._register(REGISTER_BUFFERS, buffers, len(buffers))
         self._registered = None if refusal else base
+        self._one_buffer = not refusal and len(buffers) == 1
         return refusal
 
     def register_as(self, other: IoUring) -> str:
@@ -234,12 +236,13 @@ class IoUring:
         source = np.array([other._ring, 0, 0, 0, 0, 0, 0, 0], np.uint32)  # struct io_uring_clone_buffers
         refusal = self._register(REGISTER_CLONE_BUFFERS, source, 1)
         self._registered = None if refusal else other._registered
+        self._one_buffer = not refusal and other._one_buffer
         return refusal
 
     def unregister(self) -> None:
         if self._registered is not None:
             _call(REGISTER, self._ring, UNREGISTER_BUFFERS, 0)
-            self._registered = None
+            self._registered, self._one_buffer = None, False
 
     def prepare(self, requests: Requests, serial: int, row: int = 0) -> memoryview:
         count = len(requests)
@@ -248,6 +251,10 @@ class IoUring:
             entries[:, HEAD] = FIXED_FILE | OP_READV
             entries[:, ADDRESS] = requests.firsts * IOVEC_BYTES + address(requests.iovecs)
             entries[:, LENGTH] = requests.counts
+        elif self._one_buffer and requests.plain:
+            entries[:, HEAD] = FIXED_FILE | OP_READ_FIXED
+            entries[:, ADDRESS] = requests.targets
+            entries[:, LENGTH] = requests.widths
         else:
             entries[:, HEAD] = np.where(requests.scattered, FIXED_FILE | OP_READV, FIXED_FILE | OP_READ)
             if self._registered is not None:

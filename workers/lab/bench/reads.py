@@ -18,10 +18,10 @@ import numpy as np
 import uvloop
 
 from pipeline.ending import exit_status
+from pipeline.ring.promptness import be_prompt
 from storage.errors import UsageError
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
-from workers.prefetcher.promptness import be_prompt
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import Requests
 
