@@ -84,7 +84,8 @@ def _scale(file: Tensors, store: Store, index: int, source: int) -> F32 | None:
         return None
     scale: F32 = np.ones(store.architecture.d_model, np.float32) if norm is None else norm
     if before is not None:
-        scale = scale / np.where(before == 0, np.float32(1), before)
+        divisor: F32 = np.where(before == 0, np.float32(1), before)
+        scale = scale / divisor
     return scale
 
 
