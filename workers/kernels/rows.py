@@ -18,10 +18,9 @@ from storage.codecs import Codec
 from workers.kernels import grouped
 from workers.kernels.codecs import Scalars, ScalarsType, scalars
 from workers.kernels.grouped import Groups, GroupsType
+from workers.kernels.launch import FAST
 from workers.kernels.prepare import preparation
 
-# Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
-FAST = {"reassoc", "contract"}
 LINE = 32  # 16-bit elements of a cache line
 _BLOCK = 128  # elements of a row between two looks ahead, a multiple of a cache line's
 
@@ -103,9 +102,12 @@ def add_one(codec: Any, y: Any, a: Any, row: Any) -> None:
         y[j] += a * codec.widen(row[j])
 
 
+_exact = False
+
+
 def loops(codec: Codec) -> Scalars | Groups:
     """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
-    return scalars(codec) if codec.grouped is None else grouped.groups(codec)
+    return scalars(codec) if codec.grouped is None else grouped.groups(codec, _exact)
 
 
 # What compiled code may ask of either kind. `at` and `following` are elements of `memory`: four, or one.
@@ -129,8 +131,7 @@ def _float_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any
 @overload_method(GroupsType, "dots", inline="always")
 def _grouped_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
     def run(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
-        values, scales, sums = x
-        return grouped.dots(codec, memory, at, following, values, scales, sums)
+        return grouped.dots(codec, memory, at, following, x)
 
     return run
 
@@ -147,7 +148,7 @@ def _float_prepare(codec: Any, x: Any) -> Any:
 
 @overload_method(GroupsType, "prepare")
 def _grouped_prepare(codec: Any, x: Any) -> Any:
-    return preparation(grouped.format_of(codec))
+    return preparation(codec)
 
 
 @overload_method(ScalarsType, "part", inline="always")
@@ -163,21 +164,34 @@ def _float_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
 @overload_method(GroupsType, "part", inline="always")
 def _grouped_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
     form = grouped.format_of(codec)
-    group, each = form.group, 8 // form.bits  # numbers that a value takes
+    group, bits = form.group, form.bits
 
     def part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
         values, scales, sums = x
         low, high = start // group, stop // group
-        return values[start * each : stop * each], scales[low:high], sums[low:high]
+        return values[:, start // 2 : stop // 2], scales[low:high], sums[low:high]
 
-    return part
+    def eight(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        values, scales = x
+        return values[:, start:stop], scales[start // group : stop // group]
+
+    def exact(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        values, sums = x
+        return values[start:stop], sums[start // group : stop // group]
+
+    def exact_eight(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        return (x[0][start:stop],)
+
+    if codec.exact:
+        return exact if bits == 4 else exact_eight
+    return part if bits == 4 else eight
 
 
 @overload_method(ScalarsType, "add_four", inline="always")
-def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> Any:
     """y += a[0] · part of row 0, and so on: as many values as y has, from `column` on, of rows of `width`."""
 
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> None:
         first, second, third, fourth = at
         n = y.shape[0]
         add_four(
@@ -194,9 +208,9 @@ def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: An
 
 
 @overload_method(GroupsType, "add_four", inline="always")
-def _grouped_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
-        grouped.add_four(codec, y, a, memory, at, column, width)
+def _grouped_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> Any:
+    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> None:
+        grouped.add_four(codec, y, a, memory, at, following, column, width)
 
     return run
 
