@@ -133,7 +133,7 @@ class Products(Emitter):
         return [self.load(x.values, place, ir.VectorType(FLOAT, LANES)) for place in places]
 
     def _sums(self, row: Any, at: Any, vector: Any) -> list[tuple[Any, list[int]]]:
-        """Sums of products as float32, and for each lane one value, by its distance from `at`, of its group."""
+        """Sums of products as float32, and of each lane the distance of one of its values from `at`."""
         low, high = self.floats(row, at)
         product = self.builder.fmul(low, vector[0], flags=CONTRACT)
         return [(self.fma(product, high, vector[1]), [0] * LANES)]
@@ -263,7 +263,9 @@ class Sums(Emitter):
                     here = b.add(value, long(run))
                     offset = b.mul(b.sub(here, column), long(4))
                     kind = ir.VectorType(FLOAT, LANES)
-                    totals = [self.load(y, b.add(offset, long(4 * lane)), kind) for lane in range(0, RUN, LANES)]
+                    totals = [
+                        self.load(y, b.add(offset, long(4 * lane)), kind) for lane in range(0, RUN, LANES)
+                    ]
                     for number, row in enumerate(rows):
                         which = b.add(place, long(4 * (number * many + run // group)))
                         weight = self.spread(self.load(weights, which, FLOAT))
@@ -271,7 +273,9 @@ class Sums(Emitter):
                         if bits == 4:
                             shift = self.spread(self.load(shifts, which, FLOAT))
                             totals = [b.fadd(total, shift) for total in totals]
-                        totals = [self.fma(total, some, weight) for total, some in zip(totals, codes, strict=True)]
+                        totals = [
+                            self.fma(total, some, weight) for total, some in zip(totals, codes, strict=True)
+                        ]
                     for lane, total in enumerate(totals):
                         self.store(total, y, b.add(offset, long(4 * LANES * lane)))
 
@@ -302,13 +306,17 @@ class Sums(Emitter):
 
         def block(at: Any) -> None:
             place = b.mul(b.sub(at, column), long(4))
-            for number, codes in enumerate(self.floats(row, at)):
-                if self.grouped.bits == 4 and not self.grouped.minima:
-                    codes = b.fsub(codes, every(codes.type, float(CENTRE)))
-                values = b.fmul(codes, self.spread(self._number(scales, at)))
-                if self.grouped.minima:
-                    values = b.fadd(values, self.spread(self._number(minima, at)))
-                self.store(values, out, b.add(place, long(4 * LANES * number)))
+            scale = self.spread(self._number(scales, at))
+            parts = self.floats(row, at)
+            if self.grouped.minima:
+                minimum = self.spread(self._number(minima, at))
+                found = [b.fadd(b.fmul(codes, scale), minimum) for codes in parts]
+            else:
+                if self.grouped.bits == 4:
+                    parts = [b.fsub(codes, every(codes.type, float(CENTRE))) for codes in parts]
+                found = [b.fmul(codes, scale) for codes in parts]
+            for number, some in enumerate(found):
+                self.store(some, out, b.add(place, long(4 * LANES * number)))
 
         self.loop(column, stop, RUN, block)
 

@@ -68,7 +68,7 @@ class Instructions:
         """Ask for the cache line of a byte, without waiting for it."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         prefetch = self.builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
-        read, near, data_cache = (ir.Constant(I32, number) for number in (0, 3, 1))
+        read, near, data_cache = (ir.Constant(I32, number) for number in (0, 2, 1))
         self.builder.call(prefetch, [self.builder.gep(base, [offset]), read, near, data_cache])
 
     def fma(self, total: Any, left: Any, right: Any) -> Any:
@@ -89,8 +89,12 @@ class Instructions:
     def concat(self, parts: Sequence[Any]) -> Any:
         """Vectors of one length as a long one; so many that they pair up."""
         while len(parts) > 1:
-            lanes = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-            parts = [self.builder.shuffle_vector(*two, lanes) for two in zip(parts[::2], parts[1::2], strict=True)]
+            lanes = ir.Constant(
+                ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count))
+            )
+            parts = [
+                self.builder.shuffle_vector(*two, lanes) for two in zip(parts[::2], parts[1::2], strict=True)
+            ]
         return parts[0]
 
     def split(self, value: Any, count: int) -> list[Any]:
@@ -130,8 +134,10 @@ class Instructions:
             self.split(total, size), self.split(codes, 4 * size), self.split(plane, 4 * size), strict=True
         ):
             if binding.llvm_version_info < (22,):  # which took the bytes for words
-                two = [self.builder.bitcast(one, some.type) for one in two]
-            found.append(self.instruction(name, some.type, some, *two))
+                of_words = [self.builder.bitcast(one, some.type) for one in two]
+                found.append(self.instruction(name, some.type, some, *of_words))
+            else:
+                found.append(self.instruction(name, some.type, some, *two))
         return self.concat(found)
 
     def instruction(self, name: str, returns: Any, *arguments: Any) -> Any:

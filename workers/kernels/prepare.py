@@ -33,6 +33,7 @@ from workers.kernels.processor import Processor
 
 MOST = 127 * 128 + 63  # of whole numbers
 
+
 def planes(grouped: Grouped, processor: Processor) -> int:
     """Of whole numbers."""
     return 4 if grouped.bits == 4 else 3 if processor.dot else 2
@@ -53,7 +54,8 @@ class Preparer(Instructions):
 
         def some(at: Any) -> None:
             values = [
-                self.load(x, b.mul(b.add(at, long(start)), long(4)), floats) for start in range(0, size, LANES)
+                self.load(x, b.mul(b.add(at, long(start)), long(4)), floats)
+                for start in range(0, size, LANES)
             ]
             found = []
             each = group // LANES  # vectors
@@ -61,7 +63,9 @@ class Preparer(Instructions):
                 number = b.sdiv(b.add(at, long(LANES * first)), long(group))
                 found += self._group(values[first : first + each], number, scales, sums)
             for start in range(0, size, PAIR):
-                self._store(found[start // LANES : (start + PAIR) // LANES], out, step, b.add(at, long(start)))
+                self._store(
+                    found[start // LANES : (start + PAIR) // LANES], out, step, b.add(at, long(start))
+                )
 
         self.loop(long(0), b.mul(count, long(group)), size, some)
 
@@ -77,7 +81,9 @@ class Preparer(Instructions):
         most = ir.Constant(FLOAT, float(MOST))
         inverse = self.spread(b.fdiv(most, b.select(usable, top, most)))
         mask = self.pick(
-            b.insert_element(ir.Constant(ir.VectorType(ir.IntType(1), 1), ir.Undefined), usable, ir.Constant(I32, 0)),
+            b.insert_element(
+                ir.Constant(ir.VectorType(ir.IntType(1), 1), ir.Undefined), usable, ir.Constant(I32, 0)
+            ),
             [0] * LANES,
         )
         wholes = []

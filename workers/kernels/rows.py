@@ -7,6 +7,7 @@ functions here, and of few bits those in `grouped.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def _fetch(typing_context: Any, row: Any, index: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        read, near, data_cache = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
+        read, near, data_cache = ir.Constant(word, 0), ir.Constant(word, 2), ir.Constant(word, 1)
         builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, near, data_cache])
         return context.get_dummy_value()
 
@@ -102,12 +103,19 @@ def add_one(codec: Any, y: Any, a: Any, row: Any) -> None:
         y[j] += a * codec.widen(row[j])
 
 
-_exact = False
+@dataclass(slots=True)
+class Activations:
+    """How this process multiplies rows in few bits with float32: chosen once, before it computes."""
+
+    exact: bool = False  # values are not rounded to whole numbers
+
+
+ACTIVATIONS = Activations()
 
 
 def loops(codec: Codec) -> Scalars | Groups:
     """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
-    return scalars(codec) if codec.grouped is None else grouped.groups(codec, _exact)
+    return scalars(codec) if codec.grouped is None else grouped.groups(codec, ACTIVATIONS.exact)
 
 
 # What compiled code may ask of either kind. `at` and `following` are elements of `memory`: four, or one.
@@ -188,10 +196,14 @@ def _grouped_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
 
 
 @overload_method(ScalarsType, "add_four", inline="always")
-def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> Any:
+def _float_add_four(
+    codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+) -> Any:
     """y += a[0] · part of row 0, and so on: as many values as y has, from `column` on, of rows of `width`."""
 
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> None:
+    def run(
+        codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+    ) -> None:
         first, second, third, fourth = at
         n = y.shape[0]
         add_four(
@@ -208,8 +220,12 @@ def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, following:
 
 
 @overload_method(GroupsType, "add_four", inline="always")
-def _grouped_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> Any:
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any) -> None:
+def _grouped_add_four(
+    codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+) -> Any:
+    def run(
+        codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+    ) -> None:
         grouped.add_four(codec, y, a, memory, at, following, column, width)
 
     return run
