@@ -115,7 +115,10 @@ class Products(Emitter):
             for total, value in zip(totals, now, strict=True):
                 b.store(value, total)
 
-        many, few = _BLOCK // group, max(1, PAIR // group)
+        # Of eight bits the sums are the same however many scales are widened together: half as many fit into
+        # half as long registers.
+        narrow = self.grouped.bits == 8 and not self.processor.wide
+        many, few = _BLOCK // (2 if narrow else 1) // group, max(1, PAIR // group)
         whole = b.mul(b.sdiv(groups, long(many)), long(many))
         self.loop(long(0), whole, many, lambda first: block(first, many))
         self.loop(whole, groups, few, lambda first: block(first, few))
@@ -148,6 +151,8 @@ class WholeProducts(Products):
 
     def _factors(self, scales: list[Any], x: Vector, place: Any) -> list[Any]:
         own = self.load(x.scales, place, scales[0].type)
+        if self.grouped.bits == 8 and not self.processor.dot:
+            own = self.builder.fmul(own, every(own.type, 1 / 256))
         return [self.builder.fmul(some, own) for some in scales]
 
     def _vector(self, x: Vector, at: Any, count: int) -> Any:
@@ -177,7 +182,7 @@ class WholeProducts(Products):
         return [(found, [each * lane for lane in range(whole.type.count)])]
 
     def _of_bytes(self, codes: Any, vector: Sequence[Any]) -> Any:
-        """Σ of four neighbours' codes · whole numbers, of PAIR values."""
+        """Σ of four neighbours' codes · whole numbers, of PAIR values; 256 times that without vpdpbusd."""
         b = self.builder
         if self.processor.dot:
             high, low, about = vector
@@ -186,8 +191,8 @@ class WholeProducts(Products):
             return self.dot(total, shifted, low)
         shorts = ir.VectorType(I16, PAIR // 2)
         both = b.bitcast(codes, shorts)
-        odd = b.ashr(both, every(shorts, 8))
-        even = b.ashr(b.shl(both, every(shorts, 8)), every(shorts, 8))
+        # 256 times each code, so that no second shift is needed: four products of the largest stay below 2³¹.
+        even, odd = b.shl(both, every(shorts, 8)), b.and_(both, every(shorts, 0xFF00))
         return b.add(self.products(even, vector[0]), self.products(odd, vector[1]))
 
     def _of_nibbles(self, codes: Sequence[Any], high: Sequence[Any], low: Sequence[Any]) -> Any:
