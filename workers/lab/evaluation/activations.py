@@ -1,8 +1,8 @@
 """`python -m workers.lab.evaluation.activations`: what rounding of activations costs and saves.
 
 Rows in eight and four bits are multiplied with activations that are rounded to whole numbers, unless
-`compute.activations` is `exact`. Here a store in few bits reads one text both ways, token by token, with every
-unit in memory, and the divergence of the one from the other is measured.
+`compute.activations` is `exact`. Here a store in few bits reads one text both ways, token by token, with
+every unit in memory, and the divergence of the one from the other is measured.
 """
 
 from __future__ import annotations
