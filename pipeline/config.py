@@ -95,6 +95,8 @@ class Compute(Section):
     threads: Count = 0  # at most one a core; 0: as many as there are cores
     context: Count = 0  # tokens of KV cache; 0: 2048 or the model's limit
     kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
+    # Of one token, where weights have eight or four bits: rounded to 15 bits, or slower, as they are.
+    activations: Literal["rounded", "exact"] = "rounded"
     device: Literal["cpu"] = "cpu"
     audit: Count = 0  # of every Nth token check one layer's set; 0: none
     # Whether memory is kept for answers of a given form (a JSON schema, tools), which are refused without.

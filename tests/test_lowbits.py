@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from formats import FORMATS, Format, code, random_rows, sizes, values
@@ -13,7 +17,8 @@ from storage.architecture import Ffn
 from storage.codecs import CODECS, FLOATS, LOW_BITS
 from storage.layout import ROLES, Row, Rows, Unit
 from workers import kernels
-from workers.kernels import codecs, grouped, instructions, launch, prepare
+from workers.kernels import codecs, grouped, launch, prepare
+from workers.kernels.processor import Processor
 
 NAMES = tuple(FORMATS)
 FEW = (
@@ -23,6 +28,7 @@ FEW = (
     "q4g128",
     "q4s",
 )  # of loops that take seconds to compile
+HERE = Processor.here()
 WIDE = 2 * launch.SMALL  # bytes: more than one thread
 
 
@@ -186,17 +192,27 @@ def test_nothing_is_nothing():
 # -- kernels ------------------------------------------------------------------------------------
 
 
+@codecs.njit
+def prepare_on(kind, x):
+    return kind.prepare(x)
+
+
 def prepared(name: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The vector as rows of this codec are multiplied with it: whole numbers, scales and sums."""
-    return codecs.njit(prepare.preparation(CODECS[name].grouped))(None, x)
+    """The vector as rows of this codec are multiplied with it."""
+    return prepare_on(grouped.groups(CODECS[name], exact=False), x)
 
 
 def whole_numbers(x: np.ndarray, form: Format) -> np.ndarray:
     """x as the products take it: whole numbers times a scale for each group, float64."""
     groups = x.astype(np.float64).reshape(-1, form.group)
-    scale = np.abs(groups).max(1, keepdims=True) / (32_767 if form.bits == 8 else 16_319)
+    scale = np.abs(groups).max(1, keepdims=True) / 16_319
     rounded = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)) * scale
     return rounded.reshape(-1)
+
+
+@pytest.fixture
+def exact_activations(monkeypatch):
+    monkeypatch.setattr(kernels.ACTIVATIONS, "exact", True)
 
 
 def off(found: np.ndarray, weights: np.ndarray, x: np.ndarray) -> float:
@@ -216,7 +232,7 @@ def test_a_product_is_that_of_a_rounded_vector(name, rows, width, seed):
     rounded = whole_numbers(x, form)
     spread = sizes(memory, form) @ np.abs(rounded) + np.abs(bias)
     assert (np.abs(found - (exact @ rounded + bias)) <= 4e-6 * spread).all()
-    half_steps = np.abs(x.reshape(-1, form.group)).max(1) / (2 * (32_767 if form.bits == 8 else 16_319))
+    half_steps = np.abs(x.reshape(-1, form.group)).max(1) / (2 * 16_319)
     most = np.abs(exact) @ half_steps.repeat(form.group)  # what the rounding of x can make of it
     assert (np.abs(found - (exact @ x.astype(np.float64) + bias)) <= 1.0001 * most + 4e-6 * spread).all()
 
@@ -229,6 +245,19 @@ def test_a_product_of_a_models_width_is_the_dequantised_one(name):
     for seed in range(3):
         x = normal(seed, 2048)
         assert off(kernels.matvec(Rows.of_matrix(memory, CODECS[name]), x, 2), exact, x) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("exact_activations")
+def test_a_product_of_a_vector_as_it_is(name):
+    """Nearer to the dequantised product than any rounding of the vector would be."""
+    form = FORMATS[name]
+    for width in (128, 1152):
+        memory, x, bias = random_rows(width, 7, width, form), normal(4, width), normal(5, 7)
+        expected = values(memory, form) @ x.astype(np.float64) + bias
+        terms = sizes(memory, form) @ np.abs(x.astype(np.float64)) + np.abs(bias)
+        found = kernels.matvec(Rows.of_matrix(memory, CODECS[name]), x, 2, bias)
+        assert (np.abs(found - expected) <= 3e-7 * terms).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,18 +278,30 @@ def test_a_vector_of_next_to_nothing(name):
         assert (np.abs(product) < 1e-25).all()
 
 
-@pytest.mark.parametrize(("name", "about"), [("q8", None), ("q4", 1), ("q4s", -8)])
+def natural_order(numbers: np.ndarray, form: Format) -> np.ndarray:
+    """Whole numbers out of their planes, int64."""
+    planes = numbers.astype(np.int64)
+    if form.bits == 8 and HERE.dot:
+        high, low, _ = planes
+        return 128 * high + low
+    if form.bits == 8:
+        return numbers.view(np.int16).astype(np.int64).T.reshape(-1)  # of even places, of odd ones
+    halves = 128 * planes[:2] + planes[2:]
+    return halves.reshape(2, -1, 16).swapaxes(0, 1).reshape(-1)  # the halves of runs by turns
+
+
+@pytest.mark.parametrize(("name", "about"), [("q8", None), ("q8g128", None), ("q4", 1), ("q4s", -8)])
 def test_the_prepared_vector_is_whole_numbers_and_scales(name, about):
-    """Of four bits two planes: of 64 values those that the bytes' low halves hold, then the others."""
     x, form = normal(1, 256), FORMATS[name]
-    numbers, scales, sums = prepared(name, x)
-    if form.bits == 4:
-        steps = numbers.astype(np.int64).reshape(-1, 2, 2, 2, 16)  # plane, half of a run, run, values
-        numbers = (128 * steps[:, 0] + steps[:, 1]).swapaxes(1, 2).reshape(-1)
-    rounded = numbers * scales.repeat(form.group).astype(np.float64)
+    numbers, scales, *sums = prepared(name, x)
+    rounded = natural_order(numbers, form) * scales.repeat(form.group).astype(np.float64)
     assert np.allclose(rounded, whole_numbers(x, form), rtol=1e-6, atol=0)
-    if about is not None:  # what a minimum, or the code of zero, is multiplied with
-        assert np.allclose(sums, about * rounded.reshape(-1, form.group).sum(1), rtol=1e-5, atol=1e-5)
+    assert len(sums) == (0 if about is None else 1)
+    if sums:  # what a minimum, or the code of zero, is multiplied with
+        assert np.allclose(sums[0], about * rounded.reshape(-1, form.group).sum(1), rtol=1e-5, atol=1e-5)
+    elif HERE.dot:  # what codes with 128 more have too much, a 128th of it
+        fours = natural_order(numbers, form).reshape(-1, 4).sum(1)
+        assert np.array_equal(numbers[2].view(np.int32), -fours)
 
 
 Table = dict[str, np.ndarray]  # of each role, [count, width]
@@ -395,11 +436,11 @@ def test_a_unit_of_several_neurons_is_its_neurons(names):
     assert len(sums) == 1
 
 
-HERE = instructions.Processor.here()
 PATHS = {
-    "none": instructions.Processor(False, False, False),
-    "madd": instructions.Processor(True, False, HERE.half),
-    "dot": instructions.Processor(True, True, HERE.half),
+    "none": Processor(),
+    "madd": Processor(madd=True, half=HERE.half),
+    "dot": Processor(madd=True, dot=True, half=HERE.half),
+    "wide": Processor(madd=True, dot=True, wide=True, half=HERE.half),
 }
 
 
@@ -411,31 +452,63 @@ def test_every_processor_computes_the_same_bits(name, monkeypatch):
     memory[0, : width * form.bits // 8] = 0xFF if form.bits == 4 else 0x80  # the largest products
     x = normal(2, width)
     x[:128] = 3.5
-    flat, given_x, kind = memory.reshape(-1), prepared(name, x), grouped.groups(CODECS[name])
+    flat, kind = memory.reshape(-1), grouped.groups(CODECS[name], exact=False)
     found, used = {}, {}
     for path, processor in PATHS.items():
-        if (processor.madd, processor.dot) > (HERE.madd, HERE.dot):
+        if (processor.madd, processor.dot, processor.wide) > (HERE.madd, HERE.dot, HERE.wide):
             continue
         monkeypatch.setattr(grouped, "_PROCESSOR", processor)
+        prepare_vector = codecs.njit(prepare.preparation(kind._numba_type_))
 
         @codecs.njit  # not kept on disk: what is compiled there is this machine's
-        def compute(kind, memory, step, x, y, width):
-            values, scales, sums = x
+        def compute(kind, memory, step, x, y, width, prepare_vector=prepare_vector):
             rows = np.int64(0), step, 2 * step, 3 * step
             later = 4 * step, 5 * step, 6 * step, 7 * step
-            products = grouped.dots(kind, memory, rows, later, values, scales, sums)
-            grouped.add_four(kind, y[0], y[1], memory, later, np.int64(0), width)
+            products = grouped.dots(kind, memory, rows, later, prepare_vector(kind, x))
+            grouped.add_four(kind, y[0], y[1], memory, later, rows, np.int64(0), width)
             grouped.widen(kind, memory, step, np.int64(0), width, y[2])
             return products
 
         y = np.ones((3, width), np.float32)
-        products = compute(kind, flat, memory.shape[1], given_x, y, width)
+        products = compute(kind, flat, memory.shape[1], x, y, width)
         found[path] = np.float32(products).tobytes() + y.tobytes()
         (code,) = compute.inspect_llvm().values()
-        used[path] = tuple(word in code for word in ("pmadd", "vpdpbusd"))
-    assert used["none"] == (False, False)
-    if "madd" in used:
-        assert used["madd"] == (True, False)
-    if "dot" in used and form.bits == 4:
-        assert used["dot"][1]
+        used[path] = tuple(word in code for word in ("pmadd", "vpdpbusd.256", "vpdpbusd.512"))
+    expected = {"none": (False, False, False), "madd": (True, False, False), "dot": (False, True, False)}
+    expected["wide"] = (False, form.bits == 4 and form.group < 128, True)  # half as much at a row's end
+    assert used == {path: expected[path] for path in used}
     assert len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["q8", "q4"])
+def test_another_processor_may_be_named(name, tmp_path):
+    """Compiled for AVX2 alone, in a process of its own: the same bits, and none of the longer registers."""
+    if not HERE.madd:
+        pytest.skip("this machine has no AVX2")
+    memory, x = random_rows(1, 40, 640, FORMATS[name]), normal(2, 640)
+    np.savez(tmp_path / "given.npz", memory=memory, x=x)
+    script = f"""
+import numpy as np
+from storage.codecs import CODECS
+from storage.layout import Rows
+from workers import kernels
+from workers.kernels import dense
+from workers.kernels.processor import Processor
+given = np.load(r"{tmp_path / "given.npz"}")
+product = kernels.matvec(Rows.of_matrix(given["memory"], CODECS["{name}"]), given["x"], 2)
+np.save(r"{tmp_path / "product.npy"}", product)
+(code,) = dense._matvec.inspect_asm().values()
+print(Processor.here(), "zmm" in code, "vpmaddwd" in code)
+"""
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n")[0] == f"{Processor(madd=True, half=True)} False True"
+    expected = kernels.matvec(Rows.of_matrix(memory, CODECS[name]), x, 2)
+    assert np.load(tmp_path / "product.npy").tobytes() == expected.tobytes()

@@ -87,6 +87,7 @@ class LayerLoop:
 async def main(worker: Worker) -> None:
     """Serve control messages until `Stop`, or until the layer loop fails."""
     threads = thread_count(worker.config.compute.threads)
+    kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
     for codec in codecs(worker.store):  # while the disk works

@@ -2,7 +2,9 @@
 
 Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
 `launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
-`functions.py`, `experts.py`, `attention.py`. `norms.py` stands alone.
+`functions.py`, `experts.py`, `attention.py`. `norms.py` stands alone. Rows in eight and four bits have
+`prepare.py`, `grouped.py` and `emitter.py`, made of the `instructions.py` of a `processor.py`, those of MXFP4
+`microscaled.py`.
 
 Weights stay in the checkpoint's number format and are widened in registers. All sums are float32. Every
 loop is written once, and compiled for each codec that is used. Its caller's `Rows` say which elements of
@@ -36,9 +38,11 @@ from workers.kernels.functions import activations
 from workers.kernels.launch import notes
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
+from workers.kernels.rows import ACTIVATIONS
 from workers.kernels.warming import warm
 
 __all__ = [
+    "ACTIVATIONS",
     "NO_BIAS",
     "accumulate",
     "activate",

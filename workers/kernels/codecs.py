@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import platform
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import NativeValue, intrinsic, models, overload_method, register_model, unbox
 
 from storage.codecs import BFLOAT16, FLOAT16, FLOAT32, Codec
+from workers.kernels.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,7 @@ def integer_half(bits: Any) -> Any:
 
 def _converts_halves() -> bool:
     """Whether the processor has the instruction; elsewhere LLVM would call a library that is not there."""
-    if platform.machine() in ("aarch64", "arm64"):
-        return True
-    return bool(binding.get_host_cpu_features().get("f16c"))
+    return Processor.here().half
 
 
 @njit(inline="always")

@@ -24,14 +24,14 @@ def _matvec(
     last = out.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
-        while True:
-            start = next_chunk(counter) * CHUNK
-            if start > last:
-                break
+        start = next_chunk(counter) * CHUNK
+        while start <= last:
+            then = next_chunk(counter) * CHUNK  # known now, so that its rows can be asked for
+            stop = min(start + CHUNK, last + 1)
             # Four rows at a time keep more of the memory under way than one.
-            for i in range(start, min(start + CHUNK, last + 1), 4):
+            for i in range(start, stop, 4):
                 i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4, last)
+                n0, n1, n2, n3 = four(i + 4 if i + 4 < stop else then, last)
                 rows = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
                 following = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
                 t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
@@ -44,6 +44,7 @@ def _matvec(
                 out[i1] = t1
                 out[i2] = t2
                 out[i3] = t3
+            start = then
 
 
 def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | None = None) -> F32:

@@ -42,13 +42,13 @@ def _activate(
     last = at.shape[0] - 1
     counter = chunk_counter()
     for _ in prange(threads):
-        while True:
-            start = next_chunk(counter) * CHUNK
-            if start > last:
-                break
-            for i in range(start, min(start + CHUNK, last + 1), 4):  # as in dense.py
+        start = next_chunk(counter) * CHUNK
+        while start <= last:
+            then = next_chunk(counter) * CHUNK  # known now, so that its rows can be asked for
+            stop = min(start + CHUNK, last + 1)
+            for i in range(start, stop, 4):  # as in dense.py
                 i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4, last)
+                n0, n1, n2, n3 = four(i + 4 if i + 4 < stop else then, last)
                 rows = at[i0], at[i1], at[i2], at[i3]
                 following = at[n0], at[n1], at[n2], at[n3]
                 t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
@@ -61,6 +61,7 @@ def _activate(
                 out[i1] = activation(t1, function, threshold)
                 out[i2] = activation(t2, function, threshold)
                 out[i3] = activation(t3, function, threshold)
+            start = then
 
 
 @njit(inline="always")
@@ -97,14 +98,13 @@ def _activate_gated(
     for _ in prange(threads):
         activated = np.empty(CHUNK, np.float32)
         live = np.empty(CHUNK, np.int64)  # places in the launch whose activation is not zero
-        while True:
-            start = next_chunk(counter) * CHUNK
-            if start > last:
-                break
+        start = next_chunk(counter) * CHUNK
+        while start <= last:
+            then = next_chunk(counter) * CHUNK  # known now, so that its rows can be asked for
             stop = min(start + CHUNK, last + 1)
             for i in range(start, stop, 4):  # as in dense.py
                 i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4, last)
+                n0, n1, n2, n3 = four(i + 4 if i + 4 < stop else then, last)
                 rows = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
                 following = gate_at[n0], gate_at[n1], gate_at[n2], gate_at[n3]
                 t0, t1, t2, t3 = gate_codec.dots(gates, rows, following, gate_h)
@@ -141,6 +141,7 @@ def _activate_gated(
                 out[i1] = activated[i1 - start] * t1
                 out[i2] = activated[i2 - start] * t2
                 out[i3] = activated[i3 - start] * t3
+            start = then
 
 
 @njit(cache=True, nogil=True)

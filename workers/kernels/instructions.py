@@ -8,37 +8,17 @@ processor's own instruction multiplies and adds pairs of them: `vpmaddwd` where 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import binding, ir
 
-from storage.lowbits import RUN
+from workers.kernels.processor import Processor
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
-LANES = 8  # float32 sums of one row; a group's codes are added in eight lanes
+LANES = 16  # float32 sums of one row
 CONTRACT = ("contract",)
-
-
-@dataclass(frozen=True)
-class Processor:
-    """Which of the instructions there are."""
-
-    madd: bool  # vpmaddwd and vpmaddubsw on 32 bytes
-    dot: bool  # vpdpbusd
-    half: bool  # float16 → float32
-
-    @classmethod
-    def here(cls) -> Processor:
-        """Of this machine. Others compute the same by what every processor has."""
-        if platform.machine() not in ("x86_64", "AMD64"):
-            return cls(False, False, platform.machine() in ("aarch64", "arm64"))
-        features = binding.get_host_cpu_features()
-        vnni = features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl"))
-        return cls(bool(features.get("avx2")), bool(vnni), bool(features.get("f16c")))
 
 
 class Instructions:
@@ -88,7 +68,7 @@ class Instructions:
         """Ask for the cache line of a byte, without waiting for it."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         prefetch = self.builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
-        read, near, data_cache = (ir.Constant(I32, number) for number in (0, 3, 1))
+        read, near, data_cache = (ir.Constant(I32, number) for number in (0, 2, 1))
         self.builder.call(prefetch, [self.builder.gep(base, [offset]), read, near, data_cache])
 
     def fma(self, total: Any, left: Any, right: Any) -> Any:
@@ -106,47 +86,62 @@ class Instructions:
         sign = b.shl(b.and_(wide, every(words, 0x8000)), every(words, 16))
         return b.fmul(b.bitcast(b.or_(size, sign), floats), every(floats, 2.0**112))
 
+    def concat(self, parts: Sequence[Any]) -> Any:
+        """Vectors of one length as a long one; so many that they pair up."""
+        while len(parts) > 1:
+            lanes = ir.Constant(
+                ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count))
+            )
+            parts = [
+                self.builder.shuffle_vector(*two, lanes) for two in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        return parts[0]
+
+    def split(self, value: Any, count: int) -> list[Any]:
+        """A vector as vectors of `count`."""
+        if value.type.count == count:
+            return [value]
+        return [self.pick(value, range(start, start + count)) for start in range(0, value.type.count, count)]
+
     def products(self, left: Any, right: Any) -> Any:
-        """Sums of neighbours' products: 16 pairs of int16 as 8 int32."""
-        b, wide = self.builder, ir.VectorType(I32, 2 * LANES)
-        if self.processor.madd:
-            return self._instruction("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, LANES), left, right)
-        each = b.mul(b.sext(left, wide), b.sext(right, wide))
-        return b.add(self.pick(each, range(0, 16, 2)), self.pick(each, range(1, 16, 2)))
+        """Sums of neighbours' products: pairs of int16 as int32."""
+        count = left.type.count
+        if self.processor.madd and count % 16 == 0:
+            parts = zip(self.split(left, 16), self.split(right, 16), strict=True)
+            words = ir.VectorType(I32, 8)
+            return self.concat([self.instruction("llvm.x86.avx2.pmadd.wd", words, *two) for two in parts])
+        wide = ir.VectorType(I32, count)
+        each = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
+        return self.builder.add(self.pick(each, range(0, count, 2)), self.pick(each, range(1, count, 2)))
 
-    def bytes_products(self, codes: Sequence[Any], high: Sequence[Any], low: Sequence[Any]) -> Any:
-        """Σ codes · (128 · high + low) over neighbours: vectors of 32 bytes, codes 0 … 15, as 8 int32."""
-        b, words = self.builder, ir.VectorType(I32, LANES)
-        if self.processor.dot:
-            total = every(words, 0)
-            for some, plane in zip(codes, high, strict=True):
-                total = self._dot(total, some, plane)
-            total = b.shl(total, every(words, 7))
-            for some, plane in zip(codes, low, strict=True):
-                total = self._dot(total, some, plane)
-            return total
-        sums = []
-        for planes in (high, low):  # each sum of four products stays within 16 bits
-            parts = [self._pairs(some, plane) for some, plane in zip(codes, planes, strict=True)]
-            sums.append(b.add(*parts))
-        shorts = sums[0].type
-        return b.add(self.products(sums[0], every(shorts, 128)), self.products(sums[1], every(shorts, 1)))
+    def pairs(self, codes: Any, plane: Any) -> Any:
+        """Sums of neighbours' products: pairs of bytes, of which `codes` have no sign, as int16."""
+        count = codes.type.count
+        if self.processor.madd and count % 32 == 0:
+            parts = zip(self.split(codes, 32), self.split(plane, 32), strict=True)
+            shorts = ir.VectorType(I16, 16)
+            return self.concat([self.instruction("llvm.x86.avx2.pmadd.ub.sw", shorts, *two) for two in parts])
+        wide = ir.VectorType(I16, count)
+        each = self.builder.mul(self.builder.zext(codes, wide), self.builder.sext(plane, wide))
+        return self.builder.add(self.pick(each, range(0, count, 2)), self.pick(each, range(1, count, 2)))
 
-    def _pairs(self, codes: Any, plane: Any) -> Any:
-        """Sums of neighbours' products: 32 pairs of bytes as 16 int16."""
-        b, wide = self.builder, ir.VectorType(I16, RUN)
-        if self.processor.madd:
-            return self._instruction("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), codes, plane)
-        each = b.mul(b.zext(codes, wide), b.sext(plane, wide))
-        return b.add(self.pick(each, range(0, 32, 2)), self.pick(each, range(1, 32, 2)))
+    def dot(self, total: Any, codes: Any, plane: Any) -> Any:
+        """`total` int32, and to each lane the products of four neighbouring bytes, by vpdpbusd."""
+        size = 16 if self.processor.wide and total.type.count == 16 else 8
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * size}"
+        found = []
+        for some, *two in zip(
+            self.split(total, size), self.split(codes, 4 * size), self.split(plane, 4 * size), strict=True
+        ):
+            if binding.llvm_version_info < (22,):  # which took the bytes for words
+                of_words = [self.builder.bitcast(one, some.type) for one in two]
+                found.append(self.instruction(name, some.type, some, *of_words))
+            else:
+                found.append(self.instruction(name, some.type, some, *two))
+        return self.concat(found)
 
-    def _dot(self, total: Any, codes: Any, plane: Any) -> Any:
-        name = "llvm.x86.avx512.vpdpbusd.256"
-        if binding.llvm_version_info < (22,):  # which took the bytes for words
-            codes, plane = (self.builder.bitcast(one, total.type) for one in (codes, plane))
-        return self._instruction(name, total.type, total, codes, plane)
-
-    def _instruction(self, name: str, returns: Any, *arguments: Any) -> Any:
+    def instruction(self, name: str, returns: Any, *arguments: Any) -> Any:
+        """One of LLVM's own functions."""
         kind = ir.FunctionType(returns, [one.type for one in arguments])
         return self.builder.call(self.builder.module.declare_intrinsic(name, (), kind), arguments)
 
@@ -169,11 +164,11 @@ class Instructions:
         raise AssertionError("a vector of one")
 
     def spread(self, value: Any) -> Any:
-        """One float32 in RUN lanes."""
+        """One float32 in all lanes."""
         one = self.builder.insert_element(
             ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), value, ir.Constant(I32, 0)
         )
-        return self.pick(one, [0] * RUN)
+        return self.pick(one, [0] * LANES)
 
 
 def long(value: int) -> Any:

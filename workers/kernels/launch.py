@@ -16,6 +16,8 @@ from numba.core import config
 from numba.extending import intrinsic
 from numba.np.ufunc import threading_layer
 
+# Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
+FAST = {"reassoc", "contract"}
 SMALL = 1 << 18  # bytes of weights below which a second thread costs more than it saves
 CHUNK = 32  # rows that a thread takes at a time, a multiple of four
 

@@ -34,7 +34,9 @@ def _score(codec: Any, down: Any, up: Any, x: Any, scale: Any, bias: Any, y: Any
     whole = rank // 4 * 4
     for i in range(0, whole, 4):
         at = i * width, (i + 1) * width, (i + 2) * width, (i + 3) * width
-        codec.add_four(y, inner[i : i + 4], flat, at, 0, width)
+        n0, n1, n2, n3 = four(i + 4, last)
+        following = n0 * width, n1 * width, n2 * width, n3 * width
+        codec.add_four(y, inner[i : i + 4], flat, at, following, 0, width)
     for i in range(whole, rank):
         codec.add_one(y, inner[i], flat, i * width, 0, width)
 

@@ -136,8 +136,12 @@ def _dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
 
 
 @overload_method(MicroType, "add_four", inline="always")
-def _add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+def _add_four(
+    codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+) -> Any:
+    def run(
+        codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+    ) -> None:
         first, second, third, fourth = at
         _add(y, a[0], memory, first, column, width)
         _add(y, a[1], memory, second, column, width)

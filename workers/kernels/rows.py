@@ -7,6 +7,7 @@ functions here, and of few bits those in `grouped.py` and `microscaled.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,10 @@ from storage.codecs import MXFP4, Codec
 from workers.kernels import grouped
 from workers.kernels.codecs import Scalars, ScalarsType, scalars
 from workers.kernels.grouped import Groups, GroupsType
+from workers.kernels.launch import FAST
 from workers.kernels.microscaled import MICRO, Micro
 from workers.kernels.prepare import preparation
 
-# Reassociation and contraction only: nothing is assumed about NaN, infinity or signed zero.
-FAST = {"reassoc", "contract"}
 LINE = 32  # 16-bit elements of a cache line
 _BLOCK = 128  # elements of a row between two looks ahead, a multiple of a cache line's
 
@@ -36,7 +36,7 @@ def _fetch(typing_context: Any, row: Any, index: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        read, near, data_cache = ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)
+        read, near, data_cache = ir.Constant(word, 0), ir.Constant(word, 2), ir.Constant(word, 1)
         builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, near, data_cache])
         return context.get_dummy_value()
 
@@ -104,11 +104,21 @@ def add_one(codec: Any, y: Any, a: Any, row: Any) -> None:
         y[j] += a * codec.widen(row[j])
 
 
+@dataclass(slots=True)
+class Activations:
+    """How this process multiplies rows in few bits with float32: chosen once, before it computes."""
+
+    exact: bool = False  # values are not rounded to whole numbers; those of MXFP4 never are
+
+
+ACTIVATIONS = Activations()
+
+
 def loops(codec: Codec) -> Scalars | Groups | Micro:
     """What kernels take for `codec`. Raises KeyError for one that no kernel can compute with."""
     if codec is MXFP4:
         return MICRO
-    return scalars(codec) if codec.grouped is None else grouped.groups(codec)
+    return scalars(codec) if codec.grouped is None else grouped.groups(codec, ACTIVATIONS.exact)
 
 
 # What compiled code may ask of any of them. `at` and `following` are elements of `memory`: four, or one.
@@ -132,8 +142,7 @@ def _float_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any
 @overload_method(GroupsType, "dots", inline="always")
 def _grouped_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
     def run(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> Any:
-        values, scales, sums = x
-        return grouped.dots(codec, memory, at, following, values, scales, sums)
+        return grouped.dots(codec, memory, at, following, x)
 
     return run
 
@@ -150,7 +159,7 @@ def _float_prepare(codec: Any, x: Any) -> Any:
 
 @overload_method(GroupsType, "prepare")
 def _grouped_prepare(codec: Any, x: Any) -> Any:
-    return preparation(grouped.format_of(codec))
+    return preparation(codec)
 
 
 @overload_method(ScalarsType, "part", inline="always")
@@ -166,21 +175,38 @@ def _float_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
 @overload_method(GroupsType, "part", inline="always")
 def _grouped_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
     form = grouped.format_of(codec)
-    group, each = form.group, 8 // form.bits  # numbers that a value takes
+    group, bits = form.group, form.bits
 
     def part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
         values, scales, sums = x
         low, high = start // group, stop // group
-        return values[start * each : stop * each], scales[low:high], sums[low:high]
+        return values[:, start // 2 : stop // 2], scales[low:high], sums[low:high]
 
-    return part
+    def eight(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        values, scales = x
+        return values[:, start:stop], scales[start // group : stop // group]
+
+    def exact(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        values, sums = x
+        return values[start:stop], sums[start // group : stop // group]
+
+    def exact_eight(codec: Any, x: Any, start: Any, stop: Any) -> Any:
+        return (x[0][start:stop],)
+
+    if codec.exact:
+        return exact if bits == 4 else exact_eight
+    return part if bits == 4 else eight
 
 
 @overload_method(ScalarsType, "add_four", inline="always")
-def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
+def _float_add_four(
+    codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+) -> Any:
     """y += a[0] · part of row 0, and so on: as many values as y has, from `column` on, of rows of `width`."""
 
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
+    def run(
+        codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+    ) -> None:
         first, second, third, fourth = at
         n = y.shape[0]
         add_four(
@@ -197,9 +223,13 @@ def _float_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: An
 
 
 @overload_method(GroupsType, "add_four", inline="always")
-def _grouped_add_four(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> Any:
-    def run(codec: Any, y: Any, a: Any, memory: Any, at: Any, column: Any, width: Any) -> None:
-        grouped.add_four(codec, y, a, memory, at, column, width)
+def _grouped_add_four(
+    codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+) -> Any:
+    def run(
+        codec: Any, y: Any, a: Any, memory: Any, at: Any, following: Any, column: Any, width: Any
+    ) -> None:
+        grouped.add_four(codec, y, a, memory, at, following, column, width)
 
     return run
 

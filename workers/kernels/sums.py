@@ -10,7 +10,7 @@ from typing import Any
 from numba import njit, prange
 
 from workers.kernels.launch import chunk_counter, next_chunk
-from workers.kernels.rows import FAST
+from workers.kernels.rows import FAST, four
 
 _MULTIPLE = 128  # columns: of every format's groups, and of a cache line
 _FEWEST_COLUMNS = 512  # of a sum that a thread takes at a time
@@ -28,9 +28,12 @@ def add_rows(codec: Any, memory: Any, at: Any, width: Any, a: Any, y: Any, chunk
                 break
             part = y[start : min(start + chunk, width)]
             whole = at.shape[0] // 4 * 4
+            last = at.shape[0] - 1
             for i in range(0, whole, 4):
-                four = at[i], at[i + 1], at[i + 2], at[i + 3]
-                codec.add_four(part, a[i : i + 4], memory, four, start, width)
+                rows = at[i], at[i + 1], at[i + 2], at[i + 3]
+                n0, n1, n2, n3 = four(i + 4, last)
+                following = at[n0], at[n1], at[n2], at[n3]
+                codec.add_four(part, a[i : i + 4], memory, rows, following, start, width)
             for i in range(whole, at.shape[0]):
                 codec.add_one(part, a[i], memory, at[i], start, width)
 
