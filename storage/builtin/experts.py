@@ -1,8 +1,9 @@
 """A layer of experts for the trainer: router, top-k, and one product an expert over its own tokens.
 
-`Experts` takes the place of transformers' block in a `qwen3_moe` decoder. It computes the same, but sorts the tokens
-by expert, so that each matrix is read once a pass, and keeps what its router said: the balance loss and the figures
-of locality need that. Its three stacks `[experts, rows, columns]` are a checkpoint's matrices of one expert each.
+`Experts` takes the place of transformers' block in a `qwen3_moe` decoder. It computes the same, but sorts
+the tokens by expert, so that each matrix is read once a pass, and keeps what its router said: the balance
+loss and the figures of locality need that. Its three stacks `[experts, rows, columns]` are a checkpoint's
+matrices of one expert each.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Routing:
     def balance(self) -> Tensor:
         """Switch's loss: experts × Σ (share of the traffic × mean probability); 1 where both are even."""
         shares = self.counts() / self.chosen.numel()
-        return len(shares) * torch.dot(shares, self.probabilities.mean(0))
+        loss: Tensor = len(shares) * torch.dot(shares, self.probabilities.mean(0))
+        return loss
 
 
 def evenness(counts: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Muon for stacks of matrices: what `torch.optim.Muon` does to one matrix, done to all experts' at once.
 
-torch's takes single matrices only; a layer's experts would be a hundred calls of tiny products. The constants and
-the rate's adjustment are torch's defaults, and a test compares the two.
+torch's takes single matrices only; a layer's experts would be a hundred calls of tiny products. The constants
+and the rate's adjustment are torch's defaults, and a test compares the two.
 """
 
 from __future__ import annotations

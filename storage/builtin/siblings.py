@@ -1,10 +1,10 @@
 """The built-in model's siblings: decoders of other families, trained by its recipe.
 
 `qwen3` is a gated SiLU network of Llama's block with a norm of each query and key head; `falcon` is a GELU
-network of Falcon's parallel block; `qwen3_moe` is the first with experts in the place of each FFN. All have two
-query heads a key-value head, rotary positions, no biases and a tied head. No activation is penalised, so that
-transformers' own classes train them, but for the experts: transformers is needed here, and at no other place of
-the program.
+network of Falcon's parallel block; `qwen3_moe` is the first with experts in the place of each FFN. All have
+two query heads a key-value head, rotary positions, no biases and a tied head. No activation is penalised, so
+that transformers' own classes train them, but for the experts: transformers is needed here, and at no other
+place of the program.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ FFN activation is steered per layer towards a target share of non-zero activatio
 layer stays dense and none dies. The constant part does not depend on the number of steps: a run
 may be shortened or lengthened while it is in it. Runs resume from their last checkpoint.
 
-`--architecture qwen3`, `qwen3_moe` and `falcon` train the siblings (`siblings.py`) by the same recipe without the
-penalty; a mixture's routers are kept even by Switch's balance loss (`experts.py`).
+`--architecture qwen3`, `qwen3_moe` and `falcon` train the siblings (`siblings.py`) by the same recipe
+without the penalty; a mixture's routers are kept even by Switch's balance loss (`experts.py`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Architecture(StrEnum):
 
 
 # FFN width in units of d_model. A gated FFN has three matrices instead of two, and grouped heads leave
-# parameters to the FFN: each dense architecture has 12 million in all at the default shape. A mixture's is the
-# width of all experts together: 15.3 million, of which a token uses 4.3.
+# parameters to the FFN: each dense architecture has 12 million in all at the default shape. A mixture's
+# is the width of all experts together: 15.3 million, of which a token uses 4.3.
 FFN_WIDTH = {Architecture.OPT: 8, Architecture.QWEN3: 6, Architecture.QWEN3_MOE: 8, Architecture.FALCON: 9}
 
 
@@ -119,12 +119,14 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
             stacks.append(parameter)
         else:
             (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
-    muon = {"lr": recipe.muon_rate, "weight_decay": recipe.weight_decay, "momentum": 0.95}
-    return [
-        torch.optim.Muon(matrices, **muon),
+    rate, decay, momentum = recipe.muon_rate, recipe.weight_decay, 0.95
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=momentum),
         torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        *([StackedMuon(stacks, **muon)] if stacks else []),
     ]
+    if stacks:
+        chosen.append(StackedMuon(stacks, lr=rate, weight_decay=decay, momentum=momentum))
+    return chosen
 
 
 def active_share(activations: list[Tensor]) -> Tensor:
@@ -181,7 +183,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def accumulate(model: Network, rows: Tensor, slopes: Tensor, balance: float) -> Pass:
-    """Forward and backward over `rows` in passes; `balance` weighs each layer's balance loss, pass by pass."""
+    """Forward and backward over `rows` in passes; `balance` weighs each layer's balance loss."""
     tokens = rows[:, 1:].numel()
     total, shares = 0.0, torch.zeros(model.steered)
     balances, counts = torch.zeros(0), torch.zeros(0, 0)
@@ -243,7 +245,7 @@ class State:
         return int(state["step"])
 
     def learn(self, factor: float) -> None:
-        """One step of every optimiser at `factor` of its rate, on the gradients gathered; they are cleared."""
+        """One step of every optimiser at `factor` of its rate; the gradients are used up."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimisers:
             for group in optimizer.param_groups:
@@ -330,9 +332,7 @@ def main(
     cooldown_steps: Annotated[int, typer.Option(help="Steps of linear cool-down.")] = 700,
     steps: Annotated[
         int | None,
-        typer.Option(
-            help="Steps in all, 0.3 of them cool-down, in the place of --stable-steps and --cooldown-steps."
-        ),
+        typer.Option(help="Steps in all, 0.3 of them cool-down, instead of the two options above."),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two states that a run goes on from.")] = 100,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 8,
