@@ -120,14 +120,14 @@ def test_a_stack_learns_as_its_matrices_would_one_by_one(shape: tuple[int, int, 
     torch.testing.assert_close(stack, torch.stack(singles), rtol=0, atol=moved / 20)
 
 
-def trained(recipe: Recipe, run: Path, save_every: int = 100) -> Network:
+def trained(recipe: Recipe, run: Path, save_every: int = 100, workers: int = 1) -> Network:
     """A small mixture trained on one story, from `run`'s last checkpoint if it has one."""
     stream = np.array(make_tokenizer().encode(STORY * 60).ids, np.uint16)
     mixture = corpus.Mixture(dict.fromkeys(corpus.SOURCES, stream))
     held_out = torch.from_numpy(stream[:129].astype(np.int64))[None]
     torch.manual_seed(recipe.seed)
     network = train.build(Architecture.QWEN3_MOE, SMALL)
-    train.train(network, mixture, held_out, recipe, run, save_every)
+    train.train(network, mixture, held_out, recipe, run, save_every, workers)
     return network
 
 
@@ -183,6 +183,13 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     resumed = trained(RECIPE, tmp_path, save_every=3)
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == list(range(RECIPE.steps))
     for (name, one), other in zip(whole.network.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_two_workers_train_as_one_does(whole: Trained, tmp_path: Path) -> None:
+    """A step has two passes, and a sum of two has no order."""
+    shared = trained(RECIPE, tmp_path, workers=2)
+    for (name, one), other in zip(whole.network.named_parameters(), shared.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 

@@ -43,7 +43,8 @@ class Routing:
 def evenness(counts: Tensor) -> Tensor:
     """Entropy of use over its most, log(experts): `counts` `[layers, experts]` to `[layers]` from 0 to 1."""
     shares = counts / counts.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1) / math.log(counts.shape[1])
+    even: Tensor = torch.special.entr(shares).sum(1) / math.log(counts.shape[1])
+    return even
 
 
 @dataclass(frozen=True)

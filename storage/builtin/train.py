@@ -29,14 +29,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from storage.builtin import corpus
-from storage.builtin.experts import evenness
 from storage.builtin.muon import StackedMuon
 from storage.builtin.network import Decoder, Network, Shape
+from storage.builtin.passes import accumulate, active_share, replicas
 from storage.builtin.siblings import settings, sibling
 from storage.files import replacing
 
 TOKENS_PER_STEP = 10_240
-TOKENS_PER_PASS = 5_120  # gradients accumulate over passes: smaller activations stay in the cache
 LENGTHS = (256, 512, 256, 1280)  # tokens a row, cycled; every fourth step trains all positions
 EVALUATE_EVERY = 100
 PRINT_EVERY = 20
@@ -129,11 +128,6 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return chosen
 
 
-def active_share(activations: list[Tensor]) -> Tensor:
-    """Share of non-zero activations per layer, `[layers]` float32."""
-    return torch.tensor([torch.count_nonzero(a).item() / a.numel() for a in activations])
-
-
 def activity(shares: list[float]) -> str:
     """For the line of progress; empty where no layer is steered."""
     if not shares:
@@ -152,56 +146,6 @@ def validation_loss(model: Network, rows: Tensor) -> tuple[float, list[float]]:
         total += model.loss(hidden, chunk[:, 1:]).item()
         shares += active_share(activations) * len(chunk) / len(rows)
     return total / rows[:, 1:].numel(), shares.tolist()
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one step's forward passes said, as means over its tokens."""
-
-    loss: float  # nats a token
-    shares: Tensor  # [steered], of FFN activations non-zero
-    balances: Tensor  # [layers with experts], 1 where traffic and probabilities are even
-    counts: Tensor  # [layers with experts, experts], tokens of each
-
-    def record(self) -> dict[str, object]:
-        """For the log."""
-        record: dict[str, object] = {"loss": round(self.loss, 4), "shares": _rounded(self.shares)}
-        if len(self.counts):
-            record |= {"balance": _rounded(self.balances), "evenness": _rounded(evenness(self.counts))}
-        return record
-
-    def use(self) -> str:
-        """For the line of progress; empty where there are no experts."""
-        if not len(self.counts):
-            return ""
-        even = evenness(self.counts)
-        return f"balance {self.balances.mean():.3f}  evenness {even.mean():.3f} (least {even.min():.3f})  "
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
-
-
-def accumulate(model: Network, rows: Tensor, slopes: Tensor, balance: float) -> Pass:
-    """Forward and backward over `rows` in passes; `balance` weighs each layer's balance loss."""
-    tokens = rows[:, 1:].numel()
-    total, shares = 0.0, torch.zeros(model.steered)
-    balances, counts = torch.zeros(0), torch.zeros(0, 0)
-    for part in rows.split(max(1, TOKENS_PER_PASS // (rows.shape[1] - 1))):
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, activations = model(part[:, :-1], slopes)
-        loss = model.loss(hidden, part[:, 1:]) / tokens
-        total += loss.item()
-        weight = len(part) / len(rows)
-        shares += active_share(activations) * weight
-        if routings := model.routings():
-            uneven = torch.stack([routing.balance() for routing in routings])
-            used = torch.stack([routing.counts() for routing in routings])
-            loss = loss + balance * weight * uneven.sum()
-            balances = uneven.detach() * weight + (balances if len(balances) else 0)
-            counts = used + (counts if len(counts) else 0)
-        loss.backward()
-    return Pass(total, shares, balances, counts)
 
 
 def keep_heap() -> None:
@@ -261,8 +205,13 @@ def train(
     recipe: Recipe,
     out: Path,
     save_every: int = 100,
+    workers: int = 1,
 ) -> None:
-    """Train to the end of the recipe, appending to `out/log.jsonl`; resumes from `out/last.pt`."""
+    """Train to the end of the recipe, appending to `out/log.jsonl`; resumes from `out/last.pt`.
+
+    `workers` threads share the passes of a step.
+    """
+    networks = replicas(model, workers)
     state = State(model, optimizers(model, recipe), SparsitySteering(model.steered))
     first = state.resume(out / "last.pt")
     started = time.monotonic()
@@ -272,7 +221,7 @@ def train(
             mixture.batch(step, recipe.seed, recipe.mix(step), TOKENS_PER_STEP // length, length)
         )
         slopes = state.steering.slopes(TOKENS_PER_STEP * model.d_ff)
-        passed = accumulate(model, rows, slopes if recipe.target_share else slopes * 0, recipe.balance)
+        passed = accumulate(networks, rows, slopes if recipe.target_share else slopes * 0, recipe.balance)
         state.learn(recipe.rate(step))
         if recipe.target_share:
             state.steering.update(passed.shares, recipe.wanted_share(step))
@@ -335,6 +284,10 @@ def main(
         typer.Option(help="Steps in all, 0.3 of them cool-down, instead of the two options above."),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two states that a run goes on from.")] = 100,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that share the passes of a step; without it, torch's share each product."),
+    ] = None,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 8,
     d_model: Annotated[int, typer.Option(help="Width.")] = 256,
     target_share: Annotated[
@@ -348,6 +301,8 @@ def main(
 ) -> None:
     """Train the model and write its Hugging Face checkpoint to OUT/checkpoint."""
     keep_heap()
+    if workers is not None:
+        torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     if steps is not None:
         cooldown_steps = round(COOLDOWN * steps)
@@ -371,7 +326,7 @@ def main(
     torch.manual_seed(seed)
     model = build(architecture, shape)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {recipe}", flush=True)
-    train(model, mixture, held_out, recipe, out, save_every)
+    train(model, mixture, held_out, recipe, out, save_every, workers or 1)
     write_checkpoint(model, tokenizer, out / "checkpoint")
 
 
