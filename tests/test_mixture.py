@@ -25,7 +25,7 @@ from storage.builtin.train import FFN_WIDTH, Architecture, Recipe
 from storage.builtin.validate import load
 
 SMALL = Shape(d_model=32, d_ff=8 * EXPERTS, layers=2, heads=4, vocabulary=VOCABULARY)
-RECIPE = Recipe(stable_steps=6, cooldown_steps=2, warmup_steps=1, adam_rate=0.03, target_share=0.0)
+RECIPE = Recipe(6, 2, warmup_steps=1, adam_rate=0.03, target_share=0.0, tokens=2560)
 STORY = "Once upon a time there was a little fox. Every evening the fox counted the stars above the hill. "
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(40))]
 

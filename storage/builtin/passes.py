@@ -1,7 +1,7 @@
 """Forward and backward of one training step, in passes that one thread takes or several share.
 
 Threads that share passes wait for each other once a step; threads that share each product wait at each, which
-on cores that other jobs use takes six times the work. Gradients are summed in the order of the passes' networks.
+on cores that other jobs use takes six times the work. Gradients are summed in the order of the networks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from storage.builtin.experts import evenness
 from storage.builtin.network import Network
 
-TOKENS_PER_PASS = 5_120  # smaller activations stay in the cache
+TOKENS_PER_PASS = 5_120  # at most: smaller activations stay in the cache; a step of few tokens has two passes
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def accumulate(networks: list[Network], rows: Tensor, slopes: Tensor, balance: f
 
     `slopes` `[steered]` is the gradient of the sparsity penalty; `balance` weighs each layer's balance loss.
     """
-    parts = rows.split(max(1, TOKENS_PER_PASS // (rows.shape[1] - 1)))
     total = rows[:, 1:].numel()
+    parts = rows.split(max(1, min(TOKENS_PER_PASS // (rows.shape[1] - 1), (len(rows) + 1) // 2)))
     shared = [parts[first :: len(networks)] for first in range(len(networks))]
 
     def work(network: Network, some: Sequence[Tensor]) -> list[Pass]:

@@ -35,7 +35,6 @@ from storage.builtin.passes import accumulate, active_share, replicas
 from storage.builtin.siblings import settings, sibling
 from storage.files import replacing
 
-TOKENS_PER_STEP = 10_240
 LENGTHS = (256, 512, 256, 1280)  # tokens a row, cycled; every fourth step trains all positions
 EVALUATE_EVERY = 100
 PRINT_EVERY = 20
@@ -67,6 +66,7 @@ class Recipe:
     weight_decay: float = 0.1
     target_share: float = 0.03  # of FFN activations non-zero, where steered; 0 trains without the penalty
     ramp_steps: int = 600
+    tokens: int = 10_240  # a step
     balance: float = 0.01  # weight of each layer's balance loss, where there are experts; Switch's
     seed: int = 0
 
@@ -218,16 +218,16 @@ def train(
     for step in range(first, recipe.steps):
         length = LENGTHS[step % len(LENGTHS)]
         rows = torch.from_numpy(
-            mixture.batch(step, recipe.seed, recipe.mix(step), TOKENS_PER_STEP // length, length)
+            mixture.batch(step, recipe.seed, recipe.mix(step), recipe.tokens // length, length)
         )
-        slopes = state.steering.slopes(TOKENS_PER_STEP * model.d_ff)
+        slopes = state.steering.slopes(recipe.tokens * model.d_ff)
         passed = accumulate(networks, rows, slopes if recipe.target_share else slopes * 0, recipe.balance)
         state.learn(recipe.rate(step))
         if recipe.target_share:
             state.steering.update(passed.shares, recipe.wanted_share(step))
         record: dict[str, object] = {"step": step, "length": length, **passed.record()}
         done = step + 1
-        rate = (done - first) * TOKENS_PER_STEP / (time.monotonic() - started)
+        rate = (done - first) * recipe.tokens / (time.monotonic() - started)
         line = f"step {done}/{recipe.steps}  train {passed.loss:.3f}  {passed.use()}"
         if done % EVALUATE_EVERY == 0 or done == recipe.steps:
             held_loss, held_shares = validation_loss(model, held_out)
@@ -296,6 +296,7 @@ def main(
     ] = 0.03,
     muon_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     ramp_steps: Annotated[int, typer.Option(help="Steps over which the wanted share falls.")] = 600,
+    tokens: Annotated[int, typer.Option(help="Tokens a step, 1,280 or more.", min=max(LENGTHS))] = 10_240,
     balance: Annotated[float, typer.Option(help="Weight of the balance loss of experts.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
@@ -315,6 +316,7 @@ def main(
         target_share=target_share if architecture is Architecture.OPT else 0.0,
         muon_rate=muon_rate,
         ramp_steps=ramp_steps,
+        tokens=tokens,
         balance=balance,
         seed=seed,
     )
