@@ -126,17 +126,18 @@ def route(network: MixtureOfExperts, ids: Tensor) -> Prompt:
     return Prompt(used, guessed)
 
 
+def _row(of: Locality) -> list[float | None]:
+    recall = [of.recall.get(ahead) for ahead in AHEAD]
+    return [*of.reuse.values(), of.chance, *of.hot.values(), *of.overall.values(), of.touched / 100, *recall]
+
+
 def table(layers: Sequence[Locality]) -> Iterator[str]:
     """Markdown, per cent, a line a layer and the mean of those that have the figure."""
     lags = [f"reuse, lag {lag}" for lag in LAGS]
     hot = [f"top {number}, {whose}" for whose in ("prompt", "overall") for number in HOT]
     recall = [f"recall, {ahead} ahead" for ahead in AHEAD]
     heads = ["layer", *lags, "chance", *hot, "experts a prompt", *recall]
-    rows: list[list[float | None]] = [
-        [*of.reuse.values(), of.chance, *of.hot.values(), *of.overall.values(), of.touched / 100]
-        + [of.recall.get(ahead) for ahead in AHEAD]
-        for of in layers
-    ]
+    rows = [_row(of) for of in layers]
     known = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
     means = [sum(column) / len(column) if column else None for column in known]
     yield f"| {' | '.join(heads)} |"
