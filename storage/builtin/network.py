@@ -8,12 +8,15 @@ test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from storage.builtin.experts import Routing
 
 POSITION_OFFSET = 2  # OPT's learned positions start at row 2
 
@@ -132,6 +135,14 @@ class Network(nn.Module):
         """The parameters as a checkpoint's tensors."""
         return {f"{self.prefix}{name}": t.detach().to(self.dtype) for name, t in self.state_dict().items()}
 
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the parameters from a checkpoint's tensors, widened to float32."""
+        self.load_state_dict({name.removeprefix(self.prefix): t.float() for name, t in tensors.items()})
+
+    def routings(self) -> list[Routing]:
+        """What each layer's router said in the latest call; empty where a network has no experts."""
+        return []
+
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats of `targets` `[rows, length]`."""
         loss: Tensor = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.head, targets.flatten())
@@ -143,7 +154,7 @@ def initialise(network: nn.Module, layers: int, residual: tuple[str, ...]) -> No
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-        elif parameter.ndim == 2:
+        elif parameter.ndim >= 2:
             scale = (2 * layers) ** -0.5 if name.endswith(residual) else 1.0
             nn.init.normal_(parameter, std=0.02 * scale)
 

@@ -1,9 +1,10 @@
-"""The built-in model's siblings: dense decoders of other families, trained by its recipe.
+"""The built-in model's siblings: decoders of other families, trained by its recipe.
 
 `qwen3` is a gated SiLU network of Llama's block with a norm of each query and key head; `falcon` is a GELU
-network of Falcon's parallel block. Both have two query heads a key-value head, rotary positions, no biases
-and a tied head. Their activations are dense, so that no penalty is wanted and transformers' own classes
-train them: transformers is needed here, and at no other place of the program.
+network of Falcon's parallel block; `qwen3_moe` is the first with experts in the place of each FFN. All have
+two query heads a key-value head, rotary positions, no biases and a tied head. No activation is penalised, so
+that transformers' own classes train them, but for the experts: transformers is needed here, and at no other
+place of the program.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from storage.builtin.experts import Experts, Routing, stack, unstack
 from storage.builtin.network import Network, Shape, initialise
 
+EXPERTS, TOP_K = 32, 4  # of a layer of `qwen3_moe`; each expert has its share of the FFN's width
+
 # What transformers' classes with a head call their decoder; projections that add to the residual stream.
-DECODER = {"qwen3": "model", "falcon": "transformer"}
+DECODER = {"qwen3": "model", "qwen3_moe": "model", "falcon": "transformer"}
 RESIDUAL = {
     "qwen3": ("o_proj.weight", "down_proj.weight"),
+    "qwen3_moe": ("o_proj.weight", "down_proj"),
     "falcon": ("dense.weight", "dense_4h_to_h.weight"),
 }
 
@@ -41,7 +46,7 @@ def settings(family: str, shape: Shape) -> dict[str, Any]:
         "eos_token_id": 2,
         "pad_token_id": 1,
         "torch_dtype": "bfloat16",
-    } | {"qwen3": _qwen3, "falcon": _falcon}[family](shape)
+    } | {"qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "falcon": _falcon}[family](shape)
 
 
 def _qwen3(shape: Shape) -> dict[str, Any]:
@@ -54,6 +59,19 @@ def _qwen3(shape: Shape) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "rms_norm_eps": 1e-6,
+    }
+
+
+def _qwen3_moe(shape: Shape) -> dict[str, Any]:
+    return _qwen3(shape) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "moe_intermediate_size": shape.d_ff // EXPERTS,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
 
 
@@ -106,3 +124,27 @@ class Sibling(Network):
     def forward(self, ids: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Normed hidden states `[rows, length, d_model]`; no activations, since none are steered."""
         return self.decoder(input_ids=ids, use_cache=False).last_hidden_state, []
+
+
+class MixtureOfExperts(Sibling):
+    """`qwen3_moe`: transformers' decoder with our experts in it."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        for layer in self.decoder.layers:
+            layer.mlp = Experts(config)
+        initialise(self, config["num_hidden_layers"], RESIDUAL[config["model_type"]])
+
+    def routings(self) -> list[Routing]:
+        return [layer.mlp.routing for layer in self.decoder.layers]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(unstack(super().tensors()))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(stack(tensors))
+
+
+def sibling(config: Mapping[str, Any]) -> Sibling:
+    """The network of one `config.json`, its parameters drawn."""
+    return MixtureOfExperts(config) if config["model_type"] == "qwen3_moe" else Sibling(config)

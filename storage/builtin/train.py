@@ -6,7 +6,8 @@ FFN activation is steered per layer towards a target share of non-zero activatio
 layer stays dense and none dies. The constant part does not depend on the number of steps: a run
 may be shortened or lengthened while it is in it. Runs resume from their last checkpoint.
 
-`--architecture qwen3` and `falcon` train the siblings (`siblings.py`) by the same recipe without the penalty.
+`--architecture qwen3`, `qwen3_moe` and `falcon` train the siblings (`siblings.py`) by the same recipe
+without the penalty; a mixture's routers are kept even by Switch's balance loss (`experts.py`).
 """
 
 from __future__ import annotations
@@ -28,26 +29,29 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from storage.builtin import corpus
+from storage.builtin.muon import StackedMuon
 from storage.builtin.network import Decoder, Network, Shape
-from storage.builtin.siblings import Sibling, settings
+from storage.builtin.passes import accumulate, active_share, replicas
+from storage.builtin.siblings import settings, sibling
 from storage.files import replacing
 
-TOKENS_PER_STEP = 10_240
-TOKENS_PER_PASS = 5_120  # gradients accumulate over passes: smaller activations stay in the cache
 LENGTHS = (256, 512, 256, 1280)  # tokens a row, cycled; every fourth step trains all positions
 EVALUATE_EVERY = 100
-SAVE_EVERY = 100
+PRINT_EVERY = 20
+COOLDOWN = 0.3  # of the steps, where only their number is given
 
 
 class Architecture(StrEnum):
     OPT = "opt"
     QWEN3 = "qwen3"
+    QWEN3_MOE = "qwen3_moe"
     FALCON = "falcon"
 
 
 # FFN width in units of d_model. A gated FFN has three matrices instead of two, and grouped heads leave
-# parameters to the FFN: each architecture has 12 million in all at the default shape.
-FFN_WIDTH = {Architecture.OPT: 8, Architecture.QWEN3: 6, Architecture.FALCON: 9}
+# parameters to the FFN: each dense architecture has 12 million in all at the default shape. A mixture's
+# is the width of all experts together: 15.3 million, of which a token uses 4.3.
+FFN_WIDTH = {Architecture.OPT: 8, Architecture.QWEN3: 6, Architecture.QWEN3_MOE: 8, Architecture.FALCON: 9}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Recipe:
     weight_decay: float = 0.1
     target_share: float = 0.03  # of FFN activations non-zero, where steered; 0 trains without the penalty
     ramp_steps: int = 600
+    tokens: int = 10_240  # a step
+    balance: float = 0.01  # weight of each layer's balance loss, where there are experts; Switch's
     seed: int = 0
 
     @property
@@ -103,25 +109,23 @@ class SparsitySteering:
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices; AdamW for embeddings, norms and biases."""
+    """Muon for the blocks' matrices, experts' and routers' too; AdamW for embeddings, norms and biases."""
     matrices: list[nn.Parameter] = []
+    stacks: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=recipe.muon_rate,
-            weight_decay=recipe.weight_decay,
-            momentum=0.95,
-        ),
+        if parameter.ndim == 3:
+            stacks.append(parameter)
+        else:
+            (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    rate, decay, momentum = recipe.muon_rate, recipe.weight_decay, 0.95
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=momentum),
         torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-
-
-def active_share(activations: list[Tensor]) -> Tensor:
-    """Share of non-zero activations per layer, `[layers]` float32."""
-    return torch.tensor([torch.count_nonzero(a).item() / a.numel() for a in activations])
+    if stacks:
+        chosen.append(StackedMuon(stacks, lr=rate, weight_decay=decay, momentum=momentum))
+    return chosen
 
 
 def activity(shares: list[float]) -> str:
@@ -144,21 +148,6 @@ def validation_loss(model: Network, rows: Tensor) -> tuple[float, list[float]]:
     return total / rows[:, 1:].numel(), shares.tolist()
 
 
-def accumulate(model: Network, rows: Tensor, slopes: Tensor) -> tuple[float, Tensor]:
-    """Forward and backward over `rows` in passes; returns the mean loss and the active shares."""
-    tokens = rows[:, 1:].numel()
-    passes = rows.split(max(1, TOKENS_PER_PASS // (rows.shape[1] - 1)))
-    total, shares = 0.0, torch.zeros(model.steered)
-    for part in passes:
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, activations = model(part[:, :-1], slopes)
-        loss = model.loss(hidden, part[:, 1:]) / tokens
-        loss.backward()
-        total += loss.item()
-        shares += active_share(activations) * len(part) / len(rows)
-    return total, shares
-
-
 def keep_heap() -> None:
     """Let glibc reuse freed activations instead of returning them to the system: 15 % faster."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -169,70 +158,92 @@ def keep_heap() -> None:
         mallopt(m_top_pad, 256 << 20)
 
 
-def train(model: Network, mixture: corpus.Mixture, held_out: Tensor, recipe: Recipe, out: Path) -> None:
-    """Train to the end of the recipe, appending to `out/log.jsonl`; resumes from `out/last.pt`."""
-    optimisers = optimizers(model, recipe)
-    steering = SparsitySteering(model.steered)
-    first = 0
-    last = out / "last.pt"
-    if last.exists():
-        state = torch.load(last, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimisers, state["optimizers"], strict=True):
+@dataclass(frozen=True)
+class State:
+    """What a run saves, and all it needs to go on as if it had not been stopped."""
+
+    model: Network
+    optimisers: list[torch.optim.Optimizer]
+    steering: SparsitySteering
+
+    def save(self, path: Path, done: int) -> None:
+        state = {
+            "step": done,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimisers],
+            "steering": self.steering.log_weight,
+        }
+        with replacing(path) as file:
+            torch.save(state, file)
+
+    def resume(self, path: Path) -> int:
+        """The number of steps already done."""
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimisers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        steering.log_weight = state["steering"]
-        first = state["step"]
-        print(f"resuming at step {first}", flush=True)
-    base_rates = (recipe.muon_rate, recipe.adam_rate)
+        self.steering.log_weight = state["steering"]
+        print(f"resuming at step {state['step']}", flush=True)
+        return int(state["step"])
+
+    def learn(self, factor: float) -> None:
+        """One step of every optimiser at `factor` of its rate; the gradients are used up."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimisers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def train(
+    model: Network,
+    mixture: corpus.Mixture,
+    held_out: Tensor,
+    recipe: Recipe,
+    out: Path,
+    save_every: int = 100,
+    workers: int = 1,
+) -> None:
+    """Train to the end of the recipe, appending to `out/log.jsonl`; resumes from `out/last.pt`.
+
+    `workers` threads share the passes of a step.
+    """
+    networks = replicas(model, workers)
+    state = State(model, optimizers(model, recipe), SparsitySteering(model.steered))
+    first = state.resume(out / "last.pt")
     started = time.monotonic()
     for step in range(first, recipe.steps):
         length = LENGTHS[step % len(LENGTHS)]
         rows = torch.from_numpy(
-            mixture.batch(step, recipe.seed, recipe.mix(step), TOKENS_PER_STEP // length, length)
+            mixture.batch(step, recipe.seed, recipe.mix(step), recipe.tokens // length, length)
         )
-        for optimizer, base in zip(optimisers, base_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = base * recipe.rate(step)
-        weights = steering.slopes(TOKENS_PER_STEP * model.d_ff)
-        loss, shares = accumulate(model, rows, weights if recipe.target_share else weights * 0)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimisers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        slopes = state.steering.slopes(recipe.tokens * model.d_ff)
+        passed = accumulate(networks, rows, slopes if recipe.target_share else slopes * 0, recipe.balance)
+        state.learn(recipe.rate(step))
         if recipe.target_share:
-            steering.update(shares, recipe.wanted_share(step))
-        record: dict[str, object] = {
-            "step": step,
-            "loss": round(loss, 4),
-            "shares": [round(share, 4) for share in shares.tolist()],
-            "length": length,
-        }
+            state.steering.update(passed.shares, recipe.wanted_share(step))
+        record: dict[str, object] = {"step": step, "length": length, **passed.record()}
         done = step + 1
+        rate = (done - first) * recipe.tokens / (time.monotonic() - started)
+        line = f"step {done}/{recipe.steps}  train {passed.loss:.3f}  {passed.use()}"
         if done % EVALUATE_EVERY == 0 or done == recipe.steps:
             held_loss, held_shares = validation_loss(model, held_out)
             record |= {"valid": round(held_loss, 4), "valid_shares": [round(s, 4) for s in held_shares]}
-            rate = (done - first) * TOKENS_PER_STEP / (time.monotonic() - started)
-            print(
-                f"step {done}/{recipe.steps}  train {loss:.3f}  valid {held_loss:.4f}  "
-                f"{activity(held_shares)}{rate:.0f} tokens/s",
-                flush=True,
-            )
+            line += f"valid {held_loss:.4f}  {activity(held_shares)}"
+        if done % PRINT_EVERY == 0 or done == recipe.steps:
+            print(f"{line}{rate:.0f} tokens/s", flush=True)
         with (out / "log.jsonl").open("a") as log:
             log.write(json.dumps(record) + "\n")
-        if done % SAVE_EVERY == 0 or done == recipe.steps:
-            state = {
-                "step": done,
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimisers],
-                "steering": steering.log_weight,
-            }
-            with replacing(last) as file:
-                torch.save(state, file)
+        if done % save_every == 0 or done == recipe.steps:
+            state.save(out / "last.pt", done)
 
 
 def build(architecture: Architecture, shape: Shape) -> Network:
     """The network before training."""
-    return Decoder(shape) if architecture is Architecture.OPT else Sibling(settings(architecture, shape))
+    return Decoder(shape) if architecture is Architecture.OPT else sibling(settings(architecture, shape))
 
 
 def write_checkpoint(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
@@ -264,10 +275,19 @@ def main(
     corpus_dir: Annotated[Path, typer.Option("--corpus", help="Directory of the training text.")],
     out: Annotated[Path, typer.Option(help="Directory for checkpoints, log and result.")],
     architecture: Annotated[
-        Architecture, typer.Option(help="opt: the built-in model; qwen3, falcon: its siblings.")
+        Architecture, typer.Option(help="opt: the built-in model; the others: its siblings.")
     ] = Architecture.OPT,
     stable_steps: Annotated[int, typer.Option(help="Steps at the constant learning rate.")] = 1300,
     cooldown_steps: Annotated[int, typer.Option(help="Steps of linear cool-down.")] = 700,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps in all, 0.3 of them cool-down, instead of the two options above."),
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between two states that a run goes on from.")] = 100,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that share the passes of a step; without it, torch's share each product."),
+    ] = None,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 8,
     d_model: Annotated[int, typer.Option(help="Width.")] = 256,
     target_share: Annotated[
@@ -276,11 +296,18 @@ def main(
     ] = 0.03,
     muon_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     ramp_steps: Annotated[int, typer.Option(help="Steps over which the wanted share falls.")] = 600,
+    tokens: Annotated[int, typer.Option(help="Tokens a step, 1,280 or more.", min=max(LENGTHS))] = 10_240,
+    balance: Annotated[float, typer.Option(help="Weight of the balance loss of experts.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
     """Train the model and write its Hugging Face checkpoint to OUT/checkpoint."""
     keep_heap()
+    if workers is not None:
+        torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
+    if steps is not None:
+        cooldown_steps = round(COOLDOWN * steps)
+        stable_steps = steps - cooldown_steps
     width = FFN_WIDTH[architecture]
     shape = Shape(layers=layers, d_model=d_model, d_ff=width * d_model, heads=d_model // 64)
     recipe = Recipe(
@@ -289,6 +316,8 @@ def main(
         target_share=target_share if architecture is Architecture.OPT else 0.0,
         muon_rate=muon_rate,
         ramp_steps=ramp_steps,
+        tokens=tokens,
+        balance=balance,
         seed=seed,
     )
     tokenizer = tokenizer_of(architecture, corpus_dir, out)
@@ -299,7 +328,7 @@ def main(
     torch.manual_seed(seed)
     model = build(architecture, shape)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {recipe}", flush=True)
-    train(model, mixture, held_out, recipe, out)
+    train(model, mixture, held_out, recipe, out, save_every, workers or 1)
     write_checkpoint(model, tokenizer, out / "checkpoint")
 
 

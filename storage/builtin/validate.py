@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from storage.builtin import corpus
 from storage.builtin.network import Decoder, Network, Shape
-from storage.builtin.siblings import Sibling
+from storage.builtin.siblings import sibling
 
 ROW = 512  # tokens
 ROWS_AT_ONCE = 8
@@ -32,9 +32,8 @@ ROWS_AT_ONCE = 8
 def load(checkpoint: Path) -> Network:
     """A checkpoint of `train.py` as a training network, weights widened to float32."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    model = _opt(config) if config["model_type"] == "opt" else Sibling(config)
-    tensors = load_file(checkpoint / "model.safetensors")
-    model.load_state_dict({name.removeprefix(model.prefix): t.float() for name, t in tensors.items()})
+    model = _opt(config) if config["model_type"] == "opt" else sibling(config)
+    model.load(load_file(checkpoint / "model.safetensors"))
     return model.eval()
 
 
