@@ -20,9 +20,7 @@ Codes = npt.NDArray[np.uint8]
 
 RUN = 32  # values that are packed together
 CENTRE = 8  # the code of zero, in four bits without minima
-_ROWS_AT_ONCE = 1 << 20  # values that are rounded together: temporaries stay small
-# Tried as the scale of a group, as shares of what its largest value asks for.
-_SHARES = tuple(np.linspace(0.8, 1.1, 13, dtype=np.float32))
+_ROWS_AT_ONCE = 1 << 22  # values that are rounded together: temporaries stay small
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,63 +105,12 @@ class Grouped:
         )
 
     def _rounded(self, rows: F32) -> Codes:
+        from storage import nearest  # numba takes half a second to import, and few processes round
+
         groups = rows.reshape(rows.shape[0], -1, self.group)
-        return self.join(*(self._between(groups) if self.minima else self._about_zero(groups)))
-
-    def _about_zero(self, x: F32) -> tuple[npt.NDArray[np.int16], list[npt.NDArray[np.float16]]]:
-        """Codes and scales of groups [rows, groups, group] in a format without minima."""
-        largest = np.take_along_axis(x, np.abs(x).argmax(axis=2)[..., None], axis=2)
-        low, high, centre = (-127, 127, 0) if self.bits == 8 else (-CENTRE, 7, CENTRE)
-        # Four bits reach one further below zero: the largest value goes there, whatever its sign.
-        whole = np.abs(largest) / np.float32(127) if self.bits == 8 else largest / np.float32(-CENTRE)
-        least = np.full((*x.shape[:2], 1), np.inf, np.float32)
-        best = np.zeros_like(least, np.float16)
-        for share in _SHARES:
-            scale = _half(whole * share)
-            error = np.square(x - scale * _codes(x, scale, low, high)).sum(axis=2, keepdims=True)
-            better = error < least
-            best, least = np.where(better, scale.astype(np.float16), best), np.where(better, error, least)
-        codes = _codes(x, best.astype(np.float32), low, high).astype(np.int16) + np.int16(centre)
-        return codes, [best[..., 0]]
-
-    def _between(self, x: F32) -> tuple[npt.NDArray[np.int16], list[npt.NDArray[np.float16]]]:
-        """The same with minima: the best of several ranges, each refined by the line of least squares."""
-        low, high = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
-        top = np.float32(2**self.bits - 1)
-        least = np.full((*x.shape[:2], 1), np.inf, np.float32)
-        best, base = np.zeros_like(least, np.float16), np.zeros_like(least, np.float16)
-        for share in _SHARES:
-            trim = (high - low) * (1 - share) / 2
-            plain = _half((high - low) * share / top), _half(low + trim)
-            refined = _line(x, _codes(x - plain[1], plain[0], 0, int(top)), *plain)
-            for scale, minimum in (plain, refined):
-                error = np.square(x - minimum - scale * _codes(x - minimum, scale, 0, int(top)))
-                error = error.sum(axis=2, keepdims=True)
-                better = error < least
-                best = np.where(better, scale.astype(np.float16), best)
-                base = np.where(better, minimum.astype(np.float16), base)
-                least = np.where(better, error, least)
-        codes = _codes(x - base.astype(np.float32), best.astype(np.float32), 0, int(top)).astype(np.int16)
-        return codes, [best[..., 0], base[..., 0]]
-
-
-def _half(values: F32) -> F32:
-    """As float16 has them; what is beyond becomes its largest."""
-    return np.clip(values, -65_504, 65_504).astype(np.float16).astype(np.float32)
-
-
-def _codes(x: F32, scale: F32, low: int, high: int) -> F32:
-    """The nearest codes, as floats; those of a scale of zero are zero."""
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.clip(np.rint(x * inverse), low, high)
-
-
-def _line(x: F32, codes: F32, scale: F32, minimum: F32) -> tuple[F32, F32]:
-    """Scale and minimum with which these codes come nearest to x; the given ones where all codes are one."""
-    count = np.float32(x.shape[2])
-    mean, centre = x.sum(axis=2, keepdims=True) / count, codes.sum(axis=2, keepdims=True) / count
-    apart = codes - centre
-    spread = np.square(apart).sum(axis=2, keepdims=True)
-    slope = np.divide((apart * x).sum(axis=2, keepdims=True), spread, out=scale.copy(), where=spread > 0)
-    offset = np.where(spread > 0, mean - slope * centre, minimum)
-    return _half(slope), _half(offset.astype(np.float32))
+        if self.minima:
+            codes, *tables = nearest.between(groups, self.bits)
+        else:
+            codes, *tables = nearest.about_zero(groups, self.bits)
+            codes += np.int16(CENTRE if self.bits == 4 else 0)
+        return self.join(codes, [table.astype(np.float16) for table in tables])

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import plan
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
@@ -104,6 +105,7 @@ def results_of(job: BenchJob, out: Path, parts: list[str]) -> tuple[dict[str, An
         strict=False,
         interpreters={},
         checkpoint=None,
+        beside={},
         say=said.append,
     )
     return json.loads((out / "results.json").read_text(encoding="utf-8")), said
@@ -393,12 +395,40 @@ def test_rows_and_peers_take_turns(job: BenchJob, tmp_path: Path, monkeypatch: A
         strict=True,
         interpreters={},
         checkpoint=tmp_path,
+        beside={},
         say=lambda _: None,
     )
     assert order == [*["a", "b", "peer"] * 2, *["strict of 2"] * 2]
     assert (list(done.rows), list(done.peers)) == (["a", "b", "strict of 2"], ["peer"])
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in results["peers"]] == ["peer"]
+
+
+def test_rows_of_a_store_beside_take_turns_under_the_same_bytes(
+    job: BenchJob, tmp_path: Path, monkeypatch: Any
+) -> None:
+    budgets: list[tuple[str, int]] = []
+
+    def run_main(line: Sequence[str], limit: int) -> Ran:
+        budgets.append((line[line.index("--model") + 1], limit))
+        return ran([0.001])
+
+    monkeypatch.setattr(children, "run_main", run_main)
+    done = bench.measure(
+        job,
+        tmp_path / "out",
+        parts=["ablation"],
+        draw=False,
+        only=["hybrid"],
+        strict=False,
+        interpreters={},
+        checkpoint=None,
+        beside={"again": job.store},
+        say=lambda _: None,
+    )
+    assert list(done.rows) == ["hybrid", "again: hybrid"]
+    assert budgets == [(str(job.store.path), parse_budget("50%", job.store))] * 2
+    assert done.of("again: hybrid")[0].label == "again: "
 
 
 # -- roofline -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import predictors
 import pytest
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
@@ -22,18 +23,21 @@ from test_manifest import changed, refused
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.models.names import configure, find_source
+from pipeline.ring.plan import Forecast
 from storage.architecture import Ffn
 from storage.codecs import CODECS
 from storage.convert import convert
 from storage.convert.recipe import Recipe, chosen, unit_width
 from storage.errors import ConfigError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import RESIDENT
+from storage.predictors import copy_all
 from storage.store import Store
 from storage.tensors import Tensors
 from storage.verify import verify
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
 from workers.lab.bench.naive import NaiveModel
+from workers.predictor.lowrank import load
 
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(20))]
 NEURONS = 256  # of a layer; of a dense model's 64 are a unit
@@ -336,3 +340,39 @@ def test_a_ring_does_not_depend_on_its_slots(stores: dict[tuple[str, int], Store
     store = stores["llama", bits]
     everything = outcome(store, every, slots=4)
     assert outcome(store, threads, slots=1, staging=2) == everything
+
+
+# -- predictors of the weights as they were ---------------------------------------------------------
+
+
+def test_a_store_takes_the_predictors_of_another_of_its_checkpoint(
+    checkpoints: dict[str, Path], tmp_path: Path, here: Here
+) -> None:
+    whole = convert(checkpoints["opt"], tmp_path / "whole", name="opt")
+    layers = range(len(whole.layout.layers))
+    for name in ("default", "early"):
+        predictors.write(whole, predictors.maps(whole, "layers", layers), name)
+    out = tmp_path / "eight"
+    options = ("--bits", "8", "--predictors-of", str(whole.path))
+    assert here(cli.main, "convert", str(checkpoints["opt"]), str(out), *options).returncode == 0
+    store = Store.open(out)
+    for name in ("default", "early"):
+        taken, given = Tensors(store.predictors(name)), Tensors(whole.predictors(name))
+        assert taken.metadata == {**given.metadata, "store": store.identity}
+        for tensor in given.names:
+            assert (taken.read(tensor) == given.read(tensor)).all()
+    forecast = Forecast("lowrank", 1, refine=False)
+    mask = load(store, "default", forecast, 0.0).active(
+        1, np.ones(store.architecture.d_model, np.float32), False
+    )
+    assert mask.shape == (NEURONS,)
+
+
+def test_predictors_of_another_checkpoint_are_refused(
+    checkpoints: dict[str, Path], stores: dict[tuple[str, int], Store], tmp_path: Path
+) -> None:
+    other = convert(write_checkpoint(tmp_path / "other", "opt", "float16"), tmp_path / "store", name="other")
+    predictors.write(other, predictors.maps(other, "layers", range(len(other.layout.layers))))
+    with pytest.raises(UsageError, match="were converted from different checkpoints"):
+        copy_all(other, stores["opt", 8])
+    assert not stores["opt", 8].predictors("default").exists()

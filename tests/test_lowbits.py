@@ -8,6 +8,7 @@ from formats import FORMATS, Format, code, random_rows, sizes, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage import nearest
 from storage.architecture import Ffn
 from storage.codecs import CODECS, FLOATS, LOW_BITS
 from storage.layout import ROLES, Row, Rows, Unit
@@ -158,6 +159,16 @@ def test_rows_are_cut_by_whole_groups(name):
     whole = values(rows, form)
     for number, part in enumerate(parts):
         assert np.array_equal(values(part, form), whole[:, 256 * number :][:, :256])
+
+
+def test_scales_are_rounded_as_numpy_rounds_to_float16():
+    random = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32).view(np.float32)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halves[1:] + halves[:-1]) / 2
+    values = np.concatenate([random[np.isfinite(random)], halves, ties, -ties, [np.float32(65_520)]])
+    expected = np.clip(values, -65_504, 65_504).astype(np.float16).astype(np.float32)
+    found = np.array([nearest._half(value) for value in values], np.float32)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

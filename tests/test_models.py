@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from gguf_files import of_checkpoint
+from safetensors.numpy import save_file
 
 from pipeline.models import builtin as builtin_model
 from pipeline.models.hub import SAFETENSORS, TORCH, _patterns, download
@@ -20,6 +23,8 @@ from pipeline.models.stores import Source
 from storage import files
 from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import PREDICTORS
+from storage.rounding import read_cost, write_cost
+from storage.tensors import Tensors
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +269,30 @@ def test_without_a_name_it_is_the_builtin_model(builtin: Path) -> None:
 
 def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
     source, _ = configure("builtin", None, ())
-    for data in (b"first", b"second, without another conversion"):
-        (builtin / builtin_model.PREDICTORS).write_bytes(data)
+    for value in (1, 2):  # the second comes without another conversion
+        trained = {"x": np.full(3, value, np.float32)}
+        save_file(trained, builtin / builtin_model.PREDICTORS, {"store": "of 16 bits", "kind": "lowrank"})
         store = source.open_store()
-        assert (store.path / PREDICTORS / "default.safetensors").read_bytes() == data
+        installed = Tensors(store.predictors("default"))
+        assert installed.metadata == {"store": store.identity, "kind": "lowrank"}
+        assert (installed.vector("x", (3,)) == value).all()
         assert [file.name for file in (store.path / PREDICTORS).iterdir()] == ["default.safetensors"]
     assert len(list(store.path.parent.glob("builtin-*/"))) == 1
+
+
+def test_the_builtin_model_in_few_bits_has_its_predictors_and_tells_what_they_cost(builtin: Path) -> None:
+    source, _ = configure("builtin", None, (), {"model": {"bits": 4}})
+    save_file({"x": np.zeros(1)}, builtin / builtin_model.PREDICTORS, {"store": "of 16 bits"})
+    store = source.open_store()
+    assert Tensors(store.predictors("default")).metadata["store"] == store.identity
+    assert read_cost(store) == builtin_model.COSTS[4]
+    write_cost(store, replace(builtin_model.COSTS[4], perplexity=-0.5))  # measured again
+    source.open_store()
+    cost = read_cost(store)
+    assert cost is not None
+    assert "-50.00%" in cost.describe()
+    (store.path / "quality.json").write_text("[" * 100_000)
+    assert read_cost(store) is None
 
 
 def test_predictors_that_cannot_be_installed_leave_nothing(
@@ -277,14 +300,14 @@ def test_predictors_that_cannot_be_installed_leave_nothing(
 ) -> None:
     source, _ = configure("builtin", None, ())
     store = source.open_store()
-    (builtin / builtin_model.PREDICTORS).write_bytes(b"new")
+    save_file({"x": np.zeros(1)}, builtin / builtin_model.PREDICTORS, {"store": "new"})
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StoreError, match=r"default\.safetensors cannot be written: No space left"):
-        builtin_model.install_predictors(store)
+        builtin_model.install(store, None)
     assert list((store.path / PREDICTORS).iterdir()) == []
 
 

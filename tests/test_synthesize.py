@@ -235,12 +235,14 @@ def test_a_dense_gated_model_is_what_transformers_reads(name: str, text: list[in
     assert 0.4 < float(logits.std()) < 4
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-1.7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-1.7b", "falcon-7b"])
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 def test_a_gguf_file_holds_the_same_weights(name: str, kind: str, tmp_path: Path) -> None:
     # More rows than the tokenizer has tokens, and a number that float32 holds.
-    shape = tiny(name, vocab_size=4160, rms_norm_eps=2**-20)
-    synthesize(Request(shape, layers=2, tokenizer=BUILTIN), tmp_path / "model")
+    falcon = name == "falcon-7b"
+    shape = tiny(name, vocab_size=4160, **{"layer_norm_epsilon" if falcon else "rms_norm_eps": 2**-20})
+    request = Request(shape, layers=2, tokenizer=BUILTIN, activation="gelu" if falcon else None)
+    synthesize(request, tmp_path / "model")
     as_gguf.write(tmp_path / "model", tmp_path / "model.gguf", kind)
     ours, theirs = Checkpoint.open(tmp_path / "model"), GgufFile.open(tmp_path / "model.gguf")
     assert theirs.entries.keys() == ours.entries.keys()
@@ -261,7 +263,7 @@ def test_a_gguf_file_holds_the_same_weights(name: str, kind: str, tmp_path: Path
 
 
 def test_what_cannot_be_gguf_is_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="relu; only llama and qwen3 with silu"):
+    with pytest.raises(UnsupportedModel, match="relu; only llama with silu, qwen3"):
         as_gguf.write(made, tmp_path / "x.gguf", "Q8_0")
     with pytest.raises(UsageError, match="one of F32, F16"):
         as_gguf.write(made, tmp_path / "x.gguf", "Q4_K")

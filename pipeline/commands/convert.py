@@ -13,6 +13,7 @@ from pipeline.models import builtin
 from pipeline.models.names import find_source
 from pipeline.models.stores import convert
 from storage.layout import DEFAULT_ALIGNMENT
+from storage.predictors import copy_all
 from storage.store import Store
 
 
@@ -39,13 +40,22 @@ def command(
         ),
     ] = None,
     bits: Bits = None,
+    predictors_of: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also copy the predictors of this store, which is of the same checkpoint: those of 16 bits "
+            "serve 8 and 4.",
+            metavar="STORE",
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
-    source = find_source(model)
+    source, trained = find_source(model), None if predictors_of is None else Store.open(predictors_of)
     convert(
         source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype, bits=bits
     )
-    usual = order is None and alignment == DEFAULT_ALIGNMENT and bits in {None, 16}
-    if source.directory == builtin.CHECKPOINT and usual:
-        builtin.install_predictors(Store.open(out))  # they are bound to the bundles as these lie by default
+    if source.directory == builtin.CHECKPOINT:
+        builtin.install(Store.open(out), bits)
+    if trained is not None:
+        copy_all(trained, Store.open(out))
     say(f"{out} is ready: run.py --model {out}")

@@ -39,6 +39,7 @@ from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
 from pipeline.version import name_and_version
 from storage.errors import UsageError
+from storage.rounding import read_cost
 
 if TYPE_CHECKING:
     from pipeline.ring.generation import GenerationParams
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from pipeline.ring.session import Session
     from pipeline.ring.summary import Summary
     from pipeline.serving.chat import ChatTemplate
-    from storage.store import Store
+    from storage.rounding import read_cost
+from storage.store import Store
 
 
 def _print_version(asked: bool) -> None:
@@ -247,6 +249,8 @@ def tell_plan(store: Store, config: Config, report: PlanReport, *, verbose: bool
             say(line)
     if verbose:
         say(describe_sampling(store, config))
+    if (cost := read_cost(store)) is not None:
+        say(cost.describe())
     warn_if_dense(store, report)
 
 

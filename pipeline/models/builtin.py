@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from pipeline.config import Model
 from pipeline.launch import ROOT
-from storage import files
-from storage.errors import StoreError, reason
+from storage import predictors
+from storage.rounding import RoundingCost, read_cost, write_cost
 from storage.store import Store
 
 NAME = "builtin"
 CHECKPOINT = ROOT / "storage" / "builtin"
 PREDICTORS = "predictors.safetensors"  # beside the checkpoint; copied into its store
+# What `evaluation.bits --save` found on 12,000 tokens of the validation stories (docs/lowbits.md).
+COSTS = {
+    8: RoundingCost(8, 0.0004, 12_000, "held-out stories"),
+    4: RoundingCost(4, 0.0085, 12_000, "held-out stories"),
+}
 
 
-def install_predictors(store: Store) -> None:
-    """Copy the built-in model's predictors into its store, when they are new."""
-    source = CHECKPOINT / PREDICTORS
-    target = store.predictors(Model().predictor)
-    if not source.is_file():
-        return
-    data = source.read_bytes()
-    if target.is_file() and target.read_bytes() == data:
-        return
-    target.parent.mkdir(exist_ok=True)
-    try:
-        files.write_whole(target, data, shared=True)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {reason(error)}") from error
+def install(store: Store, bits: int | None) -> None:
+    """Give the built-in model's store what was measured and trained for it.
+
+    The predictors were trained on the weights as shipped, and serve those in fewer bits as well.
+    """
+    if (CHECKPOINT / PREDICTORS).is_file():
+        predictors.install(store, Model().predictor, CHECKPOINT / PREDICTORS)
+    if bits in COSTS and read_cost(store) is None:
+        write_cost(store, COSTS[bits])

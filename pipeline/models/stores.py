@@ -55,8 +55,8 @@ class Source:
             return Store.open(self.store)
         path = self.cached_store()
         store = Store.open(path) if (path / MANIFEST).is_file() else self._convert(path)
-        if self.directory == builtin.CHECKPOINT and self.bits in {None, 16}:
-            builtin.install_predictors(store)
+        if self.directory == builtin.CHECKPOINT:
+            builtin.install(store, self.bits)
         return store
 
     def cached_store(self) -> Path:

@@ -13,6 +13,7 @@ from pipeline.commands.options import Bits, ConfigFile, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.models.names import configure
 from storage.errors import UsageError
+from storage.store import Store
 
 BUDGET = "50%+1GiB"
 SECTIONS = ("predictor", "cache", "prefetcher", "compute")  # of a configuration: the rest a bench decides
@@ -45,6 +46,14 @@ def main(
             help="What peers run: the checkpoint that the store is of, or for llama.cpp a GGUF file."
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another store of the same tokens, such as the model in fewer bits: its rows take turns, "
+            "under the same budget in bytes; may be repeated.",
+            metavar="NAME=STORE",
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text whose tokens are decoded.", metavar="FILE")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the text that are the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=2)] = 64,
@@ -70,7 +79,8 @@ def main(
         plots.check()
     wanted = _listed(parts, bench.PARTS)
     names = [name for name in peers.split(",") if name]
-    interpreters = peers_part.interpreters(names, _pairs(peer_python or ()))
+    interpreters = peers_part.interpreters(names, _pairs("--peer-python", peer_python or ()))
+    others = {name: Store.open(path) for name, path in _pairs("--beside", beside or ()).items()}
     if names and checkpoint is None:
         raise UsageError("--peers needs --checkpoint, what the store was converted from")
     if not wanted and not names:
@@ -108,6 +118,7 @@ def main(
             strict=strict,
             interpreters=interpreters,
             checkpoint=checkpoint,
+            beside=others,
             say=say,
         )
     print((out / bench.REPORT).read_text(encoding="utf-8"))
@@ -122,12 +133,12 @@ def _listed(text: str, known: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _pairs(given: list[str] | tuple[str, ...]) -> dict[str, Path]:
+def _pairs(option: str, given: list[str] | tuple[str, ...]) -> dict[str, Path]:
     found = {}
     for one in given:
         name, equals, path = one.partition("=")
         if not equals or not path:
-            raise UsageError(f"--peer-python takes NAME=PATH, not {one!r}")
+            raise UsageError(f"{option} takes NAME=PATH, not {one!r}")
         found[name] = Path(path)
     return found
 

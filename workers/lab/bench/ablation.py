@@ -26,7 +26,9 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
 def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     """Naive, hybrid and, where the store has predictors, each technique: the table's rows, in its order.
 
-    `only` those of some names, if any are given; UsageError for a name that is none of theirs.
+    A store beside another has no naive row: that is of the weights as the first has them.
+
+    `only` those of some names, if any are given; UsageError for a name that the first store has not.
 
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
     cache-aware. Predictors that must look ahead overlap in every row.
@@ -35,7 +37,8 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     every = {"predictor.kind": "all", "predictor.cache_aware": "false"}
     if job.has_predictors:
         every["predictor.lookahead"] = "0"
-    rows = [job.naive(), job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
+    rows = [] if job.label else [job.naive()]
+    rows.append(job.ring("hybrid", TECHNIQUES[:1], every, streams=True))
     if job.has_predictors:
         own_layer = job.knows(IN_LAYER)  # otherwise there is no way not to overlap
         apart, also = (IN_LAYER, ()) if own_layer else ({}, TECHNIQUES[-1:])
@@ -48,11 +51,11 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
             aware = {**settings, **CACHE_AWARE}
             if job.knows(aware):
                 rows.append(job.ring(f"{name}, cache-aware", TECHNIQUES, aware))
-    known = [row.name for row in rows]
+    known = [row.name.removeprefix(job.label) for row in rows]
     for name in only:
-        if name not in known:
+        if name not in known and not job.label:
             raise UsageError(f"this store has no row {name!r}; its rows are {'; '.join(known)}")
-    return [row for row in rows if row.name in only or not only]
+    return [row for row, name in zip(rows, known, strict=True) if name in only or not only]
 
 
 def strict(job: BenchJob, rows: list[Row]) -> Series | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.directories import check_writable
 from storage import files
+from storage.store import Store
 from workers.lab.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
 from workers.lab.bench.ceilings import Around, Ceilings
 from workers.lab.bench.children import ChildFailed
@@ -40,6 +41,7 @@ class Bench:
     draw: bool
     conditions: dict[str, Any]
     around: Around
+    beside: dict[str, tuple[BenchJob, Around]] = field(default_factory=dict)  # rows of other stores
     started: float = field(default_factory=time.monotonic)
     rows: dict[str, Row] = field(default_factory=dict)  # of the ablation
     curve: list[Row] = field(default_factory=list)
@@ -124,6 +126,10 @@ class Bench:
             found["This disk, GB/s of random reads"] = table.disk(self.tries)
         return found
 
+    def of(self, name: str) -> tuple[BenchJob, Around]:
+        """Whose row this is, and the ceilings of that store."""
+        return self.beside.get(name, (self.job, self.around))
+
     def _draw(self, title: str) -> None:
         rows = [*self.rows.values(), *self.peers.values()]
         if any(not row.error for row in rows):
@@ -144,9 +150,12 @@ def measure(
     strict: bool,
     interpreters: Mapping[str, Path],
     checkpoint: Path | None,
+    beside: Mapping[str, Store],
     say: Callable[[str], None],
 ) -> Bench:
     """Measure the ablation's rows (`only` those named, if any) and the peers in turn, then the other parts.
+
+    The rows of stores `beside`, each under its name, take turns with those of the job's.
 
     Writes into `out` after each row and part. What fails is told, and stops nothing else. Raises UsageError
     for a row that there is not, and for an `out` that cannot be written.
@@ -156,6 +165,11 @@ def measure(
     check_writable(out / RESULTS)
     others = peers.series(job, interpreters, checkpoint, out) if checkpoint is not None else []
     bench = Bench(job, out, parts, draw, conditions.take(job.store.path), Around(job))
+    for label, store in beside.items() if own else ():
+        other = job.beside(store, label)
+        added = ablation.series(other, only)
+        own += added
+        bench.beside |= dict.fromkeys((series.name for series in added), (other, Around(other)))
     for caveat in conditions.caveats(bench.conditions):
         say(caveat)
     _take_turns(bench, own, others)
@@ -190,10 +204,12 @@ def _half_memory(bench: Bench) -> None:
 
 def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     bench.job.say(f"measuring {series.name}")
-    roofed = "roofline" in bench.parts and _has_roof(bench.job, series)
+    job, _ = bench.of(series.name)
+    roofed = "roofline" in bench.parts and _has_roof(job, series)
     before = _ceilings(bench, series) if roofed else None
     row = rows[series.name] = series.again()
-    bench.around.ran()
+    for around in (bench.around, *(other for _, other in bench.beside.values())):
+        around.ran()
     if series.error:
         bench.job.say(f"{series.name} could not be measured: {series.error}")
     elif before is not None and (after := _ceilings(bench, series)) is not None:
@@ -205,7 +221,7 @@ def _ceilings(bench: Bench, series: Series) -> Ceilings | None:
     """None where they cannot be taken: the row is measured without a roof then."""
     found = None
     with _told(bench, f"the disk's ceiling around {series.name}"):
-        found = bench.around.now(series)
+        found = bench.of(series.name)[1].now(series)
     return found
 
 
@@ -225,7 +241,7 @@ def _has_roof(job: BenchJob, series: Series) -> bool:
 
 
 def _curve(bench: Bench) -> None:
-    best = ablation.best(list(bench.rows.values()))
+    best = ablation.best([row for row in bench.rows.values() if row.name not in bench.beside])
     points = QUICK_POINTS if bench.job.quick else CURVE_POINTS
     bench.curve = curve.measure(bench.job, best.settings if best else {}, points)
 
@@ -242,14 +258,16 @@ def _roofline(bench: Bench) -> None:
     memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
     whole = [row for row in bench.rows.values() if not row.error]
     bench.roofs = [
-        roofline.measure(job, row, memory, bench.ceilings[row.name])
+        roofline.measure(bench.of(row.name)[0], row, memory, bench.ceilings[row.name])
         for row in whole
         if len(bench.ceilings.get(row.name, ())) == len(row.run_ms) and row.bytes_per_token > 0
     ]
     naive = next((roof for roof in bench.roofs if roof.row == NAIVE), None)
     sequential = naive.disk_idle if naive else bench.around.now(job.naive()).idle
     bench.prefills = [
-        prefill.measure(job, row, sequential, bench.bandwidth) for row in whole if ablation.complete(job, row)
+        prefill.measure(bench.of(row.name)[0], row, sequential, bench.bandwidth)
+        for row in whole
+        if ablation.complete(bench.of(row.name)[0], row)
     ]
     if not job.quick:
         with _told(bench, "the prefetcher beside fio"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +40,14 @@ class BenchJob:
     quick: bool
     say: Callable[[str], None]
     settings: tuple[str, ...] = field(default=())  # of the user, for every ring
+    label: str = ""  # before the names of its rows, where several stores are measured
+
+    def beside(self, store: Store, label: str) -> BenchJob:
+        """The same tokens and bytes of memory on another store. Raises UsageError for another vocabulary."""
+        if store.architecture.vocabulary != self.store.architecture.vocabulary:
+            raise UsageError(f"{store.path} is of another vocabulary than {self.store.path}")
+        budget = f"{parse_budget(self.budget, self.store)}B"
+        return replace(self, store=store, budget=budget, label=f"{label}: ")
 
     @property
     def context(self) -> int:
@@ -84,7 +92,7 @@ class BenchJob:
 
         A row that `streams` reads most of the model for every token: a few of them tell all.
         """
-        settings, memory = settings or {}, budget or self.budget
+        settings, memory, name = settings or {}, budget or self.budget, self.label + name
         line = ["--model", str(self.store.path), "--prompt", self.prompt, "--memory", memory]
         line += [f"--set={one}" for one in self.arguments_of(settings)]
         limit = parse_budget(memory, self.store)

@@ -34,6 +34,7 @@ from pipeline.models.names import configure
 from pipeline.models.stores import Source
 from storage.convert import convert
 from storage.errors import UsageError
+from storage.rounding import RoundingCost, write_cost
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation.evaluate import LONGEST_CHUNK, chunks
@@ -41,6 +42,7 @@ from workers.lab.evaluation.statistics import Estimate, proportion, ratio_of_per
 from workers.lab.evaluation.tasks import read_text
 from workers.lab.offline.dense import DenseModel
 
+OURS = {"8 bits": 8, "4 bits": 4}  # rows, and their bits
 _AT_ONCE = 8  # chunks
 _BLOCK = 32  # values; matrices whose rows are no whole blocks stay as they are
 # What GGUF has of the same size: name, and its types of FFN matrices and of all others.
@@ -76,6 +78,10 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Keep the cost in the stores, which tell it at start."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity, divergence and agreement of eight and four bits, beside GGUF's blocks of as many."""
@@ -84,6 +90,8 @@ def main(
         raise UsageError("give a checkpoint: what is compared is converted from its weights")
     with _stores(source) as stores:
         found, count = compare(stores, read_text(text), tokens, seed, thread_count(threads))
+        if save:
+            _save(stores, found, count, text.name)
     if as_json:
         shown = {"model": source.name, "tokens": count, "rows": [asdict(one) for one in found]}
         print(json.dumps(shown))
@@ -96,7 +104,7 @@ def _stores(source: Source) -> Iterator[dict[str, Store]]:
     """The weights as they are, then every rounding of them."""
     checkpoint = source.checkpoint()
     with tempfile.TemporaryDirectory(prefix="flashring-bits-") as directory:
-        stores = {f"{bits} bits": replace(source, bits=bits).open_store() for bits in (16, 8, 4)}
+        stores = {f"{bits} bits": replace(source, bits=bits).open_store() for bits in (16, *OURS.values())}
         for name, (ffn, others) in BLOCKS.items():
             say(f"rounding {source.name} to {name}")
             written = Path(directory) / f"{ffn}-{others}"
@@ -150,6 +158,13 @@ def compare(
     base, *_ = scores.values()
     found = [_summed(name, stores[name], one, base, counts, seed) for name, one in scores.items()]
     return found, int(counts.sum())
+
+
+def _save(stores: dict[str, Store], found: Iterable[Rounded], tokens: int, text: str) -> None:
+    for one in found:
+        if one.name in OURS:
+            cost = RoundingCost(OURS[one.name], one.ratio.value - 1, tokens, text)
+            write_cost(stores[one.name], cost)
 
 
 def _batches(sequences: Sequence[list[int]]) -> Iterator[list[list[int]]]:

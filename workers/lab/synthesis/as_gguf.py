@@ -1,7 +1,7 @@
-"""A checkpoint of Llama's form as a GGUF file, its matrices in one type: equal weights for other programs.
+"""A checkpoint of Llama's form, or of Falcon-7B's, as a GGUF file: equal weights for other programs.
 
-Only in types that the package `gguf` can quantise to itself: no K-quants. Names, keys and the order of
-queries' and keys' rows are those of llama.cpp's converter. Vectors stay float32.
+All matrices have one type, of those that the package `gguf` can quantise to itself: no K-quants. Names, keys
+and the order of queries' and keys' rows are those of llama.cpp's converter. Vectors stay float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from workers.compute.positions import frequencies
 from workers.lab.synthesis.space import check_space
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-PAIRED = {"llama": True, "qwen3": False}  # by family: rotary pairs lie side by side in the file
+PAIRED = {"llama": True, "qwen3": False, "falcon": False}  # rotary pairs lie side by side in the file
+ACTIVATION = {"llama": "silu", "qwen3": "silu", "falcon": "gelu"}  # the one that a reader assumes
 CHUNK = 1 << 24  # values quantised at once
 TOKENIZER = "tokenizer.json"
 
@@ -71,7 +72,8 @@ def write(directory: Path, out: Path, kind: str, progress: Callable[[int, int], 
     """Write the checkpoint in `directory` to the file `out`; `progress` gets bytes written, of all.
 
     Raises UsageError for an unknown type and for a file that is there, UnsupportedModel for a model that is
-    not of Llama's form with SiLU, CheckpointError, and DiskFull before writing more than fits.
+    of neither form or has another activation than its family's, CheckpointError, and DiskFull before writing
+    more than fits.
     """
     if kind not in TYPES:
         raise UsageError(f"--type must be one of {', '.join(TYPES)}, not {kind!r}")
@@ -79,11 +81,14 @@ def write(directory: Path, out: Path, kind: str, progress: Callable[[int, int], 
         raise UsageError(f"{out} exists: choose another file")
     checkpoint = Checkpoint.open(directory)
     model = family_of(checkpoint.config).architecture(checkpoint.config)
-    if model.family not in PAIRED or model.activation != "silu":
+    if model.activation != ACTIVATION.get(model.family):
+        known = ", ".join(f"{family} with {activation}" for family, activation in ACTIVATION.items())
         raise UnsupportedModel(
-            f"{directory} is a {model.family} model with {model.activation}; only {' and '.join(PAIRED)} "
-            "with silu can be written as GGUF"
+            f"{directory} is a {model.family} model with {model.activation}; only {known} can be written "
+            "as GGUF"
         )
+    if checkpoint.config.get("new_decoder_architecture"):
+        raise UnsupportedModel(f"{directory} has grouped queries, keys and values, which are not written")
     tensors = _tensors(checkpoint, model, GGMLQuantizationType[kind])
     total = sum(tensor.size for tensor in tensors)
     check_space(total, out, "the GGUF file")
@@ -175,7 +180,10 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, model: Architecture) -
     writer.add_head_count_kv(attention.kv_heads)
     writer.add_key_length(attention.head_dim)
     writer.add_value_length(attention.head_dim)
-    writer.add_layer_norm_rms_eps(norm.epsilon)
+    if norm.kind == "rms":
+        writer.add_layer_norm_rms_eps(norm.epsilon)
+    else:
+        writer.add_layer_norm_eps(norm.epsilon)
     writer.add_vocab_size(model.vocabulary)
     _describe_positions(writer, attention)
     _describe_tokenizer(writer, checkpoint.path / TOKENIZER, model)
