@@ -83,9 +83,7 @@ def _scale(file: Tensors, store: Store, index: int, source: int) -> F32 | None:
     if norm is None and before is None:
         return None
     scale: F32 = np.ones(store.architecture.d_model, np.float32) if norm is None else norm
-    if before is not None:
-        scale = scale / np.where(before == 0, np.float32(1), before)
-    return scale
+    return scale if before is None else np.divide(scale, before, out=scale.copy(), where=before != 0)
 
 
 def _norm_weight(file: Tensors, store: Store, index: int) -> F32 | None:
