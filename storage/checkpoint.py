@@ -102,9 +102,7 @@ class Checkpoint:
         if entry.dtype != BYTES or entry.shard.suffix == ".bin":
             raise UnsupportedModel(f"{entry.shard}: {name} has the dtype {entry.dtype}; supported is {BYTES}")
         each = math.prod(entry.shape[1:])
-        data = np.fromfile(entry.shard, np.uint8, (stop - start) * each, offset=entry.offset + start * each)
-        if data.size != (stop - start) * each:
-            raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
+        data = _from_file(name, entry, np.uint8, start * each, (stop - start) * each)
         return data.reshape(stop - start, *entry.shape[1:])
 
     def chunks(self, name: str, size: int = 64 << 20) -> Iterator[Carrier]:
@@ -137,19 +135,23 @@ class Checkpoint:
         if entry.shard.suffix == ".bin":
             flat: Carrier = _as_carrier(self._torch(entry.shard)[name]).reshape(-1)
             return flat[start : start + count]
-        offset = entry.offset + CODECS[entry.dtype].size(start)
-        try:
-            data = np.fromfile(entry.shard, carrier, count=count, offset=offset)
-        except OSError as error:
-            unreadable(entry.shard, error)
-        if data.size != count:
-            raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
-        return data
+        return _from_file(name, entry, carrier, CODECS[entry.dtype].size(start), count)
 
     def _torch(self, shard: Path) -> dict[str, Any]:
         if self._torch_shard is None or self._torch_shard[0] != shard:
             self._torch_shard = (shard, _load_bin(shard))
         return self._torch_shard[1]
+
+
+def _from_file(name: str, entry: Entry, carrier: type[np.generic], start: int, count: int) -> Carrier:
+    """So many elements of a tensor, from its byte `start` on."""
+    try:
+        data = np.fromfile(entry.shard, carrier, count=count, offset=entry.offset + start)
+    except OSError as error:
+        unreadable(entry.shard, error)
+    if data.size != count:
+        raise CheckpointError(f"{entry.shard} is truncated: {name} ends beyond the end of the file")
+    return data
 
 
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:

@@ -62,7 +62,7 @@ class Microscaled:
         """[..., values] from [..., bytes], exact."""
         packed, scales = self.split(stored.reshape(-1, stored.shape[-1]))
         codes = np.concatenate([packed & 15, packed >> 4], axis=2)
-        values = TWICE[codes].astype(np.float32) * halved(scales)[..., None]
+        values: F32 = TWICE[codes].astype(np.float32) * halved(scales)[..., None]
         return values.reshape(*stored.shape[:-1], -1)
 
     def narrow(self, values: F32) -> Codes:
@@ -84,7 +84,7 @@ class Microscaled:
             better = errors < least
             codes, scales = np.where(better[..., None], found, codes), np.where(better, tried, scales)
             least = np.where(better, errors, least)
-        packed = codes[..., : RUN // 2] | codes[..., RUN // 2 :] << 4
+        packed = (codes[..., : RUN // 2] | codes[..., RUN // 2 :] << 4).astype(np.uint8)
         return self.join(packed, scales).reshape(*values.shape[:-1], -1)
 
 

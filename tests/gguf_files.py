@@ -142,7 +142,11 @@ def of_checkpoint(
         if expert is not None:
             experts.setdefault(theirs, {})[int(expert[2])] = values
             continue
-        tensors[theirs] = (values, matrices if values.ndim >= 2 and "ffn_gate_inp" not in theirs else "F32")
+        if values.ndim == 3:
+            experts[theirs] = dict(enumerate(values))
+            continue
+        vector = values.ndim == 1 or "ffn_gate_inp" in theirs or theirs.endswith(".bias")
+        tensors[theirs] = (values, "F32" if vector else matrices)
     for theirs, each in experts.items():
         if stacked:
             tensors[theirs] = (np.stack([each[number] for number in range(len(each))]), matrices)

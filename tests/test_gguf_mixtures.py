@@ -149,7 +149,7 @@ def test_a_router_keeps_its_floats_whatever_the_matrices_have(tmp_path: Path) ->
     [
         ({"qwen3moe.expert_gating_func": 2}, "weights other than by softmax"),
         ({"qwen3moe.expert_weights_scale": 2.5}, "weights that are scaled"),
-        ({"qwen3moe.expert_count": 0}, "num_experts must be a positive integer"),
+        ({"qwen3moe.expert_count": 0}, "experts must be a positive integer, not 0"),
     ],
 )
 def test_what_a_mixture_does_not_support_is_named(
