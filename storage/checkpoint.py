@@ -96,7 +96,7 @@ class Checkpoint:
         each = math.prod(width)
         return self._elements(name, entry, start * each, (stop - start) * each).reshape(-1, *width)
 
-    def bytes(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def raw(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Lines [start, stop) of a tensor of bytes, as they lie. Raises CheckpointError, UnsupportedModel."""
         entry = self.entries[name]
         if entry.dtype != BYTES or entry.shard.suffix == ".bin":

@@ -105,7 +105,7 @@ class Unlaced:
             return np.ascontiguousarray(self.checkpoint.read(part.source)[:, rows])
         if part.source + _BLOCKS in self.checkpoint.entries:
             blocks, scales = (
-                self.checkpoint.bytes(part.source + kind, part.expert, part.expert + 1)[0, rows]
+                self.checkpoint.raw(part.source + kind, part.expert, part.expert + 1)[0, rows]
                 for kind in (_BLOCKS, _SCALES)
             )
             packed = Microscaled().join(_apart(blocks), scales)

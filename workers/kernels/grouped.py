@@ -48,7 +48,9 @@ def _without_value(kind: Any, value: Any, compiled: Any) -> Any:
 
 
 GROUPS = {codec.name: Groups(codec.name) for codec in LOW_BITS}
-_FORMATS: dict[str, Grouped] = {codec.name: codec.grouped for codec in LOW_BITS if codec.grouped}
+_FORMATS: dict[str, Grouped] = {
+    codec.name: codec.grouped for codec in LOW_BITS if isinstance(codec.grouped, Grouped)
+}
 _PROCESSOR = Processor.here()
 
 
