@@ -67,9 +67,9 @@ def _ffn_matrices(store: Store, layer: int) -> list[Tensor]:
     """
     ffn, rows = store.architecture.layers[layer].ffn, store.layout.layers[layer].unit.rows
     dtype, width = getattr(torch, rows[0].codec), store.architecture.d_model
-    values = torch.from_numpy(store.read_layer(layer).copy()).view(dtype).double()
     if not ffn.units:
-        return [values.new_zeros(0, width)] * 2
+        return [torch.zeros(0, width, dtype=torch.double)] * 2
+    values = torch.from_numpy(store.read_layer(layer).copy()).view(dtype).double()
     if ffn.router is not None:
         gate, up, down, _ = values.split(
             [*3 * [ffn.width * width], values.shape[1] - 3 * ffn.width * width], 1
