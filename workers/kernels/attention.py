@@ -10,8 +10,8 @@ from numba import njit, prange
 
 from storage.codecs import F32, Carrier, Codec
 from workers.kernels.codecs import scalars
-from workers.kernels.launch import use_threads
-from workers.kernels.rows import FAST, add_four, add_one, dots, four
+from workers.kernels.launch import FAST, use_threads
+from workers.kernels.rows import add_four, add_one, dots, four
 
 _NO_SINKS = np.zeros(0, np.float32)
 

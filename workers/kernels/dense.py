@@ -9,8 +9,8 @@ from numba import njit, prange
 
 from storage.codecs import F32
 from storage.layout import Rows
-from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.rows import FAST, four, loops
+from workers.kernels.launch import CHUNK, FAST, chunk_counter, next_chunk, use_threads
+from workers.kernels.rows import four, loops
 
 NO_BIAS: F32 = np.zeros(0, np.float32)
 

@@ -9,8 +9,8 @@ from numba import njit, prange
 
 from storage.codecs import F32
 from storage.layout import I32, Rows
-from workers.kernels.launch import chunk_counter, next_chunk, use_threads
-from workers.kernels.rows import FAST, four, loops
+from workers.kernels.launch import FAST, chunk_counter, next_chunk, use_threads
+from workers.kernels.rows import four, loops
 
 _OUTPUTS = 128  # of one expert that a thread takes at a time
 

@@ -15,8 +15,8 @@ from storage.architecture import Ffn
 from storage.codecs import F32
 from storage.layout import I32, Rows, neurons_of
 from workers.kernels.functions import ACTIVATIONS, activation
-from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
-from workers.kernels.rows import FAST, four, loops
+from workers.kernels.launch import CHUNK, FAST, chunk_counter, next_chunk, use_threads
+from workers.kernels.rows import four, loops
 from workers.kernels.sums import add_rows, columns
 
 Places = npt.NDArray[np.int64]

@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 
 from storage.codecs import F32, Carrier, Codec
-from workers.kernels.rows import FAST, four, loops
+from workers.kernels.launch import FAST
+from workers.kernels.rows import four, loops
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)

@@ -116,7 +116,6 @@ class Preparer(Instructions):
     def _store(self, wholes: list[Any], out: Any, step: Any, at: Any) -> None:
         """Planes of PAIR values, int32 in vectors of LANES, from value `at` on."""
         b = self.builder
-        bytes_of = lambda some: b.trunc(some, ir.VectorType(I8, LANES))  # noqa: E731
         words = wholes[0].type
         if self.grouped.bits == 8 and not self.processor.dot:
             shorts = self.concat([b.trunc(some, ir.VectorType(I16, LANES)) for some in wholes])
@@ -124,7 +123,7 @@ class Preparer(Instructions):
         else:
             high = [b.ashr(b.add(some, every(words, 64)), every(words, 7)) for some in wholes]
             low = [b.sub(some, b.shl(top, every(words, 7))) for some, top in zip(wholes, high, strict=True)]
-            both = [[bytes_of(some) for some in plane] for plane in (high, low)]
+            both = [[b.trunc(some, ir.VectorType(I8, LANES)) for some in plane] for plane in (high, low)]
             if self.grouped.bits == 4:  # runs of two vectors: the low halves hold the first
                 parts = [self.concat(plane[first::2]) for plane in both for first in (0, 1)]
             else:

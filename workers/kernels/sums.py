@@ -9,8 +9,8 @@ from typing import Any
 
 from numba import njit, prange
 
-from workers.kernels.launch import chunk_counter, next_chunk
-from workers.kernels.rows import FAST, four
+from workers.kernels.launch import FAST, chunk_counter, next_chunk
+from workers.kernels.rows import four
 
 _MULTIPLE = 128  # columns: of every format's groups, and of a cache line
 _FEWEST_COLUMNS = 512  # of a sum that a thread takes at a time
