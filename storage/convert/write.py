@@ -39,6 +39,7 @@ from storage.manifest import (
     FileEntry,
     Manifest,
 )
+from storage.origin import Origin
 from storage.store import Store
 
 SLACK_BYTES = 64 << 20  # free space asked for beyond the store's own: tokenizer, file system
@@ -68,8 +69,25 @@ def convert(
     parameter that cannot be, StoreIncomplete for an interrupted conversion with other parameters,
     DiskFull when the disk is or will be full; what is written then resumes.
     """
+    origin = open_origin(checkpoint, dtype, bits)
+    return convert_origin(
+        origin, out, name=name, alignment=alignment, order=order, bits=bits, progress=progress
+    )
+
+
+def convert_origin(
+    origin: Origin,
+    out: Path,
+    *,
+    name: str,
+    alignment: int = DEFAULT_ALIGNMENT,
+    order: NeuronOrder | None = None,
+    bits: int | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """The same of what is open already."""
     out = Path(os.path.abspath(out))  # so that it has a name and a parent
-    conversion = check(open_origin(checkpoint, dtype, bits), alignment, order, Recipe.of(bits))
+    conversion = check(origin, alignment, order, Recipe.of(bits))
     existing = _existing(out, conversion)
     if existing is not None:
         return existing

@@ -1,4 +1,6 @@
-"""`synthesize`: write a synthetic checkpoint; `measure DIR`: a model's activity; `gguf DIR FILE`: as GGUF."""
+"""`synthesize`: write a synthetic checkpoint, or a mixture's store; `measure DIR`: a model's activity, or its
+routing; `gguf DIR FILE`: as GGUF.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
 from storage.errors import UsageError, reason
+from storage.manifest import MANIFEST
+from storage.store import Store
 from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import measure as measuring
 from workers.lab.synthesis.checkpoint import Request, synthesize
+from workers.lab.synthesis.mixture import as_gguf as mixture_as_gguf
+from workers.lab.synthesis.mixture import routing, routing_table
+from workers.lab.synthesis.mixture.create import MixtureRequest
+from workers.lab.synthesis.mixture.create import create as create_mixture
 from workers.lab.synthesis.planting import RATES
-from workers.lab.synthesis.shapes import SHAPES, find_shape
-from workers.lab.synthesis.sources import Weights, open_weights
+from workers.lab.synthesis.shapes import MIXTURES, SHAPES, find_shape
+from workers.lab.synthesis.sources import StoreWeights, Weights, open_weights
 from workers.lab.synthesis.table import print_table
 
 app = program.make()
@@ -45,12 +53,17 @@ def create(
         str,
         typer.Option(help="relu (sparse), gelu or silu (not sparse); without it, the shape's own."),
     ] = "",
+    bits: Annotated[int, typer.Option(help="Of a mixture's experts: 4 or 8.", metavar="N")] = 4,
+    no_locality: Annotated[
+        bool, typer.Option("--no-locality", help="A mixture's experts follow the token alone.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
 ) -> None:
-    """Write a SYNTHETIC Hugging Face checkpoint of a published shape.
+    """Write a SYNTHETIC model of a published shape.
 
-    With ReLU its activity is planted: sparse, local and predictable about as the paper says. It is for
-    measuring speed; its text means nothing.
+    It is a Hugging Face checkpoint; a mixture of experts is written straight into a store in few bits. With
+    ReLU its activity is planted: sparse, local and predictable about as the paper says; and so is a mixture's
+    routing. It is for measuring speed; its text means nothing.
     """
     if context.invoked_subcommand is not None:
         return
@@ -62,10 +75,25 @@ def create(
             f"without --tokenizer, {out} will have none: run.py can give it no text, neither to continue nor "
             "in serve, bench and evaluate"
         )
+    if find_shape(shape).mixture:
+        if activation:
+            raise UsageError("--activation is for models without experts")
+        _mixture(MixtureRequest(find_shape(shape), layers, seed, rate, not no_locality, bits, tokenizer), out)
+        return
+    if no_locality or bits != 4:
+        raise UsageError(f"--bits and --no-locality are for mixtures: {', '.join(MIXTURES)}")
     request = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
         synthesize(request, out, lambda done, total: progress("weights", done, total))
     say(f"{out} is a synthetic checkpoint of the shape {shape}, seed {seed}, rate {rate:g}")
+
+
+def _mixture(request: MixtureRequest, out: Path) -> None:
+    name = request.shape.name
+    with Progress(f"synthesising {name}") as progress:
+        create_mixture(request, out, progress)
+    routing = f"rate {request.rate:g}" if request.locality else "no locality"
+    say(f"{out} is a synthetic store of the shape {name}, seed {request.seed}, {routing}")
 
 
 @app.command("measure")
@@ -77,12 +105,16 @@ def measure(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.", min=32)] = 256,
     rank: Annotated[int, typer.Option(help="Rank of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
+    layers: Annotated[int, typer.Option(help="Of a mixture, only the first N; 0: all.", min=0)] = 0,
     json: JsonFile = None,
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
 ) -> None:
-    """Measure a model's FFN activity on a text, beside the paper's figures."""
+    """Measure a model's FFN activity on a text, or a mixture's routing, beside published figures."""
     _use_threads(threads)
     weights = open_weights(model)
+    if isinstance(weights, StoreWeights) and weights.architecture.mixture:
+        _measure_routing(weights, text, tokenizer or model, tokens, layers, json)
+        return
     ids = _tokens(text, tokenizer or model, tokens, weights)
     rank = min(rank or max(8, weights.architecture.d_model // 32), weights.architecture.d_model)
     layers = len(weights.architecture.layers)
@@ -95,18 +127,50 @@ def measure(
         say(f"written to {json}")
 
 
+def _measure_routing(
+    weights: StoreWeights, text: Path, tokenizer: Path, tokens: int, layers: int, json: Path | None
+) -> None:
+    store, count = weights.store, layers or len(weights.architecture.layers)
+    ids = _tokens(text, tokenizer, tokens, weights)
+    with Progress(f"measuring {weights.name}") as progress:
+        reports = routing.measure(store, ids, count, lambda done: progress("layers", done, count))
+    routing_table.print_table(weights, len(ids), reports)
+    if json is not None:
+        document = {
+            "synthetic": weights.synthetic,
+            "model": weights.name,
+            "text": text.name,
+            "tokens": len(ids),
+            "summary": routing.summary(reports),
+            "published": routing.PUBLISHED.get(weights.architecture.family, {}),
+            "layers": [asdict(report) for report in reports],
+        }
+        measuring.write_json(json, document)
+        say(f"written to {json}")
+
+
 @app.command("gguf")
 def write_gguf(
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's directory.", metavar="DIR")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a mixture's store.", metavar="DIR")
+    ],
     out: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE.gguf")],
     kind: Annotated[
         str, typer.Option("--type", help=f"Of all matrices: {', '.join(as_gguf.TYPES)}.", metavar="TYPE")
-    ] = "Q8_0",
+    ] = "",
 ) -> None:
-    """Write a checkpoint of Llama's or Qwen 3's form as a GGUF file, for programs that read those."""
+    """Write a checkpoint, or a mixture's store, as a GGUF file, for programs that read those."""
     with Progress(f"writing {out.name}") as progress:
-        as_gguf.write(checkpoint, out, kind, lambda done, total: progress("weights", done, total))
-    say(f"{out} holds {checkpoint} in {kind}")
+        if (checkpoint / MANIFEST).is_file():
+            if kind:
+                raise UsageError("--type is for checkpoints: a store's codes are written as they are")
+            mixture_as_gguf.write(
+                Store.open(checkpoint), out, lambda done, total: progress("weights", done, total)
+            )
+        else:
+            kind = kind or "Q8_0"
+            as_gguf.write(checkpoint, out, kind, lambda done, total: progress("weights", done, total))
+    say(f"{out} holds {checkpoint} in {kind or 'its own bits'}")
 
 
 def _use_threads(count: int) -> None:

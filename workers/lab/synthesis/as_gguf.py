@@ -186,7 +186,7 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, model: Architecture) -
         writer.add_layer_norm_eps(norm.epsilon)
     writer.add_vocab_size(model.vocabulary)
     _describe_positions(writer, attention)
-    _describe_tokenizer(writer, checkpoint.path / TOKENIZER, model)
+    describe_tokenizer(writer, checkpoint.path / TOKENIZER, model)
 
 
 def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
@@ -197,7 +197,7 @@ def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
     writer.add_rope_dimension_count(attention.head_dim)
 
 
-def _describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:
+def describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:
     """A byte-level BPE that splits as GPT-2 does; ids that it does not have are tokens never used."""
     if not path.is_file():
         writer.add_tokenizer_model("no_vocab")

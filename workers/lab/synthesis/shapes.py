@@ -22,6 +22,11 @@ class Shape:
     config: Mapping[str, Any]
     dtype: str  # float16 | bfloat16
 
+    @property
+    def mixture(self) -> bool:
+        """Whether it has experts."""
+        return "num_experts_per_tok" in self.config
+
 
 def _opt(name: str, width: int, layers: int, heads: int) -> Shape:
     """OPT (arXiv 2205.01068, table 1). d_ff is 4 d_model in every size."""
@@ -133,6 +138,36 @@ def _llama3(name: str, width: int, neurons: int, layers: int, heads: tuple[int, 
     )
 
 
+def _mixture(
+    name: str,
+    kind: tuple[str, str],
+    width: int,
+    layers: int,
+    heads: tuple[int, int],
+    vocabulary: int,
+    **flags: Any,
+) -> Shape:
+    """A mixture of experts; `kind` is the model type and its class, heads are of queries and of keys."""
+    config = {
+        "model_type": kind[0],
+        "architectures": [kind[1]],
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+        **flags,
+    }
+    return Shape(name, config, "bfloat16")
+
+
 _FACTOR_32 = {"tie_word_embeddings": True, "rope_scaling": {"factor": 32.0}}
 
 SHAPES = {
@@ -207,8 +242,58 @@ SHAPES = {
             bos_token_id=151643,
             eos_token_id=151645,
         ),
+        _mixture(
+            "qwen3-30b-a3b",
+            ("qwen3_moe", "Qwen3MoeForCausalLM"),
+            2048,
+            48,
+            (32, 4),
+            151936,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            intermediate_size=6144,
+            norm_topk_prob=True,
+            max_position_embeddings=40960,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-6,
+            bos_token_id=151643,
+            eos_token_id=151645,
+        ),
+        _mixture(
+            "olmoe",
+            ("olmoe", "OlmoeForCausalLM"),
+            2048,
+            16,
+            (16, 16),
+            50304,
+            num_experts=64,
+            num_experts_per_tok=8,
+            intermediate_size=1024,
+            norm_topk_prob=False,
+            max_position_embeddings=4096,
+            rope_theta=10000.0,
+            bos_token_id=None,
+            eos_token_id=50279,
+        ),
+        _mixture(
+            "mixtral-8x7b",
+            ("mixtral", "MixtralForCausalLM"),
+            4096,
+            32,
+            (32, 8),
+            32000,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            intermediate_size=14336,
+            max_position_embeddings=32768,
+            rope_theta=1000000.0,
+        ),
     )
 }
+
+
+MIXTURES = tuple(name for name, shape in SHAPES.items() if shape.mixture)
 
 
 def find_shape(name: str) -> Shape:

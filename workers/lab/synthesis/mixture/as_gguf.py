@@ -1,0 +1,231 @@
+"""A mixture's store as a GGUF file of the same weights, for other programs: no code is rounded or changed.
+
+Rows in `q4s` become Q4_0, rows in `q8` Q8_0: a group's scale goes before its codes, whose order is the same.
+Experts are stacked in the order of their ids. At most one role of one layer's experts is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from storage import architecture as canonical
+from storage.architecture import Architecture, Layer
+from storage.codecs import CODECS, FLOAT32, Carrier
+from storage.errors import UnsupportedModel, UsageError
+from storage.files import TEMPORARY, publish
+from storage.layout import Role
+from storage.manifest import BUNDLES, RESIDENT
+from storage.store import Store
+from storage.tensors import Tensors
+from workers.lab.synthesis.as_gguf import TOKENIZER, describe_tokenizer
+from workers.lab.synthesis.mixture.draw import Codes
+from workers.lab.synthesis.space import check_space
+
+# By family: llama.cpp's name of the architecture, and whether rotary pairs lie side by side in its files.
+ARCHITECTURES = {"qwen3_moe": ("qwen3moe", False), "olmoe": ("olmoe", False), "mixtral": ("llama", True)}
+KINDS = {
+    "q4s": GGMLQuantizationType.Q4_0,
+    "q8": GGMLQuantizationType.Q8_0,
+    "float32": GGMLQuantizationType.F32,
+}
+PARTS = {
+    "norm.weight": "attn_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+    "q_norm.weight": "attn_q_norm.weight",
+    "k_norm.weight": "attn_k_norm.weight",
+    "out.weight": "attn_output.weight",
+    "router.weight": "ffn_gate_inp.weight",
+}
+TOP = {
+    canonical.EMBED: "token_embd.weight",
+    f"{canonical.FINAL_NORM}.weight": "output_norm.weight",
+    canonical.HEAD: "output.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the file. `read` gives its rows as the store has them: [rows, bytes], or floats."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    read: Callable[[], Carrier]
+
+    @property
+    def size(self) -> int:
+        """Bytes; of a block as many as of a group."""
+        return CODECS[self.codec].size(int(np.prod(self.shape)))
+
+    def packed(self) -> Carrier:
+        rows = self.read()
+        return rows if self.codec == FLOAT32.name else blocks(rows, self.codec)
+
+
+def blocks(rows: Codes, codec: str) -> Codes:
+    """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, each with its scale first."""
+    grouped = CODECS[codec].grouped
+    assert grouped is not None
+    count, each = rows.shape[1] // grouped.bytes, grouped.group * grouped.bits // 8
+    made = np.empty((rows.shape[0], count, 2 + each), np.uint8)
+    made[:, :, 2:] = rows[:, : count * each].reshape(-1, count, each)
+    made[:, :, :2] = rows[:, count * each :].reshape(-1, count, 2)
+    return made.reshape(rows.shape[0], -1)
+
+
+def write(store: Store, out: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the store to the file `out`; `progress` gets bytes written, of all.
+
+    Raises UsageError for a file that is there, UnsupportedModel for what GGUF has no form for, and DiskFull
+    before writing more than fits.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another file")
+    model = store.architecture
+    if model.family not in ARCHITECTURES or not all(layer.ffn.router for layer in model.layers):
+        raise UnsupportedModel(
+            f"{store.path} is a {model.family} store; only {', '.join(ARCHITECTURES)} can be written as GGUF"
+        )
+    tensors = list(_tensors(store))
+    total = sum(tensor.size for tensor in tensors)
+    check_space(total, out, "the GGUF file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + TEMPORARY)
+    try:
+        with contextlib.closing(GGUFWriter(partial, ARCHITECTURES[model.family][0])) as writer:
+            _describe(writer, store)
+            for tensor in tensors:
+                kind = KINDS[tensor.codec]
+                shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+                if tensor.codec == FLOAT32.name:
+                    writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size)
+                else:
+                    writer.add_tensor_info(
+                        tensor.name, shape, np.dtype(np.uint8), tensor.size, raw_dtype=kind
+                    )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done = 0
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.packed())
+                done += tensor.size
+                if progress is not None:
+                    progress(done, total)
+        publish(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _tensors(store: Store) -> Iterator[Tensor]:
+    model, resident = store.architecture, Tensors(store.path / RESIDENT)
+    for name in resident.names:
+        place = resident.place(name)
+        if place.dtype not in KINDS:
+            raise UnsupportedModel(f"{store.path} has {name} in {place.dtype}, which GGUF has no form for")
+        shape = place.shape
+        if place.dtype != FLOAT32.name:
+            codec = CODECS[place.dtype]
+            shape = (shape[0], shape[1] // codec.bytes * codec.block)
+        if name in TOP:
+            yield Tensor(TOP[name], shape, place.dtype, _whole(resident, name))
+            continue
+        _, number, part = name.split(".", 2)
+        layer = model.layers[int(number)]
+        if part == "qkv.weight":
+            yield from _projections(model, layer, int(number), resident, name, shape, place.dtype)
+            continue
+        if part not in PARTS:
+            raise UnsupportedModel(f"{store.path} has {name}, which cannot be written as GGUF")
+        yield Tensor(f"blk.{number}.{PARTS[part]}", shape, place.dtype, _whole(resident, name))
+    for index, part in enumerate(store.layout.layers):
+        for row in part.unit.rows:
+            if row.codec not in KINDS:
+                raise UnsupportedModel(f"{store.path} has experts in {row.codec}, which GGUF has no form for")
+            yield Tensor(
+                f"blk.{index}.ffn_{row.role}_exps.weight",
+                (part.units, *part.unit.shape(row.role)),
+                row.codec,
+                _experts(store, index, row.role),
+            )
+
+
+def _whole(resident: Tensors, name: str) -> Callable[[], Carrier]:
+    return lambda: resident.read(name)
+
+
+def _projections(
+    model: Architecture,
+    layer: Layer,
+    index: int,
+    resident: Tensors,
+    name: str,
+    shape: tuple[int, ...],
+    codec: str,
+) -> Iterator[Tensor]:
+    """Queries, keys and values apart."""
+    a, start = layer.attention, 0
+    paired = ARCHITECTURES[model.family][1]
+    for one, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
+        rows = np.arange(start, start + heads * a.head_dim)
+        start += rows.size
+        if paired and one != "v":  # of a head, pair by pair instead of half by half
+            rows = rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+        def read(which: np.ndarray[tuple[int], np.dtype[np.int64]] = rows) -> Carrier:
+            found: Carrier = resident.read(name)[which]
+            return found
+
+        yield Tensor(f"blk.{index}.attn_{one}.weight", (rows.size, shape[1]), codec, read)
+
+
+def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
+    def read() -> Carrier:
+        part = store.layout.layers[layer]
+        (begin, end), (count, _) = part.unit.span(role), part.unit.shape(role)
+        positions = store.positions()
+        made = np.empty((part.units, end - begin), np.uint8)
+        with (store.path / BUNDLES).open("rb") as file:
+            for unit in range(part.units):
+                position = unit if positions is None else int(positions[layer][unit])
+                file.seek(part.offset(position) + begin)
+                if file.readinto(made[unit].data) != end - begin:
+                    raise OSError(f"{file.name} ends within expert {unit} of layer {layer}")
+        return made.reshape(part.units * count, -1)
+
+    return read
+
+
+def _describe(writer: GGUFWriter, store: Store) -> None:
+    model = store.architecture
+    layer, norm = model.layers[0], model.final_norm
+    attention, ffn = layer.attention, layer.ffn
+    assert norm is not None
+    assert attention.rope is not None
+    assert ffn.router is not None
+    if attention.rope.scaling is not None or attention.window is not None:
+        raise UnsupportedModel("only plain rotary positions without a window can be written as GGUF")
+    writer.add_name(store.manifest.name)
+    writer.add_block_count(len(model.layers))
+    writer.add_context_length(model.max_positions)
+    writer.add_embedding_length(model.d_model)
+    writer.add_feed_forward_length(ffn.width)
+    writer.add_expert_feed_forward_length(ffn.width)
+    writer.add_expert_count(ffn.units)
+    writer.add_expert_used_count(ffn.router.top_k)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_layer_norm_rms_eps(norm.epsilon)
+    writer.add_vocab_size(model.vocabulary)
+    writer.add_rope_freq_base(attention.rope.base)
+    writer.add_rope_dimension_count(attention.head_dim)
+    describe_tokenizer(writer, store.path / TOKENIZER, model)
