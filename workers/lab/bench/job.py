@@ -124,11 +124,12 @@ class BenchJob:
 
 
 @contextmanager
-def first_tokens(tokens: Path, count: int) -> Iterator[Path]:
-    """A file of the first `count` tokens of a file."""
+def first_tokens(tokens: Path, count: int, before: Sequence[int] = ()) -> Iterator[Path]:
+    """A file of the first `count` tokens of a file, behind those of `before`."""
     with TemporaryDirectory(prefix="flashring-bench-") as directory:
         path = Path(directory) / "tokens"
-        path.write_text(" ".join(tokens.read_text(encoding="utf-8").split()[:count]), encoding="utf-8")
+        words = [*map(str, before), *tokens.read_text(encoding="utf-8").split()[:count]]
+        path.write_text(" ".join(words), encoding="utf-8")
         yield path
 
 

@@ -22,6 +22,7 @@ from pipeline.launch import module_environment
 from pipeline.planner.budget import parse_budget
 from storage.errors import DiskFull, UsageError
 from storage.gguf.parts import is_gguf
+from storage.tokenizer import load_tokenizer
 from workers.lab.bench import children
 from workers.lab.bench.children import Ran
 from workers.lab.bench.job import BenchJob, first_tokens
@@ -40,12 +41,18 @@ class Peer:
     package: str = ""  # that makes our own environment do
     shards: bool = False  # writes the model once more, layer by layer
     tokens: int | None = TOKENS  # decoded; None: all
+    flags: tuple[str, ...] = ()  # of its program
+    forced: bool = False  # it can be made to read a mixture's text token by token
 
 
+_LLAMA_CPP = "workers.lab.peers.run_llama_cpp"
 PEERS = {
     "accelerate": Peer("workers.lab.peers.run_accelerate"),
     "airllm": Peer("workers.lab.peers.run_airllm", shards=True),
-    "llama.cpp": Peer("workers.lab.peers.run_llama_cpp", gguf=True, package="xllamacpp", tokens=None),
+    "llama.cpp": Peer(_LLAMA_CPP, gguf=True, package="xllamacpp", tokens=None, forced=True),
+    "llama.cpp-direct": Peer(
+        _LLAMA_CPP, gguf=True, package="xllamacpp", tokens=None, flags=("--direct",), forced=True
+    ),
 }
 
 
@@ -98,12 +105,15 @@ def series(job: BenchJob, python: Mapping[str, Path], checkpoint: Path, work: Pa
 def _series(job: BenchJob, name: str, python: Path, checkpoint: Path, work: Path) -> Series:
     limit = parse_budget(job.budget, job.store)
     environment = {**module_environment(), "HF_HUB_OFFLINE": "1"}
-    line = [str(python), "-m", PEERS[name].module, str(checkpoint), "--limit", str(limit)]
+    peer, forced = PEERS[name], PEERS[name].forced and job.store.architecture.mixture
+    line = [str(python), "-m", peer.module, str(checkpoint), "--limit", str(limit), *peer.flags]
     line += ["--prompt-tokens", str(job.prompt_tokens), "--threads", str(job.threads)]
-    count = PEERS[name].tokens or job.count
+    line += ["--forced"] if forced else []
+    count = peer.tokens or job.count
 
     def run() -> Ran:
-        with first_tokens(job.tokens, count) as tokens, scratch(work / f"peer-{name}") as directory:
+        before = load_tokenizer(job.store).encode(job.prompt).ids if forced else []
+        with first_tokens(job.tokens, count, before) as tokens, scratch(work / f"peer-{name}") as directory:
             return children.run(
                 [*line, "--tokens", str(tokens), "--scratch", str(directory)], limit, environment
             )

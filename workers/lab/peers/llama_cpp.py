@@ -19,8 +19,13 @@ ROOM = 1 << 30  # bytes for all else
 class LlamaCpp:
     """A GGUF file, loaded. A program that made one ends with `leave`."""
 
-    def __init__(self, file: Path, context: int, threads: int, limit: int | None = None) -> None:
-        """`threads`, 0: one a core. Under a `limit` of bytes weights are copied only where that has room."""
+    def __init__(
+        self, file: Path, context: int, threads: int, limit: int | None = None, direct: bool = False
+    ) -> None:
+        """`threads`, 0: one a core. Under a `limit` of bytes weights are copied only where that has room.
+
+        The file is mapped, or read past the page cache where `direct` is wanted: then all of it is in memory.
+        """
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -30,6 +35,8 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         params.cpuparams.n_threads = threads or len(os.sched_getaffinity(0))
         params.no_extra_bufts = limit is not None and limit < REPACKED * file.stat().st_size + ROOM
+        modes = xllamacpp.llama_load_mode
+        params.load_mode = modes.LLAMA_LOAD_MODE_DIRECT_IO if direct else modes.LLAMA_LOAD_MODE_MMAP
         params.warmup = False
         params.verbosity = 1  # errors
         self.version = version("xllamacpp") + (" without repacking" if params.no_extra_bufts else "")

@@ -1,7 +1,9 @@
 """llama.cpp on a GGUF file: what memory holds is read once, the rest is mapped and read again and again.
 
 The prompt is the given tokens, repeated to its length. After it come as many tokens as are given, but
-llama.cpp's own greedy ones: in a model without experts all tokens take the same.
+llama.cpp's own greedy ones: in a model without experts all tokens take the same. With experts a random model
+that repeats one token would need the same few again and again: there the tokens are `--forced`. Each is the end
+of a prompt whose beginning is kept, so that it is one step of one token.
 """
 
 from __future__ import annotations
@@ -14,10 +16,18 @@ from workers.lab.peers.llama_cpp import LlamaCpp, leave
 
 
 def main() -> None:
-    given = arguments(__doc__)
+    given = arguments(
+        __doc__,
+        forced="the file's tokens are the prompt's and then those to decode",
+        direct="read the file past the page cache instead of mapping it",
+    )
     tokens = [int(word) for word in given.tokens.read_text().split()]
+    if given.forced:
+        model = LlamaCpp(given.checkpoint, len(tokens) + 1, given.threads, given.limit, given.direct)
+        leave(forced(model, tokens, given.prompt_tokens))
     prompt = list(islice(cycle(tokens), given.prompt_tokens))
-    model = LlamaCpp(given.checkpoint, len(prompt) + len(tokens), given.threads, given.limit)
+    context = len(prompt) + len(tokens)
+    model = LlamaCpp(given.checkpoint, context, given.threads, given.limit, given.direct)
     parts: list[tuple[dict[str, float], int]] = []
 
     def note(part: dict[str, Any]) -> None:
@@ -27,6 +37,23 @@ def main() -> None:
     result = measured(token_seconds(parts), (parts[-1][1] - parts[0][1]) / (len(tokens) - 1), model.version)
     timings = parts[0][0]
     leave({**result, "prompt_tokens": timings["prompt_n"], "prompt_seconds": 1e-3 * timings["prompt_ms"]})
+
+
+def forced(model: LlamaCpp, tokens: list[int], prompt_tokens: int) -> dict[str, Any]:
+    """Of each token after the prompt the time of its step. Raises RuntimeError where it was no step of its own."""
+    seconds, start = [], 0
+    timings: list[dict[str, float]] = []
+    for end in range(prompt_tokens, len(tokens) + 1):
+        timings.append(model.complete(tokens[:end], 1, cache_prompt=True)["timings"])
+        if end == prompt_tokens:
+            start = read_bytes()
+            continue
+        if timings[-1]["prompt_n"] != 1:
+            raise RuntimeError(f"llama.cpp computed {timings[-1]['prompt_n']} tokens again")
+        seconds.append(1e-3 * timings[-1]["prompt_ms"])
+    result = measured(seconds, (read_bytes() - start) / max(1, len(seconds)), model.version)
+    first = timings[0]
+    return {**result, "prompt_tokens": first["prompt_n"], "prompt_seconds": 1e-3 * first["prompt_ms"]}
 
 
 def token_seconds(parts: list[tuple[dict[str, float], int]]) -> list[float]:

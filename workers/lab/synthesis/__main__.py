@@ -151,9 +151,7 @@ def _measure_routing(
 
 @app.command("gguf")
 def write_gguf(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or a mixture's store.", metavar="DIR")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a mixture's store.", metavar="DIR")],
     out: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE.gguf")],
     kind: Annotated[
         str, typer.Option("--type", help=f"Of all matrices: {', '.join(as_gguf.TYPES)}.", metavar="TYPE")
