@@ -1,4 +1,4 @@
-"""Synthetic mixtures: their store, the GGUF file of the same weights, and what is planted in their routing."""
+"""Synthetic mixtures: their store, the GGUF file of the same weights, and what routing comes out of them."""
 
 from __future__ import annotations
 

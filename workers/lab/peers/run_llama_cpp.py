@@ -2,8 +2,8 @@
 
 The prompt is the given tokens, repeated to its length. After it come as many tokens as are given, but
 llama.cpp's own greedy ones: in a model without experts all tokens take the same. With experts a random model
-that repeats one token would need the same few again and again: there the tokens are `--forced`. Each is the end
-of a prompt whose beginning is kept, so that it is one step of one token.
+that repeats one token would need the same few again and again: there the tokens are `--forced`. Each is the
+end of a prompt whose beginning is kept, so that it is one step of one token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def forced(model: LlamaCpp, tokens: list[int], prompt_tokens: int) -> dict[str, Any]:
-    """Of each token after the prompt the time of its step. Raises RuntimeError where it was no step of its own."""
+    """Each token after the prompt in a step of its own. Raises RuntimeError where it was none."""
     seconds, start = [], 0
     timings: list[dict[str, float]] = []
     for end in range(prompt_tokens, len(tokens) + 1):

@@ -145,13 +145,13 @@ def _tensors(store: Store) -> Iterator[Tensor]:
         if part not in PARTS:
             raise UnsupportedModel(f"{store.path} has {name}, which cannot be written as GGUF")
         yield Tensor(f"blk.{number}.{PARTS[part]}", shape, place.dtype, _whole(resident, name))
-    for index, part in enumerate(store.layout.layers):
-        for row in part.unit.rows:
+    for index, placed in enumerate(store.layout.layers):
+        for row in placed.unit.rows:
             if row.codec not in KINDS:
                 raise UnsupportedModel(f"{store.path} has experts in {row.codec}, which GGUF has no form for")
             yield Tensor(
                 f"blk.{index}.ffn_{row.role}_exps.weight",
-                (part.units, *part.unit.shape(row.role)),
+                (placed.units, *placed.unit.shape(row.role)),
                 row.codec,
                 _experts(store, index, row.role),
             )

@@ -86,7 +86,8 @@ class DenseMixture:
 
 
 def _gated(ffn: Ffn, matrices: dict[Role, Tensor], f: Tensor) -> Tensor:
-    products = {role: f @ matrices[role].T for role in ("gate", "up")}
+    roles: tuple[Role, ...] = ("gate", "up")
+    products = {role: f @ matrices[role].T for role in roles}
     return block.activated(ffn, products) @ matrices["down"].T
 
 

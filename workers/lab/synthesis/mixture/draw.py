@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.codecs import CODECS, F32
+from storage.lowbits import Grouped
 
 Codes = npt.NDArray[np.uint8]
 
@@ -36,7 +37,7 @@ def random_bytes(bits: np.random.SFC64, count: int) -> Codes:
 def matrix(bits: np.random.SFC64, rows: int, columns: int, codec: str, deviation: F32 | float) -> Codes:
     """[rows, bytes] of values in `codec` (q8 or q4s) with standard deviations [rows or 1, groups or 1]."""
     grouped = CODECS[codec].grouped
-    assert grouped is not None
+    assert isinstance(grouped, Grouped)
     assert not grouped.minima
     codes, groups = columns * grouped.bits // 8, columns // grouped.group
     made = np.empty((rows, codes + 2 * groups), np.uint8)
