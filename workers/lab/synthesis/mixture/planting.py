@@ -56,7 +56,7 @@ class MixturePlanting:
             return cls(None, bias=0.0, slow=0.0, short=0.0, first_bias=0.0)
         if rate not in RATES:
             raise UsageError(f"the rate must be one of 0.5, 1 and 2, not {rate:g}")
-        bias, slow, short = {0.5: (3.5, 0.6, 0.1), 1.0: (3.0, 0.3, 0.2), 2.0: (0.6, 0.15, 0.1)}[rate]
+        bias, slow, short = {0.5: (5.0, 0.6, 0.1), 1.0: (3.0, 0.3, 0.2), 2.0: (0.6, 0.15, 0.1)}[rate]
         return cls(rate, bias, slow, short)
 
     @property
