@@ -28,16 +28,17 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "flashring" / "numba
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from workers.kernels.attention import attend
+from workers.kernels.attention import Attending, attend
 from workers.kernels.dense import NO_BIAS, combine, matvec
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes
 from workers.kernels.norms import layer_norm, rms_norm
-from workers.kernels.warming import warm
+from workers.kernels.warming import warm, warm_attention
 
 __all__ = [
     "NO_BIAS",
+    "Attending",
     "accumulate",
     "activate",
     "activate_gated",
@@ -50,4 +51,5 @@ __all__ = [
     "notes",
     "rms_norm",
     "warm",
+    "warm_attention",
 ]

@@ -1,6 +1,8 @@
 """A feed-forward layer by its units: activations of some, and the sum of what they contribute.
 
-Units lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are.
+Units lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are. A unit's
+rows are those of its neurons, one behind the other, but for the down rows of a unit of several neurons: those
+are the outputs'.
 """
 
 from __future__ import annotations
@@ -13,22 +15,59 @@ from numba import njit, prange
 
 from storage.architecture import Ffn
 from storage.codecs import F32
-from storage.layout import I32, Rows, neurons_of
+from storage.layout import I32, Rows
 from workers.kernels.functions import ACTIVATIONS, activation
-from workers.kernels.launch import CHUNK, chunk_counter, next_chunk, use_threads
+from workers.kernels.launch import CHUNK, rows_ahead, stages, take, use_threads
 from workers.kernels.rows import FAST, four, loops
 from workers.kernels.sums import add_rows, columns
 
-Places = npt.NDArray[np.int64]
-_OUTPUTS = 128  # of a sum over units that a thread takes at a time
+_OUTPUTS = 64  # of a sum over units that a thread takes at a time
+
+
+@njit(nogil=True)
+def _find(slots: Any, stride: Any, first: Any, count: Any, step: Any, start: Any, stop: Any, at: Any) -> None:
+    """Elements where the rows start … stop of some units begin, counted through the units, `count` each."""
+    unit = start // count
+    within = start - unit * count
+    for i in range(stop - start):
+        at[i] = slots[unit] * stride + first + within * step
+        within += 1
+        if within == count:
+            within = 0
+            unit += 1
+
+
+@njit(fastmath=FAST, nogil=True)
+def _products(
+    codec: Any, memory: Any, at: Any, count: Any, known: Any, ahead: Any, given: Any, out: Any
+) -> None:
+    """Products with the first `count` of the rows at `at`; those up to `known` may be asked for."""
+    for i in range(0, count, 4):  # as in dense.py
+        i0, i1, i2, i3 = four(i, count - 1)
+        n0, n1, n2, n3 = four(i + ahead, known - 1)
+        rows, following = (at[i0], at[i1], at[i2], at[i3]), (at[n0], at[n1], at[n2], at[n3])
+        t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
+        out[i0] = t0
+        out[i1] = t1
+        out[i2] = t2
+        out[i3] = t3
+
+
+@njit(nogil=True)
+def _add_bias(bias: Any, ids: Any, count: Any, start: Any, which: Any, out: Any) -> None:
+    """out[k] += the bias of row start + which[k], counted through the units `ids`, `count` each."""
+    for k in range(which.shape[0]):
+        i = start + which[k]
+        out[k] += bias[ids[i // count] * count + i % count]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _activate(
     codec: Any,
     memory: Any,
-    at: Any,
+    place: Any,
     ids: Any,
+    slots: Any,
     h: Any,
     bias: Any,
     out: Any,
@@ -36,30 +75,25 @@ def _activate(
     threshold: Any,
     threads: Any,
 ) -> None:
+    stride, first, count, step, ahead = place
     given = codec.prepare(h)
-    biased = bias.shape[0] > 0
-    last = at.shape[0] - 1
-    counter = chunk_counter()
+    rows = slots.shape[0] * count
+    progress = stages(1)
     for _ in prange(threads):
+        at, each = np.empty(CHUNK + ahead, np.int64), np.arange(CHUNK)
         while True:
-            start = next_chunk(counter) * CHUNK
-            if start > last:
+            start = take(progress, 0) * CHUNK
+            if start >= rows:
                 break
-            for i in range(start, min(start + CHUNK, last + 1), 4):  # as in dense.py
-                i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4, last)
-                rows = at[i0], at[i1], at[i2], at[i3]
-                following = at[n0], at[n1], at[n2], at[n3]
-                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
-                if biased:
-                    t0 += bias[ids[i0]]
-                    t1 += bias[ids[i1]]
-                    t2 += bias[ids[i2]]
-                    t3 += bias[ids[i3]]
-                out[i0] = activation(t0, function, threshold)
-                out[i1] = activation(t1, function, threshold)
-                out[i2] = activation(t2, function, threshold)
-                out[i3] = activation(t3, function, threshold)
+            stop = min(start + CHUNK, rows)
+            known = min(stop + ahead, rows) - start
+            _find(slots, stride, first, count, step, start, start + known, at)
+            found = out[start:stop]
+            _products(codec, memory, at, stop - start, known, ahead, given, found)
+            if bias.shape[0] > 0:
+                _add_bias(bias, ids, count, start, each[: stop - start], found)
+            for i in range(stop - start):
+                found[i] = activation(found[i], function, threshold)
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
@@ -68,9 +102,10 @@ def _activate_gated(
     up_codec: Any,
     gates: Any,
     ups: Any,
-    gate_at: Any,
-    up_at: Any,
+    gate_place: Any,
+    up_place: Any,
     ids: Any,
+    slots: Any,
     h: Any,
     gate_bias: Any,
     up_bias: Any,
@@ -80,57 +115,39 @@ def _activate_gated(
     rectified: Any,
     threads: Any,
 ) -> None:
+    gate_stride, gate_first, count, gate_step, gate_ahead = gate_place
+    up_stride, up_first, _, up_step, up_ahead = up_place
     gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
-    last = gate_at.shape[0] - 1
-    counter = chunk_counter()
+    rows = slots.shape[0] * count
+    progress = stages(1)
     for _ in prange(threads):
-        activated = np.empty(CHUNK, np.float32)
-        live = np.empty(CHUNK, np.int64)  # places in the launch whose activation is not zero
+        at, each = np.empty(CHUNK + gate_ahead, np.int64), np.arange(CHUNK)
+        products, live = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int64)
         while True:
-            start = next_chunk(counter) * CHUNK
-            if start > last:
+            start = take(progress, 0) * CHUNK
+            if start >= rows:
                 break
-            stop = min(start + CHUNK, last + 1)
-            for i in range(start, stop, 4):  # as in dense.py
-                i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4, last)
-                rows = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
-                following = gate_at[n0], gate_at[n1], gate_at[n2], gate_at[n3]
-                t0, t1, t2, t3 = gate_codec.dots(gates, rows, following, gate_h)
-                if gate_bias.shape[0] > 0:
-                    t0 += gate_bias[ids[i0]]
-                    t1 += gate_bias[ids[i1]]
-                    t2 += gate_bias[ids[i2]]
-                    t3 += gate_bias[ids[i3]]
-                activated[i0 - start] = activation(t0, function, threshold)
-                activated[i1 - start] = activation(t1, function, threshold)
-                activated[i2 - start] = activation(t2, function, threshold)
-                activated[i3 - start] = activation(t3, function, threshold)
-            count = 0
-            for i in range(start, stop):
-                out[i] = 0
-                if activated[i - start] != 0:
-                    live[count] = i
-                    count += 1
-            for k in range(0, count, 4):  # the other neurons' up rows are not read
-                k0, k1, k2, k3 = four(k, count - 1)
-                n0, n1, n2, n3 = four(k + 4, count - 1)
-                i0, i1, i2, i3 = live[k0], live[k1], live[k2], live[k3]
-                rows = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
-                following = up_at[live[n0]], up_at[live[n1]], up_at[live[n2]], up_at[live[n3]]
-                t0, t1, t2, t3 = up_codec.dots(ups, rows, following, up_h)
-                if up_bias.shape[0] > 0:
-                    t0 += up_bias[ids[i0]]
-                    t1 += up_bias[ids[i1]]
-                    t2 += up_bias[ids[i2]]
-                    t3 += up_bias[ids[i3]]
-                if rectified:
-                    zero = np.float32(0)
-                    t0, t1, t2, t3 = max(t0, zero), max(t1, zero), max(t2, zero), max(t3, zero)
-                out[i0] = activated[i0 - start] * t0
-                out[i1] = activated[i1 - start] * t1
-                out[i2] = activated[i2 - start] * t2
-                out[i3] = activated[i3 - start] * t3
+            stop = min(start + CHUNK, rows)
+            known = min(stop + gate_ahead, rows) - start
+            _find(slots, gate_stride, gate_first, count, gate_step, start, start + known, at)
+            found = out[start:stop]
+            _products(gate_codec, gates, at, stop - start, known, gate_ahead, gate_h, found)
+            if gate_bias.shape[0] > 0:
+                _add_bias(gate_bias, ids, count, start, each[: stop - start], found)
+            for i in range(stop - start):
+                found[i] = activation(found[i], function, threshold)
+            _find(slots, up_stride, up_first, count, up_step, start, stop, at)
+            alive = 0
+            for i in range(stop - start):
+                if found[i] != 0:  # the other neurons' up rows are not read
+                    live[alive], at[alive] = i, at[i]
+                    alive += 1
+            _products(up_codec, ups, at, alive, alive, up_ahead, up_h, products)
+            if up_bias.shape[0] > 0:
+                _add_bias(up_bias, ids, count, start, live[:alive], products)
+            for k in range(alive):
+                t = products[k]
+                found[live[k]] *= max(t, np.float32(0)) if rectified else t
 
 
 @njit(cache=True, nogil=True)
@@ -161,33 +178,45 @@ def _ascending(ids: Any, a: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _accumulate(codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chunk: Any, threads: Any) -> Any:
+def _accumulate(
+    codec: Any, memory: Any, place: Any, ids: Any, slots: Any, a: Any, y: Any, chunk: Any, threads: Any
+) -> Any:
+    stride, first, _, _, _ = place
     places = _ascending(ids, a)
-    add_rows(codec, memory, at[places], y.shape[0], a[places], y, chunk, threads)
+    at = slots[places] * stride + first
+    add_rows(codec, memory, at, y.shape[0], a[places], y, chunk, threads)
     return places.shape[0]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any) -> None:
-    """y[j] += Σ row j of unit u · part u of x, unit after unit; a unit's rows are `step` elements apart."""
+def _combine(
+    codec: Any, memory: Any, place: Any, order: Any, slots: Any, width: Any, x: Any, y: Any, threads: Any
+) -> None:
+    """y[j] += Σ row j of unit u · part u of x, unit after unit in this order."""
+    stride, first, _, step, ahead = place
     given = codec.prepare(x)
-    rows = y.shape[0]
-    last = rows - 1
-    counter = chunk_counter()
+    rows, units = y.shape[0], order.shape[0]
+    progress = stages(1)
     for _ in prange(threads):
         while True:
-            start = next_chunk(counter) * _OUTPUTS
-            if start > last:
+            start = take(progress, 0) * _OUTPUTS
+            if start >= rows:
                 break
-            for unit in range(at.shape[0]):
-                first, part = at[unit], codec.part(given, unit * width, (unit + 1) * width)
-                for i in range(start, min(start + _OUTPUTS, rows), 4):
-                    i0, i1, i2, i3 = four(i, last)
-                    n0, n1, n2, n3 = four(i + 4, last)
-                    places = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
-                    later = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
-                    t = codec.dots(memory, places, later, part)
-                    for j in range(min(4, rows - i)):
+            stop = min(start + _OUTPUTS, rows)
+            for number in range(units):
+                unit = order[number]
+                part = codec.part(given, unit * width, (unit + 1) * width)
+                own, after = slots[unit] * stride + first, slots[order[min(number + 1, units - 1)]]
+                for i in range(start, stop, 4):
+                    i0, i1, i2, i3 = four(i, stop - 1)
+                    later, base = i + ahead, own
+                    if later >= stop:  # the first ones of the next unit
+                        later, base = min(start + later - stop, stop - 1), after * stride + first
+                    n0, n1, n2, n3 = four(later, stop - 1)
+                    at = own + i0 * step, own + i1 * step, own + i2 * step, own + i3 * step
+                    following = base + n0 * step, base + n1 * step, base + n2 * step, base + n3 * step
+                    t = codec.dots(memory, at, following, part)
+                    for j in range(min(4, stop - i)):
                         y[i + j] += t[j]
 
 
@@ -197,12 +226,10 @@ def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any)
         codec.widen_row(memory, at[i], column, width, out[i])
 
 
-def _places(rows: Rows, lines: I32) -> Places:
-    """The elements of flat memory where the vectors of some lines begin, one line after the other."""
-    first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
-    if rows.count == 1:
-        return first
-    return np.add.outer(first, np.arange(rows.count) * rows.elements).reshape(-1)
+def _place(rows: Rows) -> tuple[int, int, int, int, int]:
+    """Where a role's rows lie in flat memory: what `_find` takes, and `rows_ahead`."""
+    ahead = rows_ahead(rows.elements * rows.memory.itemsize)
+    return rows.memory.shape[1], rows.start, rows.count, rows.elements, ahead
 
 
 def activate(
@@ -220,11 +247,11 @@ def activate(
 
     h [d_model]; `bias` is indexed by neuron, or empty; `threshold` is fatrelu's.
     """
-    at, memory = _places(up, slots), up.memory.reshape(-1)
-    result = np.empty(at.shape[0], np.float32) if out is None else out
-    launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, neurons = np.float32(threshold), ACTIVATIONS[function], neurons_of(ids, up.count)
-    _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
+    memory = up.memory.reshape(-1)
+    result = np.empty(slots.shape[0] * up.count, np.float32) if out is None else out
+    launched = use_threads(threads, slots.shape[0] * up.count * up.elements * memory.itemsize)
+    least, number = np.float32(threshold), ACTIVATIONS[function]
+    _activate(loops(up.codec), memory, _place(up), ids, slots, h, bias, result, number, least, launched)
     return result
 
 
@@ -244,18 +271,18 @@ def activate_gated(
     `biases` are the gate's and the up-projection's. Of a neuron whose gate's activation is zero the up row is
     not read: the result is zero whatever finite numbers it holds.
     """
-    at = _places(gate, slots)
-    result = np.empty(at.shape[0], np.float32) if out is None else out
+    result = np.empty(slots.shape[0] * up.count, np.float32) if out is None else out
     size = gate.elements * gate.memory.itemsize + up.elements * up.memory.itemsize
-    launched = use_threads(threads, at.shape[0] * size)
+    launched = use_threads(threads, slots.shape[0] * up.count * size)
     _activate_gated(
         loops(gate.codec),
         loops(up.codec),
         gate.memory.reshape(-1),
         up.memory.reshape(-1),
-        at,
-        _places(up, slots),
-        neurons_of(ids, up.count),
+        _place(gate),
+        _place(up),
+        ids,
+        slots,
         h,
         *biases,
         result,
@@ -274,24 +301,15 @@ def accumulate(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -
     Returns the number of activations that are not zero; the rows of single neurons of which they are zero are
     skipped, which changes nothing.
     """
-    memory = down.memory.reshape(-1)
+    codec, memory, place = loops(down.codec), down.memory.reshape(-1), _place(down)
+    launched = use_threads(threads, slots.shape[0] * down.count * down.elements * memory.itemsize)
     if down.count > 1:
-        return _units(down, ids, slots, a, y, threads)
-    launched = use_threads(threads, slots.shape[0] * down.elements * memory.itemsize)
-    at, chunk = _places(down, slots), columns(y.shape[0], launched)
-    active: int = _accumulate(loops(down.codec), memory, at, ids, a, y, chunk, launched)
+        order = np.argsort(ids, kind="stable")
+        _combine(codec, memory, place, order, slots, down.width, a, y, launched)
+        return int(np.count_nonzero(a))
+    chunk = columns(y.shape[0], launched)
+    active: int = _accumulate(codec, memory, place, ids, slots, a, y, chunk, launched)
     return active
-
-
-def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> int:
-    """`accumulate` of units of several neurons, whose down rows lie by output: [d_model, width]."""
-    order = np.argsort(ids, kind="stable")
-    first = slots[order].astype(np.int64) * down.memory.shape[1] + down.start
-    x = a.reshape(ids.shape[0], -1)[order].reshape(-1)
-    memory, step = down.memory.reshape(-1), down.elements
-    launched = use_threads(threads, ids.shape[0] * down.count * step * memory.itemsize)
-    _combine(loops(down.codec), memory, first, step, down.width, x, y, launched)
-    return int(np.count_nonzero(a))
 
 
 def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:
