@@ -19,15 +19,17 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import plan
+from storage.architecture import layer
 from storage.convert import convert
 from storage.errors import DiskFull, UsageError
 from storage.layout import Layout, neuron
 from storage.manifest import PREDICTORS, RESIDENT
 from storage.store import Store
+from storage.tensors import Tensors
 from workers.cache.policy import KeepNothing
 from workers.cache.residency import NOWHERE, Residency
 from workers.lab.bench import __main__ as bench_command
-from workers.lab.bench import ablation, bench, ceilings, children, curve, peers, rows, table
+from workers.lab.bench import ablation, bench, ceilings, children, curve, peers, price, rows, table
 from workers.lab.bench.ceilings import Around, Ceilings
 from workers.lab.bench.children import ChildFailed, Ran
 from workers.lab.bench.disk import Throughput
@@ -754,3 +756,23 @@ def test_a_quick_bench_measures_every_part(store: Store, tmp_path: Path) -> None
     for plot in ("ablation.png", "curve.png", "disk.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.ring
+def test_the_price_of_a_layer_adds_up_to_the_token(store: Store) -> None:
+    cost = price.measure(str(store.path), ["predictor.kind=all"], prompt_tokens=4, tokens=6)
+    count = len(store.layout.layers)
+    each = cost.attention + cost.ffn + cost.waiting + cost.rest
+    assert cost.tokens == 5
+    assert cost.head + count * each == pytest.approx(cost.token)
+    matrices = sum(
+        Tensors(store.path / RESIDENT).place(layer(index, f"{name}.weight")).bytes
+        for index in range(count)
+        for name in ("qkv", "out")
+    )
+    a = store.architecture.layers[0].attention
+    kept = 2 * (4 + 6 / 2) * a.kv_heads * a.head_dim * 4  # float32 keys and values at the mean position
+    least = (matrices + count * kept) / count
+    unit = store.layout.layers[0]
+    assert least < 1e6 * cost.megabytes <= least + unit.units * unit.unit.bytes
+    assert cost.reading == pytest.approx(1e3 * 1e6 * cost.megabytes / cost.read_rate)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit, prange
 
+from storage.architecture import Attention, Norm, QkNorm
 from storage.codecs import CODECS, Codec, narrow, widen
 from storage.layout import Rows, neuron
 from workers import kernels
@@ -292,6 +294,112 @@ def test_rotary(kv_heads, group, half, seed):
     assert np.allclose(projected.reshape(-1, width), expected, atol=1e-5)
     assert keys[:, 0].tobytes() == projected.reshape(-1, width)[heads : heads + kv_heads].tobytes()
     assert values[:, 0].tobytes() == vectors[heads + kv_heads :].tobytes()
+
+
+@pytest.mark.parametrize("cached", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float16", "q8", "q4"])
+@pytest.mark.parametrize(
+    ("over", "kind", "window", "softcap", "sunk"),
+    [
+        (None, "rms", None, None, False),
+        (None, "rms", 5, None, True),
+        ("head", "rms", 5, None, False),
+        ("whole", "rms", None, 20.0, True),
+        ("whole", "layer", 9, None, False),
+    ],
+)
+def test_attention_in_one_launch_is_that_of_its_parts(over, kind, window, softcap, sunk, dtype, cached):
+    """Bit for bit: its products, norms and heads by themselves, whatever the number of threads."""
+    heads, kv_heads, width, d_model, context, position = 6, 2, 64, 256, 30, 20
+    codec, cache = CODECS[dtype], CODECS[cached]
+    norm = None if over is None else QkNorm(Norm(1e-5, kind), over)
+    described = Attention(heads, kv_heads, width, 0.2, window=window, softcap=softcap, qk_norm=norm)
+    qkv, out = (
+        Rows.of_matrix(codec.narrow(normal(seed, *shape)), codec)
+        for seed, shape in ((1, (described.projected, d_model)), (2, (d_model, described.width)))
+    )
+    biases = normal(3, described.projected), normal(4, d_model)
+    x, angles = normal(5, d_model), normal(6, context, width // 2)
+    sizes = (width, width) if over == "head" else (heads * width, kv_heads * width)
+    q, k = ((normal(seed, size), normal(seed + 1, size)) for seed, size in zip((7, 9), sizes, strict=True))
+    before = [cache.narrow(normal(seed, kv_heads, context, width)) for seed in (11, 12)]
+    alibi, cos, sin = normal(13, heads, context), np.cos(angles), np.sin(angles)
+    sinks = normal(14, heads if sunk else 0)
+
+    projected, caches = kernels.matvec(qkv, x, 1, biases[0]), [one.copy() for one in before]
+    cut = heads * width, (heads + kv_heads) * width
+    for (weight, bias), some in zip((q, k), (projected[: cut[0]], projected[cut[0] : cut[1]]), strict=True):
+        if norm is not None:
+            rows = some.reshape(-1, weight.size)
+            normed = kernels.rms_norm(rows, weight, 0, 1e-5)
+            rows[:] = normed if kind == "rms" else kernels.layer_norm(rows, weight, bias, 1e-5)
+    scores = np.empty((heads, context), np.float32)
+    mixed = kernels.attend(
+        projected,
+        cos[position],
+        sin[position],
+        *caches,
+        position,
+        0.2,
+        alibi,
+        scores,
+        cache,
+        1,
+        window,
+        softcap,
+        sinks,
+    )
+    expected = kernels.matvec(out, mixed, 1, biases[1])
+
+    for threads in (1, 2):
+        kept = [one.copy() for one in before]
+        attending = kernels.Attending(
+            described,
+            qkv,
+            biases[0],
+            out,
+            biases[1],
+            (*q, *k),
+            (cos, sin),
+            alibi,
+            kept,
+            cache,
+            scores,
+            threads,
+            sinks,
+        )
+        for _ in range(3):  # the same token again finds nothing changed
+            assert attending(x, position).tobytes() == expected.tobytes()
+        assert [one.tobytes() for one in kept] == [one.tobytes() for one in caches]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stage_begins_when_the_one_before_is_done(threads):
+    """Whichever thread has done it: of every chunk of the second stage the whole first one is seen."""
+    chunks = 1000
+
+    @njit(parallel=True)
+    def run(threads, first, seen):
+        progress = launch.stages(2)
+        for _ in prange(threads):
+            while True:
+                chunk = launch.take(progress, 0)
+                if chunk >= first.shape[0]:
+                    break
+                first[chunk] = 1
+                launch.tell(progress, 0)
+            launch.wait(progress, 0, first.shape[0])
+            while True:
+                chunk = launch.take(progress, 1)
+                if chunk >= first.shape[0]:
+                    break
+                seen[chunk] = first.sum()
+
+    for _ in range(20):
+        first, seen = np.zeros(chunks, np.int64), np.zeros(chunks, np.int64)
+        launch.use_threads(threads, WIDE)
+        run(threads, first, seen)
+        assert (seen == chunks).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

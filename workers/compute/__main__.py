@@ -20,7 +20,7 @@ from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
-from workers.compute.weights import Weights, codecs
+from workers.compute.weights import Weights, attention_codecs, codecs
 
 NAME = "compute"
 
@@ -91,7 +91,9 @@ async def main(worker: Worker) -> None:
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
     for codec in codecs(worker.store):  # while the disk works
-        kernels.warm(codec, cache_codec, worker.store.architecture)
+        kernels.warm(codec, worker.store.architecture)
+    for qkv, out in attention_codecs(worker.store):
+        kernels.warm_attention(qkv, out, cache_codec)
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
     loop = LayerLoop(worker, weights, device)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.architecture import Architecture
+from storage.architecture import Architecture, layer
 from storage.codecs import CODECS, F32, Codec, widen
 from storage.errors import StoreError
 from storage.files import read_once
@@ -81,6 +81,15 @@ def codecs(store: Store) -> tuple[Codec, ...]:
     found = {place.dtype for place in places if len(place.shape) > 1}
     found |= {row.codec for layer in store.layout.layers for row in layer.unit.rows}
     return tuple(CODECS[name] for name in sorted(found))
+
+
+def attention_codecs(store: Store) -> tuple[tuple[Codec, Codec], ...]:
+    """Of the matrices before and behind attention, each pair once; nothing but headers is read."""
+    file, layers = Tensors(store.path / RESIDENT), range(len(store.layout.layers))
+    pairs = {
+        tuple(file.place(layer(index, f"{one}.weight")).dtype for one in ("qkv", "out")) for index in layers
+    }
+    return tuple((CODECS[qkv], CODECS[out]) for qkv, out in sorted(pairs))
 
 
 def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:

@@ -30,7 +30,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "flashring" / "numba
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from workers.kernels.attention import attend
+from workers.kernels.attention import Attending, attend
 from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
@@ -39,11 +39,12 @@ from workers.kernels.launch import notes
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 from workers.kernels.rows import ACTIVATIONS
-from workers.kernels.warming import warm
+from workers.kernels.warming import warm, warm_attention
 
 __all__ = [
     "ACTIVATIONS",
     "NO_BIAS",
+    "Attending",
     "accumulate",
     "activate",
     "activate_gated",
@@ -58,4 +59,5 @@ __all__ = [
     "rms_norm",
     "score",
     "warm",
+    "warm_attention",
 ]

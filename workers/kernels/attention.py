@@ -1,4 +1,9 @@
-"""Attention of one token: rotate it, keep its keys and values, attend to all that are kept."""
+"""Attention of one token: rotate it, keep its keys and values, attend to all that are kept.
+
+With its projections it is one launch (`Attending`), whose stages are the product that makes queries, keys and
+values, their keeping, the heads, and the product that makes the output. `attend` is what lies between the
+products alone.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,18 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from storage.architecture import Attention, Norm
 from storage.codecs import F32, Carrier, Codec
+from storage.layout import Rows
 from workers.kernels.codecs import scalars
-from workers.kernels.launch import FAST, use_threads
-from workers.kernels.rows import add_four, add_one, dots, four
+from workers.kernels.dense import share_of_product
+from workers.kernels.launch import FAST, chunks_of, rows_ahead, stages, take, tell, use_threads, wait
+from workers.kernels.norms import norm_layer, norm_rms
+from workers.kernels.rows import add_four, add_one, dots, four, loops
 
 _NO_SINKS = np.zeros(0, np.float32)
+_NORMS = {"rms": 1, "layer": 2}  # 0: queries and keys have none
+_PROJECTED, _KEPT, _MIXED, _OUT = range(4)  # stages
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -35,10 +46,35 @@ def put(codec: Any, vectors: Any, position: Any, cache: Any) -> None:
             row[j] = codec.narrow(vectors[head, j])
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _attend(
+@njit(nogil=True)
+def _norm(kind: Any, vectors: Any, width: Any, weight: Any, bias: Any, offset: Any, epsilon: Any) -> None:
+    """The norm of every `width` values, in place."""
+    for start in range(0, vectors.shape[0], width):
+        some = vectors[start : start + width]
+        if kind == 1:
+            norm_rms(some, weight, offset, epsilon, some)
+        else:
+            norm_layer(some, weight, bias, epsilon, some)
+
+
+@njit(nogil=True)
+def _keep(
+    codec: Any, projected: Any, heads: Any, cos: Any, sin: Any, keys: Any, values: Any, position: Any
+) -> None:
+    """Rotate queries and keys, and put the token's keys and values where they stay."""
+    vectors = projected.reshape(-1, keys.shape[2])
+    shared = heads + keys.shape[0]
+    _rotate(vectors[:shared], cos, sin)
+    put(codec, vectors[heads:shared], position, keys)
+    put(codec, vectors[shared:], position, values)
+
+
+@njit(fastmath=FAST, nogil=True)
+def _share_of_heads(
+    progress: Any,
+    stage: Any,
     codec: Any,
-    queries: Any,
+    projected: Any,
     keys: Any,
     values: Any,
     first: Any,
@@ -50,13 +86,17 @@ def _attend(
     scores: Any,
     out: Any,
 ) -> None:
-    heads, width = queries.shape
+    """A thread's share of a stage: heads that attend to the tokens first … length."""
+    heads, width = scores.shape[0], keys.shape[2]
     group = heads // keys.shape[0]
-    biased = bias.shape[0] > 0
+    biased, sunk = bias.shape[0] > 0, sinks.shape[0] > 0
     last = length - 1
-    for head in prange(heads):
+    while True:
+        head = take(progress, stage)
+        if head >= heads:
+            break
         shared = head // group
-        query, score = queries[head], scores[head]
+        query, score = projected[head * width : (head + 1) * width], scores[head]
         key, value = keys[shared], values[shared]
         for t in range(first, length, 4):  # as in dense.py
             t0, t1, t2, t3 = four(t, last)
@@ -70,7 +110,6 @@ def _attend(
         if softcap > np.float32(0):
             for t in range(first, length):
                 score[t] = np.float32(math.tanh(score[t] * scale / softcap))
-        sunk = sinks.shape[0] > 0
         highest = sinks[head] if sunk else np.float32(-np.inf)
         factor = softcap if softcap > np.float32(0) else scale
         for t in range(first, length):
@@ -92,10 +131,11 @@ def _attend(
             add_one(codec, result, score[t], value[t])
         for j in range(width):
             result[j] /= total
+        tell(progress, stage)
 
 
-@njit(cache=True, nogil=True)
-def _keep_and_attend(
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def _attend(
     codec: Any,
     projected: Any,
     cos: Any,
@@ -110,16 +150,190 @@ def _keep_and_attend(
     sinks: Any,
     scores: Any,
     out: Any,
+    threads: Any,
 ) -> None:
-    heads, width = scores.shape[0], keys.shape[2]
-    vectors = projected.reshape(-1, width)
-    shared = heads + keys.shape[0]
-    _rotate(vectors[:shared], cos, sin)
-    put(codec, vectors[heads:shared], position, keys)
-    put(codec, vectors[shared:], position, values)
+    _keep(codec, projected, scores.shape[0], cos, sin, keys, values, position)
     length = position + 1
     first = max(0, length - window)
-    _attend(codec, vectors[:heads], keys, values, first, length, scale, softcap, bias, sinks, scores, out)
+    progress = stages(1)
+    for _ in prange(threads):
+        _share_of_heads(
+            progress,
+            0,
+            codec,
+            projected,
+            keys,
+            values,
+            first,
+            length,
+            scale,
+            softcap,
+            bias,
+            sinks,
+            scores,
+            out,
+        )
+
+
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def _project_and_attend(
+    qkv: Any,
+    qkv_memory: Any,
+    qkv_place: Any,
+    qkv_bias: Any,
+    out: Any,
+    out_memory: Any,
+    out_place: Any,
+    out_bias: Any,
+    norm: Any,
+    norm_width: Any,
+    q_weight: Any,
+    q_bias: Any,
+    k_weight: Any,
+    k_bias: Any,
+    codec: Any,
+    keys: Any,
+    values: Any,
+    cosines: Any,
+    sines: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    bias: Any,
+    sinks: Any,
+    scores: Any,
+    x: Any,
+    position: Any,
+    y: Any,
+    threads: Any,
+) -> None:
+    qkv_first, qkv_step, qkv_ahead = qkv_place
+    out_first, out_step, out_ahead = out_place
+    norm_kind, norm_offset, norm_epsilon = norm
+    heads, width = scores.shape[0], keys.shape[2]
+    queried, known = heads * width, (heads + keys.shape[0]) * width
+    projected = np.empty(known + keys.shape[0] * width, np.float32)
+    mixed = np.empty(queried, np.float32)
+    length = position + 1
+    first = max(0, length - window)
+    given = qkv.prepare(x)
+    progress = stages(4)
+    for _ in prange(threads):
+        share_of_product(
+            progress, _PROJECTED, qkv, qkv_memory, qkv_first, qkv_step, given, qkv_bias, projected, qkv_ahead
+        )
+        wait(progress, _PROJECTED, chunks_of(projected.shape[0]))
+        if take(progress, _KEPT) == 0:
+            if norm_kind:
+                own, q, k = norm_width, projected[:queried], projected[queried:known]
+                _norm(norm_kind, q, own or queried, q_weight, q_bias, norm_offset, norm_epsilon)
+                _norm(norm_kind, k, own or known - queried, k_weight, k_bias, norm_offset, norm_epsilon)
+            _keep(codec, projected, heads, cosines[position], sines[position], keys, values, position)
+            tell(progress, _KEPT)
+        wait(progress, _KEPT, 1)
+        _share_of_heads(
+            progress,
+            _MIXED,
+            codec,
+            projected,
+            keys,
+            values,
+            first,
+            length,
+            scale,
+            softcap,
+            bias,
+            sinks,
+            scores,
+            mixed,
+        )
+        wait(progress, _MIXED, heads)
+        share_of_product(
+            progress,
+            _OUT,
+            out,
+            out_memory,
+            out_first,
+            out_step,
+            out.prepare(mixed),
+            out_bias,
+            y,
+            out_ahead,
+        )
+
+
+class Attending:
+    """One layer's attention with its projections, all that it needs looked up once."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        qkv: Rows,
+        qkv_bias: F32,
+        out: Rows,
+        out_bias: F32,
+        norms: tuple[F32, F32, F32, F32],
+        angles: tuple[F32, F32],
+        bias: F32,
+        cache: tuple[Carrier, Carrier],
+        codec: Codec,
+        scores: F32,
+        threads: int,
+        sinks: F32 = _NO_SINKS,
+    ) -> None:
+        """`norms`: weights and biases of the queries' norm and of the keys', empty where there is none.
+
+        `angles`: cos and sin of every position, as `attend` takes one's; `cache`: keys and values, in the
+        carrier of `codec`; bias, scores and sinks as for `attend`.
+        """
+        norm = None if attention.qk_norm is None else attention.qk_norm.norm
+        whole = attention.qk_norm is not None and attention.qk_norm.over == "whole"
+        keys, values = cache
+        self._token_bytes = 2 * attention.heads * attention.head_dim * keys.itemsize
+        self._weight_bytes = qkv.memory.nbytes + out.memory.nbytes
+        self._window = attention.window or keys.shape[1]
+        self._width = out.memory.shape[0]
+        self._threads = threads
+        self._bound = (
+            *_matrix(qkv),
+            qkv_bias,
+            *_matrix(out),
+            out_bias,
+            _described(norm),
+            0 if whole else attention.head_dim,
+            *norms,
+            scalars(codec),
+            keys,
+            values,
+            *angles,
+            self._window,
+            np.float32(attention.scale),
+            np.float32(attention.softcap or 0),
+            bias,
+            sinks,
+            scores,
+        )
+
+    def __call__(self, x: F32, position: int) -> F32:
+        """Attention's output [d_model] for the token at `position`, from its input x [d_model]."""
+        y = np.empty(self._width, np.float32)
+        seen = min(position + 1, self._window)
+        launched = use_threads(self._threads, self._weight_bytes + seen * self._token_bytes)
+        _project_and_attend(*self._bound, x, position, y, launched)
+        return y
+
+
+def _matrix(rows: Rows) -> tuple[Any, Carrier, tuple[int, int, int]]:
+    """A matrix as compiled code takes it: codec, flat memory, and where its rows lie."""
+    ahead = rows_ahead(rows.elements * rows.memory.itemsize)
+    return loops(rows.codec), rows.memory.reshape(-1), (rows.start, rows.memory.shape[1], ahead)
+
+
+def _described(norm: Norm | None) -> tuple[int, np.float32, np.float32]:
+    """A norm's kind, offset and epsilon."""
+    if norm is None:
+        return 0, np.float32(0), np.float32(0)
+    return _NORMS[norm.kind], np.float32(norm.offset), np.float32(norm.epsilon)
 
 
 def attend(
@@ -151,9 +365,23 @@ def attend(
     heads, width = scores.shape[0], keys.shape[2]
     out = np.empty(heads * width, np.float32)
     seen = position + 1 if window is None else window
-    use_threads(threads, heads * min(position + 1, seen) * width * 2 * keys.itemsize)
+    launched = use_threads(threads, heads * min(position + 1, seen) * width * 2 * keys.itemsize)
     numbers, factor, cap = scalars(codec), np.float32(scale), np.float32(softcap or 0)
-    _keep_and_attend(
-        numbers, projected, cos, sin, keys, values, position, seen, factor, cap, bias, sinks, scores, out
+    _attend(
+        numbers,
+        projected,
+        cos,
+        sin,
+        keys,
+        values,
+        position,
+        seen,
+        factor,
+        cap,
+        bias,
+        sinks,
+        scores,
+        out,
+        launched,
     )
     return out

@@ -9,7 +9,7 @@ from numba import njit, prange
 
 from storage.codecs import F32
 from storage.layout import I32, Rows
-from workers.kernels.launch import FAST, chunk_counter, next_chunk, use_threads
+from workers.kernels.launch import FAST, stages, take, use_threads
 from workers.kernels.rows import four, loops
 
 _OUTPUTS = 128  # of one expert that a thread takes at a time
@@ -21,10 +21,10 @@ def _outputs(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, ou
     experts, rows = out.shape
     pieces = (rows + _OUTPUTS - 1) // _OUTPUTS  # of one expert
     last = rows - 1
-    counter = chunk_counter()
+    progress = stages(1)
     for _ in prange(threads):
         while True:
-            piece = next_chunk(counter)
+            piece = take(progress, 0)
             expert = piece // pieces
             if expert >= experts:
                 break

@@ -1,6 +1,8 @@
 """A feed-forward layer by its units: activations of some, and the sum of what they contribute.
 
-Units lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are.
+Units lie in the lines of slots' memory; `up` and `down` rows say which elements of a line they are. A unit's
+rows are those of its neurons, one behind the other, but for the down rows of a unit of several neurons: those
+are the outputs'.
 """
 
 from __future__ import annotations
@@ -13,23 +15,61 @@ from numba import njit, prange
 
 from storage.architecture import Ffn
 from storage.codecs import F32
-from storage.layout import I32, Rows, neurons_of
+from storage.layout import I32, Rows
 from workers.kernels.functions import ACTIVATIONS, activation
-from workers.kernels.launch import CHUNK, FAST, chunk_counter, next_chunk, use_threads
+from workers.kernels.launch import CHUNK, FAST, rows_ahead, stages, take, use_threads
 from workers.kernels.rows import four, loops
 from workers.kernels.sums import add_rows, columns
 
-Places = npt.NDArray[np.int64]
 _ABOVE = {"none": 0, "relu": 1, "clamped": 2}  # what becomes of an up product, by its number
-_OUTPUTS = 128  # of a sum over units that a thread takes at a time
+_OUTPUTS = 64  # of a sum over units that a thread takes at a time
+
+
+@njit(nogil=True)
+def _find(slots: Any, place: Any, start: Any, stop: Any, at: Any) -> None:
+    """Elements where the rows start … stop of some units begin, counted through the units."""
+    stride, first, count, step, _ = place
+    unit = start // count
+    within = start - unit * count
+    for i in range(stop - start):
+        at[i] = slots[unit] * stride + first + within * step
+        within += 1
+        if within == count:
+            within = 0
+            unit += 1
+
+
+@njit(nogil=True)
+def _find_two(slots: Any, place: Any, rows: Any, start: Any, then: Any, at: Any) -> Any:
+    """Those of a chunk, and behind them of as many rows of the chunk `then` as are asked for ahead.
+
+    Returns how many there are.
+    """
+    _, _, _, _, ahead = place
+    own = min(CHUNK, rows - start)
+    more = max(0, min(ahead, rows - then))
+    _find(slots, place, start, start + own, at)
+    _find(slots, place, then, then + more, at[own:])
+    return own + more
+
+
+@njit(inline="always")
+def _neuron(ids: Any, count: Any, i: Any) -> Any:
+    """Which neuron row i is, counted through the units `ids`, `count` each."""
+    return ids[i // count] * count + i % count
+
+
+# In both kernels below products go straight into the activation function, four by four: if they were kept
+# first and activated in a loop of its own, that would be vectorized, and its terms associated differently.
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _activate(
     codec: Any,
     memory: Any,
-    at: Any,
+    place: Any,
     ids: Any,
+    slots: Any,
     h: Any,
     bias: Any,
     out: Any,
@@ -37,26 +77,29 @@ def _activate(
     threshold: Any,
     threads: Any,
 ) -> None:
+    _, _, count, _, ahead = place
     given = codec.prepare(h)
     biased = bias.shape[0] > 0
-    last = at.shape[0] - 1
-    counter = chunk_counter()
+    rows = slots.shape[0] * count
+    progress = stages(1)
     for _ in prange(threads):
-        start = next_chunk(counter) * CHUNK
-        while start <= last:
-            then = next_chunk(counter) * CHUNK  # known now, so that its rows can be asked for
-            stop = min(start + CHUNK, last + 1)
+        at = np.empty(CHUNK + ahead, np.int64)
+        start = take(progress, 0) * CHUNK
+        while start < rows:
+            then = take(progress, 0) * CHUNK  # known now, so that its rows can be asked for
+            stop = min(start + CHUNK, rows)
+            known = _find_two(slots, place, rows, start, then, at)
             for i in range(start, stop, 4):  # as in dense.py
-                i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4 if i + 4 < stop else then, last)
-                rows = at[i0], at[i1], at[i2], at[i3]
+                i0, i1, i2, i3 = four(i, stop - 1)
+                n0, n1, n2, n3 = four(i - start + ahead, known - 1)
+                here = at[i0 - start], at[i1 - start], at[i2 - start], at[i3 - start]
                 following = at[n0], at[n1], at[n2], at[n3]
-                t0, t1, t2, t3 = codec.dots(memory, rows, following, given)
+                t0, t1, t2, t3 = codec.dots(memory, here, following, given)
                 if biased:
-                    t0 += bias[ids[i0]]
-                    t1 += bias[ids[i1]]
-                    t2 += bias[ids[i2]]
-                    t3 += bias[ids[i3]]
+                    t0 += bias[_neuron(ids, count, i0)]
+                    t1 += bias[_neuron(ids, count, i1)]
+                    t2 += bias[_neuron(ids, count, i2)]
+                    t3 += bias[_neuron(ids, count, i3)]
                 out[i0] = activation(t0, function, threshold)
                 out[i1] = activation(t1, function, threshold)
                 out[i2] = activation(t2, function, threshold)
@@ -80,9 +123,10 @@ def _activate_gated(
     up_codec: Any,
     gates: Any,
     ups: Any,
-    gate_at: Any,
-    up_at: Any,
+    gate_place: Any,
+    up_place: Any,
     ids: Any,
+    slots: Any,
     h: Any,
     gate_bias: Any,
     up_bias: Any,
@@ -92,55 +136,60 @@ def _activate_gated(
     above: Any,
     threads: Any,
 ) -> None:
+    _, _, count, _, gate_ahead = gate_place
+    _, _, _, _, up_ahead = up_place
     gate_h, up_h = gate_codec.prepare(h), up_codec.prepare(h)
-    last = gate_at.shape[0] - 1
-    counter = chunk_counter()
+    rows = slots.shape[0] * count
+    progress = stages(1)
     for _ in prange(threads):
-        activated = np.empty(CHUNK, np.float32)
-        live = np.empty(CHUNK, np.int64)  # places in the launch whose activation is not zero
-        start = next_chunk(counter) * CHUNK
-        while start <= last:
-            then = next_chunk(counter) * CHUNK  # known now, so that its rows can be asked for
-            stop = min(start + CHUNK, last + 1)
+        gate_at, up_at = np.empty(CHUNK + gate_ahead, np.int64), np.empty(CHUNK, np.int64)
+        # Of the chunk's neurons, and where it is not zero.
+        activated, live = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int64)
+        start = take(progress, 0) * CHUNK
+        while start < rows:
+            then = take(progress, 0) * CHUNK  # known now, so that its rows can be asked for
+            stop = min(start + CHUNK, rows)
+            known = _find_two(slots, gate_place, rows, start, then, gate_at)
             for i in range(start, stop, 4):  # as in dense.py
-                i0, i1, i2, i3 = four(i, last)
-                n0, n1, n2, n3 = four(i + 4 if i + 4 < stop else then, last)
-                rows = gate_at[i0], gate_at[i1], gate_at[i2], gate_at[i3]
+                i0, i1, i2, i3 = four(i, stop - 1)
+                n0, n1, n2, n3 = four(i - start + gate_ahead, known - 1)
+                here = gate_at[i0 - start], gate_at[i1 - start], gate_at[i2 - start], gate_at[i3 - start]
                 following = gate_at[n0], gate_at[n1], gate_at[n2], gate_at[n3]
-                t0, t1, t2, t3 = gate_codec.dots(gates, rows, following, gate_h)
+                t0, t1, t2, t3 = gate_codec.dots(gates, here, following, gate_h)
                 if gate_bias.shape[0] > 0:
-                    t0 += gate_bias[ids[i0]]
-                    t1 += gate_bias[ids[i1]]
-                    t2 += gate_bias[ids[i2]]
-                    t3 += gate_bias[ids[i3]]
+                    t0 += gate_bias[_neuron(ids, count, i0)]
+                    t1 += gate_bias[_neuron(ids, count, i1)]
+                    t2 += gate_bias[_neuron(ids, count, i2)]
+                    t3 += gate_bias[_neuron(ids, count, i3)]
                 activated[i0 - start] = activation(t0, function, threshold)
                 activated[i1 - start] = activation(t1, function, threshold)
                 activated[i2 - start] = activation(t2, function, threshold)
                 activated[i3 - start] = activation(t3, function, threshold)
-            count = 0
+            _find(slots, up_place, start, stop, up_at)
+            alive = 0
             for i in range(start, stop):
                 out[i] = 0
                 if activated[i - start] != 0:
-                    live[count] = i
-                    count += 1
-            for k in range(0, count, 4):  # the other neurons' up rows are not read
-                k0, k1, k2, k3 = four(k, count - 1)
-                n0, n1, n2, n3 = four(k + 4, count - 1)
+                    live[alive] = i - start
+                    alive += 1
+            for k in range(0, alive, 4):  # the other neurons' up rows are not read
+                k0, k1, k2, k3 = four(k, alive - 1)
+                n0, n1, n2, n3 = four(k + up_ahead, alive - 1)
                 i0, i1, i2, i3 = live[k0], live[k1], live[k2], live[k3]
-                rows = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
+                here = up_at[i0], up_at[i1], up_at[i2], up_at[i3]
                 following = up_at[live[n0]], up_at[live[n1]], up_at[live[n2]], up_at[live[n3]]
-                t0, t1, t2, t3 = up_codec.dots(ups, rows, following, up_h)
+                t0, t1, t2, t3 = up_codec.dots(ups, here, following, up_h)
                 if up_bias.shape[0] > 0:
-                    t0 += up_bias[ids[i0]]
-                    t1 += up_bias[ids[i1]]
-                    t2 += up_bias[ids[i2]]
-                    t3 += up_bias[ids[i3]]
+                    t0 += up_bias[_neuron(ids, count, start + i0)]
+                    t1 += up_bias[_neuron(ids, count, start + i1)]
+                    t2 += up_bias[_neuron(ids, count, start + i2)]
+                    t3 += up_bias[_neuron(ids, count, start + i3)]
                 t0, t1 = _raised(t0, above, threshold), _raised(t1, above, threshold)
                 t2, t3 = _raised(t2, above, threshold), _raised(t3, above, threshold)
-                out[i0] = activated[i0 - start] * t0
-                out[i1] = activated[i1 - start] * t1
-                out[i2] = activated[i2 - start] * t2
-                out[i3] = activated[i3 - start] * t3
+                out[start + i0] = activated[i0] * t0
+                out[start + i1] = activated[i1] * t1
+                out[start + i2] = activated[i2] * t2
+                out[start + i3] = activated[i3] * t3
             start = then
 
 
@@ -172,33 +221,45 @@ def _ascending(ids: Any, a: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _accumulate(codec: Any, memory: Any, at: Any, ids: Any, a: Any, y: Any, chunk: Any, threads: Any) -> Any:
+def _accumulate(
+    codec: Any, memory: Any, place: Any, ids: Any, slots: Any, a: Any, y: Any, chunk: Any, threads: Any
+) -> Any:
+    stride, first, _, _, _ = place
     places = _ascending(ids, a)
-    add_rows(codec, memory, at[places], y.shape[0], a[places], y, chunk, threads)
+    at = slots[places] * stride + first
+    add_rows(codec, memory, at, y.shape[0], a[places], y, chunk, threads)
     return places.shape[0]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _combine(codec: Any, memory: Any, at: Any, step: Any, width: Any, x: Any, y: Any, threads: Any) -> None:
-    """y[j] += Σ row j of unit u · part u of x, unit after unit; a unit's rows are `step` elements apart."""
+def _combine(
+    codec: Any, memory: Any, place: Any, order: Any, slots: Any, width: Any, x: Any, y: Any, threads: Any
+) -> None:
+    """y[j] += Σ row j of unit u · part u of x, unit after unit in this order."""
+    stride, first, _, step, ahead = place
     given = codec.prepare(x)
-    rows = y.shape[0]
-    last = rows - 1
-    counter = chunk_counter()
+    rows, units = y.shape[0], order.shape[0]
+    progress = stages(1)
     for _ in prange(threads):
         while True:
-            start = next_chunk(counter) * _OUTPUTS
-            if start > last:
+            start = take(progress, 0) * _OUTPUTS
+            if start >= rows:
                 break
-            for unit in range(at.shape[0]):
-                first, part = at[unit], codec.part(given, unit * width, (unit + 1) * width)
-                for i in range(start, min(start + _OUTPUTS, rows), 4):
-                    i0, i1, i2, i3 = four(i, last)
-                    n0, n1, n2, n3 = four(i + 4, last)
-                    places = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
-                    later = first + n0 * step, first + n1 * step, first + n2 * step, first + n3 * step
-                    t = codec.dots(memory, places, later, part)
-                    for j in range(min(4, rows - i)):
+            stop = min(start + _OUTPUTS, rows)
+            for number in range(units):
+                unit = order[number]
+                part = codec.part(given, unit * width, (unit + 1) * width)
+                own, after = slots[unit] * stride + first, slots[order[min(number + 1, units - 1)]]
+                for i in range(start, stop, 4):
+                    i0, i1, i2, i3 = four(i, stop - 1)
+                    later, base = i + ahead, own
+                    if later >= stop:  # the first ones of the next unit
+                        later, base = min(start + later - stop, stop - 1), after * stride + first
+                    n0, n1, n2, n3 = four(later, stop - 1)
+                    at = own + i0 * step, own + i1 * step, own + i2 * step, own + i3 * step
+                    following = base + n0 * step, base + n1 * step, base + n2 * step, base + n3 * step
+                    t = codec.dots(memory, at, following, part)
+                    for j in range(min(4, stop - i)):
                         y[i + j] += t[j]
 
 
@@ -212,12 +273,10 @@ def _pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
     return np.float32(numbers[0]), np.float32(numbers[1])
 
 
-def _places(rows: Rows, lines: I32) -> Places:
-    """The elements of flat memory where the vectors of some lines begin, one line after the other."""
-    first: Places = lines.astype(np.int64) * rows.memory.shape[1] + rows.start
-    if rows.count == 1:
-        return first
-    return np.add.outer(first, np.arange(rows.count) * rows.elements).reshape(-1)
+def _place(rows: Rows) -> tuple[int, int, int, int, int]:
+    """Where a role's rows lie in flat memory: what `_find` takes, and `rows_ahead`."""
+    ahead = rows_ahead(rows.elements * rows.memory.itemsize)
+    return rows.memory.shape[1], rows.start, rows.count, rows.elements, ahead
 
 
 def activate(
@@ -235,11 +294,11 @@ def activate(
 
     h [d_model]; `bias` is indexed by neuron, or empty; `threshold` is fatrelu's.
     """
-    at, memory = _places(up, slots), up.memory.reshape(-1)
-    result = np.empty(at.shape[0], np.float32) if out is None else out
-    launched = use_threads(threads, at.shape[0] * up.elements * memory.itemsize)
-    least, number, neurons = _pair((threshold, 1.0)), ACTIVATIONS[function], neurons_of(ids, up.count)
-    _activate(loops(up.codec), memory, at, neurons, h, bias, result, number, least, launched)
+    memory = up.memory.reshape(-1)
+    result = np.empty(slots.shape[0] * up.count, np.float32) if out is None else out
+    launched = use_threads(threads, slots.shape[0] * up.count * up.elements * memory.itemsize)
+    least, number = _pair((threshold, 1.0)), ACTIVATIONS[function]
+    _activate(loops(up.codec), memory, _place(up), ids, slots, h, bias, result, number, least, launched)
     return result
 
 
@@ -259,18 +318,18 @@ def activate_gated(
     `biases` are the gate's and the up-projection's. Of a neuron whose gate's activation is zero the up row is
     not read: the result is zero whatever finite numbers it holds.
     """
-    at = _places(gate, slots)
-    result = np.empty(at.shape[0], np.float32) if out is None else out
+    result = np.empty(slots.shape[0] * up.count, np.float32) if out is None else out
     size = gate.elements * gate.memory.itemsize + up.elements * up.memory.itemsize
-    launched = use_threads(threads, at.shape[0] * size)
+    launched = use_threads(threads, slots.shape[0] * up.count * size)
     _activate_gated(
         loops(gate.codec),
         loops(up.codec),
         gate.memory.reshape(-1),
         up.memory.reshape(-1),
-        at,
-        _places(up, slots),
-        neurons_of(ids, up.count),
+        _place(gate),
+        _place(up),
+        ids,
+        slots,
         h,
         *biases,
         result,
@@ -289,24 +348,15 @@ def accumulate(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -
     Returns the number of activations that are not zero; the rows of single neurons of which they are zero are
     skipped, which changes nothing.
     """
-    memory = down.memory.reshape(-1)
+    codec, memory, place = loops(down.codec), down.memory.reshape(-1), _place(down)
+    launched = use_threads(threads, slots.shape[0] * down.count * down.elements * memory.itemsize)
     if down.count > 1:
-        return _units(down, ids, slots, a, y, threads)
-    launched = use_threads(threads, slots.shape[0] * down.elements * memory.itemsize)
-    at, chunk = _places(down, slots), columns(y.shape[0], launched)
-    active: int = _accumulate(loops(down.codec), memory, at, ids, a, y, chunk, launched)
+        order = np.argsort(ids, kind="stable")
+        _combine(codec, memory, place, order, slots, down.width, a, y, launched)
+        return int(np.count_nonzero(a))
+    chunk = columns(y.shape[0], launched)
+    active: int = _accumulate(codec, memory, place, ids, slots, a, y, chunk, launched)
     return active
-
-
-def _units(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -> int:
-    """`accumulate` of units of several neurons, whose down rows lie by output: [d_model, width]."""
-    order = np.argsort(ids, kind="stable")
-    first = slots[order].astype(np.int64) * down.memory.shape[1] + down.start
-    x = a.reshape(ids.shape[0], -1)[order].reshape(-1)
-    memory, step = down.memory.reshape(-1), down.elements
-    launched = use_threads(threads, ids.shape[0] * down.count * step * memory.itemsize)
-    _combine(loops(down.codec), memory, first, step, down.width, x, y, launched)
-    return int(np.count_nonzero(a))
 
 
 def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:

@@ -12,7 +12,7 @@ from storage.codecs import F32
 
 
 @njit(fastmath={"reassoc", "contract"}, nogil=True)  # as in functions.py
-def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
+def norm_layer(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
     width = x.shape[0]
     mean = np.float32(0)
     for j in range(width):
@@ -36,7 +36,7 @@ def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
 @njit(cache=True, nogil=True)
 def _layer_norms(x: Any, weight: Any, bias: Any, epsilon: Any, out: Any) -> None:
     for i in range(x.shape[0]):
-        _layer_norm(x[i], weight, bias, epsilon, out[i])
+        norm_layer(x[i], weight, bias, epsilon, out[i])
 
 
 def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float) -> F32:
@@ -48,7 +48,7 @@ def layer_norm(x: F32, weight: F32, bias: F32, epsilon: float) -> F32:
 
 
 @njit(fastmath={"reassoc", "contract"}, nogil=True)  # as in functions.py
-def _rms_norm(x: Any, weight: Any, offset: Any, epsilon: Any, out: Any) -> None:
+def norm_rms(x: Any, weight: Any, offset: Any, epsilon: Any, out: Any) -> None:
     width = x.shape[0]
     squares = np.float32(0)
     for j in range(width):
@@ -61,7 +61,7 @@ def _rms_norm(x: Any, weight: Any, offset: Any, epsilon: Any, out: Any) -> None:
 @njit(cache=True, nogil=True)
 def _rms_norms(x: Any, weight: Any, offset: Any, epsilon: Any, out: Any) -> None:
     for i in range(x.shape[0]):
-        _rms_norm(x[i], weight, offset, epsilon, out[i])
+        norm_rms(x[i], weight, offset, epsilon, out[i])
 
 
 def rms_norm(x: F32, weight: F32, offset: float, epsilon: float) -> F32:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from storage.architecture import Architecture, Ffn
-from storage.codecs import FLOAT32, Codec
+from storage.architecture import Architecture, Attention, Ffn
+from storage.codecs import Codec
 from storage.layout import Rows
-from workers.kernels.attention import attend
+from workers.kernels.attention import Attending
 from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
@@ -17,8 +17,8 @@ from workers.kernels.norms import layer_norm, rms_norm
 _WIDTH = 128  # of rows: every format can have them
 
 
-def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None = None) -> None:
-    """Compile, or load from the cache, the kernels for weights in `codec`, keys and values in `cache`.
+def warm(codec: Codec, architecture: Architecture | None = None) -> None:
+    """Compile, or load from the cache, the kernels for weights in `codec`, but for attention's.
 
     Those that `architecture` uses; without one, those of plain FFNs and layer norms.
     """
@@ -44,12 +44,34 @@ def warm(codec: Codec, cache: Codec = FLOAT32, architecture: Architecture | None
     if any(layer.ffn.width > 1 and not layer.ffn.router for layer in layers):
         accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
     gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])
-    keys = np.zeros((1, 2, 64), cache.carrier)
-    projected, angles = np.zeros(3 * 64, np.float32), np.zeros(32, np.float32)
-    no_bias, scores = np.zeros((0, 0), np.float32), np.zeros((1, 2), np.float32)
-    attend(projected, angles, angles, keys, keys, 0, 1.0, no_bias, scores, cache, 1)
     if "layer" in norms:
         layer_norm(x, x, x, 1e-5)
     if "rms" in norms:
         rms_norm(x, x, 0, 1e-5)
     activations(np.zeros((1, 64), np.float32), "gelu")
+
+
+def warm_attention(qkv: Codec, out: Codec, cache: Codec) -> None:
+    """The same for attention, with its matrices in these codecs, keys and values in `cache`."""
+    attention = Attention(heads=2, kv_heads=1, head_dim=_WIDTH // 2, scale=1.0)
+    qkv_rows, out_rows = (
+        Rows.of_matrix(np.zeros((lines, codec.elements(_WIDTH)), codec.carrier), codec)
+        for lines, codec in ((2 * _WIDTH, qkv), (_WIDTH, out))
+    )
+    angles, no_bias = np.zeros((1, 0), np.float32), np.zeros((0, 0), np.float32)
+    keys = np.zeros((1, 1, _WIDTH // 2), cache.carrier)
+    attending = Attending(
+        attention,
+        qkv_rows,
+        NO_BIAS,
+        out_rows,
+        NO_BIAS,
+        (NO_BIAS, NO_BIAS, NO_BIAS, NO_BIAS),
+        (angles, angles),
+        no_bias,
+        (keys, keys),
+        cache,
+        np.zeros((2, 1), np.float32),
+        1,
+    )
+    attending(np.zeros(_WIDTH, np.float32), 0)

@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
-from storage.layout import Unit
+from storage.layout import Rows, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.experts import TokenExperts, of_shared, routed
-from workers.compute.cpu.norms import norm_queries_and_keys, normed
+from workers.compute.cpu.norms import normed
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import finished
@@ -33,15 +33,40 @@ class TokenOperations:
         self.cache = cache
         self.threads = threads
         self.first = 0  # position of the token
-        self._positions = positions
-        self._units = [layer.unit for layer in source.layout.layers]
+        self.positions = positions
+        rows = {unit: UnitRows(unit) for unit in {layer.unit for layer in source.layout.layers}}
+        self._rows = [rows[layer.unit] for layer in source.layout.layers]
         layers = self.architecture.layers
         neurons = max((layer.ffn.neurons for layer in layers if not layer.ffn.router), default=0)
         self._activations = np.empty(neurons, np.float32)  # of one layer
         self._routing: Routing | None = None  # of the layer at hand
         context = cache.keys[0].shape[1]
         heads = max(layer.attention.heads for layer in layers)
-        self._scores = np.empty((heads, context), np.float32)  # of one layer
+        self.scores = np.empty((heads, context), np.float32)  # of one layer
+        self._attending = [self._bound_attention(index) for index in range(len(layers))]
+
+    def _bound_attention(self, index: int) -> kernels.Attending:
+        described, bound = self.architecture.layers[index].attention, self.model.layers[index]
+        none = kernels.NO_BIAS
+        norms = (none, none, none, none)
+        if bound.q_norm is not None and bound.k_norm is not None:
+            q, k = bound.q_norm, bound.k_norm
+            norms = (q.weight, q.bias, k.weight, k.bias)
+        return kernels.Attending(
+            described,
+            bound.qkv.weight,
+            bound.qkv.bias,
+            bound.out.weight,
+            bound.out.bias,
+            norms,
+            self.positions.rotary[index],
+            self.positions.bias[index],
+            (self.cache.keys[index], self.cache.values[index]),
+            self.cache.codec,
+            self.scores[: described.heads],
+            self.threads,
+            bound.sinks,
+        )
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x: F32 = self.source.lines(EMBED, tokens)[0]
@@ -57,27 +82,7 @@ class TokenOperations:
         return normed(self.model.layers[index].norms[place], x)
 
     def attention(self, index: int, x: F32) -> F32:
-        attention, bound = self.architecture.layers[index].attention, self.model.layers[index]
-        cos, sin = self._positions.rotary[index]
-        projected = self._product(bound.qkv, x[0])
-        norm_queries_and_keys(attention, bound, projected[None])
-        mixed = kernels.attend(
-            projected,
-            cos[self.first],
-            sin[self.first],
-            self.cache.keys[index],
-            self.cache.values[index],
-            self.first,
-            attention.scale,
-            self._positions.bias[index],
-            self._scores[: attention.heads],
-            self.cache.codec,
-            self.threads,
-            attention.window,
-            attention.softcap,
-            bound.sinks,
-        )
-        return self._product(bound.out, mixed)[None]
+        return self._attending[index](x[0], self.first)[None]
 
     def route(self, index: int, x: F32) -> None:
         self._routing = routed(
@@ -86,12 +91,12 @@ class TokenOperations:
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"
-        ffn, bound, unit = self.architecture.layers[index].ffn, self.model.layers[index], self._units[index]
+        ffn, bound, rows = self.architecture.layers[index].ffn, self.model.layers[index], self._rows[index]
         if ffn.router is not None or ffn.shared is not None:
             routing, self._routing = self._routing, None
             shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
-            return TokenExperts(bound, unit, ffn, x[0], routing, shared, self.threads)
-        return TokenFfn(bound, unit, ffn, x[0], self._activations, self.threads)
+            return TokenExperts(bound, rows.unit, ffn, x[0], routing, shared, self.threads)
+        return TokenFfn(bound, rows, ffn, x[0], self._activations, self.threads)
 
     def logits(self, x: F32) -> F32:
         if self.model.final_norm is not None:
@@ -105,6 +110,22 @@ class TokenOperations:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
 
 
+class UnitRows:
+    """A unit's rows in the memory of the slots, by role; made again where that is another array."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self._memory: Bytes | None = None
+        self._views: dict[str, Rows] = {}
+
+    def of(self, memory: Bytes) -> dict[str, Rows]:
+        """Views of `memory` [slots, stride]."""
+        if memory is not self._memory:
+            self._memory = memory
+            self._views = {row.role: self.unit.view(memory, row.role) for row in self.unit.rows}
+        return self._views
+
+
 class TokenFfn:
     """One layer's FFN of one token, over groups of parts that may arrive one by one.
 
@@ -114,14 +135,14 @@ class TokenFfn:
     def __init__(
         self,
         bound: BoundLayer,
-        unit: Unit,
+        rows: UnitRows,
         ffn: Ffn,
         x: F32,
         activations: F32,
         threads: int,
     ) -> None:
         """x [d_model]; `activations` [neurons] is scratch, this FFN's own until it is finished."""
-        self._bound, self._unit, self._ffn = bound, unit, ffn
+        self._bound, self._rows, self._ffn = bound, rows, ffn
         self._input, self._activations, self._threads = x, activations, threads
         self._output = bound.down_bias.copy() if bound.down_bias.size else np.zeros_like(x)
         self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
@@ -132,18 +153,20 @@ class TokenFfn:
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         if not ids.size:
             return
-        part = slice(self._activated, self._activated + ids.size * self._unit.width)
+        part = slice(self._activated, self._activated + ids.size * self._rows.unit.width)
         self._activated = part.stop
         self._parts.append((ids, slots))
         self._memory = memory
-        up, out = self._unit.view(memory, "up"), self._activations[part]
+        rows, out = self._rows.of(memory), self._activations[part]
         ffn, bias = self._ffn, self._bound.up_bias
         if ffn.kind == "gated":
-            gate, biases = self._unit.view(memory, "gate"), (self._bound.gate_bias, bias)
-            kernels.activate_gated(gate, up, ids, slots, self._input, biases, ffn, self._threads, out)
+            biases = self._bound.gate_bias, bias
+            kernels.activate_gated(
+                rows["gate"], rows["up"], ids, slots, self._input, biases, ffn, self._threads, out
+            )
             return
         function, threshold = ffn.activation, ffn.threshold
-        kernels.activate(up, ids, slots, self._input, bias, function, self._threads, out, threshold)
+        kernels.activate(rows["up"], ids, slots, self._input, bias, function, self._threads, out, threshold)
 
     def close(self) -> None:
         if not self._parts:
@@ -156,7 +179,7 @@ class TokenFfn:
         group = slice(self._summed, self._activated)
         self._summed = self._activated
         self._parts.clear()
-        down = self._unit.view(self._memory, "down")
+        down = self._rows.of(self._memory)["down"]
         self.active += kernels.accumulate(
             down, ids, slots, self._activations[group], self._output, self._threads
         )

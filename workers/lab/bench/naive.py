@@ -43,6 +43,7 @@ from workers import kernels
 from workers.compute.blocks import run
 from workers.compute.bound import Linear
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.norms import norm_queries_and_keys
 from workers.compute.cpu.token import TokenOperations
 
 CHUNK = 8 << 20  # bytes of one read, about
@@ -216,6 +217,30 @@ class StreamedOperations(TokenOperations):
         super().__init__(*others)
         self.vectors, self.stream = vectors, stream
 
+    def attention(self, index: int, x: F32) -> F32:
+        """In three launches: the stream brings one matrix after the other."""
+        attention, bound = self.architecture.layers[index].attention, self.model.layers[index]
+        cos, sin = self.positions.rotary[index]
+        projected = self._product(bound.qkv, x[0])
+        norm_queries_and_keys(attention, bound, projected[None])
+        mixed = kernels.attend(
+            projected,
+            cos[self.first],
+            sin[self.first],
+            self.cache.keys[index],
+            self.cache.values[index],
+            self.first,
+            attention.scale,
+            self.positions.bias[index],
+            self.scores[: attention.heads],
+            self.cache.codec,
+            self.threads,
+            attention.window,
+            attention.softcap,
+            bound.sinks,
+        )
+        return self._product(bound.out, mixed)[None]
+
     def _product(self, linear: Linear, x: F32) -> F32:
         place = self.vectors.file.place(linear.name)
         if linear.name == PROJECT_IN:  # before the token's stream begins
@@ -304,7 +329,7 @@ def measure(store: Store, tokens: Sequence[int], position: int, threads: int) ->
 
     The keys and values before `position` are random numbers: attention's cost does not depend on them.
     """
-    kernels.warm(store.layout.layers[0].unit.codec("up"), architecture=store.architecture)
+    kernels.warm(store.layout.layers[0].unit.codec("up"), store.architecture)
     context = position + len(tokens)
     with NaiveModel(store, context, threads) as model:
         random = np.random.default_rng(0)
