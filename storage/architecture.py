@@ -174,6 +174,11 @@ class Ffn:
         return self.units * self.width
 
     @property
+    def mixed(self) -> bool:
+        """Whether it is of experts, of a shared part, or of both: no neuron is wanted by itself."""
+        return self.router is not None or self.shared is not None
+
+    @property
     def numbers(self) -> tuple[float, float]:
         """What the activation function has beside its argument: a threshold, or a limit and alpha."""
         return (self.limit if self.activation == "clamped_silu" else self.threshold), self.alpha

@@ -76,6 +76,17 @@ def _nothing_is_left_behind() -> Iterator[None]:
         pytest.fail("left behind: " + "; ".join(left), pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: equal sums in every run, and none that waits for another over tiny products."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def here(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +29,7 @@ STORY = "Once upon a time there was a little fox. Every evening the fox counted 
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(40))]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Equal sums in every run, and no threads that wait for each other over tiny products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Layer(NamedTuple):

@@ -16,9 +16,9 @@ from numba.extending import NativeValue, models, overload_method, register_model
 
 from storage.lowbits import RUN
 from workers.kernels.codecs import as_float, digest
+from workers.kernels.launch import FAST
 
 _HALF = RUN // 2  # bytes of a group's codes
-_FAST = {"reassoc", "contract"}  # as in `rows.py`, which imports this file
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _halved(scale: Any) -> Any:
     return as_float(np.uint32((byte - np.uint32(1)) << np.uint32(23)))
 
 
-@njit(fastmath=_FAST)
+@njit(fastmath=FAST)
 def _dot(memory: Any, at: Any, x: Any) -> Any:
     """The product of one row of x's width. Sixteen sums, so that they are made side by side."""
     groups = x.shape[0] // RUN
@@ -108,22 +108,6 @@ def _widen(memory: Any, at: Any, column: Any, width: Any, out: Any) -> None:
         for j in range(_HALF):
             out[start + j] = factor * _doubled(codes[j] & 15)
             out[start + _HALF + j] = factor * _doubled(codes[j] >> 4)
-
-
-@overload_method(MicroType, "prepare", inline="always")
-def _prepare(codec: Any, x: Any) -> Any:
-    def run(codec: Any, x: Any) -> Any:
-        return x
-
-    return run
-
-
-@overload_method(MicroType, "part", inline="always")
-def _part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
-    def part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
-        return x[start:stop]
-
-    return part
 
 
 @overload_method(MicroType, "dots", inline="always")

@@ -20,7 +20,7 @@ from workers.kernels import grouped
 from workers.kernels.codecs import Scalars, ScalarsType, scalars
 from workers.kernels.grouped import Groups, GroupsType
 from workers.kernels.launch import FAST
-from workers.kernels.microscaled import MICRO, Micro
+from workers.kernels.microscaled import MICRO, Micro, MicroType
 from workers.kernels.prepare import preparation
 
 LINE = 32  # 16-bit elements of a cache line
@@ -147,6 +147,7 @@ def _grouped_dots(codec: Any, memory: Any, at: Any, following: Any, x: Any) -> A
     return run
 
 
+@overload_method(MicroType, "prepare", inline="always")
 @overload_method(ScalarsType, "prepare", inline="always")
 def _float_prepare(codec: Any, x: Any) -> Any:
     """x [width], float32, as rows in this codec are multiplied with it."""
@@ -162,6 +163,7 @@ def _grouped_prepare(codec: Any, x: Any) -> Any:
     return preparation(codec)
 
 
+@overload_method(MicroType, "part", inline="always")
 @overload_method(ScalarsType, "part", inline="always")
 def _float_part(codec: Any, x: Any, start: Any, stop: Any) -> Any:
     """Some values of a prepared x, whole groups of them."""

@@ -123,7 +123,7 @@ class BatchOperations:
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]
-        if layer.ffn.router is not None or layer.ffn.shared is not None:
+        if layer.ffn.mixed:
             assert mask is None, "experts are chosen, not masked"
             routing, self._routing = self._routing, None
             bound, unit = self.model.layers[index], self._units[index]

@@ -92,7 +92,7 @@ class TokenOperations:
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"
         ffn, bound, rows = self.architecture.layers[index].ffn, self.model.layers[index], self._rows[index]
-        if ffn.router is not None or ffn.shared is not None:
+        if ffn.mixed:
             routing, self._routing = self._routing, None
             shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
             return TokenExperts(bound, rows.unit, ffn, x[0], routing, shared, self.threads)

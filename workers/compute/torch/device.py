@@ -114,7 +114,7 @@ class TorchDevice:
 
     def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn | TorchExperts:
         ffn, bound, unit = self.architecture.layers[index].ffn, self._model.layers[index], self._units[index]
-        if ffn.router is not None or ffn.shared is not None:
+        if ffn.mixed:
             assert mask is None, "experts are chosen, not masked"
             routing, self._routing = self._routing, None
             shared = None if bound.shared is None else self._of_shared(ffn, bound.shared, x)

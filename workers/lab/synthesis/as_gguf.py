@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    read: Callable[[int, int], F32]  # lines [start, stop) of its values
+    packed: Callable[[], Bytes]  # its data as the file has them
 
     @property
     def bytes_shape(self) -> tuple[int, ...]:
@@ -56,16 +56,25 @@ class Tensor:
         """Bytes."""
         return math.prod(self.bytes_shape)
 
-    def packed(self) -> Bytes:
-        """`[lines, bytes of a line]` uint8."""
-        lines, width = self.shape[0], math.prod(self.shape[1:])
-        packed = np.empty((lines, self.size // lines), np.uint8)
-        step = max(1, CHUNK // width)
-        for start in range(0, lines, step):
-            stop = min(start + step, lines)
-            part = gguf.quantize(self.read(start, stop).reshape(stop - start, width), self.kind)
-            packed[start:stop] = part.view(np.uint8).reshape(stop - start, -1)
-        return packed
+    @classmethod
+    def quantised(
+        cls, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, read: Callable[[int, int], F32]
+    ) -> Tensor:
+        """`read` gives lines [start, stop) of its values."""
+
+        def packed() -> Bytes:
+            lines, width = shape[0], math.prod(shape[1:])
+            made = np.empty(
+                (lines, math.prod(gguf.quant_shape_to_byte_shape(shape, kind)) // lines), np.uint8
+            )
+            step = max(1, CHUNK // width)
+            for start in range(0, lines, step):
+                stop = min(start + step, lines)
+                part = gguf.quantize(read(start, stop).reshape(stop - start, width), kind)
+                made[start:stop] = part.view(np.uint8).reshape(stop - start, -1)
+            return made
+
+        return cls(name, shape, kind, packed)
 
 
 def write(directory: Path, out: Path, kind: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -90,13 +99,29 @@ def write(directory: Path, out: Path, kind: str, progress: Callable[[int, int], 
     if checkpoint.config.get("new_decoder_architecture"):
         raise UnsupportedModel(f"{directory} has grouped queries, keys and values, which are not written")
     tensors = _tensors(checkpoint, model, GGMLQuantizationType[kind])
+    name, tokenizer = str(checkpoint.config.get("_name_or_path", checkpoint.path.name)), directory / TOKENIZER
+
+    def about(writer: GGUFWriter) -> None:
+        describe(writer, name, model, model.layers[0].ffn.neurons, tokenizer)
+
+    write_file(out, model.family, about, tensors, progress)
+
+
+def write_file(
+    out: Path,
+    architecture: str,
+    about: Callable[[GGUFWriter], None],
+    tensors: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write a whole file, or none; `about` adds its metadata. Raises DiskFull before more than fits."""
     total = sum(tensor.size for tensor in tensors)
     check_space(total, out, "the GGUF file")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + TEMPORARY)
     try:
-        with contextlib.closing(GGUFWriter(partial, model.family)) as writer:
-            _describe(writer, checkpoint, model)
+        with contextlib.closing(GGUFWriter(partial, architecture)) as writer:
+            about(writer)
             for tensor in tensors:
                 writer.add_tensor_info(
                     tensor.name, tensor.bytes_shape, np.dtype(np.uint8), tensor.size, raw_dtype=tensor.kind
@@ -130,7 +155,8 @@ def _tensors(checkpoint: Checkpoint, model: Architecture, kind: GGMLQuantization
             )
         order = _order(model, name, entry.shape[0])
         read = _reader(checkpoint, name, entry.dtype, order)
-        found.append(Tensor(theirs, entry.shape, kind if matrix else GGMLQuantizationType.F32, read))
+        form = kind if matrix else GGMLQuantizationType.F32
+        found.append(Tensor.quantised(theirs, entry.shape, form, read))
     return found
 
 
@@ -151,7 +177,12 @@ def _order(model: Architecture, name: str, rows: int) -> npt.NDArray[np.int64] |
     heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}.get(name.split(".")[-2])
     if heads is None or not PAIRED[model.family]:
         return None
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return paired(np.arange(rows), heads)
+
+
+def paired(rows: npt.NDArray[np.int64], heads: int) -> npt.NDArray[np.int64]:
+    """Rows of queries or keys with the two of each rotary pair side by side."""
+    return rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def _rope_factors(model: Architecture) -> Iterator[Tensor]:
@@ -162,20 +193,20 @@ def _rope_factors(model: Architecture) -> Iterator[Tensor]:
         return
     plain = frequencies(replace(rope, scaling=None), attention.head_dim, 1)
     factors = plain / frequencies(rope, attention.head_dim, 1)
-    yield Tensor(
+    yield Tensor.quantised(
         "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32, lambda start, stop: factors[start:stop]
     )
 
 
-def _describe(writer: GGUFWriter, checkpoint: Checkpoint, model: Architecture) -> None:
-    layer = model.layers[0]
-    attention, norm = layer.attention, model.final_norm
+def describe(writer: GGUFWriter, name: str, model: Architecture, neurons: int, tokenizer: Path) -> None:
+    """What every decoder says of itself; `neurons` of an FFN, or of an expert."""
+    attention, norm = model.layers[0].attention, model.final_norm
     assert norm is not None
-    writer.add_name(str(checkpoint.config.get("_name_or_path", checkpoint.path.name)))
+    writer.add_name(name)
     writer.add_block_count(len(model.layers))
     writer.add_context_length(model.max_positions)
     writer.add_embedding_length(model.d_model)
-    writer.add_feed_forward_length(layer.ffn.neurons)
+    writer.add_feed_forward_length(neurons)
     writer.add_head_count(attention.heads)
     writer.add_head_count_kv(attention.kv_heads)
     writer.add_key_length(attention.head_dim)
@@ -186,7 +217,7 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, model: Architecture) -
         writer.add_layer_norm_eps(norm.epsilon)
     writer.add_vocab_size(model.vocabulary)
     _describe_positions(writer, attention)
-    describe_tokenizer(writer, checkpoint.path / TOKENIZER, model)
+    _describe_tokenizer(writer, tokenizer, model)
 
 
 def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
@@ -197,7 +228,7 @@ def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
     writer.add_rope_dimension_count(attention.head_dim)
 
 
-def describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:
+def _describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:
     """A byte-level BPE that splits as GPT-2 does; ids that it does not have are tokens never used."""
     if not path.is_file():
         writer.add_tokenizer_model("no_vocab")

@@ -6,12 +6,9 @@ Experts are stacked in the order of their ids. At most one role of one layer's e
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -19,14 +16,12 @@ from storage import architecture as canonical
 from storage.architecture import Architecture, Layer
 from storage.codecs import CODECS, FLOAT32, Carrier
 from storage.errors import UnsupportedModel, UsageError
-from storage.files import TEMPORARY, publish
 from storage.layout import Role
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
-from workers.lab.synthesis.as_gguf import TOKENIZER, describe_tokenizer
+from workers.lab.synthesis.as_gguf import TOKENIZER, Tensor, describe, paired, write_file
 from workers.lab.synthesis.mixture.draw import Codes
-from workers.lab.synthesis.space import check_space
 
 # By family: llama.cpp's name of the architecture, and whether rotary pairs lie side by side in its files.
 ARCHITECTURES = {"qwen3_moe": ("qwen3moe", False), "olmoe": ("olmoe", False), "mixtral": ("llama", True)}
@@ -50,23 +45,14 @@ TOP = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor of the file. `read` gives its rows as the store has them: [rows, bytes], or floats."""
+def kept(name: str, shape: tuple[int, ...], codec: str, read: Callable[[], Carrier]) -> Tensor:
+    """A tensor whose rows `read` gives as the store has them: [rows, bytes], or floats."""
 
-    name: str
-    shape: tuple[int, ...]
-    codec: str
-    read: Callable[[], Carrier]
+    def packed() -> Carrier:
+        rows = read()
+        return rows if codec == FLOAT32.name else blocks(rows, codec)
 
-    @property
-    def size(self) -> int:
-        """Bytes; of a block as many as of a group."""
-        return CODECS[self.codec].size(int(np.prod(self.shape)))
-
-    def packed(self) -> Carrier:
-        rows = self.read()
-        return rows if self.codec == FLOAT32.name else blocks(rows, self.codec)
+    return Tensor(name, shape, KINDS[codec], packed)
 
 
 def blocks(rows: Codes, codec: str) -> Codes:
@@ -93,35 +79,13 @@ def write(store: Store, out: Path, progress: Callable[[int, int], None] | None =
         raise UnsupportedModel(
             f"{store.path} is a {model.family} store; only {', '.join(ARCHITECTURES)} can be written as GGUF"
         )
-    tensors = list(_tensors(store))
-    total = sum(tensor.size for tensor in tensors)
-    check_space(total, out, "the GGUF file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + TEMPORARY)
-    try:
-        with contextlib.closing(GGUFWriter(partial, ARCHITECTURES[model.family][0])) as writer:
-            _describe(writer, store)
-            for tensor in tensors:
-                kind = KINDS[tensor.codec]
-                shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-                if tensor.codec == FLOAT32.name:
-                    writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size)
-                else:
-                    writer.add_tensor_info(
-                        tensor.name, shape, np.dtype(np.uint8), tensor.size, raw_dtype=kind
-                    )
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            done = 0
-            for tensor in tensors:
-                writer.write_tensor_data(tensor.packed())
-                done += tensor.size
-                if progress is not None:
-                    progress(done, total)
-        publish(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(
+        out,
+        ARCHITECTURES[model.family][0],
+        lambda writer: _describe(writer, store),
+        list(_tensors(store)),
+        progress,
+    )
 
 
 def _tensors(store: Store) -> Iterator[Tensor]:
@@ -135,7 +99,7 @@ def _tensors(store: Store) -> Iterator[Tensor]:
             codec = CODECS[place.dtype]
             shape = (shape[0], shape[1] // codec.bytes * codec.block)
         if name in TOP:
-            yield Tensor(TOP[name], shape, place.dtype, _whole(resident, name))
+            yield kept(TOP[name], shape, place.dtype, _whole(resident, name))
             continue
         _, number, part = name.split(".", 2)
         layer = model.layers[int(number)]
@@ -144,12 +108,12 @@ def _tensors(store: Store) -> Iterator[Tensor]:
             continue
         if part not in PARTS:
             raise UnsupportedModel(f"{store.path} has {name}, which cannot be written as GGUF")
-        yield Tensor(f"blk.{number}.{PARTS[part]}", shape, place.dtype, _whole(resident, name))
+        yield kept(f"blk.{number}.{PARTS[part]}", shape, place.dtype, _whole(resident, name))
     for index, placed in enumerate(store.layout.layers):
         for row in placed.unit.rows:
             if row.codec not in KINDS:
                 raise UnsupportedModel(f"{store.path} has experts in {row.codec}, which GGUF has no form for")
-            yield Tensor(
+            yield kept(
                 f"blk.{index}.ffn_{row.role}_exps.weight",
                 (placed.units, *placed.unit.shape(row.role)),
                 row.codec,
@@ -172,18 +136,18 @@ def _projections(
 ) -> Iterator[Tensor]:
     """Queries, keys and values apart."""
     a, start = layer.attention, 0
-    paired = ARCHITECTURES[model.family][1]
+    side_by_side = ARCHITECTURES[model.family][1]
     for one, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
         rows = np.arange(start, start + heads * a.head_dim)
         start += rows.size
-        if paired and one != "v":  # of a head, pair by pair instead of half by half
-            rows = rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+        if side_by_side and one != "v":
+            rows = paired(rows, heads)
 
         def read(which: np.ndarray[tuple[int], np.dtype[np.int64]] = rows) -> Carrier:
             found: Carrier = resident.read(name)[which]
             return found
 
-        yield Tensor(f"blk.{index}.attn_{one}.weight", (rows.size, shape[1]), codec, read)
+        yield kept(f"blk.{index}.attn_{one}.weight", (rows.size, shape[1]), codec, read)
 
 
 def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
@@ -205,27 +169,12 @@ def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
 
 def _describe(writer: GGUFWriter, store: Store) -> None:
     model = store.architecture
-    layer, norm = model.layers[0], model.final_norm
-    attention, ffn = layer.attention, layer.ffn
-    assert norm is not None
+    attention, ffn = model.layers[0].attention, model.layers[0].ffn
     assert attention.rope is not None
     assert ffn.router is not None
     if attention.rope.scaling is not None or attention.window is not None:
         raise UnsupportedModel("only plain rotary positions without a window can be written as GGUF")
-    writer.add_name(store.manifest.name)
-    writer.add_block_count(len(model.layers))
-    writer.add_context_length(model.max_positions)
-    writer.add_embedding_length(model.d_model)
-    writer.add_feed_forward_length(ffn.width)
+    describe(writer, store.manifest.name, model, ffn.width, store.path / TOKENIZER)
     writer.add_expert_feed_forward_length(ffn.width)
     writer.add_expert_count(ffn.units)
     writer.add_expert_used_count(ffn.router.top_k)
-    writer.add_head_count(attention.heads)
-    writer.add_head_count_kv(attention.kv_heads)
-    writer.add_key_length(attention.head_dim)
-    writer.add_value_length(attention.head_dim)
-    writer.add_layer_norm_rms_eps(norm.epsilon)
-    writer.add_vocab_size(model.vocabulary)
-    writer.add_rope_freq_base(attention.rope.base)
-    writer.add_rope_dimension_count(attention.head_dim)
-    describe_tokenizer(writer, store.path / TOKENIZER, model)

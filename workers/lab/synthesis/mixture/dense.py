@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storage import architecture as canonical
 from storage.architecture import Ffn
-from storage.codecs import F32, widen
+from storage.codecs import CODECS, F32, widen
 from storage.layout import Role
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
@@ -38,9 +38,7 @@ class DenseMixture:
         lines = np.memmap(
             self.resident.path, np.uint8, "r", offset=place.offset, shape=(model.vocabulary, row)
         )
-        found = np.ascontiguousarray(lines[np.array(tokens)])
-        if place.dtype in ("float32", "float16", "bfloat16"):
-            found = found.view(np.float32 if place.dtype == "float32" else np.uint16)
+        found = np.ascontiguousarray(lines[np.array(tokens)]).view(CODECS[place.dtype].carrier)
         return torch.from_numpy(widen(found, place.dtype)) * model.embedding_scale
 
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -67,9 +65,9 @@ class DenseMixture:
         """Of the FFN's input f [tokens, d_model] the output."""
         ffn, made = self.store.architecture.layers[layer].ffn, torch.zeros_like(f)
         if routing is not None:
-            order = self.store.order()
+            positions = self.store.positions()
             for expert in np.unique(routing.ids).tolist():
-                position = expert if order is None else int(np.argsort(order[layer])[expert])
+                position = expert if positions is None else int(positions[layer][expert])
                 rows, places = np.nonzero(routing.ids == expert)
                 some, weights = torch.from_numpy(rows), torch.from_numpy(routing.weights[rows, places])
                 matrices = {role: torch.from_numpy(one) for role, one in self.expert(layer, position).items()}
