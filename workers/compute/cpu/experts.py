@@ -18,6 +18,7 @@ from storage.layout import I32, Role, Rows, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundShared, Linear
 from workers.compute.cpu.pool import Pool
+from workers.compute.cpu.units import UnitRows
 from workers.compute.device import Bytes
 from workers.routing import Ids, Routing, route
 
@@ -47,7 +48,7 @@ class TokenExperts:
     def __init__(
         self,
         bound: BoundLayer,
-        unit: Unit,
+        rows: UnitRows,
         ffn: Ffn,
         x: F32,
         routing: Routing | None,
@@ -55,7 +56,7 @@ class TokenExperts:
         threads: int,
     ) -> None:
         """x [d_model]; `routing` is its one row's, None without experts; `shared` [d_model] is added."""
-        self._bound, self._unit, self._ffn, self._input, self._threads = bound, unit, ffn, x, threads
+        self._bound, self._rows, self._ffn, self._input, self._threads = bound, rows, ffn, x, threads
         self._weights = np.zeros(ffn.units, np.float32)
         self._chosen = np.zeros(ffn.units, np.bool_)
         if routing is not None:
@@ -71,10 +72,11 @@ class TokenExperts:
         ids, slots = ids[wanted], slots[wanted]
         if not ids.size:
             return
-        gate, up = self._unit.view(memory, "gate"), self._unit.view(memory, "up")
-        biases = self._bound.gate_bias, self._bound.up_bias
-        a = kernels.activate_gated(gate, up, ids, slots, self._input, biases, self._ffn, self._threads)
-        found = kernels.outputs(self._unit.view(memory, "down"), slots, a, self._threads)
+        rows, biases = self._rows.of(memory), (self._bound.gate_bias, self._bound.up_bias)
+        a = kernels.activate_gated(
+            rows["gate"], rows["up"], ids, slots, self._input, biases, self._ffn, self._threads
+        )
+        found = kernels.outputs(rows["down"], slots, a, self._threads)
         if self._bound.down_bias.size:
             found += self._bound.down_bias.reshape(self._ffn.units, -1)[ids]
         self._kept.append((ids, found))

@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
-from storage.layout import Rows, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.experts import TokenExperts, of_shared, routed
 from workers.compute.cpu.norms import normed
+from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import finished
@@ -95,7 +95,7 @@ class TokenOperations:
         if ffn.mixed:
             routing, self._routing = self._routing, None
             shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
-            return TokenExperts(bound, rows.unit, ffn, x[0], routing, shared, self.threads)
+            return TokenExperts(bound, rows, ffn, x[0], routing, shared, self.threads)
         return TokenFfn(bound, rows, ffn, x[0], self._activations, self.threads)
 
     def logits(self, x: F32) -> F32:
@@ -108,22 +108,6 @@ class TokenOperations:
 
     def _product(self, linear: Linear, x: F32) -> F32:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
-
-
-class UnitRows:
-    """A unit's rows in the memory of the slots, by role; made again where that is another array."""
-
-    def __init__(self, unit: Unit) -> None:
-        self.unit = unit
-        self._memory: Bytes | None = None
-        self._views: dict[str, Rows] = {}
-
-    def of(self, memory: Bytes) -> dict[str, Rows]:
-        """Views of `memory` [slots, stride]."""
-        if memory is not self._memory:
-            self._memory = memory
-            self._views = {row.role: self.unit.view(memory, row.role) for row in self.unit.rows}
-        return self._views
 
 
 class TokenFfn:
