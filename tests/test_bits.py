@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import predictors
 import pytest
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
+from ring import PROMPT as RING_PROMPT
 from ring import config, outcome
 from safetensors.torch import load_file
 from test_convert import child, contents
@@ -34,9 +36,12 @@ from storage.predictors import copy_all
 from storage.store import Store
 from storage.tensors import Tensors
 from storage.verify import verify
+from workers import kernels
+from workers.compute.sampling import log_probability
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
 from workers.lab.bench.naive import NaiveModel
+from workers.lab.evaluation.activations import compare
 from workers.predictor.lowrank import load
 
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(20))]
@@ -340,6 +345,48 @@ def test_a_ring_does_not_depend_on_its_slots(stores: dict[tuple[str, int], Store
     store = stores["llama", bits]
     everything = outcome(store, every, slots=4)
     assert outcome(store, threads, slots=1, staging=2) == everything
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_ring_multiplies_activations_as_they_are(
+    stores: dict[tuple[str, int], Store], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probabilities are those of the same kernels without a ring, which rounding would change."""
+    store = stores["llama", bits]
+    found = {
+        activations: outcome(
+            store, config(predictor={"kind": "all"}, compute={"threads": 1, "activations": activations})
+        )
+        for activations in ("exact", "rounded")
+    }
+    tokens = found["exact"].tokens
+    monkeypatch.setattr(kernels.ACTIVATIONS, "exact", True)
+    with LocalDecoder(store) as decoder:
+        decoder.prefill(RING_PROMPT)
+        alone = [log_probability(decoder.step(token), then) for token, then in pairwise(tokens)]
+    assert found["exact"].logprobs[1:] == alone
+    assert found["rounded"].logprobs[1:] != alone
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_rounded_activations_cost(stores: dict[tuple[str, int], Store], bits: int) -> None:
+    """Beside the divergence of the same logits, made by decoders of either kind."""
+    store, logs = stores["llama", bits], {}
+    cost = compare(store, [PROMPT], 1, bits)
+    for exact in (True, False):
+        kernels.ACTIVATIONS.exact = exact
+        with LocalDecoder(store) as decoder:
+            logits = decoder.steps(PROMPT[:-1]).astype(np.float64)
+        logs[exact] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    divergence = (np.exp(logs[True]) * (logs[True] - logs[False])).sum(1)
+    assert cost.tokens == len(PROMPT) - 1
+    assert 0 < cost.divergence_mean == pytest.approx(divergence.mean(), rel=1e-6)
+    assert cost.divergence_largest == pytest.approx(divergence.max(), rel=1e-6)
+    nats = -logs[True][np.arange(len(PROMPT) - 1), PROMPT[1:]].mean()
+    assert cost.perplexity_exact == pytest.approx(np.exp(nats), rel=1e-6)
+    assert cost.perplexity_rounded != cost.perplexity_exact
+    assert not kernels.ACTIVATIONS.exact
 
 
 # -- predictors of the weights as they were ---------------------------------------------------------

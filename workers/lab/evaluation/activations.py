@@ -31,6 +31,7 @@ from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.compute.blocks import run as run_layers
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.device import Bytes
 from workers.compute.weights import Weights
 from workers.lab.evaluation.evaluate import chunks
 from workers.lab.evaluation.tasks import read_text
@@ -54,12 +55,17 @@ class Cost:
 
 
 class _Model:
-    """A store in memory, which computes one token after the other."""
+    """A store in memory, which computes one token after the other, with activations of one kind."""
 
-    def __init__(self, store: Store, threads: int) -> None:
-        self._architecture = store.architecture
-        self._device = CpuDevice(Weights(store), _LENGTH, threads)
-        self._units = [store.read_layer(index) for index in range(len(store.layout.layers))]
+    def __init__(self, weights: Weights, units: Sequence[Bytes], threads: int, exact: bool) -> None:
+        """`units`: of every layer, all of them."""
+        self._architecture = weights.architecture
+        self._units = units
+        self._exact = exact
+        kernels.ACTIVATIONS.exact = (
+            exact  # a device takes it over when it is made, and its FFNs when they are
+        )
+        self._device = CpuDevice(weights, _LENGTH, threads)
 
     def announce(self, index: int, hidden: Any) -> None:
         """Nobody listens."""
@@ -73,6 +79,7 @@ class _Model:
 
     def step(self, position: int, token: int) -> tuple[npt.NDArray[np.float64], float]:
         """Log-probabilities of what follows, and seconds."""
+        kernels.ACTIVATIONS.exact = self._exact
         started = time.perf_counter()
         self._device.begin(position, 1, every=False)
         x = run_layers(self._architecture, self._device, self._device.embed(np.array([token])), self)
@@ -87,15 +94,15 @@ class _Model:
 
 def compare(store: Store, sequences: Sequence[Sequence[int]], threads: int, bits: int | None) -> Cost:
     """Both ways by turns, chunk by chunk; each has keys and values of its own."""
+    weights, units = Weights(store), [store.read_layer(index) for index in range(len(store.layout.layers))]
+    models = [_Model(weights, units, threads, exact) for exact in (True, False)]
     nats: dict[bool, list[float]] = {True: [], False: []}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     divergences, same = [], 0
-    model = _Model(store, threads)
     try:
         for sequence in sequences:
             reference: list[npt.NDArray[np.float64]] = []
-            for exact in (True, False):
-                kernels.ACTIVATIONS.exact = exact
+            for exact, model in zip((True, False), models, strict=True):
                 for position, (token, following) in enumerate(pairwise(sequence)):
                     logs, took = model.step(position, token)
                     nats[exact].append(-float(logs[following]))
@@ -108,7 +115,8 @@ def compare(store: Store, sequences: Sequence[Sequence[int]], threads: int, bits
                     same += int(true.argmax() == logs.argmax())
     finally:
         kernels.ACTIVATIONS.exact = False
-        model.close()
+        for model in models:
+            model.close()
     return Cost(
         bits=bits,
         tokens=len(divergences),
