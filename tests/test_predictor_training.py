@@ -395,3 +395,7 @@ def test_texts_plain_and_lines_and_packed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(300))), encoding="utf-8")
     whole = texts.rows(tmp_path / "numbers.txt", store, 120)[0]
     assert texts.rows(tmp_path / "numbers.txt", store, 60, skip=20)[0].tolist() == whole[20:80].tolist()
+    few, more = texts.two(tmp_path / "numbers.txt", tmp_path / "plain.txt", store, 80)
+    assert (few.shape, more.shape) == ((4, 20), (1, 20))
+    assert few.reshape(-1).tolist() == whole[:80].tolist()
+    Split.of(4, 0, 20)  # is enough to train, to calibrate and to report on
