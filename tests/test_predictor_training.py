@@ -30,8 +30,9 @@ from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.forward import forward
 from workers.lab.training import __main__ as training
 from workers.lab.training import activations, fit, lowmap, report, svd, texts
-from workers.lab.training.__main__ import Split, TrainingJob, make
+from workers.lab.training.__main__ import make
 from workers.lab.training.activations import Samples
+from workers.lab.training.job import Split, TrainingJob
 from workers.predictor import lowrank
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Synthetic models written straight into a store: what a conversion of their checkpoint gives, byte for byte."""
+"""Synthetic models written straight into a store: byte for byte what their checkpoints convert to."""
 
 from __future__ import annotations
 

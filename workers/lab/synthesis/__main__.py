@@ -66,7 +66,8 @@ def create(
     small: Annotated[
         bool,
         typer.Option(
-            "--small", help="With --bits 4, as GGUF's Q4_0: attention has four bits, too, and no row has minima."
+            "--small",
+            help="With --bits 4: attention has four bits, too, and no minima, as in Q4_0.",
         ),
     ] = False,
     no_locality: Annotated[

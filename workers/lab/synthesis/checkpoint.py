@@ -117,9 +117,7 @@ def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture,
     return CODECS[dtype].size(elements + rows * model.d_model)
 
 
-def recipe_of(
-    request: Request, model: Architecture, residents: tuple[Resident, ...]
-) -> SynthesisRecipe:
+def recipe_of(request: Request, model: Architecture, residents: tuple[Resident, ...]) -> SynthesisRecipe:
     """What a planned request's tensors are drawn by."""
     first_layer = canonical.layer(0, "")
     return SynthesisRecipe(

@@ -23,8 +23,9 @@ def write_store(
     """Write the store `out`, or go on writing it; `progress` hears stage, bytes done and bytes in all.
 
     It equals the store that a conversion by the same recipe makes of the request's checkpoint, on the same
-    machine, but for what the manifest tells of its origin. Raises as `storage.convert.convert`, and UsageError
-    for a request that cannot be.
+    machine, but for what the manifest tells of its origin.
+
+    Raises as `storage.convert.convert`, and UsageError for a request that cannot be.
     """
     if request.tokenizer is not None and tokenizers.TOKENIZER not in tokenizers.texts(request.tokenizer):
         raise CheckpointError(f"{request.tokenizer} has no tokenizer.json, nor vocab.json and merges.txt")

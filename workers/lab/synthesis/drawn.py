@@ -161,7 +161,7 @@ class DrawnCheckpoint:
     def _stream(self, layer: int) -> Tensor:
         """Before a layer. Layers that are not kept are drawn."""
         if layer == 0:
-            names = [name for name in first_names(self.recipe) if name in (canonical.EMBED, canonical.POSITIONS)]
+            names = {canonical.EMBED, canonical.POSITIONS}.intersection(first_names(self.recipe))
             tensors = {name: first_tensor(self.recipe, name) for name in names}
             return block.embedded(self.recipe.model, tensors, calibration_tokens(self.recipe))
         return self._kept(layer - 1)[STREAM]
