@@ -26,6 +26,7 @@ from torch import Tensor
 from storage import architecture as canonical
 from storage import tokenizer
 from storage.codecs import CODECS, Carrier
+from storage.convert.recipe import ATTENTION
 from storage.errors import CheckpointError
 from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.files import write_whole
@@ -117,12 +118,10 @@ class DrawnCheckpoint:
     def _tensor(self, name: str) -> Tensor:
         """One of the checkpoint's."""
         where = self._where[name]
-        head, _, part = where.partition(".")
-        if head != "layers":
+        if not where.startswith("layers."):
             return self._drawn(where, lambda: {where: first_tensor(self.recipe, where)})[name]
-        number, _, part = part.partition(".")
-        layer = int(number)
-        if part in ("qkv.weight", "out.weight"):
+        layer = int(where.split(".")[1])
+        if where.endswith(ATTENTION):
             return self._drawn(f"{layer} attention", lambda: self._attention(layer))[name]
         if len(self.entries[name].shape) == 1:
             return self._vectors(layer)[name]
@@ -153,9 +152,10 @@ class DrawnCheckpoint:
         """Draws the layer, and keeps what others need of it."""
         x = self._stream(layer)
         attention = make_attention(self.recipe, layer, x)
-        vectors = _vectors(attention.tensors)
-        ffn = make_ffn(self.recipe, layer, x, Half({}, attention.x))
-        self._keep(layer, {**_of_layer(layer, vectors | _vectors(ffn.tensors)), STREAM: ffn.x})
+        attention = Half(_vectors(attention.tensors), attention.x)  # its matrices are drawn again later
+        ffn = make_ffn(self.recipe, layer, x, attention)
+        vectors = _of_layer(layer, attention.tensors | _vectors(ffn.tensors))
+        self._keep(layer, {**vectors, STREAM: ffn.x})
         return _of_layer(layer, ffn.tensors)
 
     def _stream(self, layer: int) -> Tensor:
