@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_synthesize import BUILTIN, LAYERS, TINY
+from test_synthesize import BUILTIN, LAYERS, TINY, tiny
 
 from storage.codecs import CODECS
 from storage.convert import convert
@@ -25,14 +25,15 @@ from workers.lab.synthesis.measure import measure
 from workers.lab.synthesis.sources import open_weights
 
 FOUR = Recipe.of(4)
+SHAPES = {**TINY, "silu": tiny("llama-3.1-8b")}  # whose neurons are read in units of several
 
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("opt", 4), ("falcon-7b", 4), ("falcon-40b", 8), ("llama-relu", 4), ("minicpm-s", 4), ("falcon-rw", 16)],
+    [("opt", 4), ("falcon-7b", 4), ("falcon-40b", 8), ("llama-relu", 4), ("minicpm-s", 16), ("silu", 4)],
 )
 def test_the_store_is_the_one_that_the_checkpoint_converts_to(name: str, bits: int, tmp_path: Path) -> None:
-    request = Request(TINY[name], layers=LAYERS, seed=3, tokenizer=BUILTIN)
+    request = Request(SHAPES[name], layers=LAYERS, seed=3, tokenizer=BUILTIN)
     with torch.no_grad():
         synthesize(request, tmp_path / "checkpoint")
     converted = convert(tmp_path / "checkpoint", tmp_path / "converted", name="any", bits=bits)
