@@ -21,6 +21,7 @@ Codes = npt.NDArray[np.uint8]
 RUN = 32  # values that are packed together
 CENTRE = 8  # the code of zero, in four bits without minima
 _ROWS_AT_ONCE = 1 << 22  # values that are rounded together: temporaries stay small
+_WIDENED_AT_ONCE = 1 << 18  # likewise; they stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,22 @@ class Grouped:
 
     def widen(self, stored: Codes) -> F32:
         """[..., values] from [..., bytes], each value rounded once, to float32."""
-        codes, (scales, *minima) = self.split(stored.reshape(-1, stored.shape[-1]))
+        rows = stored.reshape(-1, stored.shape[-1])
+        values = np.empty((rows.shape[0], rows.shape[1] // self.bytes * self.group), np.float32)
+        step = max(1, _WIDENED_AT_ONCE // max(1, values.shape[1]))
+        for start in range(0, len(rows), step):
+            values[start : start + step] = self._values(rows[start : start + step])
+        return values.reshape(*stored.shape[:-1], -1)
+
+    def _values(self, rows: Codes) -> F32:
+        """[rows, values] from [rows, bytes]."""
+        codes, (scales, *minima) = self.split(rows)
         if self.bits == 4 and not self.minima:
             codes = codes - np.int16(CENTRE)
         values = codes.astype(np.float32) * scales[..., None]
         if minima:
             values += minima[0][..., None]
-        return values.reshape(*stored.shape[:-1], -1)
+        return values.reshape(len(rows), -1)
 
     def narrow(self, values: F32) -> Codes:
         """[..., bytes] from [..., values]: of several scales for a group the one of least squared error.

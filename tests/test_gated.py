@@ -26,7 +26,8 @@ from workers.compute.audit import Audit
 from workers.compute.positions import rotary
 from workers.compute.weights import Weights
 from workers.lab.offline.chooser import OracleScores
-from workers.lab.training.__main__ import Split, TrainingJob, make
+from workers.lab.training.__main__ import make
+from workers.lab.training.job import Split, TrainingJob
 from workers.lab.training.report import LayerReport
 from workers.predictor.oracle import Oracle
 

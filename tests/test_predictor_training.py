@@ -30,8 +30,9 @@ from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.forward import forward
 from workers.lab.training import __main__ as training
 from workers.lab.training import activations, fit, lowmap, report, svd, texts
-from workers.lab.training.__main__ import Split, TrainingJob, make
+from workers.lab.training.__main__ import make
 from workers.lab.training.activations import Samples
+from workers.lab.training.job import Split, TrainingJob
 from workers.predictor import lowrank
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,3 +396,7 @@ def test_texts_plain_and_lines_and_packed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(300))), encoding="utf-8")
     whole = texts.rows(tmp_path / "numbers.txt", store, 120)[0]
     assert texts.rows(tmp_path / "numbers.txt", store, 60, skip=20)[0].tolist() == whole[20:80].tolist()
+    few, more = texts.two(tmp_path / "numbers.txt", tmp_path / "plain.txt", store, 80)
+    assert (few.shape, more.shape) == ((4, 20), (1, 20))
+    assert few.reshape(-1).tolist() == whole[:80].tolist()
+    Split.of(4, 0, 20)  # is enough to train, to calibrate and to report on

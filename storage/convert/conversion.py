@@ -113,6 +113,8 @@ def check(
     }
     if recipe.ffn is not None:
         parameters["bits"] = recipe.bits
+    if recipe.attention is not None:
+        parameters["attention"] = recipe.attention
     if "synthetic" in config:  # a synthetic checkpoint's mark: whoever reports on the store shows it
         parameters["synthetic"] = config["synthetic"]
     checkpoint.release()
@@ -262,7 +264,7 @@ class _Sources:
             )
         if len(resident.shape) != 2 or always_floats(resident.name):
             return found
-        return chosen(found, self.recipe.matrices, resident.shape[1])
+        return chosen(found, self.recipe.matrix(resident.name), resident.shape[1])
 
     def _entry(self, source: Source) -> Entry:
         return self.checkpoint.entry(_full_name(self.prefix, source.name), source.whole)

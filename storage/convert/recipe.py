@@ -8,6 +8,7 @@ from storage.architecture import Ffn
 from storage.codecs import CODECS, Codec
 from storage.errors import UsageError
 
+ATTENTION = (".qkv.weight", ".out.weight")  # how its matrices' names end
 _WIDEST = 256  # neurons of a unit: its down rows are products long enough, and a layer has many units
 _FEWEST = 4  # units of a layer: what a cache can choose among
 
@@ -19,6 +20,7 @@ class Recipe:
     bits: int | None = None  # None: the source's own
     ffn: str | None = None
     matrices: str | None = None  # attention, embedding and head
+    attention: str | None = None  # where it has another than `matrices`
 
     @classmethod
     def of(cls, bits: int | None) -> Recipe:
@@ -34,6 +36,15 @@ class Recipe:
             case 4:
                 return cls(4, "q4", "q8")
         raise UsageError(f"bits must be 16, 8 or 4, not {bits}")
+
+    @classmethod
+    def small(cls) -> Recipe:
+        """Four bits without minima in attention, too, as GGUF's Q4_0: where eight would fill the memory."""
+        return cls(4, "q4s", "q8", attention="q4s")
+
+    def matrix(self, name: str) -> str | None:
+        """The format of a resident matrix."""
+        return (self.attention if name.endswith(ATTENTION) else None) or self.matrices
 
 
 AS_IT_IS = Recipe()

@@ -22,7 +22,7 @@ from storage.codecs import Carrier
 from storage.convert.conversion import Conversion, NeuronOrder, check, same_parameters
 from storage.convert.journal import PROGRESS, Journal
 from storage.convert.opening import open_origin
-from storage.convert.recipe import Recipe
+from storage.convert.recipe import AS_IT_IS, Recipe
 from storage.convert.rows import unit_rows
 from storage.errors import CheckpointError, DiskFull, StoreError, UsageError
 from storage.families.family import Source
@@ -71,7 +71,13 @@ def convert(
     """
     origin = open_origin(checkpoint, dtype, bits)
     return convert_origin(
-        origin, out, name=name, alignment=alignment, order=order, bits=bits, progress=progress
+        origin,
+        out,
+        name=name,
+        alignment=alignment,
+        order=order,
+        recipe=Recipe.of(bits),
+        progress=progress,
     )
 
 
@@ -82,12 +88,12 @@ def convert_origin(
     name: str,
     alignment: int = DEFAULT_ALIGNMENT,
     order: NeuronOrder | None = None,
-    bits: int | None = None,
+    recipe: Recipe = AS_IT_IS,
     progress: Progress | None = None,
 ) -> Store:
     """The same of what is open already."""
     out = Path(os.path.abspath(out))  # so that it has a name and a parent
-    conversion = check(origin, alignment, order, Recipe.of(bits))
+    conversion = check(origin, alignment, order, recipe)
     existing = _existing(out, conversion)
     if existing is not None:
         return existing

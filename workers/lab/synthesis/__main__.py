@@ -17,12 +17,14 @@ from pipeline.commands.options import JsonFile
 from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
+from storage.convert.recipe import Recipe
 from storage.errors import UsageError, reason
 from storage.manifest import MANIFEST
 from storage.store import Store
 from workers.lab.synthesis import as_gguf
 from workers.lab.synthesis import measure as measuring
 from workers.lab.synthesis.checkpoint import Request, synthesize
+from workers.lab.synthesis.direct import write_store
 from workers.lab.synthesis.mixture import as_gguf as mixture_as_gguf
 from workers.lab.synthesis.mixture import routing, routing_table
 from workers.lab.synthesis.mixture.create import MixtureRequest
@@ -53,7 +55,21 @@ def create(
         str,
         typer.Option(help="relu (sparse), gelu or silu (not sparse); without it, the shape's own."),
     ] = "",
-    bits: Annotated[int, typer.Option(help="Of a mixture's experts: 4 or 8.", metavar="N")] = 4,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="16, 8 or 4: straight into a store of so many bits, without a checkpoint. Of a mixture's "
+            "experts, which are always in a store: 8 or 4, without it 4.",
+            metavar="N",
+        ),
+    ] = None,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small",
+            help="With --bits 4: attention has four bits, too, and no minima, as in Q4_0.",
+        ),
+    ] = False,
     no_locality: Annotated[
         bool, typer.Option("--no-locality", help="A mixture's experts follow the token alone.")
     ] = False,
@@ -61,7 +77,7 @@ def create(
 ) -> None:
     """Write a SYNTHETIC model of a published shape.
 
-    It is a Hugging Face checkpoint; a mixture of experts is written straight into a store in few bits. With
+    It is a Hugging Face checkpoint; with --bits, and of a mixture of experts always, a store. With
     ReLU its activity is planted: sparse, local and predictable about as the paper says; and so is a mixture's
     routing. It is for measuring speed; its text means nothing.
     """
@@ -76,13 +92,22 @@ def create(
             "in serve, bench and evaluate"
         )
     if find_shape(shape).mixture:
-        if activation:
-            raise UsageError("--activation is for models without experts")
+        if activation or small:
+            raise UsageError("--activation and --small are for models without experts")
+        bits = 4 if bits is None else bits
         _mixture(MixtureRequest(find_shape(shape), layers, seed, rate, not no_locality, bits, tokenizer), out)
         return
-    if no_locality or bits != 4:
-        raise UsageError(f"--bits and --no-locality are for mixtures: {', '.join(MIXTURES)}")
+    if no_locality:
+        raise UsageError(f"--no-locality is for mixtures: {', '.join(MIXTURES)}")
+    if small and bits != 4:
+        raise UsageError("--small is for --bits 4")
     request = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
+    if bits is not None:
+        recipe = Recipe.small() if small else Recipe.of(bits)
+        with Progress(f"synthesising {shape}") as progress:
+            write_store(request, recipe, out, progress)
+        say(f"{out} is a synthetic store of the shape {shape}, seed {seed}, rate {rate:g}")
+        return
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
         synthesize(request, out, lambda done, total: progress("weights", done, total))
     say(f"{out} is a synthetic checkpoint of the shape {shape}, seed {seed}, rate {rate:g}")

@@ -29,8 +29,8 @@ from storage.families.family import HEAD_SOURCE, Family, Resident, Source
 from storage.families.registry import family_of
 from storage.files import publish
 from workers.lab.synthesis import block
-from workers.lab.synthesis.embeddings import first_tensors
-from workers.lab.synthesis.generate import make_layer
+from workers.lab.synthesis.embeddings import first_names, first_tensor
+from workers.lab.synthesis.generate import make_attention, make_ffn
 from workers.lab.synthesis.planting import Planting
 from workers.lab.synthesis.recipe import SynthesisRecipe, calibration_tokens
 from workers.lab.synthesis.shapes import Shape
@@ -117,6 +117,20 @@ def tensor_bytes(family: Family, config: Mapping[str, Any], model: Architecture,
     return CODECS[dtype].size(elements + rows * model.d_model)
 
 
+def recipe_of(request: Request, model: Architecture, residents: tuple[Resident, ...]) -> SynthesisRecipe:
+    """What a planned request's tensors are drawn by."""
+    first_layer = canonical.layer(0, "")
+    return SynthesisRecipe(
+        model=model,
+        planting=Planting.at_rate(request.rate, model),
+        seed=request.seed,
+        dtype=getattr(torch, request.shape.dtype),
+        parts=frozenset(
+            item.name.removeprefix(first_layer) for item in residents if item.name.startswith(first_layer)
+        ),
+    )
+
+
 def _write(
     request: Request,
     config: dict[str, Any],
@@ -127,16 +141,7 @@ def _write(
     progress: Progress,
 ) -> None:
     residents = family.resident(config, model)
-    first_layer = canonical.layer(0, "")
-    recipe = SynthesisRecipe(
-        model=model,
-        planting=Planting.at_rate(request.rate, model),
-        seed=request.seed,
-        dtype=getattr(torch, request.shape.dtype),
-        parts=frozenset(
-            item.name.removeprefix(first_layer) for item in residents if item.name.startswith(first_layer)
-        ),
-    )
+    recipe = recipe_of(request, model, residents)
     described = directory / "config.json"
     _write_json(described, config)
     done = 0
@@ -158,31 +163,33 @@ def _shards(
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors by checkpoint name: what belongs to no layer first, then layer by layer."""
     model, prefix = recipe.model, family.prefixes[0]
-    tensors = first_tensors(recipe)
+    tensors = {name: first_tensor(recipe, name) for name in first_names(recipe)}
     x = block.embedded(model, tensors, calibration_tokens(recipe))
-    yield _named(model, prefix, residents, tensors)
+    yield named(model, prefix, residents, tensors)
     del tensors
     for layer in range(len(model.layers)):
-        parts, x = make_layer(recipe, layer, x)
+        attention = make_attention(recipe, layer, x)
+        ffn = make_ffn(recipe, layer, x, attention)
+        parts, x = attention.tensors | ffn.tensors, ffn.x
         sources = family.ffn(model, layer)
         shard = {prefix + source.name: parts.pop(f"{role}.weight") for role, source in sources.items()}
-        shard |= _named(
+        shard |= named(
             model, prefix, residents, {canonical.layer(layer, part): value for part, value in parts.items()}
         )
         yield {name: tensor.contiguous() for name, tensor in shard.items()}
 
 
-def _named(
+def named(
     model: Architecture, prefix: str, residents: tuple[Resident, ...], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Canonical tensors under the names and in the row order that the family's checkpoints have."""
-    named = {}
+    found = {}
     for item in residents:
         if item.name in tensors:
             for source, value in _sources(model, item, tensors[item.name]):
                 full = source.name if source.name == HEAD_SOURCE else prefix + source.name
-                named[full] = value.contiguous()
-    return named
+                found[full] = value.contiguous()
+    return found
 
 
 def _sources(model: Architecture, item: Resident, tensor: Tensor) -> Iterator[tuple[Source, Tensor]]:

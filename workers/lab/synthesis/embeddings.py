@@ -16,30 +16,45 @@ SMALL = 0.02  # standard deviation of biases that carry nothing
 LOGITS = 0.1  # of the final norm's weights: logits of an embedding's size deviate by about 2
 
 
-def first_tensors(recipe: SynthesisRecipe) -> dict[str, Tensor]:
-    """By canonical name, in the checkpoint's dtype."""
-    model, planting = recipe.model, recipe.planting
-    walked = planting.position_energy if model.learned_positions is not None else 0.0
-    constant = planting.constant_energy if recipe.rms else 0.0
-    drawn = planting.stream_scale * math.sqrt(1 - walked - constant)
-    height = planting.stream_scale * math.sqrt(constant * model.d_model)
+def first_names(recipe: SynthesisRecipe) -> tuple[str, ...]:
+    """The canonical names of these tensors."""
+    names = [canonical.EMBED, f"{canonical.FINAL_NORM}.weight"]
+    if not recipe.rms:
+        names.append(f"{canonical.FINAL_NORM}.bias")
+    if _walked(recipe):
+        names.append(canonical.POSITIONS)
+    if not recipe.model.tied_head:
+        names.append(canonical.HEAD)
+    return tuple(names)
+
+
+def first_tensor(recipe: SynthesisRecipe, name: str) -> Tensor:
+    """One of them, in the checkpoint's dtype."""
+    return _drawn(recipe, name).to(recipe.dtype)
+
+
+def _walked(recipe: SynthesisRecipe) -> float:
+    """Share of the first layer's input that positions have."""
+    return recipe.planting.position_energy if recipe.model.learned_positions is not None else 0.0
+
+
+def _drawn(recipe: SynthesisRecipe, name: str) -> Tensor:
+    model, planting, walked = recipe.model, recipe.planting, _walked(recipe)
+    if name == canonical.EMBED:
+        constant = planting.constant_energy if recipe.rms else 0.0
+        scale = planting.stream_scale * math.sqrt(1 - walked - constant)
+        height = planting.stream_scale * math.sqrt(constant * model.d_model)
+        return _rows(recipe, "embed", scale / model.embedding_scale, height / model.embedding_scale)
+    if name == canonical.HEAD:
+        return _rows(recipe, "head", planting.stream_scale, 0.0)
+    if name == canonical.POSITIONS:
+        return _walk(recipe, planting.stream_scale * math.sqrt(walked))
+    if name == f"{canonical.FINAL_NORM}.bias":
+        return recipe.normal(SMALL, (model.d_model,), "final bias")
+    assert name == f"{canonical.FINAL_NORM}.weight", f"no tensor is called {name}"
     # A tied head multiplies with the embedding as it is stored, not as it is scaled.
     level = LOGITS * (model.embedding_scale if model.tied_head else 1.0) / model.logit_scale
-    jitter = recipe.normal(NORM_JITTER, (model.d_model,), "final")
-    tensors = {
-        canonical.EMBED: _rows(
-            recipe, "embed", drawn / model.embedding_scale, height / model.embedding_scale
-        ),
-        f"{canonical.FINAL_NORM}.weight": level * (1 + jitter),
-    }
-    if not recipe.rms:
-        bias = recipe.normal(SMALL, (model.d_model,), "final bias")
-        tensors[f"{canonical.FINAL_NORM}.bias"] = bias
-    if walked:
-        tensors[canonical.POSITIONS] = _walk(recipe, planting.stream_scale * math.sqrt(walked))
-    if not model.tied_head:
-        tensors[canonical.HEAD] = _rows(recipe, "head", planting.stream_scale, 0.0)
-    return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}
+    return level * (1 + recipe.normal(NORM_JITTER, (model.d_model,), "final"))
 
 
 def _rows(recipe: SynthesisRecipe, name: str, scale: float, height: float) -> Tensor:

@@ -9,6 +9,7 @@ what a block writes, the thresholds' common shift, and the hot-and-cold exponent
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,22 +27,45 @@ SEARCH_STEPS = 6
 SEARCH_NEURONS = 2048  # of each layer, that the search for α looks at
 
 
-def make_layer(recipe: SynthesisRecipe, layer: int, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """One layer's tensors by canonical part, in the checkpoint's dtype, and the stream behind it.
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One half of a layer: its tensors by canonical part, in the checkpoint's dtype, and what it computes.
+
+    `x` `[tokens, d_model]` float32 is attention's output, before the residual is added, or the stream behind
+    the layer.
+    """
+
+    tensors: dict[str, Tensor]
+    x: Tensor
+
+
+def make_attention(recipe: SynthesisRecipe, layer: int, x: Tensor) -> Half:
+    """A layer's attention and all of its norms.
 
     x is the calibration sequence's stream before the layer, `[tokens, d_model]` float32.
     """
-    made, level = recipe.layer, _moving(recipe, x)
     tensors = _norms(recipe, layer)
-    h = block.attention_input(made, tensors, x)
+    h = block.attention_input(recipe.layer, tensors, x)
     tensors |= _attention(recipe, layer, recipe.constant(tensors, "attention_input", h))
-    heads = block.attended(made, tensors, h)
-    attended_x = _set_out(recipe, layer, tensors, heads, level)
-    f = block.ffn_input(made, tensors, x, attended_x)
+    heads = block.attended(recipe.layer, tensors, h)
+    attended_x = _set_out(recipe, layer, tensors, heads, _moving(recipe, x))
+    return Half(_stored(recipe, tensors), attended_x)
+
+
+def make_ffn(recipe: SynthesisRecipe, layer: int, x: Tensor, attention: Half) -> Half:
+    """A layer's FFN, behind its `attention`, whose matrices are not looked at."""
+    made, level = recipe.layer, _moving(recipe, x)
+    norms = _norms(recipe, layer)
+    tensors = dict(norms)
+    f = block.ffn_input(made, norms, x, attention.x)
     active = _set_rows(recipe, layer, tensors, f)
     ffn = _set_down(recipe, layer, tensors, active, level)
-    x = block.block_output(made, tensors, x, attended_x, ffn)
-    return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}, x
+    x = block.block_output(made, norms, x, attention.x, ffn)
+    return Half(_stored(recipe, {name: one for name, one in tensors.items() if name not in norms}), x)
+
+
+def _stored(recipe: SynthesisRecipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(recipe.dtype) for name, tensor in tensors.items()}
 
 
 def _rms(x: Tensor) -> float:

@@ -9,17 +9,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from storage import architecture as canonical
 from storage.architecture import Architecture
 from storage.checkpoint import Checkpoint
+from storage.codecs import CODECS, FLOATS
 from storage.convert.conversion import Conversion, check
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.manifest import MANIFEST, RESIDENT
 from storage.resident import built
 from storage.store import Store
+from storage.tensors import Tensors
 
 FIRST = (canonical.EMBED, canonical.POSITIONS, canonical.PROJECT_IN)
 
@@ -52,6 +53,8 @@ def open_weights(path: Path) -> Weights:
 
 def _widened(array: npt.NDArray[Any], dtype: str) -> Tensor:
     """An array of the carrier type as float32."""
+    if dtype not in FLOATS:
+        return torch.from_numpy(CODECS[dtype].widen(array))
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if dtype == "float32" else tensor.view(getattr(torch, dtype)).float()
 
@@ -122,19 +125,19 @@ class StoreWeights:
         return "synthetic" in self.store.manifest.name or "synthetic" in self.store.manifest.parameters
 
     def first(self, tokens: Tensor) -> dict[str, Tensor]:
-        with safe_open(str(self.store.path / RESIDENT), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name in FIRST}  # noqa: SIM118
-        tensors[canonical.EMBED] = tensors[canonical.EMBED][tokens]
-        return {name: tensor.float() for name, tensor in tensors.items()}
+        resident = Tensors(self.store.path / RESIDENT)
+        found = {name: resident.read(name) for name in resident.names if name in FIRST}
+        found[canonical.EMBED] = found[canonical.EMBED][tokens.numpy()]
+        return {name: _widened(array, resident.dtype(name)) for name, array in found.items()}
 
     def layer(self, index: int) -> dict[str, Tensor]:
         prefix = canonical.layer(index, "")
-        with safe_open(str(self.store.path / RESIDENT), framework="pt") as file:
-            tensors = {
-                name.removeprefix(prefix): file.get_tensor(name).float()
-                for name in file.keys()  # noqa: SIM118
-                if name.startswith(prefix)
-            }
+        resident = Tensors(self.store.path / RESIDENT)
+        tensors = {
+            name.removeprefix(prefix): _widened(resident.read(name), resident.dtype(name))
+            for name in resident.names
+            if name.startswith(prefix)
+        }
         roles = [row.role for row in self.store.layout.layers[index].unit.rows]
         for role, rows in zip(roles, self.store.ffn(index, *roles), strict=True):
             matrix = torch.from_numpy(rows.widened())

@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -33,73 +33,13 @@ from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
 from storage.tensors import Tensors
-from workers.lab.training import activations, fit, report, svd, texts
+from workers.lab.training import activations, fit, report, texts
 from workers.lab.training.activations import Activations
+from workers.lab.training.job import Fitting, Split, TrainingJob, regression
 from workers.lab.training.lowmap import LowMap, write
 from workers.predictor.lowrank import AHEAD, OWN
 
-METHODS = ("trained", "regression", "svd")
-LEAST_SHARE = 0.05  # of the text, for validation (and again for the report without --held-out)
 FORMAT = "4"  # of the work directory's maps: raise it when the same options would make other maps
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingJob:
-    """What is to be made."""
-
-    lookahead: int = 1
-    inlayer: bool = True  # also maps for look-ahead 0, which `refine` needs
-    rank: int | None = None  # None: by `budget`, more where recall is hard
-    budget: float = 0.08  # of the FFN's bytes, for the whole file
-    method: str = "trained"
-    early: bool = False  # from the stream before attention, so that reads have that time, too
-    recipe: fit.MapRecipe = field(default_factory=fit.MapRecipe)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if self.lookahead < 0:
-            raise UsageError("--lookahead must not be negative")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError("--rank must be positive, or auto")
-        if not 0 < self.budget <= 1:
-            raise UsageError("--budget is a share of the FFN's bytes, above 0 and at most 1")
-        for share, option in (
-            (self.recipe.false_negatives, "--false-negatives"),
-            (self.recipe.guesses_miss, "--guesses-miss"),
-            (self.recipe.resident_miss, "--resident-miss"),
-            (self.recipe.absent_miss, "--absent-miss"),
-        ):
-            if not 0 <= share < 1:
-                raise UsageError(f"{option} is a share, from 0 to below 1")
-
-    def maps(self, layers: int) -> list[tuple[str, int, int]]:
-        """(prefix, layer, look-ahead) of all maps, in the file's order."""
-        sets = [(AHEAD, self.lookahead)] + ([(OWN, 0)] if self.inlayer and self.lookahead else [])
-        # A layer below the look-ahead is predicted from the embedding.
-        return [(prefix, layer, ahead) for prefix, ahead in sets for layer in range(layers)]
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Tokens for training, for choosing and calibrating, and for the report: end of each."""
-
-    train: int
-    validation: int
-    held_out: int
-
-    @classmethod
-    def of(cls, rows: int, held_out_rows: int, length: int) -> Split:
-        """`rows` of text, of which the last are held out unless `held_out_rows` follow them."""
-        share = max(1, round(rows * LEAST_SHARE))
-        train = rows - (share if held_out_rows else 2 * share)
-        if train < 1:
-            raise UsageError(
-                f"{rows} rows of {length} tokens are too few to train, to calibrate and to report on: "
-                "raise --tokens, or give a longer text"
-            )
-        validation = train + share
-        return cls(train * length, validation * length, (rows + held_out_rows) * length)
 
 
 def make(
@@ -130,14 +70,20 @@ def make(
     wanted = job.maps(len(store.layout.layers))
     ranks = _ranks(store, recorded, split, job)
     key = _key(store, tokens, split, job)
+    paths = [
+        work / "maps" / f"{key}-{prefix}-{layer}-{rank}.safetensors"
+        for (prefix, layer, _), rank in zip(wanted, ranks, strict=True)
+    ]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    fitting = Fitting(store, recorded, split, job)
+    # A layer's maps one after the other: they may share work.
+    for done, index in enumerate(sorted(missing, key=lambda index: wanted[index][1])):
+        told("predictors", len(wanted) - len(missing) + done, len(wanted))
+        _, layer, ahead = wanted[index]
+        write(paths[index], fitting.fit(layer, ahead, ranks[index]).tensors("map"), {})
     tensors: dict[str, torch.Tensor] = {}
     reports = []
-    for index, ((prefix, layer, ahead), rank) in enumerate(zip(wanted, ranks, strict=True)):
-        told("predictors", index, len(wanted))
-        path = work / "maps" / f"{key}-{prefix}-{layer}-{rank}.safetensors"
-        if not path.exists():
-            finished = fit_map(store, recorded, split, job, layer, ahead, rank)
-            write(path, finished.tensors("map"), {})
+    for (prefix, layer, ahead), rank, path in zip(wanted, ranks, paths, strict=True):
         found = LowMap.read(Tensors(path), "map")
         tensors |= found.tensors(f"{prefix}.{layer}")
         held_out = recorded.samples(layer, ahead).part(split.validation, split.held_out)
@@ -179,34 +125,8 @@ def _ranks(store: Store, recorded: Activations, split: Split, job: TrainingJob) 
     if total < len(wanted) * fit.RANK_STEP:
         least = (fixed + len(wanted) * fit.RANK_STEP * 2 * (d_model + neurons)) / ffn_bytes
         raise UsageError(f"--budget {job.budget} is too little for this model: it needs {least:.3f} at least")
-    strengths = [_regression(store, recorded, split, *one[1:]).strengths for one in wanted]
+    strengths = [regression(store, recorded, split, *one[1:]).strengths for one in wanted]
     return fit.allot(strengths, total)
-
-
-def _regression(store: Store, recorded: Activations, split: Split, layer: int, ahead: int) -> fit.Regression:
-    deciding = activations.deciding(store, layer)
-    if len(deciding) > 1:
-        return fit.Regression.of_activity(recorded.samples(layer, ahead).part(0, split.train))
-    source = recorded.inputs(layer - ahead)[: split.train]
-    return fit.Regression.of(*deciding[0], source, recorded.targets(layer)[: split.train])
-
-
-def fit_map(
-    store: Store, recorded: Activations, split: Split, job: TrainingJob, layer: int, ahead: int, rank: int
-) -> LowMap:
-    """One calibrated map."""
-    samples = recorded.samples(layer, ahead)
-    validation = samples.part(split.train, split.validation)
-    if job.method == "svd":
-        (one,) = activations.deciding(store, layer)
-        made = svd.decompose(*one, rank)
-        made = LowMap(made.down, made.up, made.bias, samples.scale)
-    else:
-        made = _regression(store, recorded, split, layer, ahead).map(rank, samples.scale)
-    if job.method == "trained":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        made = fit.train(made, samples.part(0, split.train), validation, job.recipe, device)
-    return fit.calibrated(made, validation, job.recipe)
 
 
 def _key(store: Store, tokens: npt.NDArray[np.int64], split: Split, job: TrainingJob) -> str:

@@ -32,8 +32,8 @@ from storage.lock import locked
 from storage.store import Store
 from workers.lab.pictures import picture
 from workers.lab.training import activations, texts
-from workers.lab.training.__main__ import Split, TrainingJob, fit_map
 from workers.lab.training.activations import Activations, Samples
+from workers.lab.training.job import Fitting, Split, TrainingJob
 from workers.lab.training.lowmap import LowMap
 
 OFFSETS = torch.linspace(-6.0, 6.0, 241)  # of the thresholds: log-odds
@@ -100,13 +100,13 @@ def measure(
     layers = len(store.layout.layers)
     curves: list[Curve] = []
     for job in jobs:
-        lookahead = job.lookahead
+        lookahead, fitting = job.lookahead, Fitting(store, recorded, split, job)
         for rank in ranks:
             passing = Passing()
             for layer in range(layers):
                 done = len(curves) * layers + layer
                 progress(done, len(jobs) * len(ranks) * layers)
-                made = fit_map(store, recorded, split, job, layer, lookahead, rank)
+                made = fitting.fit(layer, lookahead, rank)
                 held_out = recorded.samples(layer, lookahead).part(split.validation, split.held_out)
                 passing.see(made, held_out)
             neurons = store.layout.total_units

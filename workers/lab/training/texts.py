@@ -16,16 +16,21 @@ from storage.store import Store
 from storage.tokenizer import TOKENIZER, load_tokenizer
 
 LONGEST_ROW = 512  # tokens
+FEWEST_ROWS = 4  # of few tokens: to train on, to calibrate with and to report on
 PLAIN_CHARACTERS = 1 << 16  # of plain text tokenised at once
 
 
-def rows(path: Path, store: Store, tokens: int, skip: int = 0) -> npt.NDArray[np.int64]:
+def rows(
+    path: Path, store: Store, tokens: int, skip: int = 0, longest: int = LONGEST_ROW
+) -> npt.NDArray[np.int64]:
     """At most `tokens` of the file behind its first `skip`, `[rows, length]`, documents in their order.
+
+    A row has `longest` tokens, where the model takes and the text has so many.
 
     Raises UsageError for a file that cannot be read or has too little text for one row, StoreError for a
     tokenizer that is not the model's.
     """
-    length = min(LONGEST_ROW, store.architecture.max_positions, tokens)
+    length = min(longest, store.architecture.max_positions, tokens)
     tokenizer, ids = load_tokenizer(store), list[int]()
     try:
         for document in documents(path):
@@ -51,8 +56,10 @@ def two(
     text: Path, held_out: Path | None, store: Store, tokens: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows of a text to train on, and a sixteenth as many of a held-out one (none without it)."""
-    first = rows(text, store, tokens)
-    more = rows(held_out, store, max(first.size // 16, first.shape[1])) if held_out else first[:0]
+    longest = min(LONGEST_ROW, max(1, tokens // FEWEST_ROWS))
+    first = rows(text, store, tokens, longest=longest)
+    length = first.shape[1]
+    more = rows(held_out, store, max(first.size // 16, length), longest=length) if held_out else first[:0]
     return first, more
 
 
