@@ -13,6 +13,7 @@ from workers.compute.blocks import run
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.weights import Weights
+from workers.routing import Ids
 
 
 class LocalDecoder:
@@ -29,6 +30,9 @@ class LocalDecoder:
         self.length = 0
 
     def announce(self, index: int, hidden: Any) -> None:
+        """Nobody listens."""
+
+    def routed(self, index: int, ids: Ids) -> None:
         """Nobody listens."""
 
     def ffn(self, index: int, ffn_input: Any) -> Any:

@@ -12,18 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.ring.messages import EMBEDDING, LayerPart, NeuronsPredicted, PartDone, ReadBundles, Step
-from pipeline.ring.plan import Forecast, Plan
+from pipeline.ring.plan import Forecast, Kind, Plan
 from pipeline.ring.segments import ID, SLOT
 from workers.cache.layers import LayerCache
 from workers.cache.policy import WindowThenOldest
 from workers.cache.residency import NOWHERE
-from workers.predictor.targets import targets
+from workers.predictor.targets import Target, targets, targets_of_choice
 
 RUN = 7
 
 
 def plan(
-    slots: tuple[int, ...], units: int = 8, staging: int = 2, lookahead: int = 1, refine: bool = False
+    slots: tuple[int, ...],
+    units: int = 8,
+    staging: int = 2,
+    lookahead: int = 1,
+    refine: bool = False,
+    kind: Kind = "lowrank",
 ) -> Plan:
     return Plan(
         d_model=4,
@@ -33,7 +38,7 @@ def plan(
         staging=staging,
         context=16,
         hidden_rows=1,
-        forecast=Forecast("lowrank", lookahead, refine),
+        forecast=Forecast(kind, lookahead, refine),
     )
 
 
@@ -61,6 +66,10 @@ class Bench:
     def every(self, step: int, layer: int, *keep: int, guess: bool = False):
         """A prefill's prediction."""
         return self._send(step_of(step, every=True), layer, keep, None, guess, every=True, keep=len(keep))
+
+    def chosen(self, step: int, layer: int, keep: tuple[int, ...], *others: int):
+        """Of a mixture's prompt."""
+        return self._send(step_of(step, every=True), layer, (*keep, *others), None, False, keep=len(keep))
 
     def all(self, step: int, layer: int, guess: bool = False):
         """Every neuron in decode."""
@@ -314,6 +323,43 @@ def test_stats_name_what_the_summary_needs():
 # -- random rings -------------------------------------------------------------------------------
 
 
+def mixture(*slots: int, staging: int = 2) -> Bench:
+    return Bench(plan(slots, staging=staging, refine=True, kind="router"))
+
+
+def test_a_prompts_experts_come_by_groups_of_half_a_staging():
+    """Those that are resident take part in their order, and are not read again."""
+    bench = mixture(8, 6)
+    bench.tell(0, 0, 3)
+    instructions = bench.chosen(1, 0, (1, 3, 6), 7, 2)
+    reads = [read(1, 0, 1, 0, 2, every=True), read(1, 0, 2, 2, 2, every=True)]
+    assert instructions == [*reads, part0(1, 0, (0, 3, 2), (False, True, True))]
+    assert [[one for one, _ in part] for part in bench.parts(0, instructions[-1])] == [[], [1, 2, 3], [6, 7]]
+    assert [bench.asked(one) for one in reads] == [[(1, 1), (2, 2)], [(6, 3), (7, 4)]]
+    assert bench.chosen(2, 0, (1, 3), 7) == [part0(2, 0, (3,), (True,))]
+    assert bench.cache.stats()["stream_misses"] == 4
+    assert bench.cache.stats()["stream_hits"] == 4
+
+
+def test_a_cold_cache_keeps_the_most_used_experts_of_a_prompt():
+    bench = mixture(4, staging=4)
+    instructions = bench.chosen(0, 0, (2, 6), 5, 0, 1)
+    assert bench.parts(0, instructions[-1])[1] == [(0, 0), (1, 4), (2, 1), (5, 2)]  # 4 is a staging slot
+    assert bench.parts(0, instructions[-1])[2] == [(6, 3)]
+    assert [one.staged for one in instructions if isinstance(one, LayerPart)] == [True]
+
+
+def test_a_prompts_last_experts_evict_first_what_is_not_wanted():
+    bench = mixture(4, staging=4)
+    bench.tell(0, 0, 0, 1)
+    bench.tell(1, 0, 2, 3)
+    instructions = bench.chosen(2, 0, (5, 6), 0, 1)  # the oldest two are wanted
+    assert bench.parts(0, instructions[-1])[1:] == [[(0, 0), (1, 1), (5, 2), (6, 3)]]
+    instructions = bench.chosen(3, 0, (4, 7, 3), 5, 6)
+    assert bench.cache.layers[0].residency.slot_of[[3, 4, 7]].min() != NOWHERE, "what is to be kept is"
+    assert sum(one.count for one in instructions if isinstance(one, ReadBundles)) == 4
+
+
 @dataclass
 class World:
     """Predictor, prefetcher, memory and compute, as PROTOCOL.md has them, in a random order.
@@ -333,18 +379,38 @@ class World:
     doubtful: dict = field(default_factory=dict)  # (step, layer) → ids that may be left out
     done: int = -1
     bundles_read: int = 0
+    ahead: int = -1  # layer whose set this prompt has had already
 
     def __post_init__(self) -> None:
         self.bench = Bench(self.plan, self.window)
         self.memory: dict[int, object] = {}
 
+    def targets(self, step: Step, source: int) -> list[Target]:
+        if not (step.every and self.plan.forecast.routed) or self.plan.whole:
+            return targets(self.plan.forecast, self.plan.layers, source, step.every)
+        found = targets_of_choice(
+            self.plan, source, self.random.randint(0, 12), asked=source == self.ahead != EMBEDDING
+        )
+        self.ahead = found[-1].layer if found and found[-1].layer > source else EMBEDDING
+        return found
+
     def announce(self, step: Step, source: int) -> None:
-        for target in targets(self.plan.forecast, self.plan.layers, source, step.every):
+        for target in self.targets(step, source):
             units = self.plan.units[target.layer]
             chosen = np.flatnonzero([self.random.random() < 0.4 for _ in range(units)]).astype(np.int32)
             every = target.every or self.random.random() < 0.1
             keep = (None if self.random.random() < 0.3 else chosen.size) if every else None
             doubtful = 0
+            if step.every and not every:
+                self.sets[step.number, target.layer] = chosen.tolist()
+                listed = np.array(self.random.sample(chosen.tolist(), chosen.size), np.int32)
+                keep = self.random.randint(0, chosen.size)
+                listed[:keep].sort()
+                message = NeuronsPredicted(
+                    RUN, step, target.layer, False, False, chosen.size, 0, keep, self.done
+                )
+                self.predictions.append((message, listed))
+                continue
             if not target.guess:
                 self.sets[step.number, target.layer] = range(units) if every else chosen.tolist()
                 if not every:
@@ -455,10 +521,13 @@ class World:
     lookahead=st.integers(0, 2),
     window=st.integers(0, 2),
     refine=st.booleans(),
+    kind=st.sampled_from(("lowrank", "router")),
     cancelled=st.integers(0, 3),
 )
-def test_any_ring_computes_exactly_its_sets(random, slots, staging, lookahead, window, refine, cancelled):
-    world = World(random, plan(tuple(slots), 12, staging, lookahead, refine), window)
+def test_any_ring_computes_exactly_its_sets(
+    random, slots, staging, lookahead, window, refine, kind, cancelled
+):
+    world = World(random, plan(tuple(slots), 12, staging, lookahead, refine, kind), window)
     for number, every in enumerate((True, False, False, True, False)):
         world.run(step_of(number, every), cancelled if number == 3 else None)
     while events := world.events():

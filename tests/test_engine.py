@@ -39,6 +39,7 @@ from workers.compute.engine import Engine
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
 from workers.lab.offline.dense import DenseModel
+from workers.predictor.targets import targets_of_choice
 
 PROMPT = (2, 17, 40, 9, 77, 31)
 
@@ -66,6 +67,7 @@ class FakeRing:
     results: list[Message] = field(default_factory=list)
     cancel_at: tuple[int, int] | None = None  # (step, layer) whose announcement triggers a cancel
     engine: Engine | None = None
+    sent: set[tuple[int, int]] = field(default_factory=set)  # steps and layers
 
     def fill(self) -> None:
         """Put every bundle into a slot, permuted by `shuffle`."""
@@ -101,12 +103,20 @@ class FakeRing:
         if self.cancel_at == (message.step.number, message.layer):
             assert self.engine is not None
             self.engine.cancel(Cancel(message.run))
-        lookahead = self.plan.forecast.lookahead
-        ahead = max(1, lookahead) if message.step.every else lookahead
-        targets = range(ahead) if message.layer == EMBEDDING else [message.layer + ahead]
-        for layer in targets:
+        for layer in self.due(message):
             if layer < self.plan.layers:
+                self.sent.add((message.step.number, layer))
                 self.send(message, layer)
+
+    def due(self, message: HiddenReady) -> Sequence[int]:
+        """The layers to send."""
+        forecast, at = self.plan.forecast, (message.step.number, message.layer)
+        if message.step.every and forecast.routed and not self.plan.whole:
+            asked = at in self.sent
+            found = targets_of_choice(self.plan, message.layer, len(message.chosen), asked)
+            return [target.layer for target in found]
+        ahead = max(1, forecast.lookahead) if message.step.every else forecast.lookahead
+        return range(ahead) if message.layer == EMBEDDING else [message.layer + ahead]
 
     def send(self, message: HiddenReady, layer: int) -> None:
         parts = self.parts()
@@ -140,6 +150,7 @@ def ring(
     threads: int = 1,
     on: Callable[[Weights, int, int], Device[Any]] = CpuDevice,
     constraints: Any = None,
+    spare: int = 0,
     **how: object,
 ) -> Iterator[FakeRing]:
     layout = store.layout
@@ -147,7 +158,7 @@ def ring(
         d_model=store.architecture.d_model,
         units=layout.units,
         stride=layout.stride,
-        slots=layout.units,
+        slots=tuple(units + spare for units in layout.units),
         staging=8,
         context=64,
         hidden_rows=4,
@@ -208,6 +219,13 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("engine")
     return convert(write_checkpoint(base / "checkpoint", "opt", "bfloat16"), base / "store", name="small")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Eight experts, three a token, in every layer."""
+    base = tmp_path_factory.mktemp("engine")
+    return convert(write_checkpoint(base / "checkpoint", "qwen3-moe", "bfloat16"), base / "store", name="m")
 
 
 def test_the_ring_runs_on_torch_as_on_the_kernels(store: Store, tmp_path: Path) -> None:
@@ -387,6 +405,31 @@ def test_cancel_in_prefill_drains_what_was_announced(opt, tmp_path, lookahead):
         assert {one.layer for one in fake.credits} == set(range(drained))
         assert generate(fake, run=2).reason == "length"
         assert fake.tokens == _locally(opt, 8)
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(PROMPT[:2], 1), (tuple(range(2, 40)), 2)])
+def test_cancel_in_a_mixtures_prompt_drains_what_was_asked_ahead(
+    mixture: Store, tmp_path: Path, prompt: tuple[int, ...], asked: int
+) -> None:
+    how = {"kind": "router", "spare": 1, "cuts": (3,), "staged": True, "cancel_at": (0, 0)}
+    with ring(mixture, tmp_path, **how) as fake:  # type: ignore[arg-type]
+        assert generate(fake, prompt=prompt).reason == "cancelled"
+        _await_credits(fake, 2 * asked)
+        assert {one.layer for one in fake.credits} == set(range(asked))
+        fake.cancel_at = None
+        assert generate(fake, run=2).reason == "length"
+        assert fake.tokens == _locally(mixture, 8)
+
+
+def test_a_mixtures_prompt_announces_its_choice(mixture: Store, tmp_path: Path) -> None:
+    with ring(mixture, tmp_path, kind="router", spare=1) as fake:
+        generate(fake, count=2)
+        layers = fake.plan.layers
+    assert len(fake.announced) == 2 * (1 + layers)
+    for one in fake.announced:
+        assert bool(one.chosen) == (one.step.every and one.layer != EMBEDDING)
+        assert 3 * bool(one.chosen) <= one.kept <= len(one.chosen), "three a token"
+        assert list(one.chosen[: one.kept]) == sorted(one.chosen[: one.kept])
 
 
 def test_cancel_in_decode_ends_at_a_token(opt, tmp_path):

@@ -14,6 +14,7 @@ from ring import PROMPT, Outcome, config, generate, outcome, plan_for
 from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.store import Store
+from workers.routing import Ids
 
 pytestmark = pytest.mark.ring
 
@@ -77,6 +78,104 @@ def test_experts_through_staging(store: Store, reference: Outcome) -> None:
     plan = plan_for(store, chosen, staging=1)
     with Session(store, chosen, replace(plan, slots=(1, 0, 1))) as session:
         assert generate(session) == reference
+
+
+class Listening(LocalDecoder):
+    """Notes which experts each layer's rows chose in the last step."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.chosen: dict[int, set[int]] = {}
+
+    def routed(self, index: int, ids: Ids) -> None:
+        self.chosen[index] = set(ids.reshape(-1).tolist())
+
+
+def chosen_by(store: Store, prompt: list[int]) -> dict[int, set[int]]:
+    """Of each layer with a router the experts of the prompt's tokens."""
+    with Listening(store) as decoder:
+        decoder.prefill(prompt)
+        return decoder.chosen
+
+
+def streamed(session: Session) -> tuple[int, int]:
+    """Bytes and experts that the last prompt read."""
+    assert session.last is not None
+    return tuple(int(session.last.delta("prefetcher", f"stream_{what}")) for what in ("bytes", "bundles"))
+
+
+SHORT = [9, 77, 31]
+
+
+@pytest.mark.parametrize("slots", [3, 6, 7])
+def test_a_prompt_reads_the_experts_that_its_tokens_choose(store: Store, slots: int) -> None:
+    """And those alone, each once; again only what has no slot."""
+    chosen = routed(cache={"slots_per_layer": slots}, prefetcher={"max_gap": 0})
+    touched = chosen_by(store, SHORT)
+    count = sum(map(len, touched.values()))
+    assert all(3 < len(ids) < 7 for ids in touched.values()), "some are left out, and less than nearly all"
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        first = generate(session, 1, SHORT)
+        assert streamed(session) == (count * store.layout.stride, count)
+        assert generate(session, 1, SHORT) == first
+        absent = sum(max(0, len(ids) - slots) for ids in touched.values())
+        assert streamed(session) == (absent * store.layout.stride, absent)
+
+
+def test_short_prompts_write_the_same_whatever_is_read(store: Store) -> None:
+    found = []
+    for changes in (
+        {"predictor": {"kind": "all"}},
+        {"cache": {"slots_per_layer": 4}},
+        {"cache": {"share": 1.0}, "compute": {"threads": 2, "context": 128}},
+        {"prefetcher": {"staging": 1, "backend": "threads"}},
+    ):
+        chosen = routed(**changes)
+        with Session(store, chosen, plan_for(store, chosen)) as session:
+            found.append([generate(session, 8, prompt) for prompt in (SHORT, [5], SHORT)])
+    assert found[0][0] == found[0][2]
+    assert all(one == found[0] for one in found)
+
+
+def test_what_a_prompts_last_tokens_used_is_there_for_the_next(store: Store) -> None:
+    """The window is the prompt here, and the first token's experts are read only where it chose others."""
+    chosen = routed(cache={"slots_per_layer": 7}, predictor={"guesses": 0}, prefetcher={"max_gap": 0})
+    with Listening(store) as decoder:
+        token = int(decoder.prefill(SHORT)[-1].argmax())
+        used = dict(decoder.chosen)
+        decoder.step(token)
+        new = sum(len(ids - used[layer]) for layer, ids in decoder.chosen.items())
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        generate(session, 2, SHORT)
+        assert session.last is not None
+        assert session.last.delta("prefetcher", "decode_bundles") == new
+
+
+def test_a_long_prompt_reads_nothing_twice(store: Store) -> None:
+    """Its tokens choose nearly all experts, so that the next layer's are asked for ahead."""
+    prompt = [2 + 7 * number % 90 for number in range(40)]
+    touched = chosen_by(store, prompt)
+    assert all(len(ids) == 8 for ids in touched.values())
+    chosen = routed(cache={"slots_per_layer": 4}, prefetcher={"max_gap": 0})
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        generate(session, 1, prompt)
+        assert streamed(session)[1] == 16
+
+
+def test_a_mixture_in_memory_asks_once(store: Store, reference: Outcome) -> None:
+    """The first prompt reads every expert; then nothing is predicted, cached or read."""
+    chosen = routed(cache={"share": 1.0})
+    with Session(store, chosen, plan_for(store, chosen)) as session:
+        assert session.plan.whole
+        assert generate(session) == reference
+        assert streamed(session)[1] == 16
+        assert session.last is not None
+        assert session.last.delta("predictor", "calls") == 4, "the embedding and three layers, of the prompt"
+        assert generate(session, prompt=SHORT) == generate(session, prompt=SHORT)
+        assert session.last.delta("predictor", "calls") == 0
+        assert session.last.delta("prefetcher", "parts") == 0
+        use = session.summary().cache
+        assert (use.hits, use.misses) == (23 * 6, 0), "three experts of two layers a token"
 
 
 def test_history_does_not_change_the_text(store: Store, reference: Outcome) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.ring.messages import EMBEDDING
-from pipeline.ring.plan import Forecast
-from workers.predictor.targets import Target, targets
+from pipeline.ring.plan import Forecast, Plan
+from workers.predictor.targets import Target, targets, targets_of_choice
 
 
 def sets(*layers: int) -> list[Target]:
@@ -84,3 +86,41 @@ def test_pinned_layers_have_every_neuron_as_guess_and_set():
 def test_kind_all_never_waits_for_the_layers_own_input():
     forecast = Forecast("all", 1, True)
     assert targets(forecast, 3, 0, every=False) == [Target(1, False, True)]
+
+
+MIXTURE = Plan(
+    d_model=4,
+    units=(10, 0, 10, 10),
+    stride=512,
+    slots=(4, 0, 4, 4),
+    staging=2,
+    context=16,
+    hidden_rows=1,
+    forecast=Forecast("router", 1, True, pinned=frozenset({1})),
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "chosen", "asked", "expected"),
+    [
+        (EMBEDDING, 0, False, []),
+        (0, 8, False, sets(0)),
+        (0, 10, False, sets(0)),  # the next layer has no experts
+        (1, 0, False, everything(1)),
+        (2, 8, False, sets(2)),
+        (2, 9, False, sets(2) + everything(3)),
+        (2, 9, True, everything(3)),
+        (2, 8, True, []),
+        (3, 10, False, sets(3)),
+        (3, 10, True, []),
+    ],
+)
+def test_a_prompt_chooses_its_experts(source, chosen, asked, expected):
+    assert targets_of_choice(MIXTURE, source, chosen, asked) == expected
+
+
+def test_a_mixture_in_memory_wants_everything_once():
+    whole = replace(MIXTURE, slots=MIXTURE.units)
+    assert whole.whole
+    assert not any(whole.wants_chosen(layer) for layer in range(4))
+    assert not replace(whole, forecast=Forecast("lowrank", 1, True)).whole

@@ -31,6 +31,19 @@ def ranked(logits: F32, top_k: int) -> Ids:
     return order[..., :top_k]
 
 
+def by_use(ids: Ids, last: int) -> tuple[tuple[int, ...], int]:
+    """The experts that any row of ids [rows, top_k] chose, and how many of them one of the `last` rows did.
+
+    Those come first, ascending; then the others, the most used first.
+    """
+    kept = np.unique(ids[-last:])
+    counts = np.bincount(ids.reshape(-1))
+    counts[kept] = 0
+    others = counts.nonzero()[0]
+    others = others[np.argsort(-counts[others], kind="stable")]
+    return (*kept.tolist(), *others.tolist()), kept.size
+
+
 def route(router: Router, logits: F32) -> Routing:
     """From logits [rows, experts]."""
     ids = np.sort(ranked(logits, router.top_k), axis=-1)

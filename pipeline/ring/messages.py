@@ -15,7 +15,7 @@ from typing import ClassVar
 from pipeline.ring.codec import Codec
 from pipeline.ring.codec import ProtocolError as ProtocolError  # noqa: PLC0414 - part of this protocol
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 EMBEDDING = -1  # as a layer: the new tokens' embedding, before any layer
 
 
@@ -110,7 +110,9 @@ class Cancel(Message):
 class HiddenReady(Message):
     """compute → predictor: the step's last `rows` hidden rows of `layer` are in the segment.
 
-    `layer` is the layer whose FFN input this is, or EMBEDDING.
+    `layer` is the layer whose FFN input this is, or EMBEDDING. Of a mixture's prompt the message also says
+    which of the layer's experts are wanted, unless all are: those that the last `rows` rows chose come first,
+    ascending, then the others, the most used first.
     """
 
     TAG = 20
@@ -119,6 +121,8 @@ class HiddenReady(Message):
     layer: int
     rows: int  # the last window's tokens, or all where the step has fewer
     done: int  # every FFN with step · layers + layer <= done is finished: its leases end
+    chosen: tuple[int, ...] = ()  # experts
+    kept: int = 0  # how many of them the last rows chose
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,9 @@ class NeuronsPredicted(Message):
     """predictor → cache: the neurons that `layer` will need.
 
     The segment's row (layer, guess) holds `certain` ids, then `doubtful` ones, or with `every` those to
-    `keep`; each ascending. A `guess` only starts reads early: the set that is computed is the one that
-    follows without it.
+    `keep`; each ascending. Without `every` the first `keep` of the certain ones are those to keep, and the
+    others follow in the order in which they are worth it. A `guess` only starts reads early: the set that is
+    computed is the one that follows without it.
     """
 
     TAG = 21
@@ -138,13 +143,13 @@ class NeuronsPredicted(Message):
     every: bool  # every neuron is wanted, and none of them is listed
     certain: int  # neurons that are wanted
     doubtful: int  # neurons that are wanted only where they are resident
-    keep: int | None  # with `every`: neurons that should stay in slots afterwards; None: no matter which
+    keep: int | None  # of a prompt: neurons that should stay in slots afterwards; None: no matter which
     done: int
 
     @property
     def listed(self) -> int:
         """How many ids the row holds."""
-        return self.certain + self.doubtful + (self.keep or 0)
+        return (self.keep or 0) if self.every else self.certain + self.doubtful
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
 ROWS: Final = 512  # tokens of one expert that are computed at once
 
+NEARLY_ALL: Final = 0.9  # of a layer's experts: a prompt that wants as many is taken to want all of the next
 LARGE: Final = 1 << 20  # bytes of a slot from which each unit that a token misses is a part of its own
 
 
@@ -34,6 +35,11 @@ class Forecast:
     def every(self) -> bool:
         """Whether every neuron is computed: no set depends on an input."""
         return self.kind == "all"
+
+    @property
+    def routed(self) -> bool:
+        """Whether units are experts, and their layers' routers choose them."""
+        return self.kind == "router"
 
     @property
     def refines(self) -> bool:
@@ -80,8 +86,21 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Whether every unit stays in its slot, and every step wants all: then steps need not ask."""
-        return self.forecast.every and self.slots == self.units
+        """Whether every unit stays in its slot, and compute knows what it wants: then steps need not ask."""
+        return (self.forecast.every or self.forecast.routed) and self.slots == self.units
+
+    def wants_chosen(self, layer: int) -> bool:
+        """Whether a prompt wants of this layer the experts that its rows chose, and no others."""
+        return self.forecast.routed and not self.whole and layer not in self.forecast.pinned
+
+    def asks_ahead(self, layer: int, chosen: int) -> bool:
+        """Whether a prompt whose rows chose so many experts of `layer` asks for all of the next one's.
+
+        They are then read during the next layer's attention: it will want nearly all of them.
+        """
+        if not chosen or layer + 1 == self.layers or not self.wants_chosen(layer + 1):
+            return False
+        return chosen >= NEARLY_ALL * self.units[layer]
 
     def first_slot(self, layer: int) -> int:
         return sum(self.slots[:layer])

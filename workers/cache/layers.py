@@ -79,7 +79,8 @@ class LayerCache:
         assert not layer.settled, f"layer {message.layer} has two sets in step {message.step.number}"
         layer.settled = True
         if message.keep is not None:
-            return self._everything(layer, message, listed)
+            every = self._all(message.layer) if message.every else listed
+            return self._prompt(layer, message, every, listed[: message.keep])
         return self._set(layer, message, self._settled(layer, message, listed))
 
     def _all(self, layer: int) -> Ids:
@@ -138,24 +139,28 @@ class LayerCache:
         residency.use(ids, message.step.number)
         return self._answer(layer, message, ids, slots, missing, guessed)
 
-    def _everything(self, layer: _Layer, message: NeuronsPredicted, keep: Ids) -> list[Instruction]:
-        """Every neuron; those of `keep` may evict others, which are then read again through staging.
+    def _prompt(self, layer: _Layer, message: NeuronsPredicted, wanted: Ids, keep: Ids) -> list[Instruction]:
+        """All of `wanted`; those of `keep` may evict others of them, which are then read through staging.
 
-        What is left of free slots takes others, so that a cold cache fills at once.
+        What is left of free slots takes the others, in the order of `wanted`: a cold cache fills at once.
         """
         residency = layer.residency
-        kept = keep[residency.lease(keep) == NOWHERE]
+        residency.lease(wanted)
+        kept = keep[residency.slot_of.take(keep) == NOWHERE]
+        if residency.make_room(kept.size) < kept.size:  # without what is wanted
+            residency.release()
+            residency.lease(keep)
         kept = kept[: residency.make_room(kept.size)]
-        ids = self._all(message.layer)
+        others = np.ones(self._plan.units[message.layer], np.bool_)
+        others[keep] = False
+        others &= residency.slot_of == NOWHERE
+        filling = wanted[others.take(wanted)][: residency.free - kept.size]
+        ids = np.sort(wanted)
         slots = residency.lease(ids)
         missing = slots == NOWHERE
         guessed = residency.in_flight.take(slots) if layer.guessed else None
-        other = missing.copy()
-        other[keep] = False
-        chosen = np.concatenate((kept, np.flatnonzero(other)[: residency.free - kept.size]))
-        chosen.sort()
-        residency.admit(chosen)
-        slots[missing] = residency.slot_of[missing]
+        residency.admit(np.sort(np.concatenate((kept, filling))))
+        slots[missing] = residency.slot_of.take(ids[missing])
         residency.use(keep, message.step.number)
         return self._answer(layer, message, ids, slots, missing, guessed)
 
@@ -180,7 +185,8 @@ class LayerCache:
             self._counts["decode_wasted"] += layer.guessed - wanted_guesses
         staged = (slots == NOWHERE).nonzero()[0] if misses and slots.min() == NOWHERE else NOTHING
         slots += layer.first_slot
-        if staged.size:
+        read_by_groups = misses > 0 and message.step.every and self._plan.forecast.routed
+        if staged.size or read_by_groups:
             return self._groups(layer, message, ids, slots, missing, staged)
         return self._parts(layer, message, ids, slots, missing, guessed, misses)
 
@@ -229,12 +235,17 @@ class LayerCache:
     ) -> list[Instruction]:
         """More than fits: groups by ascending id, each with at most one half of staged neurons.
 
-        `staged` are the places in `ids` of what has no slot.
+        `staged` are the places in `ids` of what has no slot. A prompt's experts come by groups also where
+        all fit, and each reads no more than a half: it is computed while the next ones are read.
         """
         half = self._plan.staging
-        cuts = [0, *staged[half::half].tolist(), ids.size]
-        for number, start in enumerate(range(0, staged.size, half)):
-            some = staged[start : start + half]
+        limited = missing.nonzero()[0] if self._plan.forecast.routed else staged
+        without = np.zeros(ids.size, np.bool_)
+        without[staged] = True
+        cuts = [0, *limited[half::half].tolist(), ids.size]
+        for number, start in enumerate(range(0, limited.size, half)):
+            some = limited[start : start + half]
+            some = some[without.take(some)]
             first = self._first_staging[self._staging.next_half(number)]
             slots[some] = np.arange(first, first + some.size)
         self._counts["staged"] += staged.size
@@ -249,7 +260,8 @@ class LayerCache:
             at += read[0].size
         counts = (*before, *(end - start for start, end in itertools.pairwise(cuts)))
         closes = (False,) * len(before) + (True,) * len(groups)
-        return [*self._staging.enrol(groups), _schedule(message, counts, closes, staged=True)]
+        reads = self._staging.enrol(groups) if staged.size else groups
+        return [*reads, _schedule(message, counts, closes, staged=staged.size > 0)]
 
     # -- tables and counters ------------------------------------------------------------------------
 

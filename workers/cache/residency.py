@@ -65,6 +65,10 @@ class Residency:
         self.leased[NOWHERE] = False
         return slots
 
+    def release(self) -> None:
+        """End the turn's leases, but for those of reads in flight."""
+        self.leased[:] = self.in_flight
+
     def evict(self, wanted: int) -> int:
         """Take the slots of up to `wanted` unleased neurons, worth least first; returns how many."""
         unleased = ~self.leased[:-1]

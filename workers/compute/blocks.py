@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from storage.architecture import Architecture, Layer, NormPlace
 from workers.compute.device import Device
+from workers.routing import Ids
 
 Hidden = TypeVar("Hidden", bound=Any)
 
@@ -21,6 +22,9 @@ class Units(Protocol[Hidden]):
 
     def announce(self, index: int, hidden: Hidden) -> None:
         """Layer `index`'s FFN will read `hidden`, or with `early` about that."""
+
+    def routed(self, index: int, ids: Ids) -> None:
+        """Each row has these experts [rows, top_k]; after `announce`, of a layer with a router."""
 
     def ffn(self, index: int, ffn_input: Hidden) -> Hidden:
         """Give layer `index`'s FFN its units (`Device.ffn`); returns its output."""
@@ -40,7 +44,13 @@ def run_layer(
 ) -> Hidden:
     """One layer's output."""
     residual, ffn_input = before_ffn(
-        layer, device, index, x, lambda hidden: units.announce(index, hidden), early
+        layer,
+        device,
+        index,
+        x,
+        lambda hidden: units.announce(index, hidden),
+        early,
+        lambda ids: units.routed(index, ids),
     )
     return after_ffn(layer, device, index, residual, units.ffn(index, ffn_input))
 
@@ -52,10 +62,11 @@ def before_ffn(
     x: Hidden,
     announce: Callable[[Hidden], None],
     early: bool = False,
+    routed: Callable[[Ids], None] = lambda _: None,
 ) -> tuple[Hidden, Hidden]:
     """The residual stream so far, and the FFN's input, which `announce` has been given.
 
-    Of a layer with experts what the router reads is announced, and then the rows' experts are chosen.
+    Of a layer with experts what the router reads is announced, and then `routed` is given the rows' experts.
 
     With `early` it is given what the FFN's input would be without this layer's attention, before
     attention is computed: reads have that time, too. In parallel blocks that is the FFN's input.
@@ -67,7 +78,7 @@ def before_ffn(
     def tell(hidden: Hidden) -> None:
         announce(hidden)
         if router is not None:
-            device.route(index, hidden)
+            routed(device.route(index, hidden))
 
     router = layer.ffn.router
     from_layer_input = router is not None and router.reads == "layer_input"

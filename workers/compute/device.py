@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from storage.architecture import NormPlace
 from storage.codecs import F32
+from workers.routing import Ids
 
 Hidden = TypeVar("Hidden", bound=Any)
 Out_co = TypeVar("Out_co", bound=Any, covariant=True)
@@ -57,8 +58,11 @@ class Device(Protocol[Hidden]):
     def attention(self, index: int, x: Hidden) -> Hidden:
         """Layer `index`'s attention with its projections, keeping keys and values."""
 
-    def route(self, index: int, x: Hidden) -> None:
-        """Choose each row's experts, with weights, for layer `index`'s FFN; x is what its router reads."""
+    def route(self, index: int, x: Hidden) -> Ids:
+        """Choose each row's experts, with weights, for layer `index`'s FFN; x is what its router reads.
+
+        Returns them, [rows, top_k].
+        """
 
     def ffn(self, index: int, x: Hidden, mask: Mask | None = None) -> LayerFfn[Hidden]:
         """Begin layer `index`'s FFN; `mask` [rows, neurons], where given, silences neurons.

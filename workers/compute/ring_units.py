@@ -16,6 +16,7 @@ from pipeline.ring.timeline import ANNOUNCED, COMPLETE, COMPUTED, KNOWN, NEEDED,
 from workers.compute.audit import Audit
 from workers.compute.device import I32, Device, LayerFfn
 from workers.compute.parts import Part, Parts
+from workers.routing import Ids, by_use
 
 _PATIENCE = 0.2  # seconds between looks at `stopped` while waiting for parts
 
@@ -57,6 +58,8 @@ class RingUnits:
         self._run = 0
         self._step = Step(-1, 0, 0, every=False)
         self._asks = True
+        self._rows = 0  # hidden rows of the last announcement
+        self._ahead = False  # a mixture's prompt has asked for all of the next layer's experts
         self._done = -1  # tick of the last finished FFN
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
         self._kept: dict[int, tuple[I32, I32]] = {}  # ids and slots of layers that have arrived for good
@@ -82,10 +85,25 @@ class RingUnits:
         """Write the last rows of `hidden` [rows, d_model] and tell the predictor."""
         if not self._asks:
             return
-        rows = min(hidden.shape[0], self._plan.hidden_rows)
+        self._rows = rows = min(hidden.shape[0], self._plan.hidden_rows)
         self._segments.hidden[index + 1, :rows] = self._device.host(hidden[-rows:])
+        if not self._by_choice(index):
+            self._tell(index, (), 0)
+
+    def routed(self, index: int, ids: Ids) -> None:
+        """Tell the predictor with which experts a prompt goes on; a token's it chooses by itself."""
+        if self._asks and self._by_choice(index):
+            self._tell(index, *by_use(ids, self._rows))
+
+    def _by_choice(self, index: int) -> bool:
+        """Whether the layer's announcement waits for its experts."""
+        return self._step.every and index != EMBEDDING and self._plan.wants_chosen(index)
+
+    def _tell(self, index: int, chosen: tuple[int, ...], kept: int) -> None:
         self._stamp(ANNOUNCED, index)
-        self._channel.send("predictor", HiddenReady(self._run, self._step, index, rows, self._done))
+        self._ahead = self._plan.asks_ahead(index, len(chosen))
+        message = HiddenReady(self._run, self._step, index, self._rows, self._done, chosen, kept)
+        self._channel.send("predictor", message)
 
     def ffn(self, index: int, ffn_input: Any) -> Any:
         """Add the layer's parts as they arrive, each group summed when it is whole."""
@@ -142,7 +160,7 @@ class RingUnits:
             self._spend("ffn", started)
             self.counts[self._active_names[index]] += ffn.active
             self.counts["active"] += ffn.active
-            self.counts[KEPT] += self._plan.units[index]
+            self.counts[KEPT] += ffn.active if self._plan.forecast.routed else self._plan.units[index]
         self._mark = time.perf_counter()
         return output
 
@@ -171,7 +189,10 @@ class RingUnits:
 
     def _drain(self, index: int) -> None:
         """Receive, computing nothing, what the announcements up to layer `index` of a prefill will bring."""
-        last = min(self._plan.layers - 1, index + max(1, self._plan.forecast.lookahead))
+        ahead = max(1, self._plan.forecast.lookahead)
+        if self._plan.forecast.routed and not self._plan.whole:
+            ahead = int(self._ahead)
+        last = min(self._plan.layers - 1, index + ahead)
         for later in range(index + 1, last + 1):
             for part in self._arriving(later):
                 self._answer(later, part)

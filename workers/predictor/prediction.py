@@ -11,7 +11,7 @@ from pipeline.ring.counters import of_layer
 from pipeline.ring.messages import HiddenReady, NeuronsPredicted
 from pipeline.ring.plan import Plan
 from workers.predictor.scorer import Ids, Scorer
-from workers.predictor.targets import Target, targets
+from workers.predictor.targets import Target, targets, targets_of_choice
 
 
 class Prediction:
@@ -31,11 +31,14 @@ class Prediction:
         self._calls = 0
         self._totals = np.zeros(plan.layers, np.int64)
         self._targets: dict[tuple[int, bool], list[Target]] = {}  # by source and `every`
+        self._ahead = (-1, -1)  # step and layer of the last set that a mixture's prompt asked for early
 
     def handle(self, message: HiddenReady) -> list[NeuronsPredicted]:
         """What to send, in this order; the ids are written by then."""
         started = time.perf_counter()
-        answers = [self._answer(message, target) for target in self._due(message.layer, message.step.every)]
+        by_choice = message.step.every and self._plan.forecast.routed and not self._plan.whole
+        due = self._chosen(message) if by_choice else self._due(message.layer, message.step.every)
+        answers = [self._answer(message, target) for target in due]
         took = time.perf_counter() - started
         self._seconds += took
         self._decode_seconds += 0.0 if message.step.every else took
@@ -50,12 +53,23 @@ class Prediction:
             self._targets[source, every] = found
         return found
 
+    def _chosen(self, message: HiddenReady) -> list[Target]:
+        """Those of a prompt whose rows have chosen their experts."""
+        number, source = message.step.number, message.layer
+        found = targets_of_choice(
+            self._plan, source, len(message.chosen), asked=(number, source) == self._ahead
+        )
+        self._ahead = (number, found[-1].layer) if found and found[-1].layer > source else (-1, -1)
+        return found
+
     def _answer(self, message: HiddenReady, target: Target) -> NeuronsPredicted:
         certain = doubtful = 0
         keep: int | None = None
         if self._scorer is not None and target.layer not in self._plan.forecast.pinned:
             if target.every:
                 keep = self._write(target, self._likely(self._scorer, message, target))
+            elif message.step.every:
+                certain, keep = self._write(target, np.array(message.chosen, np.intp)), message.kept
             else:
                 certain, doubtful = self._choose(self._scorer, message, target)
         if not target.guess and not message.step.every:

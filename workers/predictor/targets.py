@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.ring.messages import EMBEDDING
-from pipeline.ring.plan import Forecast
+from pipeline.ring.plan import Forecast, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,18 @@ def targets(forecast: Forecast, layers: int, source: int, every: bool) -> list[T
         return [_target(forecast, layer, guess=False) for layer in ahead]
     own = [] if source == EMBEDDING else [_target(forecast, source, guess=False)]
     return [*own, *(_target(forecast, layer, guess=True) for layer in ahead)]
+
+
+def targets_of_choice(plan: Plan, source: int, chosen: int, asked: bool) -> list[Target]:
+    """The same for a mixture's prompt that has chosen so many of the source's experts.
+
+    `asked`: the source's set has been sent already, ahead.
+    """
+    if source == EMBEDDING:
+        return []
+    own = [] if asked else [Target(source, guess=False, every=not plan.wants_chosen(source))]
+    following = [Target(source + 1, guess=False, every=True)] if plan.asks_ahead(source, chosen) else []
+    return own + following
 
 
 def _ahead(layers: int, source: int, lookahead: int) -> list[int]:

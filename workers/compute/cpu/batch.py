@@ -30,7 +30,7 @@ from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import capped, finished
 from workers.compute.positions import Positions
-from workers.routing import Routing
+from workers.routing import Ids, Routing
 
 
 class BatchOperations:
@@ -118,8 +118,9 @@ class BatchOperations:
         self.pool.run(attend, *zip(*tasks, strict=True))
         return out.reshape(tokens, -1)
 
-    def route(self, index: int, x: F32) -> None:
+    def route(self, index: int, x: F32) -> Ids:
         self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, _row_product)
+        return self._routing.ids
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]

@@ -17,6 +17,7 @@ from workers.compute.cpu.token import TokenOperations
 from workers.compute.device import LayerFfn, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.positions import Positions
+from workers.routing import Ids
 
 
 class CpuDevice:
@@ -55,8 +56,8 @@ class CpuDevice:
     def attention(self, index: int, x: F32) -> F32:
         return self._now.attention(index, x)
 
-    def route(self, index: int, x: F32) -> None:
-        self._now.route(index, x)
+    def route(self, index: int, x: F32) -> Ids:
+        return self._now.route(index, x)
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> LayerFfn[F32]:
         return self._now.ffn(index, x, mask)

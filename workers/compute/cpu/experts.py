@@ -127,6 +127,7 @@ class BatchExperts:
         self._memory: Bytes | None = None
         self._output = np.zeros_like(x)
         self._shared = shared
+        self._open = 0 if routing is None else routing.ids.size  # outputs that are not there yet
         self.active = 0  # not counted
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
@@ -147,6 +148,7 @@ class BatchExperts:
         self._memory = None
 
     def finish(self) -> F32:
+        assert self._open == 0, "an expert has not come"
         return self._output if self._shared is None else self._output + self._shared
 
     def _tasks(self, ids: I32, slots: I32) -> list[_Task]:
@@ -155,6 +157,7 @@ class BatchExperts:
         for expert, slot in zip(ids.tolist(), slots.tolist(), strict=True):
             rows, places = np.nonzero(self._routing.ids == expert)
             weights = self._routing.weights[rows, places]
+            self._open -= rows.size
             for start in range(0, rows.size, ROWS):
                 some = slice(start, start + ROWS)
                 tasks.append(_Task(expert, slot, rows[some], weights[some]))

@@ -18,7 +18,7 @@ from workers.compute.device import I32, Bytes, Mask
 from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import finished
 from workers.compute.positions import Positions
-from workers.routing import Routing
+from workers.routing import Ids, Routing
 
 
 class TokenOperations:
@@ -84,10 +84,11 @@ class TokenOperations:
     def attention(self, index: int, x: F32) -> F32:
         return self._attending[index](x[0], self.first)[None]
 
-    def route(self, index: int, x: F32) -> None:
+    def route(self, index: int, x: F32) -> Ids:
         self._routing = routed(
             self.architecture.layers[index].ffn, self.model.layers[index], x, self._product
         )
+        return self._routing.ids
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"

@@ -22,7 +22,7 @@ from workers.compute.device import I32, Bytes, Mask
 from workers.compute.logits import finished
 from workers.compute.positions import Positions
 from workers.compute.weights import Weights
-from workers.routing import Routing, route
+from workers.routing import Ids, Routing, route
 
 
 class TorchDevice:
@@ -106,11 +106,12 @@ class TorchDevice:
             )
         return self._linear(bound.out, mixed.transpose(1, 2).reshape(x.shape[0], a.width))
 
-    def route(self, index: int, x: Tensor) -> None:
+    def route(self, index: int, x: Tensor) -> Ids:
         router, bound = self.architecture.layers[index].ffn.router, self._model.layers[index].router
         assert router is not None
         assert bound is not None
         self._routing = route(router, self.host(self._linear(bound, x)))
+        return self._routing.ids
 
     def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn | TorchExperts:
         ffn, bound, unit = self.architecture.layers[index].ffn, self._model.layers[index], self._units[index]

@@ -45,6 +45,7 @@ from workers.compute.bound import Linear
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.cpu.norms import norm_queries_and_keys
 from workers.compute.cpu.token import TokenOperations
+from workers.routing import Ids
 
 CHUNK = 8 << 20  # bytes of one read, about
 DEPTH = 4  # reads in flight, and buffers
@@ -265,6 +266,9 @@ class StreamedUnits:
         self._device, self._stream = device, stream
 
     def announce(self, index: int, hidden: F32) -> None:
+        """Nobody listens."""
+
+    def routed(self, index: int, ids: Ids) -> None:
         """Nobody listens."""
 
     def ffn(self, index: int, ffn_input: F32) -> F32:

@@ -35,6 +35,7 @@ from workers.compute.device import Bytes
 from workers.compute.weights import Weights
 from workers.lab.evaluation.evaluate import chunks
 from workers.lab.evaluation.tasks import read_text
+from workers.routing import Ids
 
 _LENGTH = 256  # tokens of a chunk
 
@@ -68,6 +69,9 @@ class _Model:
         self._device = CpuDevice(weights, _LENGTH, threads)
 
     def announce(self, index: int, hidden: Any) -> None:
+        """Nobody listens."""
+
+    def routed(self, index: int, ids: Ids) -> None:
         """Nobody listens."""
 
     def ffn(self, index: int, ffn_input: Any) -> Any:

@@ -18,6 +18,7 @@ from storage.store import Store
 from workers.compute.blocks import run, run_layer
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
+from workers.routing import Ids
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -39,6 +40,9 @@ class _Whole:
 
     def announce(self, index: int, hidden: Tensor) -> None:
         self.announced = hidden
+
+    def routed(self, index: int, ids: Ids) -> None:
+        """Every unit is at hand."""
 
     def ffn(self, index: int, ffn_input: Tensor) -> Tensor:
         self.ffn_input = ffn_input
