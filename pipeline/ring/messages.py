@@ -74,6 +74,14 @@ class Failed(Message):
     usage: bool = False  # something impossible was asked for (UsageError); nothing is broken
 
 
+@dataclass(frozen=True, slots=True)
+class Unprepared(Message):
+    """worker → supervisor: kernels are not compiled yet, which this worker was told not to do itself."""
+
+    TAG = 5
+    name: str
+
+
 # -- one generation --------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ import uvloop
 from pipeline.config import Config
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
-from pipeline.ring.messages import PROTOCOL_VERSION, Failed, WorkerReady
+from pipeline.ring.messages import PROTOCOL_VERSION, Failed, Unprepared, WorkerReady
 from pipeline.ring.plan import Plan
 from pipeline.ring.promptness import starting_prompt_threads
 from pipeline.ring.timeline import Timeline
@@ -49,6 +49,7 @@ class WorkerSpec:
     plan: dict[str, Any]
     descriptors: dict[str, int]  # segment name → inherited file descriptor
     routes: dict[str, str]  # inbox → the inbox that gets its messages instead: taps that listen in
+    compiles: bool = True  # kernels that are missing; else the worker is `Unprepared`
 
     def write(self, stream: BinaryIO) -> None:
         packed = msgpack.packb(asdict(self))
@@ -76,6 +77,11 @@ class Worker:
     plan: Plan
     segments: segments.Segments
     timeline: Timeline
+    compiles: bool = True  # kernels that are missing
+
+    def unprepared(self) -> None:
+        """Tell the supervisor that kernels are missing; it will end this worker."""
+        self.channel.send("supervisor", Unprepared(self.name))
 
     def ready(self, *notes: str) -> None:
         """Tell the supervisor that this worker can receive.
@@ -133,6 +139,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
                 timeline=Timeline.wanted(),
+                compiles=spec.compiles,
             )
             main(worker)
             worker.timeline.write(name)

@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.launch import module_command, module_environment
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
+from pipeline.ring.compiling import MissingKernels, compile_kernels
 from pipeline.ring.memory import PeakMemory
 from pipeline.ring.messages import (
     PROTOCOL_VERSION,
@@ -30,6 +31,7 @@ from pipeline.ring.messages import (
     RingReady,
     Stats,
     Stop,
+    Unprepared,
     WorkerReady,
 )
 from pipeline.ring.plan import Plan
@@ -117,11 +119,22 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         sweep_stale_directories()
         self._routes = dict(routes or {})
-        self.directory = _make_directory()
         self._channel: Channel | None = None
         try:
+            self._bring_up(store, config, plan, compiles=False)
+        except MissingKernels:
+            peak = compile_kernels(store, config, plan)
+            self._bring_up(store, config, plan, compiles=True)
+            self.memory.bytes = max(self.memory.bytes, peak)
+            self.notes.append("kernels: compiled before the start")
+
+    def _bring_up(self, store: Store, config: Config, plan: Plan, compiles: bool) -> None:
+        """Raises MissingKernels where the workers may not compile and would have to."""
+        self.notes.clear()
+        self.directory = _make_directory()
+        try:
             self._channel = Channel(self.directory, ("supervisor",))
-            self._start(store, config, plan)
+            self._start(store, config, plan, compiles)
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
             loading = store.manifest.files[RESIDENT].bytes / SLOW_DISK
             loading += plan.total_slots * plan.stride / SLOW_PAGES
@@ -134,7 +147,7 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         return {worker.name: worker.process.pid for worker in self._workers}
 
-    def _start(self, store: Store, config: Config, plan: Plan) -> None:
+    def _start(self, store: Store, config: Config, plan: Plan, compiles: bool) -> None:
         descriptors = segments.create(plan)
         try:
             for name in WORKERS:
@@ -148,6 +161,7 @@ class Supervisor:
                     plan=plan.to_json(),
                     descriptors=descriptors,
                     routes=self._routes,
+                    compiles=compiles,
                 )
                 with contextlib.suppress(BrokenPipeError):  # a death that the handshake will name
                     spec.write(worker.stdin)
@@ -200,6 +214,8 @@ class Supervisor:
                 if message.usage:
                     raise UsageError(message.error)
                 raise RingError(f"the {message.name} worker failed: {message.error}")
+            if isinstance(message, Unprepared):
+                raise MissingKernels
             if message is not None:
                 return message
             self.check()

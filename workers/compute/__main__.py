@@ -14,13 +14,14 @@ from pipeline.ring.process import Worker, run_on_loop
 from pipeline.ring.promptness import starting_prompt_threads
 from storage.codecs import CODECS
 from workers import kernels
+from workers.compute import compiling
 from workers.compute.audit import Audit
 from workers.compute.constraint import Constraints
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
-from workers.compute.weights import Weights, attention_codecs, codecs
+from workers.compute.weights import Weights
 
 NAME = "compute"
 
@@ -90,10 +91,10 @@ async def main(worker: Worker) -> None:
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
-    for codec in codecs(worker.store):  # while the disk works
-        kernels.warm(codec, worker.store.architecture)
-    for qkv, out in attention_codecs(worker.store):
-        kernels.warm_attention(qkv, out, cache_codec)
+    needed = compiling.of_compute(worker.store, cache_codec.name)
+    if not compiling.ready(needed, worker.store, worker.compiles):  # while the disk works
+        worker.unprepared()
+        return
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
     loop = LayerLoop(worker, weights, device)

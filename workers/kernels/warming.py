@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from storage.architecture import Architecture, Attention, Ffn
-from storage.codecs import Codec
+from storage.codecs import FLOAT16, Codec
 from storage.layout import Rows
 from workers.kernels.attention import Attending
 from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
+from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 
 _WIDTH = 128  # of rows: every format can have them
@@ -75,3 +76,11 @@ def warm_attention(qkv: Codec, out: Codec, cache: Codec) -> None:
         1,
     )
     attending(np.zeros(_WIDTH, np.float32), 0)
+
+
+def warm_scores() -> None:
+    """The same for trained predictors."""
+    down, up = np.zeros((4, _WIDTH), np.uint16), np.zeros((4, 8), np.uint16)
+    y = np.zeros(8, np.float32)
+    score(FLOAT16, down, up, np.zeros(_WIDTH, np.float32), np.float32(1), np.zeros(8, np.float32), y)
+    passing(y, 0.0, 1.0, np.zeros(8, np.intp))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pipeline.ring.messages import HiddenReady, Message, RingReady
 from pipeline.ring.process import Worker, run
 from pipeline.ring.timeline import HEARD, PREDICTED
+from workers.compute import compiling
 from workers.loop import serve
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorers import load_scorer
@@ -36,6 +37,10 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
 
 def main(worker: Worker) -> None:
     """Answer messages until Stop."""
+    needed = compiling.of_predictor(worker.plan.forecast.kind)
+    if needed and not compiling.ready(needed, worker.store, worker.compiles):
+        worker.unprepared()
+        return
     scorer = load_scorer(worker.store, worker.config, worker.plan.forecast)
     prediction = Prediction(worker.plan, scorer, worker.segments.hidden, worker.segments.predicted)
     serve(worker, answering(worker, prediction), prediction.stats, *(scorer.notes if scorer else ()))

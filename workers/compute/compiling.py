@@ -1,0 +1,79 @@
+"""Compiles a ring's kernels, each few in a process of their own, before the ring takes its memory.
+
+Compiling takes some 250 MiB, which a process keeps to its end; what is compiled is loaded for a few. So no
+worker compiles: it says that kernels are missing, and the supervisor runs this module and starts it again.
+
+    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER            a ring's kernels
+    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER KIND …     those of one task
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.launch import module_command
+from storage.codecs import CODECS
+from storage.store import Store
+from workers.compute.weights import attention_codecs, codecs
+
+Task = tuple[str, ...]  # a kind, and names of codecs
+
+
+def of_compute(store: Store, cache: str) -> list[Task]:
+    """What compute needs, for keys and values in the codec `cache`."""
+    weights = [("weights", codec.name) for codec in codecs(store)]
+    return [*weights, *(("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store))]
+
+
+def of_predictor(scorer: str) -> list[Task]:
+    """What the predictor needs beyond that, for a scorer of this kind."""
+    return [("scores",)] if scorer == "lowrank" else []
+
+
+def prepare(task: Task, store: Store) -> None:
+    """Compile a task's kernels, or load them."""
+    from workers import kernels  # for who only lists tasks they are too heavy
+
+    match task:
+        case "weights", codec:
+            kernels.warm(CODECS[codec], store.architecture)
+        case "attention", *names:
+            kernels.warm_attention(*(CODECS[name] for name in names))
+        case _:
+            kernels.warm_scores()
+
+
+def ready(tasks: list[Task], store: Store, may_compile: bool) -> bool:
+    """Load the tasks' kernels; unless they may be compiled here, False where one would have to be."""
+    from workers.kernels.compiled import NotCompiled, only_loaded
+
+    try:
+        with contextlib.nullcontext() if may_compile else only_loaded():
+            for task in tasks:
+                prepare(task, store)
+    except NotCompiled:
+        return False
+    return True
+
+
+def main(path: str, cache: str, activations: str, scorer: str, *task: str) -> int:
+    """The exit status. `activations` are those of the configuration's `compute`, `scorer` is its kind."""
+    store = Store.open(Path(path))
+    if task:
+        from workers import kernels
+
+        kernels.ACTIVATIONS.exact = activations == "exact"
+        prepare(task, store)
+        return 0
+    for one in [*of_compute(store, cache), *of_predictor(scorer)]:
+        command = module_command("workers.compute.compiling", path, cache, activations, scorer, *one)
+        if status := subprocess.run(command, check=False).returncode:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
