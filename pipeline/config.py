@@ -72,6 +72,7 @@ class Cache(Section):
     slots_per_layer: Count = 0  # overrides share; 0: by share or budget
     policy: str = "lrfu"  # who leaves first: lrfu by recency and frequency, lru the least recently used
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that
+    hits_first: bool = True  # false: what is resident waits for what is read; only comparisons want that
 
 
 class Prefetcher(Section):

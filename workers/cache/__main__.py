@@ -57,7 +57,8 @@ def main(worker: Worker) -> None:
     def policy(layer: int) -> Policy:
         return make_policy(plan.units[layer], worker.config.cache)
 
-    cache = LayerCache(plan, segments.wanted, segments.reads, policy)
+    hits_first = worker.config.cache.hits_first
+    cache = LayerCache(plan, segments.wanted, segments.reads, policy, hits_first)
     serve(worker, answering(worker, cache), cache.stats)
 
 
