@@ -107,11 +107,11 @@ class Bench:
         found = {}
         rows, others = list(self.rows.values()), list(self.peers.values())
         if rows:
-            found["What each technique brings"] = table.ablation(rows)
+            found["What each technique brings"] = table.ablation(rows, ablation.techniques(self.job))
         if rows and self.job.store.architecture.family == "opt":
             found["The paper's figures"] = table.PAPER
         if others:
-            found["Peers"] = table.ablation(others)
+            found["Peers"] = table.ablation(others, ())
         if rows:
             found["How many times faster"] = table.speedups(rows, others, self.roofs)
         if self.roofs:
@@ -236,8 +236,10 @@ def _told(bench: Bench, what: str) -> Iterator[None]:
 
 
 def _has_roof(job: BenchJob, series: Series) -> bool:
-    """Rings with all techniques have one and, but for a quick run, the naive row."""
-    return ablation.complete(job, series) or (series.name == NAIVE and not job.quick)
+    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row."""
+    if series.name == NAIVE:
+        return not job.quick
+    return job.mixture or ablation.complete(job, series)
 
 
 def _curve(bench: Bench) -> None:
