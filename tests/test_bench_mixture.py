@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +16,15 @@ from checkpoints import write_checkpoint
 from storage.convert import convert
 from storage.manifest import RESIDENT
 from storage.store import Store
-from workers.lab.bench import ablation, prefill
+from workers.lab.bench import ablation, bench, prefill
 from workers.lab.bench.ceilings import Around
 from workers.lab.bench.job import TEXT, BenchJob, make_job
 from workers.lab.bench.naive import NaiveModel
 from workers.lab.bench.roofline import memory_bytes, resident_bytes
 from workers.lab.bench.rows import ROUTED, Row
 from workers.lab.offline.dense import DenseModel
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +114,30 @@ def test_the_naive_baseline_computes_a_mixture(store: Store) -> None:
         found = [model.forward(token, position) for position, token in enumerate(tokens)]
         assert model.stream.bytes >= len(tokens) * store.layout.total_bytes  # every expert, for every token
     np.testing.assert_allclose(np.stack(found), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.timeout(900)  # seven rings one after another
+@pytest.mark.ring
+def test_a_quick_bench_of_a_mixture(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    line = [sys.executable, str(ROOT / "run.py"), "bench", "--model", str(store.path), "--quick"]
+    line += ["--no-plots", "--parts", "ablation,curve", "--out", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [row["error"] for row in (*results["ablation"], *results["curve"]) if row["error"]] == []
+    row = {one["name"]: one for one in results["ablation"]}
+    assert list(row) == ["naive", "+ router set", "+ slots", "+ hits first", "+ guesses"]
+    unit = store.layout.layers[0].unit
+    chosen = 2 * 3 * unit.stride  # of two layers, three experts
+    assert row["+ router set"]["hit_rate"] == 0
+    assert row["+ router set"]["bytes_per_token"] == chosen
+    assert row["+ router set"]["touched_bytes"] == 2 * 3 * unit.bytes
+    assert 0 < row["+ slots"]["bytes_per_token"] < chosen
+    assert row["+ hits first"]["bytes_per_token"] == row["+ slots"]["bytes_per_token"]
+    assert row["+ guesses"]["hit_rate"] > 0
+    least, whole = results["curve"]
+    assert 0 < least["hit_rate"] <= least["best_hit_rate"] < 1
+    assert whole["hit_rate"] == whole["best_hit_rate"] == 1
+    assert "Belady's" in done.stdout
+    assert bench.CLIFF in done.stdout

@@ -29,6 +29,7 @@ from workers.lab.bench.series import Series
 FORMAT = 1  # of results.json
 RESULTS, REPORT = "results.json", "results.md"
 CURVE_POINTS, QUICK_POINTS = 6, 2
+CLIFF = "Less than the first budget is refused."
 
 
 @dataclass(slots=True)
@@ -121,7 +122,7 @@ class Bench:
         if self.fio:
             found["The prefetcher beside fio"] = table.beside_fio(self.fio)
         if self.curve:
-            found["Memory against latency"] = table.curve(self.curve)
+            found["Memory against latency"] = f"{table.curve(self.curve)}\n\n{CLIFF}"
         if self.tries:
             found["This disk, GB/s of random reads"] = table.disk(self.tries)
         return found

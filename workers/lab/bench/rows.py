@@ -47,6 +47,7 @@ class Row:
     p90_ms: float = 0.0
     run_ms: tuple[float, ...] = ()  # each run's median
     hit_rate: float = 0.0
+    best_hit_rate: float | None = None  # of Belady's policy; None: not replayed
     prefill_seconds: float = 0.0
     prefill_bytes: float = 0.0  # read by it
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from storage.errors import UsageError
 from storage.files import replacing
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
-from workers.lab.offline import record, replay
+from workers.lab.offline import record, replay, ring
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.trace import Trace
@@ -60,30 +60,32 @@ def record_command(
     config_file: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
-    """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
+    """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely.
+
+    Of a mixture of experts a ring decodes the text, and its experts are recorded.
+    """
     check_writable(out)
     source, config = configure(model, config_file, settings or ())
     store = source.open_store()
-    if store.architecture.mixture:
-        raise UsageError(f"{store.manifest.name} is a mixture of experts: traces are of single neurons")
-    if not store.architecture.sparse:
+    if not (store.architecture.sparse or store.architecture.mixture):
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
+    if threads:
+        config = config.replace(compute={"threads": threads})
     config = resolve(store, config).config
     some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
-    with (
-        torch.no_grad(),
-        DenseModel(store, thread_count(threads)) as dense,
-        Progress(console=Console(stderr=True), transient=True) as bars,
-    ):
+    with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("tokens", total=some.size)
-        trace = record.record(
-            dense,
-            make_chooser(store, config, in_order=True),
-            some,
-            meta,
-            lambda done, total: bars.update(bar, completed=done),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bars.update(bar, completed=done)
+
+        if store.architecture.mixture:
+            trace = ring.record(store, config, some, meta, progress)
+        else:
+            with torch.no_grad(), DenseModel(store, thread_count(threads)) as dense:
+                chooser = make_chooser(store, config, in_order=True)
+                trace = record.record(dense, chooser, some, meta, progress)
     trace.save(out)
     rows_of = f"{len(some)} rows of {some.shape[1]}" if len(some) > 1 else "one row"
     print(f"{out}: {trace.tokens:,} tokens ({rows_of}), {trace.layers} layers", file=sys.stderr)
