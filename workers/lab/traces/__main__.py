@@ -27,11 +27,11 @@ from storage.errors import UsageError
 from storage.files import replacing
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
-from workers.lab.offline import record, replay, ring
+from workers.lab.offline import record, ring
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.trace import Trace
-from workers.lab.traces import activity, placement, report
+from workers.lab.traces import activity, comparison, placement, report
 from workers.lab.traces.order import linear_order
 from workers.lab.traces.windows import windows as count_windows
 from workers.lab.training.texts import rows
@@ -107,7 +107,10 @@ def replay_command(
     picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare cache policies on a trace, by the ring's own residency."""
+    """Compare cache policies on a trace, by the ring's own residency.
+
+    Of experts, slots are also divided among layers by need, as the earlier trace tells it, or are one pool.
+    """
     trace = Trace.load(file)
     calibration = Trace.load(earlier) if earlier else trace
     if (calibration.layers, calibration.d_ff) != (trace.layers, trace.d_ff):
@@ -116,15 +119,19 @@ def replay_command(
         raise UsageError(f"{file} has only {trace.tokens} tokens")
     if active:
         trace, calibration = trace.only_active(), calibration.only_active()
-    made = replay.policies(trace, calibration, [round(k) for k in _numbers(windows)], _numbers(half_lives))
+    shares = _numbers(capacities)
+    if trace.top_k > round(min(shares) * trace.d_ff):
+        raise UsageError(
+            f"{min(shares):g} of {trace.d_ff} experts are fewer than the {trace.top_k} of a token"
+        )
+    lengths = [round(window) for window in _numbers(windows)]
+    made = comparison.runs(trace, calibration, lengths, _numbers(half_lives), warm_up)
     results = []
     with Progress(console=Console(stderr=True), transient=True) as bars:
-        shares = _numbers(capacities)
         bar = bars.add_task("policies", total=len(shares) * len(made))
         for capacity in shares:
-            slots = [round(capacity * trace.d_ff)] * trace.layers
-            for name, make in made.items():
-                results.append(report.Result(name, capacity, replay.replay(trace, slots, make, warm_up)))
+            for name, run_with in made.items():
+                results.append(report.Result(name, capacity, run_with(round(capacity * trace.d_ff))))
                 bars.advance(bar)
     counted = count_windows(trace, LONGEST_WINDOW)
     if as_json:
