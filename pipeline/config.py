@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,10 +19,6 @@ from storage.errors import ConfigError
 
 # How many of something: at most what every message between processes can carry.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
-
-# `cache.half_life` where nobody says: the best in replays of neurons, and of experts (docs/quality.md).
-HALF_LIFE: Final = 32.0
-EXPERTS_HALF_LIFE: Final = 64.0
 
 Values = Mapping[str, Mapping[str, Any]]  # section → key → value; None says nothing
 NOTHING: Values = {}
@@ -69,8 +65,7 @@ class Cache(Section):
     """What stays in DRAM."""
 
     window: Annotated[int, Field(ge=0, le=65536)] = 0  # tokens a neuron stays after its last use; 0: no limit
-    # Tokens until a use counts half; 0: plain LRU. Left out: 32, of experts 64.
-    half_life: Annotated[float, Field(ge=0)] | None = None
+    half_life: Annotated[float, Field(ge=0)] = 32.0  # tokens until a use counts half; 0: plain LRU
     # Of the FFN in slots, without a memory budget. Left out: all of it where that takes at most 60 % of the
     # memory that the machine has available, else a quarter.
     share: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -11,8 +11,7 @@ import pytest
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
 
-from pipeline.config import EXPERTS_HALF_LIFE, HALF_LIFE, Config
-from pipeline.planner.resolve import resolve
+from pipeline.config import Config
 from storage.convert import convert
 from storage.store import Store
 from workers.cache.policy import WindowThenOldest
@@ -167,12 +166,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("mixture")
     checkpoint = write_checkpoint(base / "checkpoint", "qwen3-moe-dense-layer", "bfloat16")
     return convert(checkpoint, base / "store", name="mixture")
-
-
-def test_experts_have_a_half_life_of_their_own(store: Store) -> None:
-    assert resolve(store, Config()).config.cache.half_life == EXPERTS_HALF_LIFE != HALF_LIFE
-    chosen = Config.parse({"cache": {"half_life": 0.0}})
-    assert resolve(store, chosen).config.cache.half_life == 0
 
 
 def routed(store: Store, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[list[set[int]]]:

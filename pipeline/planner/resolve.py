@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config import EXPERTS_HALF_LIFE, HALF_LIFE, Config, Model
+from pipeline.config import Config, Model
 from pipeline.planner import decoding
 from pipeline.ring.plan import Forecast, Kind
 from storage.errors import ConfigError, StoreError
@@ -18,7 +18,7 @@ DEFAULT_CONTEXT = 2048  # tokens
 class Resolved:
     """A configuration with nothing left open."""
 
-    config: Config  # with decided kind, refine, context, half-life and sampling: written beside results
+    config: Config  # with decided kind, refine, context and sampling: what is written beside results
     forecast: Forecast
 
 
@@ -31,11 +31,7 @@ def resolve(store: Store, config: Config) -> Resolved:
     forecast = _forecast(store, config)
     decided = {"kind": forecast.kind, "refine": forecast.refine}
     config = decoding.fill(store, config)
-    half_life = config.cache.half_life
-    if half_life is None:
-        half_life = EXPERTS_HALF_LIFE if store.architecture.mixture else HALF_LIFE
-    config = config.replace(predictor=decided, compute={"context": context}, cache={"half_life": half_life})
-    return Resolved(config, forecast)
+    return Resolved(config.replace(predictor=decided, compute={"context": context}), forecast)
 
 
 def _forecast(store: Store, config: Config) -> Forecast:

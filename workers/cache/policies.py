@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.config import HALF_LIFE, Cache
+from pipeline.config import Cache
 from storage.errors import ConfigError
 from workers.cache.frequency import RecentlyFrequent
 from workers.cache.policy import KeepNothing, Policy, WindowThenOldest
@@ -16,10 +16,9 @@ def _lru(units: int, settings: Cache) -> Policy:
 
 def _lrfu(units: int, settings: Cache) -> Policy:
     """Half-life 0: the least recently used leaves first."""
-    half_life = HALF_LIFE if settings.half_life is None else settings.half_life
-    if not half_life:
+    if not settings.half_life:
         return _lru(units, settings)
-    return RecentlyFrequent(units, settings.window, half_life)
+    return RecentlyFrequent(units, settings.window, settings.half_life)
 
 
 POLICIES: dict[str, Callable[[int, Cache], Policy]] = {"lrfu": _lrfu, "lru": _lru}

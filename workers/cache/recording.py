@@ -37,7 +37,7 @@ class Recording:
 
     def keep(self, message: NeuronsPredicted, ids: npt.NDArray[np.int32]) -> None:
         """A prediction has come, with the ids that it lists."""
-        if self._file is None or message.guess or message.every:
+        if self._file is None or message.guess or message.step.every:
             return
         self._heads.append((message.step.number, message.layer, message.certain))
         self._ids.append(ids[: message.certain].copy())

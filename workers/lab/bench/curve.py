@@ -1,6 +1,6 @@
 """Memory against latency: from the least that the planner accepts to the whole model.
 
-A mixture's runs keep their sets, and its hit rates stand beside the best that any policy could have had.
+A mixture's first run keeps its sets, and hit rates stand beside the best that any policy could have had.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def budgets(job: BenchJob, settings: Mapping[str, str], points: int) -> list[int
 
 def measure(job: BenchJob, settings: Mapping[str, str], points: int) -> list[Row]:
     """One row a budget, with the settings of the best row."""
+
+    def row(budget: int) -> Row:
+        return job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B").again()
+
+    first, *more = budgets(job, settings, points)
     with sets_file() if job.mixture else nullcontext() as file:
-        rows = [
-            job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B").again()
-            for budget in budgets(job, settings, points)
-        ]
-        if file is None or not file.exists():  # no run ended well
-            return rows
-        trace = of_ring(file, job.store, {})
-    return [replace(row, best_hit_rate=best(job, trace, row)) for row in rows]
+        rows = [row(first)]
+        trace = of_ring(file, job.store, {}) if file is not None and file.exists() else None
+    rows += [row(budget) for budget in more]
+    return rows if trace is None else [replace(one, best_hit_rate=best(job, trace, one)) for one in rows]
 
 
 def best(job: BenchJob, trace: Trace, row: Row) -> float:

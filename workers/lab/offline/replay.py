@@ -99,10 +99,9 @@ def policies(
 
 
 def best_after_prefill(trace: Trace, slots: Sequence[int]) -> Outcome:
-    """The most hits that any policy could have of a ring's tokens.
+    """The most hits that any policy could have of a ring's tokens after a prompt.
 
-    The prompt before them has read every expert, so that any `slots` of them may be there at the first token:
-    those that are needed soonest.
+    It may have read any expert, and left any of them in slots: those that are needed soonest.
     """
     hits = wanted = 0
     for layer in range(trace.layers):

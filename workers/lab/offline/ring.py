@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,8 +46,15 @@ def record(
     """The trace of token rows `[rows, length]`, each without its first token, the prompt, and its last."""
     config = config.replace(compute={"context": rows.shape[1]})
     report = plan(store, config)
+    # A ring that holds every expert need not ask for them, and nothing would be heard: one slot fewer each.
+    slots = tuple(
+        min(slots, max(0, units - 1))
+        for slots, units in zip(report.plan.slots, report.plan.units, strict=True)
+    )
     with sets_file() as file:
-        with Session(store, report.config, report.plan, budget=report.budget) as session:
+        with Session(
+            store, report.config, replace(report.plan, slots=slots), budget=report.budget
+        ) as session:
             for number, row in enumerate(rows.tolist()):
                 forced = GenerationParams(len(row) - 1, ignore_eos=True, forced=tuple(row[1:]))
                 for done, _ in enumerate(session.pieces(row[:1], forced), 1):
