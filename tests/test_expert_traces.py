@@ -12,7 +12,10 @@ from checkpoints import write_checkpoint
 from decoding import LocalDecoder
 
 from pipeline.config import Config
+from pipeline.planner.divide import least, plan
+from pipeline.planner.need import FILE, Needs, by_need
 from storage.convert import convert
+from storage.errors import StoreError
 from storage.store import Store
 from workers.cache.policy import WindowThenOldest
 from workers.compute.cpu import experts
@@ -59,14 +62,32 @@ def test_hits_of_any_number_of_slots_are_those_of_replay() -> None:
     assert hits[0] < hits[-1]
 
 
+def needs_of(trace: Trace) -> Needs:
+    return pool.needs(trace, [EXPERTS] * trace.layers)
+
+
 def test_slots_go_where_they_bring_hits() -> None:
-    trace, total = make_trace(), 6 * LAYERS
-    slots = pool.by_need(trace, total, TOP_K)
-    assert sum(slots) == total
+    trace, alike, floors = make_trace(), [6] * LAYERS, [TOP_K] * LAYERS
+    needs = needs_of(trace)
+    slots = by_need(needs.hits, floors, sum(alike))
+    assert sum(slots) == sum(alike)
     assert min(slots) >= TOP_K
-    alike, divided = (replay.replay(trace, some, lru) for some in ([6] * LAYERS, slots))
-    assert divided.hits > alike.hits
-    assert pool.by_need(trace, EXPERTS * LAYERS, TOP_K) == [EXPERTS] * LAYERS
+    assert needs.misses(slots) < needs.misses(alike)
+    found = [replay.replay(trace, some, lru) for some in (alike, slots)]
+    assert found[1].hits > found[0].hits
+    assert needs.instead_of(alike, floors) == slots
+    assert by_need(needs.hits, floors, EXPERTS * LAYERS) == [EXPERTS] * LAYERS
+
+
+def test_layers_stay_alike_where_there_is_little_to_save() -> None:
+    """Of the same experts in every layer, and of what is whole or least."""
+    masks = np.repeat(random_masks(0)[1:2], LAYERS, axis=0)
+    masks[0, 0] = masks[0, 1]
+    needs = needs_of(Trace(EXPERTS, 4096, pack(masks), None, None, {}))
+    assert needs.instead_of([7] * LAYERS, [TOP_K] * LAYERS) == [7] * LAYERS
+    other = needs_of(make_trace())
+    for slots in ([EXPERTS] * LAYERS, [TOP_K] * LAYERS):
+        assert other.instead_of(slots, [TOP_K] * LAYERS) == slots
 
 
 def test_a_slot_that_brings_nothing_yet_may_lead_to_one_that_does() -> None:
@@ -76,7 +97,7 @@ def test_a_slot_that_brings_nothing_yet_may_lead_to_one_that_does() -> None:
     ring[steps, steps % 6] = True
     pair[steps, steps // 3 % 2] = True
     trace = Trace(EXPERTS, 4096, pack(np.stack((ring, pair))), None, None, {"top_k": 1})
-    assert pool.by_need(trace, 8, 1) == [6, 2]
+    assert by_need(needs_of(trace).hits, [1, 1], 8) == [6, 2]
 
 
 # -- one pool ---------------------------------------------------------------------------------------
@@ -166,6 +187,49 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("mixture")
     checkpoint = write_checkpoint(base / "checkpoint", "qwen3-moe-dense-layer", "bfloat16")
     return convert(checkpoint, base / "store", name="mixture")
+
+
+def test_a_store_with_needs_divides_its_slots(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last layer has two sets in turn, the first one only ever the same three experts."""
+    masks = np.zeros((3, 100, 8), np.bool_)
+    masks[0, :, :3] = True
+    masks[2, ::2, :3] = masks[2, 1::2, 3:6] = True
+    meta = {"top_k": 3, "store": store.identity}
+    Trace(8, 4096, pack(masks), None, None, meta).save(tmp_path / "a.npz")
+    Trace(8, 4096, pack(masks), None, None, {**meta, "store": "another"}).save(tmp_path / "b.npz")
+    Trace(8, 4096, pack(masks), None, None, {"store": store.identity}).save(tmp_path / "c.npz")
+    config = Config.parse({"cache": {"share": 0.5}})
+    assert plan(store, config).plan.slots == (4, 0, 4)
+    assert run(monkeypatch, "needs", str(tmp_path / "b.npz"), "--store", str(store.path)) == 2
+    assert run(monkeypatch, "needs", str(tmp_path / "c.npz"), "--store", str(store.path)) == 2
+    said = capfd.readouterr().err
+    assert "b.npz is no trace of" in said
+    assert "c.npz is no trace of experts" in said
+    assert not (store.path / FILE).exists()
+    try:
+        assert run(monkeypatch, "needs", str(tmp_path / "a.npz"), "--store", str(store.path)) == 0
+        found = plan(store, config)
+        assert found.plan.slots == (3, 0, 5), "a sixth slot would bring the hits, and so does a fifth"
+        assert found.lines[0].endswith("8 slots, 0 to 5 a layer by need")
+        evenly = config.replace(cache={"by_need": False})
+        assert plan(store, evenly).plan.slots == (4, 0, 4)
+        every = config.replace(predictor={"kind": "all"})
+        assert plan(store, every).plan.slots == (4, 0, 4)
+        budget = least(store, config).total + 4 * store.layout.stride
+        limited = plan(store, config.replace(memory={"budget": f"{budget}B"}))
+        assert sum(limited.plan.slots) > 6
+        assert limited.total <= budget
+        for text, words in (("{", "cannot be read"), ("[]", "is damaged")):
+            (store.path / FILE).write_text(text)
+            with pytest.raises(StoreError, match=words):
+                plan(store, config)
+        Needs("another", 3, ((0,), (0,), (0,))).write(store)
+        with pytest.raises(StoreError, match="is of other weights"):
+            plan(store, config)
+    finally:
+        (store.path / FILE).unlink(missing_ok=True)
 
 
 def routed(store: Store, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[list[set[int]]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.planner.need import Needs
 from workers.cache.frequency import RecentlyFrequent
 from workers.cache.policy import Policy, WindowThenOldest
 from workers.cache.residency import Residency
@@ -47,19 +48,11 @@ def replay(trace: Trace, slots: int, policy: Policy, warm_up: int = 0) -> Outcom
     return Outcome(hits, reads, wasted, trace.tokens - warm_up)
 
 
-def by_need(trace: Trace, total: int, floor: int) -> list[int]:
-    """`total` slots divided so that another one would bring about as many hits in every layer.
-
-    By the hits that LRU has in each layer with any number of slots; no layer has fewer than `floor`.
-    """
-    gains = []
-    for layer in range(trace.layers):
-        hits = hits_by_slots(trace.masks(trace.used, layer))
-        gains += [(-gain, layer) for gain in _falling(hits[floor:])]
-    slots = [floor] * trace.layers
-    for _, layer in sorted(gains, key=lambda one: one[0])[: total - floor * trace.layers]:
-        slots[layer] += 1
-    return slots
+def needs(trace: Trace, experts: Sequence[int], store: str = "") -> Needs:
+    """What slots bring in each layer, of so many `experts`; `store` is the identity of the weights."""
+    masks = [trace.masks(trace.used, layer) for layer in range(trace.layers)]
+    hits = (hits_by_slots(mask[:, :count]) for mask, count in zip(masks, experts, strict=True))
+    return Needs(store, sum(int(mask.sum()) for mask in masks), tuple(tuple(one.tolist()) for one in hits))
 
 
 def hits_by_slots(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -79,16 +72,3 @@ def hits_by_slots(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         np.add.at(counts, place[known] + 1, 1)
         last[masks[token]] = token
     return counts.cumsum()
-
-
-def _falling(hits: npt.NDArray[np.int64]) -> list[float]:
-    """What each further slot brings, `[len - 1]`, made to fall: a later step that is steeper is shared."""
-    gains: list[tuple[float, int]] = []  # mean gain, and of how many slots
-    for gain in np.diff(hits).tolist():
-        mean, count = float(gain), 1
-        while gains and gains[-1][0] < mean:
-            before, several = gains.pop()
-            mean = (before * several + mean * count) / (several + count)
-            count += several
-        gains.append((mean, count))
-    return [mean for mean, count in gains for _ in range(count)]

@@ -25,9 +25,10 @@ from pipeline.models.names import configure
 from pipeline.planner.resolve import resolve
 from storage.errors import UsageError
 from storage.files import replacing
+from storage.store import Store
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
-from workers.lab.offline import record, ring
+from workers.lab.offline import pool, record, ring
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.trace import Trace
@@ -160,6 +161,21 @@ def activity_command(
     console.print(report.window_table(mean))
     if picture:
         activity.draw(layers, mean, picture)
+
+
+@app.command("needs")
+def needs_command(
+    file: File,
+    model: Annotated[Path, typer.Option("--store", help="The store that TRACE is of.", metavar="STORE")],
+) -> None:
+    """Write into a mixture's store what each layer needs, by which slots are divided from then on."""
+    trace, store = Trace.load(file), Store.open(model)
+    if not trace.top_k:
+        raise UsageError(f"{file} is no trace of experts: neurons' slots are the same number in every layer")
+    if trace.meta.get("store") != store.identity:
+        raise UsageError(f"{file} is no trace of {model}")
+    path = pool.needs(trace, store.layout.units, store.identity).write(store)
+    print(f"{path}: {trace.layers} layers, by {trace.tokens:,} tokens", file=sys.stderr)
 
 
 @app.command("order")

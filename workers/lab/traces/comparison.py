@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pipeline.planner.need import by_need
 from workers.cache.policy import Policy
 from workers.lab.offline import pool, replay
 from workers.lab.offline.replay import Make, Outcome
@@ -20,10 +21,12 @@ def runs(
     def alike(make: Make) -> Run:
         return lambda slots: replay.replay(trace, [slots] * trace.layers, make, warm_up)
 
-    def by_need(make: Make) -> Run:
+    def divided(make: Make) -> Run:
         def run(slots: int) -> Outcome:
-            divided = pool.by_need(earlier, slots * trace.layers, trace.top_k)
-            return replay.replay(trace, divided, make, warm_up)
+            floors = [trace.top_k] * trace.layers
+            needs = pool.needs(earlier, [trace.d_ff] * trace.layers)
+            some = by_need(needs.hits, floors, slots * trace.layers)
+            return replay.replay(trace, some, make, warm_up)
 
         return run
 
@@ -34,6 +37,6 @@ def runs(
     found = {name: alike(make) for name, make in made.items()}
     if trace.top_k:
         names = [f"LRFU {half_life:g}" for half_life in half_lives]
-        found |= {f"{name}, slots by need": by_need(made[name]) for name in names}
+        found |= {f"{name}, slots by need": divided(made[name]) for name in names}
         found |= {name: pooled(make) for name, make in pool.pooled(trace, half_lives).items()}
     return found
