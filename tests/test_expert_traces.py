@@ -250,6 +250,14 @@ def routed(store: Store, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch)
     return [seen[at : at + 2] for at in range(0, len(seen), 2)]
 
 
+def test_a_trace_of_every_expert_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = ("--model", str(store.path), "--text", str(tmp_path / "text"))
+    assert run(monkeypatch, "record", str(tmp_path / "a.npz"), *text, "--set", "predictor.kind=all") == 2
+    assert "leave out predictor.kind" in capfd.readouterr().err
+
+
 @pytest.mark.ring
 def test_a_ring_records_the_experts_of_each_token(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(3).integers(4, 200, (2, 12))

@@ -19,9 +19,8 @@ from storage.files import write_whole
 from storage.store import Store
 
 FILE: Final = "needs.json"
-WORTH: Final = (
-    0.05  # of the misses: with less to save the layers stay alike, as what another text needs differs
-)
+# Of the misses: with less to save the layers stay alike, since another text's needs differ by as much.
+WORTH: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ def measure(job: BenchJob, settings: Mapping[str, str], points: int) -> list[Row
         return job.ring(f"{size(budget)}", settings=settings, budget=f"{budget}B").again()
 
     first, *more = budgets(job, settings, points)
-    with sets_file() if job.mixture else nullcontext() as file:
+    routed = job.resolved(settings).predictor.kind == "router"
+    with sets_file() if routed else nullcontext() as file:
         rows = [row(first)]
         trace = of_ring(file, job.store, {}) if file is not None and file.exists() else None
     rows += [row(budget) for budget in more]

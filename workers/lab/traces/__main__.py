@@ -73,6 +73,8 @@ def record_command(
     if threads:
         config = config.replace(compute={"threads": threads})
     config = resolve(store, config).config
+    if store.architecture.mixture and config.predictor.kind != "router":
+        raise UsageError("a mixture's trace is of what its routers choose: leave out predictor.kind")
     some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
     with Progress(console=Console(stderr=True), transient=True) as bars:
