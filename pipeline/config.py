@@ -70,8 +70,12 @@ class Cache(Section):
     # memory that the machine has available, else a quarter.
     share: Annotated[float, Field(ge=0, le=1)] | None = None
     slots_per_layer: Count = 0  # overrides share; 0: by share or budget
+    # Of a mixture whose needs were recorded (`run.py trace needs`): whether slots go to the layers where they
+    # bring most hits. false: every layer has as many.
+    by_need: bool = True
     policy: str = "lrfu"  # who leaves first: lrfu by recency and frequency, lru the least recently used
     keep: bool = True  # false: nothing stays for the next token; only comparisons want that
+    hits_first: bool = True  # false: what is resident waits for what is read; only comparisons want that
 
 
 class Prefetcher(Section):

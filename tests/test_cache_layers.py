@@ -49,12 +49,16 @@ def step_of(number: int, every: bool = False) -> Step:
 class Bench:
     """A cache and its tables, spoken to in few words."""
 
-    def __init__(self, chosen: Plan, window: int = 0) -> None:
+    def __init__(self, chosen: Plan, window: int = 0, hits_first: bool = True) -> None:
         self.plan = chosen
         shape = (chosen.layers, 2, chosen.most_units)
         self.wanted, self.reads = np.full(shape, -9, np.int32), np.full(shape, -9, np.int32)
         self.cache = LayerCache(
-            chosen, self.wanted, self.reads, lambda layer: WindowThenOldest(chosen.units[layer], window)
+            chosen,
+            self.wanted,
+            self.reads,
+            lambda layer: WindowThenOldest(chosen.units[layer], window),
+            hits_first,
         )
 
     def tell(self, step: int, layer: int, *ids: int, doubtful=(), guess: bool = False, done=None):
@@ -125,6 +129,22 @@ def test_large_misses_are_parts_of_their_own():
         bench.parts(0, schedule)[3][0],
     ]
     assert bench.every(2, 1) == [read(2, 1, 1, 0, 8, every=True), part0(2, 1, (0, 8), (False, True))]
+
+
+def test_hits_may_be_kept_back_until_the_misses_are_there():
+    """In one part, also large ones; a prefill's are as ever."""
+    bench = Bench(replace(plan((5, 8), refine=True), stride=1 << 20), hits_first=False)
+    schedule = part0(0, 0, (0, 2), (False, True))
+    assert bench.tell(0, 0, 1, 6) == [read(0, 0, 1, 0, 2), schedule]
+    assert bench.tell(1, 0, 1, 6) == [part0(1, 0, (2,), (True,))]
+    assert bench.guess(2, 0, 3, 4) == [read(2, 0, 1, 0, 2, guess=True)]
+    schedule = part0(2, 0, (0, 0, 4), (False, False, True))
+    assert bench.tell(2, 0, 0, 1, 3, 7) == [read(2, 0, 2, 2, 2), schedule]
+    assert [[one for one, _ in part] for part in bench.parts(0, schedule)] == [[], [], [0, 1, 3, 7]]
+    bench.tell(2, 1, 0, 1)
+    assert bench.guess(3, 1, 5) == [read(3, 1, 1, 0, 1, guess=True)]
+    assert bench.tell(3, 1, 0, 1) == [part0(3, 1, (0, 2), (False, True))], "a wrong guess is awaited, too"
+    assert bench.every(4, 1) == [read(4, 1, 1, 0, 5, every=True), part0(4, 1, (3, 5), (False, True))]
 
 
 def test_misses_are_read_and_then_hits():
@@ -370,6 +390,7 @@ class World:
     random: Random
     plan: Plan
     window: int
+    hits_first: bool
     bench: Bench = field(init=False)
     predictions: deque = field(default_factory=deque)
     credits: deque = field(default_factory=deque)
@@ -382,7 +403,7 @@ class World:
     ahead: int = -1  # layer whose set this prompt has had already
 
     def __post_init__(self) -> None:
-        self.bench = Bench(self.plan, self.window)
+        self.bench = Bench(self.plan, self.window, self.hits_first)
         self.memory: dict[int, object] = {}
 
     def targets(self, step: Step, source: int) -> list[Target]:
@@ -522,12 +543,13 @@ class World:
     window=st.integers(0, 2),
     refine=st.booleans(),
     kind=st.sampled_from(("lowrank", "router")),
+    hits_first=st.booleans(),
     cancelled=st.integers(0, 3),
 )
 def test_any_ring_computes_exactly_its_sets(
-    random, slots, staging, lookahead, window, refine, kind, cancelled
+    random, slots, staging, lookahead, window, refine, kind, hits_first, cancelled
 ):
-    world = World(random, plan(tuple(slots), 12, staging, lookahead, refine, kind), window)
+    world = World(random, plan(tuple(slots), 12, staging, lookahead, refine, kind), window, hits_first)
     for number, every in enumerate((True, False, False, True, False)):
         world.run(step_of(number, every), cancelled if number == 3 else None)
     while events := world.events():

@@ -63,6 +63,7 @@ def test_the_text_is_the_decoders(store: Store, reference: Outcome) -> None:
         {"cache": {"share": 1.0}, "compute": {"threads": 2, "context": 128}},
         {"prefetcher": {"readers": 3, "max_read": 4096, "backend": "threads"}},
         {"cache": {"policy": "lru", "keep": False}},
+        {"cache": {"hits_first": False, "slots_per_layer": 5}},
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.machine import available_bytes
+from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
 from pipeline.ring.plan import BLOCK, BLOCKS, ROWS, TILE, Plan
@@ -56,6 +57,7 @@ class PlanReport:
     parts: dict[str, int]  # what holds how much
     budget: int | None  # None: no budget was given
     why: str = ""  # that share of the FFN, where nobody asked for it; for people
+    by_need: bool = False  # the layers' slots are divided as a recorded trace needs them
 
     @property
     def total(self) -> int:
@@ -74,6 +76,8 @@ class PlanReport:
         resident = plan.total_slots / sum(plan.units)
         within = f" of {size(self.budget)}" if self.budget is not None else ""
         head = f"memory: {size(self.total)}{within}; {resident:.1%} of the FFN in {plan.total_slots:,} slots"
+        if self.by_need:
+            head += f", {min(plan.slots)} to {max(plan.slots)} a layer by need"
         return [
             head,
             *([self.why] if self.why else []),
@@ -103,7 +107,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
         return least
     each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
     spare = (budget - least.total) // (open_layers * each)
-    return _report(store, resolved, [slots + spare for slots in _least_slots(store, config)], budget)
+    alike = [slots + spare for slots in _least_slots(store, config)]
+    return _by_need(store, resolved, _report(store, resolved, alike, budget))
 
 
 def _without_budget(store: Store, resolved: Resolved, available: int | None) -> PlanReport:
@@ -124,7 +129,26 @@ def _without_budget(store: Store, resolved: Resolved, available: int | None) -> 
             else f"all of the FFN would take {size(whole)}, above {FITS:.0%} of the {size(room)} available; "
             "--memory allows it"
         )
-    return replace(_report(store, resolved, [round(share * count) for count in units], None), why=why)
+    report = _report(store, resolved, [round(share * count) for count in units], None)
+    return replace(_by_need(store, resolved, report), why=why)
+
+
+def _by_need(store: Store, resolved: Resolved, alike: PlanReport) -> PlanReport:
+    """The same slots divided as recorded needs say; `alike` without them or where that is no use."""
+    pinned, slots = resolved.forecast.pinned, alike.plan.slots
+    if resolved.forecast.kind != "router" or not resolved.config.cache.by_need:
+        return alike
+    needs = Needs.of(store)
+    if needs is None:
+        return alike
+    floors = [
+        count if layer in pinned else min(count, least)
+        for layer, (count, least) in enumerate(zip(slots, _floor(store), strict=True))
+    ]
+    divided = needs.instead_of(slots, floors)
+    if divided == list(slots):
+        return alike
+    return replace(_report(store, resolved, divided, alike.budget), by_need=True)
 
 
 def least(store: Store, config: Config) -> PlanReport:

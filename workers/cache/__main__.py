@@ -11,12 +11,13 @@ from pipeline.ring.timeline import ANSWERED, FORESEEN
 from workers.cache.layers import LayerCache
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
+from workers.cache.recording import Recording
 from workers.loop import serve
 
 NAME = "cache"
 
 
-def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
+def answering(worker: Worker, cache: LayerCache, recording: Recording) -> Callable[[Message], None]:
     """The handler of the ring's messages."""
     predicted = worker.segments.predicted
 
@@ -37,6 +38,7 @@ def answering(worker: Worker, cache: LayerCache) -> Callable[[Message], None]:
                 ids = predicted[message.layer, int(message.guess), : message.listed]
                 instructions = cache.handle(message, ids)
                 mark(message, ANSWERED)
+                recording.keep(message, ids)
             case PartDone():
                 instructions = cache.handle(message)
             case RingReady():
@@ -57,8 +59,11 @@ def main(worker: Worker) -> None:
     def policy(layer: int) -> Policy:
         return make_policy(plan.units[layer], worker.config.cache)
 
-    cache = LayerCache(plan, segments.wanted, segments.reads, policy)
-    serve(worker, answering(worker, cache), cache.stats)
+    hits_first = worker.config.cache.hits_first
+    cache = LayerCache(plan, segments.wanted, segments.reads, policy, hits_first)
+    recording = Recording.wanted()
+    serve(worker, answering(worker, cache, recording), cache.stats)
+    recording.write()
 
 
 if __name__ == "__main__":

@@ -41,11 +41,20 @@ class LayerCache:
     """Answers predictions with reads and schedules."""
 
     def __init__(
-        self, plan: Plan, wanted: Table, reads: Table, policy: Callable[[int], Policy] | None = None
+        self,
+        plan: Plan,
+        wanted: Table,
+        reads: Table,
+        policy: Callable[[int], Policy] | None = None,
+        hits_first: bool = True,
     ) -> None:
-        """The tables are [layers, 2, most units]; `policy` makes one layer's, by default without window."""
+        """The tables are [layers, 2, most units]; `policy` makes one layer's, by default without window.
+
+        Unless `hits_first`, a token's hits are kept back until all of its misses have been read.
+        """
         make = policy or (lambda layer: WindowThenOldest(plan.units[layer], 0))
         self._plan = plan
+        self._hits_first = hits_first
         self._wanted, self._reads = wanted, reads
         self._every = np.arange(plan.most_units)
         self._staging = Staging()
@@ -188,7 +197,28 @@ class LayerCache:
         read_by_groups = misses > 0 and message.step.every and self._plan.forecast.routed
         if staged.size or read_by_groups:
             return self._groups(layer, message, ids, slots, missing, staged)
+        if not (self._hits_first or message.step.every) and (misses or layer.guessed):
+            return self._together(layer, message, ids, slots, missing)
         return self._parts(layer, message, ids, slots, missing, guessed, misses)
+
+    def _together(
+        self,
+        layer: _Layer,
+        message: NeuronsPredicted,
+        ids: Ids,
+        slots: Ids,
+        missing: npt.NDArray[np.bool_],
+    ) -> list[Instruction]:
+        """Everything fits, and is one part: with the misses, or else with the guess's."""
+        self._wanted[message.layer, ID, : ids.size] = ids
+        self._wanted[message.layer, SLOT, : ids.size] = slots
+        before = (0, 0) if layer.guessed and missing.any() else (0,)
+        closes = (False,) * len(before) + (True,)
+        schedule = _schedule(message, (*before, ids.size), closes, staged=False)
+        if not missing.any():
+            return [schedule]
+        absent = ids[missing], slots[missing]
+        return [self._read(layer, message, len(before), layer.guessed, *absent), schedule]
 
     def _parts(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from storage.errors import UsageError
 from workers.lab.bench.job import BenchJob
-from workers.lab.bench.rows import NAIVE, TECHNIQUES, Row
+from workers.lab.bench.rows import NAIVE, ROUTED, TECHNIQUES, Row
 from workers.lab.bench.series import Series
 
 STRICT = "all techniques at a strict 50 %"
@@ -22,6 +22,16 @@ SPARSE: tuple[tuple[str, dict[str, str]], ...] = (
     ("+ bundling", {}),
 )
 
+# The same of a mixture, whose routers say exactly which experts a token reads.
+NO_GUESS = {"predictor.guesses": "0"}
+ARRIVED = {"cache.hits_first": "false"}
+MIXED: tuple[tuple[str, dict[str, str]], ...] = (
+    ("+ router set", {**NO_GUESS, **ARRIVED, "cache.keep": "false"}),
+    ("+ slots", {**NO_GUESS, **ARRIVED}),
+    ("+ hits first", NO_GUESS),
+    ("+ guesses", {}),
+)
+
 
 def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     """Naive, hybrid and, where the store has predictors, each technique: the table's rows, in its order.
@@ -31,14 +41,27 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     `only` those of some names, if any are given; UsageError for a name that the first store has not.
 
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
-    cache-aware. Predictors that must look ahead overlap in every row.
+    cache-aware. Predictors that must look ahead overlap in every row. A mixture has rows of its own.
     """
+    rows = [] if job.label else [job.naive()]
+    rows += _of_mixture(job) if job.mixture else _of_neurons(job)
+    known = [row.name.removeprefix(job.label) for row in rows]
+    for name in only:
+        if name not in known and not job.label:
+            raise UsageError(f"this store has no row {name!r}; its rows are {'; '.join(known)}")
+    return [row for row, name in zip(rows, known, strict=True) if name in only or not only]
+
+
+def _of_mixture(job: BenchJob) -> list[Series]:
+    return [job.ring(name, ROUTED[: number + 1], settings) for number, (name, settings) in enumerate(MIXED)]
+
+
+def _of_neurons(job: BenchJob) -> list[Series]:
     # Nothing overlaps before the row that says so; without predictors there is none but this.
     every = {"predictor.kind": "all", "predictor.cache_aware": "false"}
     if job.has_predictors:
         every["predictor.lookahead"] = "0"
-    rows = [] if job.label else [job.naive()]
-    rows.append(job.ring("hybrid", TECHNIQUES[:1], every, streams=True))
+    rows = [job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
     if job.has_predictors:
         own_layer = job.knows(IN_LAYER)  # otherwise there is no way not to overlap
         apart, also = (IN_LAYER, ()) if own_layer else ({}, TECHNIQUES[-1:])
@@ -51,15 +74,16 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
             aware = {**settings, **CACHE_AWARE}
             if job.knows(aware):
                 rows.append(job.ring(f"{name}, cache-aware", TECHNIQUES, aware))
-    known = [row.name.removeprefix(job.label) for row in rows]
-    for name in only:
-        if name not in known and not job.label:
-            raise UsageError(f"this store has no row {name!r}; its rows are {'; '.join(known)}")
-    return [row for row, name in zip(rows, known, strict=True) if name in only or not only]
+    return rows
 
 
 def strict(job: BenchJob, rows: list[Row]) -> Series | None:
-    """The quickest of the rows with all techniques, in half of the checkpoint; None where there is none."""
+    """The quickest of the rows with all techniques, in half of the checkpoint; None where there is none.
+
+    A mixture's budget is no share of the checkpoint: it has no such row.
+    """
+    if job.mixture:
+        return None
     quickest = best([row for row in rows if complete(job, row)])
     if quickest is None:
         return None
@@ -80,9 +104,14 @@ def overlaps(job: BenchJob) -> list[tuple[str, dict[str, str]]]:
     return ways
 
 
+def techniques(job: BenchJob) -> tuple[str, ...]:
+    """Those that the store's rows tell apart."""
+    return ROUTED if job.mixture else TECHNIQUES
+
+
 def complete(job: BenchJob, row: Row | Series) -> bool:
     """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
-    wanted = TECHNIQUES if job.has_predictors else TECHNIQUES[:1]
+    wanted = techniques(job) if job.mixture or job.has_predictors else TECHNIQUES[:1]
     return not row.error and row.techniques == wanted and row.name != STRICT
 
 

@@ -29,6 +29,7 @@ from workers.lab.bench.series import Series
 FORMAT = 1  # of results.json
 RESULTS, REPORT = "results.json", "results.md"
 CURVE_POINTS, QUICK_POINTS = 6, 2
+CLIFF = "Less than the first budget is refused."
 
 
 @dataclass(slots=True)
@@ -107,11 +108,11 @@ class Bench:
         found = {}
         rows, others = list(self.rows.values()), list(self.peers.values())
         if rows:
-            found["What each technique brings"] = table.ablation(rows)
+            found["What each technique brings"] = table.ablation(rows, ablation.techniques(self.job))
         if rows and self.job.store.architecture.family == "opt":
             found["The paper's figures"] = table.PAPER
         if others:
-            found["Peers"] = table.ablation(others)
+            found["Peers"] = table.ablation(others, ())
         if rows:
             found["How many times faster"] = table.speedups(rows, others, self.roofs)
         if self.roofs:
@@ -121,7 +122,7 @@ class Bench:
         if self.fio:
             found["The prefetcher beside fio"] = table.beside_fio(self.fio)
         if self.curve:
-            found["Memory against latency"] = table.curve(self.curve)
+            found["Memory against latency"] = f"{table.curve(self.curve)}\n\n{CLIFF}"
         if self.tries:
             found["This disk, GB/s of random reads"] = table.disk(self.tries)
         return found
@@ -236,8 +237,10 @@ def _told(bench: Bench, what: str) -> Iterator[None]:
 
 
 def _has_roof(job: BenchJob, series: Series) -> bool:
-    """Rings with all techniques have one and, but for a quick run, the naive row."""
-    return ablation.complete(job, series) or (series.name == NAIVE and not job.quick)
+    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row."""
+    if series.name == NAIVE:
+        return not job.quick
+    return job.mixture or ablation.complete(job, series)
 
 
 def _curve(bench: Bench) -> None:

@@ -13,6 +13,7 @@ from workers.lab.bench.job import BenchJob
 from workers.lab.bench.series import Series
 
 SEQUENTIAL = 8 << 20  # bytes of one read of the naive baseline, and of its ceiling
+PAGE = 4096  # bytes; direct reads begin and end at multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,12 @@ class Around:
 
 
 def _request(job: BenchJob, series: Series) -> int:
-    """Bytes of one read: a whole number of bundles, or long reads where a row streams."""
+    """Bytes of one read: a whole number of bundles, or a piece of one, or long reads where a row streams."""
     if series.streams:
-        return min(SEQUENTIAL, job.store.layout.layers[0].bytes)
-    stride = job.store.layout.stride
+        return min(SEQUENTIAL, max(layer.bytes for layer in job.store.layout.layers))
+    stride, most = job.store.layout.stride, job.resolved().prefetcher.max_read
     mean = series.row(series.runs).request_bytes if series.runs else 0.0
+    if stride > most:
+        pieces = -(-stride // most)
+        return round((mean or stride / pieces) / PAGE) * PAGE
     return max(stride, round(mean / stride) * stride)

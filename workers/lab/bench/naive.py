@@ -333,7 +333,8 @@ def measure(store: Store, tokens: Sequence[int], position: int, threads: int) ->
 
     The keys and values before `position` are random numbers: attention's cost does not depend on them.
     """
-    kernels.warm(store.layout.layers[0].unit.codec("up"), store.architecture)
+    unit = next(layer.unit for layer in store.layout.layers if layer.units)
+    kernels.warm(unit.codec("up"), store.architecture)
     context = position + len(tokens)
     with NaiveModel(store, context, threads) as model:
         random = np.random.default_rng(0)

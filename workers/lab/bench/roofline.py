@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.planner.budget import checkpoint_bytes
-from storage.codecs import CODECS
+from storage.architecture import EMBED, POSITIONS
 from storage.manifest import RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
@@ -86,15 +86,10 @@ class Roofline:
 
 def resident_bytes(job: BenchJob) -> int:
     """Resident weights that a token reads: all but the embedding's and positions' other rows."""
-    store = job.store
-    a = store.architecture
-    codec = CODECS[job.dtype]
-    total = store.manifest.files[RESIDENT].bytes
-    if not a.tied_head:
-        total -= codec.size(a.vocabulary * a.embed_dim)  # a tied one is the head
-    if a.learned_positions is not None:
-        total -= codec.size((a.max_positions + a.learned_positions) * a.d_model)
-    return max(0, total)
+    file = Tensors(job.store.path / RESIDENT)
+    tables = [POSITIONS, *([] if job.store.architecture.tied_head else [EMBED])]  # a tied one is the head
+    others = sum(file.place(name).bytes for name in tables if name in file)
+    return job.store.manifest.files[RESIDENT].bytes - others
 
 
 def memory_bytes(job: BenchJob, row: Row) -> float:

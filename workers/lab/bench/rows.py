@@ -13,6 +13,7 @@ from workers.lab.bench.children import Ran
 
 NAIVE = "naive"  # the row of the baseline that keeps nothing
 TECHNIQUES = ("hybrid", "predictor", "window", "bundling", "overlap")
+ROUTED = ("router set", "slots", "hits first", "guesses")  # of a mixture of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ class Row:
     p90_ms: float = 0.0
     run_ms: tuple[float, ...] = ()  # each run's median
     hit_rate: float = 0.0
+    best_hit_rate: float | None = None  # of Belady's policy; None: not replayed
     prefill_seconds: float = 0.0
+    prefill_bytes: float = 0.0  # read by it
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -106,6 +109,7 @@ def of_rings(
         other_ms=max(0.0, timed.mean - compute - waiting),
         hit_rate=statistics.median(result["cache"]["hit_rate"] for result in results),
         prefill_seconds=statistics.median(result["seconds"]["prefill"] for result in results),
+        prefill_bytes=statistics.median(result["flash"]["prefill_bytes"] for result in results),
         settings=settings,
         **_common(runs, timed, [result["memory"]["peak_bytes"] for result in results]),
     )

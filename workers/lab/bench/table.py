@@ -9,7 +9,7 @@ from typing import Any
 from workers.lab.bench.disk import Throughput
 from workers.lab.bench.prefill import Prefill
 from workers.lab.bench.roofline import Roofline
-from workers.lab.bench.rows import NAIVE, TECHNIQUES, Row
+from workers.lab.bench.rows import NAIVE, Row
 
 # arXiv 2312.11514, tables 2 and 3: OPT-6.7B in 16 bits, half of it in memory. Its first two I/O times are
 # computed, not measured.
@@ -28,17 +28,18 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def ablation(rows: Sequence[Row]) -> str:
-    """The paper's columns, and the spread of the total."""
+def ablation(rows: Sequence[Row], techniques: Sequence[str]) -> str:
+    """The paper's columns, the hit rate, and the spread of the total."""
     header = [
-        "", *TECHNIQUES, "DRAM GB", "flash→DRAM GB/token", "GB/s", "I/O ms", "memory management ms",
-        "prediction ms", "compute ms", "waiting ms", "total ms, median", "p10–p90", "medians of runs",
+        "", *techniques, "DRAM GB", "flash→DRAM GB/token", "hit rate", "GB/s", "I/O ms",
+        "memory management ms", "prediction ms", "compute ms", "waiting ms", "total ms, median", "p10–p90",
+        "medians of runs",
     ]  # fmt: skip
-    return table(header, [_ablation_line(row, len(header)) for row in rows])
+    return table(header, [_ablation_line(row, techniques, len(header)) for row in rows])
 
 
-def _ablation_line(row: Row, columns: int) -> list[str]:
-    marks = ["✓" if technique in row.techniques else "–" for technique in TECHNIQUES]
+def _ablation_line(row: Row, techniques: Sequence[str], columns: int) -> list[str]:
+    marks = ["✓" if technique in row.techniques else "–" for technique in techniques]
     if row.error:
         return [row.name, *marks, f"not measured: {row.error}", *[""] * (columns - len(marks) - 2)]
     return [
@@ -46,6 +47,7 @@ def _ablation_line(row: Row, columns: int) -> list[str]:
         *marks,
         f"{row.dram_bytes / 1e9:.2f}",
         f"{row.bytes_per_token / 1e9:.4g}",
+        f"{row.hit_rate:.1%}" if row.techniques else "",
         f"{row.bytes_per_second / 1e9:.2f}" if row.io_ms else "",
         _ms(row.io_ms),
         _ms(row.management_ms),
@@ -79,14 +81,16 @@ def speedups(rows: Sequence[Row], peers: Sequence[Row], roofs: Sequence[Roofline
 
 
 def curve(rows: Sequence[Row]) -> str:
+    """The first row's is the least budget that the planner accepts."""
+    replayed = any(row.best_hit_rate is not None for row in rows)
     header = [
-        "budget", "DRAM GB", "GB/token", "hit rate", "I/O ms", "prediction ms", "compute ms", "waiting ms",
-        "other ms", "total ms", "p10–p90",
+        "budget", "DRAM GB", "GB/token", "hit rate", *(["Belady's"] if replayed else []), "I/O ms",
+        "prediction ms", "compute ms", "waiting ms", "other ms", "total ms", "p10–p90",
     ]  # fmt: skip
-    return table(header, [_curve_line(row, len(header)) for row in rows])
+    return table(header, [_curve_line(row, replayed, len(header)) for row in rows])
 
 
-def _curve_line(row: Row, columns: int) -> list[str]:
+def _curve_line(row: Row, replayed: bool, columns: int) -> list[str]:
     if row.error:
         return [row.name, f"not measured: {row.error}", *[""] * (columns - 2)]
     return [
@@ -94,6 +98,7 @@ def _curve_line(row: Row, columns: int) -> list[str]:
         f"{row.dram_bytes / 1e9:.2f}",
         f"{row.bytes_per_token / 1e9:.4g}",
         f"{row.hit_rate:.1%}",
+        *(["" if row.best_hit_rate is None else f"{row.best_hit_rate:.1%}"] if replayed else []),
         _ms(row.io_ms),
         _ms(row.prediction_ms),
         _ms(row.compute_ms),

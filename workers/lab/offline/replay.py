@@ -11,8 +11,8 @@ import numpy.typing as npt
 from workers.cache.frequency import RecentlyFrequent
 from workers.cache.policy import NOTHING, Ids, Policy, WindowThenOldest
 from workers.cache.residency import NOWHERE, Residency
-from workers.lab.offline.policies import Belady, PinnedThenOldest
-from workers.lab.offline.trace import Trace
+from workers.lab.offline.policies import Belady, FrequencyByAge, PinnedThenOldest
+from workers.lab.offline.trace import Trace, pack
 
 LFU = 1e6  # tokens of half-life: longer than any text here
 HOT_SHARE = 0.5  # of the slots that a pinned hot set takes
@@ -89,12 +89,35 @@ def policies(
     made["LFU"] = lambda layer, slots: RecentlyFrequent(d_ff, 0, LFU)
     for half_life in half_lives:
         made[f"LRFU {half_life:g}"] = lambda layer, slots, h=half_life: RecentlyFrequent(d_ff, 0, h)  # type: ignore[misc]
+    made["LFRU"] = lambda layer, slots: FrequencyByAge(d_ff)
     longest = max(windows)
     made[f"hot set + window {longest}"] = lambda layer, slots: PinnedThenOldest(
         d_ff, longest, hottest(earlier, layer, round(HOT_SHARE * slots))
     )
     made["Belady"] = lambda layer, slots: Belady(trace.masks(trace.used, layer))
     return made
+
+
+def best_after_prefill(trace: Trace, slots: Sequence[int]) -> Outcome:
+    """The most hits that any policy could have of a ring's tokens after a prompt.
+
+    It may have read any expert, and left any of them in slots: those that are needed soonest.
+    """
+    hits = wanted = 0
+    for layer in range(trace.layers):
+        masks = trace.masks(trace.used, layer)
+        first = np.where(masks.any(axis=0), masks.argmax(axis=0), trace.tokens)
+        there = np.zeros((1, trace.d_ff), np.bool_)
+        there[0, np.argsort(first, kind="stable")[: slots[layer]]] = True
+        masks = np.concatenate((there, masks))
+        alone = Trace(trace.d_ff, trace.stride, pack(masks)[None], None, None, {})
+
+        def make(_: int, slots: int, masks: npt.NDArray[np.bool_] = masks) -> Policy:
+            return Belady(masks)
+
+        found = replay(alone, slots[layer : layer + 1], make, warm_up=1)
+        hits, wanted = hits + found.hits, wanted + found.wanted
+    return Outcome(hits, wanted - hits, 0, trace.tokens)
 
 
 def hottest(trace: Trace, layer: int, count: int) -> npt.NDArray[np.bool_]:

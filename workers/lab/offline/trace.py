@@ -1,8 +1,8 @@
-"""A trace: for every token of a text and every layer, the neurons that were active, and chosen.
+"""A trace: for every token of a text and every layer, the neurons that were active, and chosen; or experts.
 
 One `.npz` file: `active`, and where predictors chose, `predicted` and maybe `guessed`, each uint8
 `[layers, tokens, ceil(d_ff / 8)]`, lowest bit first; `meta`, a JSON text: `d_ff`, `stride` (bytes of
-a bundle), `store` (identity of the weights), `config`.
+a bundle), `store` (identity of the weights), `config`; of experts `top_k`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class Trace:
     @property
     def tokens(self) -> int:
         return len(self.active[0])
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token; 0 of a trace of neurons."""
+        return int(self.meta.get("top_k", 0))
 
     @property
     def used(self) -> Bits:

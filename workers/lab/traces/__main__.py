@@ -25,13 +25,14 @@ from pipeline.models.names import configure
 from pipeline.planner.resolve import resolve
 from storage.errors import UsageError
 from storage.files import replacing
+from storage.store import Store
 from workers.cache.policies import make_policy
 from workers.cache.policy import Policy
-from workers.lab.offline import record, replay
+from workers.lab.offline import pool, record, ring
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
 from workers.lab.offline.trace import Trace
-from workers.lab.traces import activity, placement, report
+from workers.lab.traces import activity, comparison, placement, report
 from workers.lab.traces.order import linear_order
 from workers.lab.traces.windows import windows as count_windows
 from workers.lab.training.texts import rows
@@ -60,30 +61,34 @@ def record_command(
     config_file: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
-    """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely."""
+    """Record which neurons a text uses: with predictors as the ring would, else (kind all) densely.
+
+    Of a mixture of experts a ring decodes the text, and its experts are recorded.
+    """
     check_writable(out)
     source, config = configure(model, config_file, settings or ())
     store = source.open_store()
-    if store.architecture.mixture:
-        raise UsageError(f"{store.manifest.name} is a mixture of experts: traces are of single neurons")
-    if not store.architecture.sparse:
+    if not (store.architecture.sparse or store.architecture.mixture):
         raise UsageError(f"{store.manifest.name} is not a ReLU model: every neuron is active")
+    if threads:
+        config = config.replace(compute={"threads": threads})
     config = resolve(store, config).config
+    if store.architecture.mixture and config.predictor.kind != "router":
+        raise UsageError("a mixture's trace is of what its routers choose: leave out predictor.kind")
     some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
-    with (
-        torch.no_grad(),
-        DenseModel(store, thread_count(threads)) as dense,
-        Progress(console=Console(stderr=True), transient=True) as bars,
-    ):
+    with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("tokens", total=some.size)
-        trace = record.record(
-            dense,
-            make_chooser(store, config, in_order=True),
-            some,
-            meta,
-            lambda done, total: bars.update(bar, completed=done),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bars.update(bar, completed=done)
+
+        if store.architecture.mixture:
+            trace = ring.record(store, config, some, meta, progress)
+        else:
+            with torch.no_grad(), DenseModel(store, thread_count(threads)) as dense:
+                chooser = make_chooser(store, config, in_order=True)
+                trace = record.record(dense, chooser, some, meta, progress)
     trace.save(out)
     rows_of = f"{len(some)} rows of {some.shape[1]}" if len(some) > 1 else "one row"
     print(f"{out}: {trace.tokens:,} tokens ({rows_of}), {trace.layers} layers", file=sys.stderr)
@@ -105,7 +110,10 @@ def replay_command(
     picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare cache policies on a trace, by the ring's own residency."""
+    """Compare cache policies on a trace, by the ring's own residency.
+
+    Of experts, slots are also divided among layers by need, as the earlier trace tells it, or are one pool.
+    """
     trace = Trace.load(file)
     calibration = Trace.load(earlier) if earlier else trace
     if (calibration.layers, calibration.d_ff) != (trace.layers, trace.d_ff):
@@ -114,15 +122,19 @@ def replay_command(
         raise UsageError(f"{file} has only {trace.tokens} tokens")
     if active:
         trace, calibration = trace.only_active(), calibration.only_active()
-    made = replay.policies(trace, calibration, [round(k) for k in _numbers(windows)], _numbers(half_lives))
+    shares = _numbers(capacities)
+    if trace.top_k > round(min(shares) * trace.d_ff):
+        raise UsageError(
+            f"{min(shares):g} of {trace.d_ff} experts are fewer than the {trace.top_k} of a token"
+        )
+    lengths = [round(window) for window in _numbers(windows)]
+    made = comparison.runs(trace, calibration, lengths, _numbers(half_lives), warm_up)
     results = []
     with Progress(console=Console(stderr=True), transient=True) as bars:
-        shares = _numbers(capacities)
         bar = bars.add_task("policies", total=len(shares) * len(made))
         for capacity in shares:
-            slots = [round(capacity * trace.d_ff)] * trace.layers
-            for name, make in made.items():
-                results.append(report.Result(name, capacity, replay.replay(trace, slots, make, warm_up)))
+            for name, run_with in made.items():
+                results.append(report.Result(name, capacity, run_with(round(capacity * trace.d_ff))))
                 bars.advance(bar)
     counted = count_windows(trace, LONGEST_WINDOW)
     if as_json:
@@ -151,6 +163,21 @@ def activity_command(
     console.print(report.window_table(mean))
     if picture:
         activity.draw(layers, mean, picture)
+
+
+@app.command("needs")
+def needs_command(
+    file: File,
+    model: Annotated[Path, typer.Option("--store", help="The store that TRACE is of.", metavar="STORE")],
+) -> None:
+    """Write into a mixture's store what each layer needs, by which slots are divided from then on."""
+    trace, store = Trace.load(file), Store.open(model)
+    if not trace.top_k:
+        raise UsageError(f"{file} is no trace of experts: neurons' slots are the same number in every layer")
+    if trace.meta.get("store") != store.identity:
+        raise UsageError(f"{file} is no trace of {model}")
+    path = pool.needs(trace, store.layout.units, store.identity).write(store)
+    print(f"{path}: {trace.layers} layers, by {trace.tokens:,} tokens", file=sys.stderr)
 
 
 @app.command("order")
