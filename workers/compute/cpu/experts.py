@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.ring.plan import ROWS, TILE
 from storage.architecture import Ffn
-from storage.codecs import F32
+from storage.codecs import F32, FLOAT32
 from storage.layout import I32, Role, Rows, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundShared, Linear
@@ -87,8 +87,8 @@ class TokenExperts:
             return
         ids, found = (np.concatenate(several) for several in zip(*self._kept, strict=True))
         self._kept.clear()
-        for place in np.argsort(ids):
-            self._output += self._weights[ids[place]] * found[place]
+        outputs, places = Rows.of_matrix(found, FLOAT32), np.arange(ids.size, dtype=np.int32)
+        kernels.accumulate(outputs, ids, places, self._weights[ids], self._output, self._threads)
 
     def finish(self) -> F32:
         assert self.active == np.count_nonzero(self._chosen), "an expert has not come"
