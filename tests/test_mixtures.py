@@ -33,6 +33,7 @@ from workers import kernels
 from workers.compute.bound import BoundLayer, Linear
 from workers.compute.cpu.experts import BatchExperts, TokenExperts
 from workers.compute.cpu.pool import Pool
+from workers.compute.cpu.units import UnitRows
 from workers.lab.evaluation.points import measure as measure_points
 from workers.lab.offline.chooser import make_chooser
 from workers.lab.offline.dense import DenseModel
@@ -247,7 +248,7 @@ def test_an_experts_sum_does_not_depend_on_parts_slots_or_threads(codec: str, po
         (1, [[[1]], [[6], [4]]]),
         (2, [[[0, 3], [2, 1]], [[4]], [[7, 6]]]),
     ):
-        one = TokenExperts(bound, unit, ffn, x[0], routing, None, threads)
+        one = TokenExperts(bound, UnitRows(unit), ffn, x[0], routing, None, threads)
         many = BatchExperts(bound, unit, ffn, x, routing, None, pool)
         for group in groups:
             slots = iter(range(len(memory)))
@@ -282,7 +283,7 @@ def test_an_experts_sum_does_not_depend_on_parts_slots_or_threads(codec: str, po
 def test_an_expert_that_does_not_come_is_noticed() -> None:
     bound, unit, ffn, memory = _layer("float32")
     x, routing = np.ones(D_MODEL, np.float32), Routing(np.array([[1, 4, 6]]), np.ones((1, 3), np.float32))
-    one = TokenExperts(bound, unit, ffn, x, routing, None, 1)
+    one = TokenExperts(bound, UnitRows(unit), ffn, x, routing, None, 1)
     ids = np.array([1, 6], np.int32)
     one.add(ids, ids, memory)
     one.close()
