@@ -11,7 +11,7 @@ from pipeline.cores import thread_count
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker, run_on_loop
-from pipeline.ring.promptness import starting_prompt_threads
+from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
 from storage.codecs import CODECS
 from workers import kernels
 from workers.compute import compiling
@@ -29,7 +29,8 @@ NAME = "compute"
 class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
-    def __init__(self, worker: Worker, weights: Weights, device: Device[Any]) -> None:
+    def __init__(self, worker: Worker, weights: Weights, device: Device[Any], threads: int) -> None:
+        self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         with starting_prompt_threads():
             self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
@@ -58,6 +59,11 @@ class LayerLoop:
 
     def _work(self) -> None:
         error: BaseException | None = None
+        import os
+
+        kernels.start_threads(self._threads)  # before this thread is bound to a core
+        if os.environ.get("PIN"):
+            leave_to_prompt_threads()
         try:
             while (request := self._requests.get()) is not None:
                 self.engine.generate(request)
@@ -97,7 +103,7 @@ async def main(worker: Worker) -> None:
         return
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
-    loop = LayerLoop(worker, weights, device)
+    loop = LayerLoop(worker, weights, device, threads)
     stopped = asyncio.Event()
 
     def handle(message: Message) -> None:

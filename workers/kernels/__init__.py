@@ -35,7 +35,7 @@ from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
-from workers.kernels.launch import notes
+from workers.kernels.launch import notes, start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 from workers.kernels.rows import ACTIVATIONS
@@ -58,6 +58,7 @@ __all__ = [
     "passing",
     "rms_norm",
     "score",
+    "start_threads",
     "warm",
     "warm_attention",
     "warm_scores",

@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, prange, types
 from numba.core import config
 from numba.core.types import ExternalFunction
 from numba.extending import intrinsic
@@ -113,6 +113,21 @@ def use_threads(threads: int, weight_bytes: int) -> int:
     wanted = 1 if weight_bytes < SMALL else max(1, min(threads, most))
     numba.set_num_threads(wanted)
     return wanted
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _count(threads: Any) -> Any:
+    count = 0
+    for _ in prange(threads):
+        count += 1
+    return count
+
+
+def start_threads(threads: int) -> int:
+    """Start what helps the calling thread, to run where that may now; returns how many work together."""
+    numba.set_num_threads(threads)
+    started: int = _count(threads)
+    return started
 
 
 def notes() -> str:

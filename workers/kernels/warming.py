@@ -12,6 +12,7 @@ from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
+from workers.kernels.launch import start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 
@@ -23,6 +24,7 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
 
     Those that `architecture` uses; without one, those of plain FFNs and layer norms.
     """
+    start_threads(1)
     layers = () if architecture is None else architecture.layers
     kinds = {layer.ffn.kind for layer in layers} or {"plain"}
     norms = {norm.kind for layer in layers for norm in layer.norms.values()} or {"layer"}
