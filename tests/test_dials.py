@@ -59,7 +59,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def preferred(logits: np.ndarray[Any, Any], resident: set[int], top_k: int, bonus: float) -> list[int]:
-    """The plain rule: the `top_k` best once residents have their bonus; the likeliest is always one of them."""
+    """The plain rule: the `top_k` best once residents have their bonus, the likeliest always among them."""
     raised = [(value + bonus * (one in resident), -one) for one, value in enumerate(logits.tolist())]
     best = int(logits.argmax())
     raised[best] = (np.inf, 0)
@@ -152,7 +152,7 @@ def test_what_reads_everything_refuses(store: Store, name: str) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "much", float("nan")])
 def test_shares_are_shares(value: Any) -> None:
-    with pytest.raises(ConfigError, match="experts.prefer"):
+    with pytest.raises(ConfigError, match=r"experts\.prefer"):
         Config.parse({"experts": {"prefer": value}})
 
 

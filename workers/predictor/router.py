@@ -82,7 +82,7 @@ class RouterScorer(Scorer):
         return np.sort(chosen) if own else chosen, NOTHING
 
     def _graded(self, router: _Router, logits: F32) -> tuple[Ids, Ids]:
-        """Which experts are wanted in any case, or their stand-ins, and which only where they are resident."""
+        """Which experts, or their stand-ins, are wanted anyway, and which only where they are resident."""
         chosen = ranked(logits, router.chooses.top_k)
         weights = weigh(router.chooses, logits[None], chosen[None]).weights[0]
         light = weights < self._skip * weights.sum()

@@ -42,10 +42,7 @@ from workers.lab.offline.local_ring import LocalRing
 
 _LENGTH = 256  # tokens of a chunk
 EXACT = "exact"
-PREFER, SKIP = (
-    (0.05, 0.1),
-    (0.1, 0.2),
-)  # of `experts.prefer` and `experts.skip`, where no others are asked for
+PREFER, SKIP = (0.05, 0.1), (0.1, 0.2)  # of these dials, where no others are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +93,8 @@ def main(
     configs = {name: configure(model, None, [*base, *some])[1] for name, some in named.items()}
     found, count = compare(store, configs, read_text(text), tokens, seed, thread_count(threads))
     if as_json:
-        print(
-            json.dumps(
-                {"model": store.manifest.name, "tokens": count, "rows": [asdict(one) for one in found]}
-            )
-        )
+        rows = [asdict(one) for one in found]
+        print(json.dumps({"model": store.manifest.name, "tokens": count, "rows": rows}))
     else:
         tables().print(table(found, count))
 
