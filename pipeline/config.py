@@ -107,6 +107,18 @@ class Compute(Section):
     structured: bool = False
 
 
+class Experts(Section):
+    """Lossy dials of a mixture of experts, all off. `dials.py` says more; docs/quality.md, what they cost."""
+
+    per_token: Count = 0  # experts of a token; 0: as many as the model's routers choose
+    # What an expert in a slot has above others when a token's are chosen: a share of the distance from the
+    # lowest score to the highest. The text then depends on what is resident.
+    prefer: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # A token goes without an expert that would have to be read, and has less than this share of the weights
+    # of its experts. The text then depends on what is resident.
+    skip: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class Decoding(Section):
     """How to decode where the command line, or a request, does not say: how to sample, and how long.
 
@@ -137,6 +149,7 @@ class Config(Section):
     cache: Cache = Cache()
     prefetcher: Prefetcher = Prefetcher()
     compute: Compute = Compute()
+    experts: Experts = Experts()
     memory: Memory = Memory()
     sampling: Decoding = Decoding()
 

@@ -69,6 +69,7 @@ def summary(done: Generation, audit: int = 0, budget: int | None = 4096) -> Summ
         memory=MemoryUse(budget, 3000),
         pids={"compute": 11, "cache": 12},
         notes=["prefetcher: io_uring"],
+        lossy=["3 of 4 experts"],
     )
 
 
@@ -105,6 +106,7 @@ def test_the_json_has_its_keys_in_their_order():
             "compute": {"tokens": 3.0, "audit_seconds": 0.5},
         },
         "notes": ["prefetcher: io_uring"],
+        "lossy": ["3 of 4 experts"],
         "config": config(compute={"audit": 0}).model_dump(mode="json"),
     }
     assert json.dumps(told) == json.dumps(wanted)

@@ -1,7 +1,8 @@
 """Which experts a row has, and how much each counts, from a router's logits. Pure numpy.
 
 The predictor chooses with this, and compute again: from the same row by the same kernel come the same logits,
-and with them the same experts, so that only their ids travel.
+and with them the same experts, so that only their ids travel. Where the cache has a say (`experts.prefer`,
+`experts.skip`), compute takes the ids that come, and weighs them by the same logits.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ Ids = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Of each row its experts, ascending, and their weights: both [rows, top_k]."""
+    """Of each row its experts, ascending, and their weights: both [rows, experts of a row]."""
 
     ids: Ids
     weights: F32
+    logits: F32  # [rows, experts]: what they were chosen by
 
 
 def ranked(logits: F32, top_k: int) -> Ids:
@@ -46,7 +48,11 @@ def by_use(ids: Ids, last: int) -> tuple[tuple[int, ...], int]:
 
 def route(router: Router, logits: F32) -> Routing:
     """From logits [rows, experts]."""
-    ids = np.sort(ranked(logits, router.top_k), axis=-1)
+    return weigh(router, logits, np.sort(ranked(logits, router.top_k), axis=-1))
+
+
+def weigh(router: Router, logits: F32, ids: Ids) -> Routing:
+    """The same with given experts [rows, n]: the router's weights as if it had chosen them."""
     chosen = np.take_along_axis(logits, ids, axis=-1)
     if router.scores == "sigmoid":
         weights = 1 / (1 + np.exp(-chosen))
@@ -59,4 +65,4 @@ def route(router: Router, logits: F32) -> Routing:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     if router.scale != 1:
         weights = weights * np.float32(router.scale)
-    return Routing(ids, weights.astype(np.float32))
+    return Routing(ids, weights.astype(np.float32), logits)

@@ -274,8 +274,9 @@ def describe(summary: Summary) -> str:
     cache = summary.cache
     asked = cache.hits + cache.misses
     hit_rate = f"{100 * cache.hits / asked:.1f} %" if asked else "no lookups"
+    lossy = f", lossy: {', '.join(summary.lossy)}" if summary.lossy else ""
     return (
         f"[{summary.generated_tokens} tokens, {summary.tokens_per_second:.1f} tokens/s, "
         f"{summary.flash.bytes_per_token / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
-        f"peak memory {size(summary.memory.peak_bytes)}]"
+        f"peak memory {size(summary.memory.peak_bytes)}{lossy}]"
     )

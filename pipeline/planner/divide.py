@@ -14,6 +14,7 @@ from typing import Final
 from pipeline.config import Config
 from pipeline.console import size
 from pipeline.cores import thread_count
+from pipeline.dials import with_fewer
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
@@ -92,7 +93,7 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     Raises BudgetError, naming the least that would do, when the budget is too small, and
     ConfigError for what cannot be.
     """
-    resolved = resolve(store, config)
+    resolved, store = resolve(store, config), with_fewer(store, config)
     budget = parse_budget(config.memory.budget, store)
     least = _report(store, resolved, _least_slots(store, config), budget)
     units = store.layout.units
@@ -153,7 +154,8 @@ def _by_need(store: Store, resolved: Resolved, alike: PlanReport) -> PlanReport:
 
 def least(store: Store, config: Config) -> PlanReport:
     """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
-    return _report(store, resolve(store, config), _least_slots(store, config), None)
+    resolved, store = resolve(store, config), with_fewer(store, config)
+    return _report(store, resolved, _least_slots(store, config), None)
 
 
 def most(store: Store, config: Config) -> PlanReport:

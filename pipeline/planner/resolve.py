@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline import dials
 from pipeline.config import Config, Model
 from pipeline.planner import decoding
 from pipeline.ring.plan import Forecast, Kind
@@ -44,6 +45,7 @@ def _forecast(store: Store, config: Config) -> Forecast:
         )
     if kind == "router" and not store.architecture.mixture:
         raise ConfigError(f"predictor.kind router needs experts, and {store.manifest.name} has none")
+    dials.check(store, config, kind)
     if kind == "oracle" and not store.architecture.sparse:
         raise ConfigError(
             "predictor.kind oracle needs a ReLU model, "
@@ -61,7 +63,8 @@ def _forecast(store: Store, config: Config) -> Forecast:
         if lookahead and not refine:
             raise ConfigError("a router chooses from its layer's own input: leave predictor.refine out")
         lookahead, guesses = (lookahead if wanted.guesses else 0), wanted.guesses
-    return Forecast(kind, lookahead, refine, early, pinned, wanted.cache_aware, guesses)
+    prefer, skip = config.experts.prefer, config.experts.skip
+    return Forecast(kind, lookahead, refine, early, pinned, wanted.cache_aware, guesses, prefer, skip)
 
 
 def _kind(store: Store, config: Config) -> Kind:

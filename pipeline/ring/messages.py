@@ -139,8 +139,9 @@ class NeuronsPredicted(Message):
 
     The segment's row (layer, guess) holds `certain` ids, then `doubtful` ones, or with `every` those to
     `keep`; each ascending. Without `every` the first `keep` of the certain ones are those to keep, and the
-    others follow in the order in which they are worth it. A `guess` only starts reads early: the set that is
-    computed is the one that follows without it.
+    others follow in the order in which they are worth it. With `experts.prefer` there are stand-ins among the
+    certain ones, as ~id, and PROTOCOL.md says who is in the set. A `guess` only starts reads early: the set
+    that is computed is the one that follows without it.
     """
 
     TAG = 21
@@ -149,7 +150,7 @@ class NeuronsPredicted(Message):
     layer: int
     guess: bool
     every: bool  # every neuron is wanted, and none of them is listed
-    certain: int  # neurons that are wanted
+    certain: int  # neurons that are wanted; stand-ins count, too
     doubtful: int  # neurons that are wanted only where they are resident
     keep: int | None  # of a prompt: neurons that should stay in slots afterwards; None: no matter which
     done: int

@@ -30,6 +30,8 @@ class Forecast:
     pinned: frozenset[int] = frozenset()  # layers that are resident and computed whole
     cache_aware: bool = False  # some neurons are wanted only where they are resident
     guesses: int | None = None  # units that one guess may read; None: all that it lists
+    prefer: float = 0.0  # `experts.prefer` of the configuration
+    skip: float = 0.0  # `experts.skip`
 
     @property
     def every(self) -> bool:
@@ -40,6 +42,11 @@ class Forecast:
     def routed(self) -> bool:
         """Whether units are experts, and their layers' routers choose them."""
         return self.kind == "router"
+
+    @property
+    def settled_by_cache(self) -> bool:
+        """Whether a token's experts depend on what is resident: then its router alone does not know them."""
+        return self.prefer > 0 or self.skip > 0
 
     @property
     def refines(self) -> bool:

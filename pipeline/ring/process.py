@@ -25,6 +25,7 @@ import msgpack
 import uvloop
 
 from pipeline.config import Config
+from pipeline.dials import with_fewer
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import PROTOCOL_VERSION, Failed, Unprepared, WorkerReady
@@ -126,7 +127,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
     source = sys.stdin.buffer
     spec = WorkerSpec.read(source)
     _leave_with_parent(source, Path(spec.directory))
-    plan = Plan.from_json(spec.plan)
+    plan, config = Plan.from_json(spec.plan), Config.parse(spec.config)
     with starting_prompt_threads():
         channel = Channel(Path(spec.directory), inboxes, spec.routes)
     with channel:
@@ -134,8 +135,8 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
             worker = Worker(
                 name=name,
                 channel=channel,
-                store=Store.open(Path(spec.store)),
-                config=Config.parse(spec.config),
+                store=with_fewer(Store.open(Path(spec.store)), config),
+                config=config,
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
                 timeline=Timeline.wanted(),

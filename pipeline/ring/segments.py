@@ -76,6 +76,11 @@ def _nameless(label: str) -> int:
         return os.dup(file.fileno())
 
 
+def local(plan: Plan) -> Segments:
+    """The same of this process alone, all zeros."""
+    return Segments(**{name: np.zeros(shape, kind) for name, (shape, kind) in _shapes(plan).items()})
+
+
 def attach(plan: Plan, descriptors: dict[str, int]) -> Segments:
     """Map all segments. The mappings live as long as the arrays do."""
     views = {}

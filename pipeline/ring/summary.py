@@ -78,6 +78,7 @@ class Summary:
     audit: AuditReport | None  # None: nothing was audited
     counters: dict[str, dict[str, float]]  # every worker's growth, without those of single layers
     notes: tuple[str, ...]  # what the workers chose, and why
+    lossy: tuple[str, ...]  # the dials that are on, in words
     config: dict[str, Any]
 
     @classmethod
@@ -91,6 +92,7 @@ class Summary:
         memory: MemoryUse,
         pids: Mapping[str, int],
         notes: Sequence[str],
+        lossy: Sequence[str],
     ) -> Summary:
         """Of a generation that has finished."""
         assert done.finished is not None
@@ -114,6 +116,7 @@ class Summary:
                 for worker, values in done.after.items()
             },
             notes=tuple(notes),
+            lossy=tuple(lossy),
             config=config.model_dump(mode="json"),
         )
 
@@ -125,6 +128,7 @@ class Summary:
             "workers": [asdict(one) for one in self.workers],
             "audit": None if self.audit is None else self.audit.to_json(),
             "notes": list(self.notes),
+            "lossy": list(self.lossy),
         }
 
 

@@ -97,10 +97,13 @@ class LayerCache:
         return self._every[: self._plan.units[layer]]
 
     def _settled(self, layer: _Layer, message: NeuronsPredicted, listed: Ids) -> Ids:
-        """The set that a prediction comes to, as doubtful neurons are resident or not."""
-        if not message.doubtful:
+        """The set that a prediction comes to, as neurons are resident or not."""
+        certain, doubtful = listed[: message.certain], listed[message.certain :]
+        if message.every:
             return listed
-        return layer.residency.settle(listed[: message.certain], listed[message.certain :])
+        if self._plan.forecast.prefer:
+            certain = layer.residency.prefer(certain)
+        return layer.residency.settle(certain, doubtful) if doubtful.size else certain
 
     def _turn(self, message: NeuronsPredicted) -> _Layer:
         """The message's layer, moved on to the message's step."""

@@ -2,7 +2,7 @@
 
 `FLASHRING_SETS=FILE.npz` in the environment of a ring makes its cache keep them, and write the file at its
 end: `heads` int64 [n, 3], of each set its step, layer and size, and `ids` int32, of one set behind the other.
-Of a set with doubtful neurons only the certain ones are kept.
+Of a set with doubtful neurons only the certain ones are kept, and no stand-ins.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Recording:
         """A prediction has come, with the ids that it lists."""
         if self._file is None or message.guess or message.step.every:
             return
-        self._heads.append((message.step.number, message.layer, message.certain))
-        self._ids.append(ids[: message.certain].copy())
+        certain = ids[: message.certain]
+        certain = certain[certain >= 0]
+        self._heads.append((message.step.number, message.layer, certain.size))
+        self._ids.append(certain)
 
     def write(self) -> None:
         """Put what was kept into the file."""

@@ -58,6 +58,20 @@ class Residency:
         present = doubtful[self.slot_of[doubtful] != NOWHERE]
         return np.sort(np.concatenate((certain, present))) if present.size else certain
 
+    def prefer(self, listed: Ids) -> Ids:
+        """The set, ascending: of as many neurons as are listed by their ids, some of them by stand-ins.
+
+        A stand-in is listed as ~id, and taken only where it has a slot. Neurons with a slot are always in the
+        set; instead of the others, they or stand-ins are taken in the order of the list.
+        """
+        own = listed >= 0
+        ids = np.where(own, listed, ~listed)
+        present = self.slot_of[ids] != NOWHERE
+        taken = own & present
+        open_places = np.count_nonzero(own) - np.count_nonzero(taken)
+        taken[(own != present).nonzero()[0][:open_places]] = True
+        return np.sort(ids[taken])
+
     def lease(self, ids: Ids) -> Ids:
         """Protect the resident ones among `ids`; returns all their slots, NOWHERE for the others."""
         slots: Ids = self.slot_of.take(ids)

@@ -64,6 +64,9 @@ class Device(Protocol[Hidden]):
         Returns them, [rows, top_k].
         """
 
+    def settle(self, index: int, ids: Ids) -> None:
+        """The rows of the last `route` have these experts instead, [rows, n], ascending in each."""
+
     def ffn(self, index: int, x: Hidden, mask: Mask | None = None) -> LayerFfn[Hidden]:
         """Begin layer `index`'s FFN; `mask` [rows, neurons], where given, silences neurons.
 

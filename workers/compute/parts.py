@@ -17,6 +17,7 @@ class Part:
     count: int
     closes: bool  # ends a group, which can now be summed
     staged: bool  # closing parts are to be answered by PartDone
+    whole: int  # neurons of all of the layer's parts together
 
 
 @dataclass(slots=True)
@@ -44,8 +45,9 @@ class Parts:
                 self._wait()
                 continue
             schedule = arrived.schedule
-            yield Part(number, start, schedule.counts[number], schedule.closes[number], schedule.staged)
-            start += schedule.counts[number]
+            counts, closes = schedule.counts, schedule.closes
+            yield Part(number, start, counts[number], closes[number], schedule.staged, sum(counts))
+            start += counts[number]
             number += 1
         del self._layers[key]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
-from pipeline.ring.channel import Channel
+import numpy as np
+
 from pipeline.ring.counters import KEPT, of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone, Step
 from pipeline.ring.plan import Plan
@@ -29,6 +31,16 @@ class Cancelled(Exception):
     """The run was cancelled during its prefill; the ring is drained."""
 
 
+class Line(Protocol):
+    """What compute speaks to: `pipeline.ring.channel.Channel`, outside of tests and the lab."""
+
+    def send(self, to: str, message: Message) -> None:
+        """To another worker."""
+
+    def receive(self, inbox: str, timeout: float | None = None) -> Message | None:
+        """From others; None: nothing in that time."""
+
+
 class RingUnits:
     """`blocks.Units` over the ring. `stopped` and the two dictionaries are for any thread.
 
@@ -41,7 +53,7 @@ class RingUnits:
         device: Device[Any],
         plan: Plan,
         segments: Segments,
-        channel: Channel,
+        channel: Line,
         audit: Audit | None,
         cancelled: Callable[[int], bool],
         timeline: Timeline,
@@ -109,12 +121,15 @@ class RingUnits:
         """Add the layer's parts as they arrive, each group summed when it is whole."""
         if not self._step.every:
             self._spend("attention", self._mark)
-        ffn = self._device.ffn(index, ffn_input)
         if not self._asks:
-            return self._resident(index, ffn)
-        self._stamp(NEEDED, index)
+            return self._resident(index, self._device.ffn(index, ffn_input))
         table, neurons = self._segments.wanted[index], 0
-        for part in self._arriving(index):
+        parts = self._arriving(index)
+        if self._settled_by_cache(index):
+            parts = self._settle(index, parts)
+        ffn = self._device.ffn(index, ffn_input)
+        self._stamp(NEEDED, index)
+        for part in parts:
             if part.number == 0:
                 self._stamp(KNOWN, index)
             self._stamp(COMPLETE, index)
@@ -145,6 +160,18 @@ class RingUnits:
             raise Cancelled
         self._mark = time.perf_counter()
         return output
+
+    def _settled_by_cache(self, index: int) -> bool:
+        """Whether a token's experts of this layer are those that come, not those that its router chose."""
+        forecast = self._plan.forecast
+        return forecast.settled_by_cache and not self._step.every and index not in forecast.pinned
+
+    def _settle(self, index: int, parts: Iterator[Part]) -> Iterator[Part]:
+        """Wait for the schedule, after which the table tells the token's experts; the same parts."""
+        first = next(parts)
+        ids = self._segments.wanted[index, ID, : first.whole]
+        self._device.settle(index, np.sort(ids).astype(np.intp)[None])
+        return chain((first,), parts)
 
     def _resident(self, index: int, ffn: LayerFfn[Any]) -> Any:
         """The output of a layer whose units stay where they are."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.ring.plan import Forecast
-from storage.architecture import NORM_PARTS, Layer
+from storage.architecture import NORM_PARTS, Layer, Router
 from storage.architecture import layer as layer_part
 from storage.codecs import CODECS
 from storage.layout import Rows
@@ -20,7 +20,7 @@ from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
 from workers.predictor.scorer import F32, NOTHING, Ids, Mask, Scorer
-from workers.routing import ranked
+from workers.routing import ranked, weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,16 @@ class _Router:
 
     weight: Rows  # [experts, d_model]
     bias: F32  # [experts], or empty
-    top_k: int
+    chooses: Router
     scale: F32 | None  # [d_model]: what a guess's row is multiplied with; None: nothing
+
+    def logits(self, row: F32) -> F32:
+        """[experts]."""
+        return kernels.matvec(self.weight, row, 1, self.bias)
 
     def likeliest(self, row: F32) -> Ids:
         """[top_k], likeliest first."""
-        return ranked(kernels.matvec(self.weight, row, 1, self.bias), self.top_k)
+        return ranked(self.logits(row), self.chooses.top_k)
 
 
 class RouterScorer(Scorer):
@@ -42,8 +46,9 @@ class RouterScorer(Scorer):
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, routers: dict[int, _Router]) -> None:
-        self._routers = routers
+    def __init__(self, routers: dict[int, _Router], prefer: float, skip: float) -> None:
+        """`prefer` and `skip`: as the forecast has them."""
+        self._routers, self._prefer, self._skip = routers, prefer, skip
 
     @classmethod
     def load(cls, store: Store, forecast: Forecast) -> RouterScorer:
@@ -59,8 +64,8 @@ class RouterScorer(Scorer):
             bias = file.vector(bias_name, (layer.ffn.units,)) if bias_name in file else kernels.NO_BIAS
             rows = Rows.of_matrix(weight, CODECS[file.dtype(name)])
             scale = _scale(file, store, index, index - max(1, forecast.lookahead))
-            routers[index] = _Router(rows, bias, layer.ffn.router.top_k, scale)
-        return cls(routers)
+            routers[index] = _Router(rows, bias, layer.ffn.router, scale)
+        return cls(routers, forecast.prefer, forecast.skip)
 
     def active(self, layer: int, hidden: F32, own: bool) -> Mask:
         router = self._routers[layer]
@@ -69,12 +74,44 @@ class RouterScorer(Scorer):
         return mask
 
     def wanted(self, layer: int, hidden: F32, own: bool) -> tuple[Ids, Ids]:
-        """A set ascending, a guess likeliest first."""
-        chosen = self._chosen(self._routers[layer], hidden, own)
+        """A set ascending, a guess likeliest first; with `prefer` a set as `Residency.prefer` reads it."""
+        router = self._routers[layer]
+        if own and (self._prefer or self._skip):
+            return self._graded(router, router.logits(hidden))
+        chosen = self._chosen(router, hidden, own)
         return np.sort(chosen) if own else chosen, NOTHING
+
+    def _graded(self, router: _Router, logits: F32) -> tuple[Ids, Ids]:
+        """Which experts, or their stand-ins, are wanted anyway, and which only where they are resident."""
+        chosen = ranked(logits, router.chooses.top_k)
+        weights = weigh(router.chooses, logits[None], chosen[None]).weights[0]
+        light = weights < self._skip * weights.sum()
+        light[0] = False
+        certain, doubtful = chosen[~light], np.sort(chosen[light])
+        if not self._prefer:
+            return np.sort(certain), doubtful
+        return with_stand_ins(logits, certain, chosen, self._prefer), doubtful
 
     def _chosen(self, router: _Router, hidden: F32, own: bool) -> Ids:
         return router.likeliest(hidden if own or router.scale is None else hidden * router.scale)
+
+
+def with_stand_ins(logits: F32, certain: Ids, chosen: Ids, prefer: float) -> Ids:
+    """The experts `certain`, likeliest first, and among them as ~id those that may replace them.
+
+    Experts that are not `chosen` have their logit plus the share `prefer` of all logits' range, and precede
+    those that have less; but nothing precedes the likeliest, and what follows the last certain one is no use.
+    """
+    others = np.ones(logits.size, np.bool_)
+    others[chosen] = False
+    stand_ins = others.nonzero()[0]
+    bonus = np.float32(prefer) * (logits.max() - logits.min())
+    keys = np.concatenate((logits[certain], logits[stand_ins] + bonus))
+    keys[0] = np.inf
+    order = np.argsort(-keys, kind="stable")
+    last = np.flatnonzero(order == certain.size - 1)[0]
+    listed: Ids = np.concatenate((certain, ~stand_ins))[order[: last + 1]]
+    return listed
 
 
 def _scale(file: Tensors, store: Store, index: int, source: int) -> F32 | None:

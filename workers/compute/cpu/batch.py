@@ -23,7 +23,7 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import BatchExperts, activated, of_shared, routed
+from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
@@ -121,6 +121,9 @@ class BatchOperations:
     def route(self, index: int, x: F32) -> Ids:
         self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, _row_product)
         return self._routing.ids
+
+    def settle(self, index: int, ids: Ids) -> None:
+        self._routing = resettled(self.architecture.layers[index].ffn, self._routing, ids)
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> BatchFfn | BatchExperts:
         layer = self.architecture.layers[index]

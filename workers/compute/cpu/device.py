@@ -59,6 +59,9 @@ class CpuDevice:
     def route(self, index: int, x: F32) -> Ids:
         return self._now.route(index, x)
 
+    def settle(self, index: int, ids: Ids) -> None:
+        self._now.settle(index, ids)
+
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> LayerFfn[F32]:
         return self._now.ffn(index, x, mask)
 

@@ -20,7 +20,7 @@ from workers.compute.bound import BoundLayer, BoundShared, Linear
 from workers.compute.cpu.pool import Pool
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import Bytes
-from workers.routing import Ids, Routing, route
+from workers.routing import Ids, Routing, route, weigh
 
 
 def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32], F32]) -> Routing:
@@ -31,6 +31,13 @@ def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32],
     assert ffn.router is not None
     assert bound.router is not None
     return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
+
+
+def resettled(ffn: Ffn, routing: Routing | None, ids: Ids) -> Routing:
+    """Other experts for the same rows, weighed by the same router."""
+    assert ffn.router is not None
+    assert routing is not None, "experts of rows that no router has seen"
+    return weigh(ffn.router, routing.logits, ids)
 
 
 def of_shared(ffn: Ffn, shared: BoundShared, x: F32, product: Callable[[Linear, F32], F32]) -> F32:

@@ -11,7 +11,7 @@ from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import TokenExperts, of_shared, routed
+from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed
 from workers.compute.cpu.norms import normed
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes, Mask
@@ -89,6 +89,9 @@ class TokenOperations:
             self.architecture.layers[index].ffn, self.model.layers[index], x, self._product
         )
         return self._routing.ids
+
+    def settle(self, index: int, ids: Ids) -> None:
+        self._routing = resettled(self.architecture.layers[index].ffn, self._routing, ids)
 
     def ffn(self, index: int, x: F32, mask: Mask | None = None) -> TokenFfn | TokenExperts:
         assert mask is None, "a token's set is given, not masked"

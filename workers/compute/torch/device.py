@@ -22,7 +22,7 @@ from workers.compute.device import I32, Bytes, Mask
 from workers.compute.logits import finished
 from workers.compute.positions import Positions
 from workers.compute.weights import Weights
-from workers.routing import Ids, Routing, route
+from workers.routing import Ids, Routing, route, weigh
 
 
 class TorchDevice:
@@ -112,6 +112,12 @@ class TorchDevice:
         assert bound is not None
         self._routing = route(router, self.host(self._linear(bound, x)))
         return self._routing.ids
+
+    def settle(self, index: int, ids: Ids) -> None:
+        router = self.architecture.layers[index].ffn.router
+        assert router is not None
+        assert self._routing is not None
+        self._routing = weigh(router, self._routing.logits, ids)
 
     def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn | TorchExperts:
         ffn, bound, unit = self.architecture.layers[index].ffn, self._model.layers[index], self._units[index]
