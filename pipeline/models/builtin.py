@@ -1,5 +1,5 @@
-"""The built-in models: a checkpoint of this package and the predictors that were trained for it, and a mixture of
-experts in a GGUF file.
+"""The built-in models: a checkpoint of this package with the predictors that were trained for it, and a
+mixture of experts in a GGUF file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A mixture's store as a GGUF file of the same weights, for other programs: no code is rounded or changed.
 
-Rows in `q4s` become Q4_0, rows in `q4` Q4_1 and rows in `q8` Q8_0: a group's scale, and its minimum, go before
-its codes, whose order is the same. Floats of 16 bits become float32, which other programs want of norms. Experts are stacked in the order of their ids. At most one role of one layer's experts is in memory.
+Rows in `q4s` become Q4_0, in `q4` Q4_1, in `q8` Q8_0: a group's scale and minimum go before its codes, whose
+order is the same. Floats of 16 bits become float32, as other programs want norms. Experts are stacked in the
+order of their ids. At most one role of one layer's experts is in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def kept(name: str, shape: tuple[int, ...], codec: str, read: Callable[[], Carri
 
 
 def blocks(rows: Codes, codec: str) -> Codes:
-    """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, each with its scale first, then its minimum."""
+    """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, scale and minimum first."""
     grouped = CODECS[codec].grouped
     assert grouped is not None
     count, each = rows.shape[1] // grouped.bytes, grouped.group * grouped.bits // 8
@@ -163,7 +164,7 @@ def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
                 file.seek(part.offset(position) + begin)
                 if file.readinto(made[unit].data) != end - begin:
                     raise OSError(f"{file.name} ends within expert {unit} of layer {layer}")
-        return made.reshape(part.units * count, -1)
+        return made.reshape(part.units * count, -1).view(part.unit.codec(role).carrier)
 
     return read
 
