@@ -138,6 +138,7 @@ def test_a_converted_mixture_becomes_a_gguf_file_of_the_same_values(bits: int | 
     """In 16 bits, and in four with minima. On the way back float32 rows become float16, but for routers."""
     changes = {"hidden_size": 64, "moe_intermediate_size": 64}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "qwen3-moe", "bfloat16", changes=changes)
+    (checkpoint / "tokenizer.json").unlink()  # of words, which GGUF has no form for
     store = convert(checkpoint, tmp_path / "store", name="mixture", bits=bits)
     as_gguf.write(store, tmp_path / "model.gguf")
     back = convert(tmp_path / "model.gguf", tmp_path / "back", name="back")
