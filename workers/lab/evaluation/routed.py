@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ from workers.lab.evaluation.tasks import read_text
 
 Progress = Callable[[str, int, int], None]
 
-EVERY = {
+EVERY: dict[str, dict[str, Any]] = {
     "predictor": {"kind": "all"},
     "cache": {"share": 1.0, "slots_per_layer": 0},
     "memory": {"budget": ""},

@@ -18,6 +18,7 @@ from storage.architecture import Architecture, Layer
 from storage.codecs import CODECS, FLOATS, Carrier, widen
 from storage.errors import UnsupportedModel, UsageError
 from storage.layout import Role
+from storage.lowbits import Grouped
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
@@ -60,7 +61,7 @@ def kept(name: str, shape: tuple[int, ...], codec: str, read: Callable[[], Carri
 def blocks(rows: Codes, codec: str) -> Codes:
     """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, scale and minimum first."""
     grouped = CODECS[codec].grouped
-    assert grouped is not None
+    assert isinstance(grouped, Grouped)
     count, each = rows.shape[1] // grouped.bytes, grouped.group * grouped.bits // 8
     codes = rows[:, : count * each].reshape(-1, count, each)
     tables = rows[:, count * each :].reshape(-1, grouped.tables, count, 2).swapaxes(1, 2)
