@@ -34,7 +34,7 @@ class Model(Section):
     """Where the model comes from."""
 
     store: str = ""  # directory of a store; empty: converted from the checkpoint into the cache
-    checkpoint: str = ""  # Hugging Face id, directory, or "builtin"
+    checkpoint: str = ""  # Hugging Face id, directory, "builtin" or "builtin-moe"
     # 16, 8 or 4: the store that the checkpoint is converted to. Left out: what the checkpoint has.
     bits: Literal[16, 8, 4] | None = None
     predictor: str = "default"  # which file of the store's predictors/ to use

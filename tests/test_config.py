@@ -34,13 +34,13 @@ def test_every_promised_preset_is_shipped() -> None:
     granite = {f"granite-3.3-{size}" for size in ("2b", "8b")}
     single = {"mistral-7b-instruct", "phi-4-mini", "olmo-2-7b"}
     families = {*opt, *falcon, *llama, *smollm, *qwen2, *qwen3, *gemma, *granite, *single}
-    assert set(presets()) == {"builtin", *families}
+    assert set(presets()) == {"builtin", "builtin-moe", *families}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_configuration_names_a_model(file: Path) -> None:
     checkpoint = Config.load(file).model.checkpoint
-    assert checkpoint == builtin.NAME or HUB_ID.fullmatch(checkpoint)
+    assert checkpoint in {builtin.NAME, builtin.MIXTURE} or HUB_ID.fullmatch(checkpoint)
 
 
 def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The built-in model: a checkpoint of this package, and the predictors that were trained for it."""
+"""The built-in models: a checkpoint of this package with the predictors that were trained for it, and a
+mixture of experts in a GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from storage.store import Store
 
 NAME = "builtin"
 CHECKPOINT = ROOT / "storage" / "builtin"
+MIXTURE = "builtin-moe"
+MIXTURE_FILE = CHECKPOINT / "moe.gguf"
 PREDICTORS = "predictors.safetensors"  # beside the checkpoint; copied into its store
 # What `evaluation.bits --save` found on 12,000 tokens of the validation stories (docs/lowbits.md).
 COSTS = {

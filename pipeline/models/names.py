@@ -77,11 +77,12 @@ def _configured_source(config: Config, preset: str) -> Source:
     checkpoint = config.model.checkpoint
     if checkpoint == builtin.NAME:
         if not (builtin.CHECKPOINT / CONFIG).is_file():
-            raise CheckpointError(
-                f"the built-in model is missing from {builtin.CHECKPOINT}; install flashring again, "
-                "or name another model with --model"
-            )
+            raise CheckpointError(_missing(builtin.CHECKPOINT))
         return Source(name=builtin.NAME, directory=builtin.CHECKPOINT)
+    if checkpoint == builtin.MIXTURE:
+        if not builtin.MIXTURE_FILE.is_file():
+            raise CheckpointError(_missing(builtin.MIXTURE_FILE))
+        return Source(name=builtin.MIXTURE, file=builtin.MIXTURE_FILE)
     path = _absolute(checkpoint)
     if path.is_dir():
         return _directory_source(path)
@@ -90,6 +91,13 @@ def _configured_source(config: Config, preset: str) -> Source:
     if HUB_ID.fullmatch(checkpoint):
         return Source(name=preset or checkpoint.rpartition("/")[2], hub_id=checkpoint)
     raise UsageError(f"model.checkpoint {checkpoint!r} is no directory, GGUF file or Hugging Face id")
+
+
+def _missing(place: Path) -> str:
+    return (
+        f"the built-in model is missing from {place}; install flashring again, or name another model "
+        "with --model"
+    )
 
 
 def _gguf_source(path: Path) -> Source:

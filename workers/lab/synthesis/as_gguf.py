@@ -253,4 +253,12 @@ def _describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> 
         writer.add_bos_token_id(model.bos_token)
     if model.eos_tokens:
         writer.add_eos_token_id(model.eos_tokens[0])
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(_begins(described, model))
+
+
+def _begins(tokenizer: dict[str, Any], model: Architecture) -> bool:
+    """Whether a `tokenizer.json` puts the model's first token before every text."""
+    template = (tokenizer.get("post_processor") or {}).get("single", [])
+    first = template[0].get("SpecialToken", {}).get("id") if template else None
+    named = {one["content"]: one["id"] for one in tokenizer.get("added_tokens", [])}
+    return first is not None and named.get(first) == model.bos_token

@@ -1,7 +1,8 @@
 """A mixture's store as a GGUF file of the same weights, for other programs: no code is rounded or changed.
 
-Rows in `q4s` become Q4_0, rows in `q8` Q8_0: a group's scale goes before its codes, whose order is the same.
-Experts are stacked in the order of their ids. At most one role of one layer's experts is in memory.
+Rows in `q4s` become Q4_0, in `q4` Q4_1, in `q8` Q8_0: a group's scale and minimum go before its codes, whose
+order is the same. Floats of 16 bits become float32, as other programs want norms. Experts are stacked in the
+order of their ids. At most one role of one layer's experts is in memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from storage import architecture as canonical
 from storage.architecture import Architecture, Layer
-from storage.codecs import CODECS, FLOAT32, Carrier
+from storage.codecs import CODECS, FLOATS, Carrier, widen
 from storage.errors import UnsupportedModel, UsageError
 from storage.layout import Role
+from storage.lowbits import Grouped
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
@@ -27,8 +29,9 @@ from workers.lab.synthesis.mixture.draw import Codes
 ARCHITECTURES = {"qwen3_moe": ("qwen3moe", False), "olmoe": ("olmoe", False), "mixtral": ("llama", True)}
 KINDS = {
     "q4s": GGMLQuantizationType.Q4_0,
+    "q4": GGMLQuantizationType.Q4_1,
     "q8": GGMLQuantizationType.Q8_0,
-    "float32": GGMLQuantizationType.F32,
+    **dict.fromkeys(FLOATS, GGMLQuantizationType.F32),
 }
 PARTS = {
     "norm.weight": "attn_norm.weight",
@@ -50,19 +53,19 @@ def kept(name: str, shape: tuple[int, ...], codec: str, read: Callable[[], Carri
 
     def packed() -> Carrier:
         rows = read()
-        return rows if codec == FLOAT32.name else blocks(rows, codec)
+        return widen(rows, codec) if codec in FLOATS else blocks(rows, codec)
 
     return Tensor(name, shape, KINDS[codec], packed)
 
 
 def blocks(rows: Codes, codec: str) -> Codes:
-    """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, each with its scale first."""
+    """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, scale and minimum first."""
     grouped = CODECS[codec].grouped
-    assert grouped is not None
+    assert isinstance(grouped, Grouped)
     count, each = rows.shape[1] // grouped.bytes, grouped.group * grouped.bits // 8
-    made = np.empty((rows.shape[0], count, 2 + each), np.uint8)
-    made[:, :, 2:] = rows[:, : count * each].reshape(-1, count, each)
-    made[:, :, :2] = rows[:, count * each :].reshape(-1, count, 2)
+    codes = rows[:, : count * each].reshape(-1, count, each)
+    tables = rows[:, count * each :].reshape(-1, grouped.tables, count, 2).swapaxes(1, 2)
+    made = np.concatenate([tables.reshape(*codes.shape[:2], -1), codes], axis=2)
     return made.reshape(rows.shape[0], -1)
 
 
@@ -95,7 +98,7 @@ def _tensors(store: Store) -> Iterator[Tensor]:
         if place.dtype not in KINDS:
             raise UnsupportedModel(f"{store.path} has {name} in {place.dtype}, which GGUF has no form for")
         shape = place.shape
-        if place.dtype != FLOAT32.name:
+        if place.dtype not in FLOATS:
             codec = CODECS[place.dtype]
             shape = (shape[0], shape[1] // codec.bytes * codec.block)
         if name in TOP:
@@ -162,7 +165,7 @@ def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
                 file.seek(part.offset(position) + begin)
                 if file.readinto(made[unit].data) != end - begin:
                     raise OSError(f"{file.name} ends within expert {unit} of layer {layer}")
-        return made.reshape(part.units * count, -1)
+        return made.reshape(part.units * count, -1).view(part.unit.codec(role).carrier)
 
     return read
 
