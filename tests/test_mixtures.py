@@ -240,7 +240,7 @@ def test_an_experts_sum_does_not_depend_on_parts_slots_or_threads(codec: str, po
     """Parts in any order within a group, groups ascending, slots anywhere and given away afterwards."""
     bound, unit, ffn, memory = _layer(codec)
     x = np.random.default_rng(2).standard_normal((1, D_MODEL)).astype(np.float32)
-    routing = Routing(np.array([[1, 4, 6]]), np.array([[0.5, 0.2, 0.3]], np.float32))
+    routing = Routing(np.array([[1, 4, 6]]), np.array([[0.5, 0.2, 0.3]], np.float32), UNUSED)
     found = []
     for threads, groups in (
         (1, [[range(8)]]),
@@ -282,7 +282,8 @@ def test_an_experts_sum_does_not_depend_on_parts_slots_or_threads(codec: str, po
 
 def test_an_expert_that_does_not_come_is_noticed() -> None:
     bound, unit, ffn, memory = _layer("float32")
-    x, routing = np.ones(D_MODEL, np.float32), Routing(np.array([[1, 4, 6]]), np.ones((1, 3), np.float32))
+    x = np.ones(D_MODEL, np.float32)
+    routing = Routing(np.array([[1, 4, 6]]), np.ones((1, 3), np.float32), UNUSED)
     one = TokenExperts(bound, UnitRows(unit), ffn, x, routing, None, 1)
     ids = np.array([1, 6], np.int32)
     one.add(ids, ids, memory)

@@ -60,7 +60,9 @@ def generation() -> Generation:
     )
 
 
-def summary(done: Generation, audit: int = 0, budget: int | None = 4096) -> Summary:
+def summary(
+    done: Generation, audit: int = 0, budget: int | None = 4096, lossy: tuple[str, ...] = ()
+) -> Summary:
     return Summary.of(
         done,
         PLAN,
@@ -69,7 +71,7 @@ def summary(done: Generation, audit: int = 0, budget: int | None = 4096) -> Summ
         memory=MemoryUse(budget, 3000),
         pids={"compute": 11, "cache": 12},
         notes=["prefetcher: io_uring"],
-        lossy=["3 of 4 experts"],
+        lossy=lossy,
     )
 
 
@@ -106,7 +108,7 @@ def test_the_json_has_its_keys_in_their_order():
             "compute": {"tokens": 3.0, "audit_seconds": 0.5},
         },
         "notes": ["prefetcher: io_uring"],
-        "lossy": ["3 of 4 experts"],
+        "lossy": [],
         "config": config(compute={"audit": 0}).model_dump(mode="json"),
     }
     assert json.dumps(told) == json.dumps(wanted)
@@ -141,6 +143,9 @@ def test_the_one_line_of_a_run():
     assert describe(summary(generation())) == (
         "[3 tokens, 4.0 tokens/s, 0.00 MB read per token, hit rate 75.0 %, peak memory 2.93 KiB]"
     )
+    dials = ("3 of 4 experts", "another")
+    assert summary(generation(), lossy=dials).to_json()["lossy"] == list(dials)
+    assert describe(summary(generation(), lossy=dials)).endswith("KiB, lossy: 3 of 4 experts, another]")
 
 
 @pytest.mark.parametrize("layer", [0, 7, 119])
