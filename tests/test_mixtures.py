@@ -45,6 +45,9 @@ from workers.routing import Routing, ranked, route
 PROMPT = [2, 17, 40, 9, 77, 31, 250, 6, 101, 4, 55, 260]
 
 
+UNUSED = np.zeros((1, 0), np.float32)  # logits of rows whose experts are chosen
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("mixture")
