@@ -71,7 +71,7 @@ def test_any_hub_id_is_a_source() -> None:
     [
         ("opt-6.8b", r"unknown model 'opt-6.8b'; did you mean opt-6.7b"),
         ("Falcon7b", r"did you mean falcon-7b"),
-        ("zzz", r"known are builtin, .*opt-125m"),
+        ("zzz", r"known are builtin-moe, builtin, .*opt-125m"),
         ("./nowhere", r"there is no directory \./nowhere"),
         ("/no/such/place", r"there is no directory"),
     ],
