@@ -193,6 +193,11 @@ class Layout:
         return tuple(layer.units for layer in self.layers)
 
     @property
+    def unit(self) -> Unit:
+        """Of the first layer that has any."""
+        return next(layer.unit for layer in self.layers if layer.units)
+
+    @property
     def most_units(self) -> int:
         """Of any layer."""
         return max(self.units, default=0)

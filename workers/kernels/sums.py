@@ -17,36 +17,25 @@ _FEWEST_COLUMNS = 512  # of a sum that a thread takes at a time
 MOST_COLUMNS = 4096  # of them stay in the L1 cache
 
 
-@njit(fastmath=FAST, nogil=True)
-def share_of_sum(
-    progress: Any, stage: Any, codec: Any, memory: Any, at: Any, width: Any, a: Any, y: Any, chunk: Any
-) -> None:
-    """A thread's share of a stage: y[j] += Σ a[i] · value j of the row at element at[i] of `memory`.
-
-    `chunk` columns at a time.
-    """
-    while True:
-        start = take(progress, stage) * chunk
-        if start >= width:
-            break
-        part = y[start : min(start + chunk, width)]
-        whole = at.shape[0] // 4 * 4
-        last = at.shape[0] - 1
-        for i in range(0, whole, 4):
-            rows = at[i], at[i + 1], at[i + 2], at[i + 3]
-            n0, n1, n2, n3 = four(i + 4, last)
-            following = at[n0], at[n1], at[n2], at[n3]
-            codec.add_four(part, a[i : i + 4], memory, rows, following, start, width)
-        for i in range(whole, at.shape[0]):
-            codec.add_one(part, a[i], memory, at[i], start, width)
-
-
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def add_rows(codec: Any, memory: Any, at: Any, width: Any, a: Any, y: Any, chunk: Any, threads: Any) -> None:
-    """`share_of_sum` as a launch of its own."""
+    """y[j] += Σ a[i] · value j of the row at element at[i] of `memory`, `chunk` columns at a time."""
     progress = stages(1)
     for _ in prange(threads):
-        share_of_sum(progress, 0, codec, memory, at, width, a, y, chunk)
+        while True:
+            start = take(progress, 0) * chunk
+            if start >= width:
+                break
+            part = y[start : min(start + chunk, width)]
+            whole = at.shape[0] // 4 * 4
+            last = at.shape[0] - 1
+            for i in range(0, whole, 4):
+                rows = at[i], at[i + 1], at[i + 2], at[i + 3]
+                n0, n1, n2, n3 = four(i + 4, last)
+                following = at[n0], at[n1], at[n2], at[n3]
+                codec.add_four(part, a[i : i + 4], memory, rows, following, start, width)
+            for i in range(whole, at.shape[0]):
+                codec.add_one(part, a[i], memory, at[i], start, width)
 
 
 def columns(width: int, threads: int) -> int:

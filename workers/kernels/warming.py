@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from storage.architecture import Architecture, Attention, Ffn
-from storage.codecs import FLOAT16, Codec
+from storage.codecs import FLOAT16, FLOAT32, Codec
 from storage.layout import Rows
 from workers.kernels.attention import Attending
 from workers.kernels.dense import NO_BIAS, matvec
@@ -44,6 +44,7 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     accumulate(down, ids, ids, a, y, 1)
     if any(layer.ffn.router for layer in layers):
         outputs(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, x, 1)
+        accumulate(Rows.of_matrix(x[None], FLOAT32), ids, ids, a, y, 1)  # outputs, whatever the weights are
     if any(layer.ffn.width > 1 and not layer.ffn.router for layer in layers):
         accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
     gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])

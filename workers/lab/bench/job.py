@@ -14,7 +14,6 @@ from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import least
 from pipeline.planner.resolve import resolve
 from storage.errors import ConfigError, UsageError, reason
-from storage.layout import Unit
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.bench import children, rows
@@ -55,14 +54,9 @@ class BenchJob:
         return self.prompt_tokens + self.count
 
     @property
-    def unit(self) -> Unit:
-        """What one read brings, of the layers that have any on flash."""
-        return next(layer.unit for layer in self.store.layout.layers if layer.units)
-
-    @property
     def dtype(self) -> str:
         """What most weights are stored in."""
-        return self.unit.codec("up").name
+        return self.store.layout.unit.codec("up").name
 
     @property
     def mixture(self) -> bool:
@@ -113,7 +107,7 @@ class BenchJob:
                 return children.run_main([*line, "--force-tokens", str(tokens)], limit)
 
         def row(runs: Sequence[Ran]) -> Row:
-            return rows.of_rings(name, techniques, runs, self.unit, settings)
+            return rows.of_rings(name, techniques, runs, self.store.layout.unit, settings)
 
         return Series(name, run, row, techniques, limit, streams)
 

@@ -333,8 +333,7 @@ def measure(store: Store, tokens: Sequence[int], position: int, threads: int) ->
 
     The keys and values before `position` are random numbers: attention's cost does not depend on them.
     """
-    unit = next(layer.unit for layer in store.layout.layers if layer.units)
-    kernels.warm(unit.codec("up"), store.architecture)
+    kernels.warm(store.layout.unit.codec("up"), store.architecture)
     context = position + len(tokens)
     with NaiveModel(store, context, threads) as model:
         random = np.random.default_rng(0)

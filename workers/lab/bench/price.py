@@ -28,7 +28,6 @@ from pipeline.ring.generation import Generation, GenerationParams
 from pipeline.ring.session import Session
 from storage.architecture import Layer, layer
 from storage.codecs import CODECS
-from storage.layout import Unit
 from storage.manifest import RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
@@ -102,7 +101,7 @@ _MATRICES = ("qkv", "out", "router", "shared_gate", "shared_up", "shared_down", 
 
 def _touched_bytes(store: Store, done: Generation, count: int) -> float:
     """Of units, a token: of those that decide the first row, and all rows of those that are active."""
-    unit: Unit = store.layout.layers[0].unit
+    unit = store.layout.unit
     looked_up = sum(done.delta("cache", f"decode_{name}") for name in ("hits", "misses"))
     units = (looked_up + done.delta("compute", KEPT)) / count
     together = 1 if store.architecture.layers[0].ffn.router else unit.width  # experts are counted as such
