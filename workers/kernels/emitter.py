@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir
@@ -84,8 +86,30 @@ class Emitter(Instructions):
 class Products(Emitter):
     """Products of rows with a vector of float32 as it is."""
 
-    def dots(self, rows: Sequence[Any], following: Sequence[Any], x: Vector, groups: Any) -> Any:
-        """Of ROWS rows, float32, while the following rows are asked for."""
+    def dots(self, rows: Sequence[Any], following: Sequence[Any], x: Vector, groups: Any) -> list[Any]:
+        """Of ROWS rows, float32, while the following rows are asked for.
+
+        Rows that lie one behind the other are taken one after the other, and others all at once: a core
+        fetches one long stream faster than four, but four short ones faster than one. Two threads got 25 GB/s
+        of `q4` instead of 18, where a plain read got 35. The results are the same bits.
+        """
+        b = self.builder
+        size = b.mul(groups, long(self.grouped.bytes))
+        addresses = [b.ptrtoint(row, size.type) for row in rows]
+        follow = [b.icmp_signed("==", b.sub(second, first), size) for first, second in pairwise(addresses)]
+        found = [self.variable(ir.Constant(FLOAT, 0)) for _ in rows]
+        with b.if_else(reduce(b.and_, follow)) as (neighbours, scattered):
+            with neighbours:  # not as a loop over them: that loses a tenth
+                for place, row, later in zip(found, rows, following, strict=True):
+                    (result,) = self._dots([row], [later], x, groups)
+                    b.store(result, place)
+            with scattered:
+                for place, result in zip(found, self._dots(rows, following, x, groups), strict=True):
+                    b.store(result, place)
+        return [b.load(place) for place in found]
+
+    def _dots(self, rows: Sequence[Any], following: Sequence[Any], x: Vector, groups: Any) -> list[Any]:
+        """Of all these rows at once."""
         b, group = self.builder, self.grouped.group
         tables = [self.tables(row, groups) for row in rows]
         zero = every(ir.VectorType(FLOAT, LANES), 0.0)
@@ -118,10 +142,13 @@ class Products(Emitter):
         # Of eight bits the sums are the same however many scales are widened together: half as many fit into
         # half as long registers.
         narrow = self.grouped.bits == 8 and not self.processor.wide
-        many, few = _BLOCK // (2 if narrow else 1) // group, max(1, PAIR // group)
-        whole = b.mul(b.sdiv(groups, long(many)), long(many))
-        self.loop(long(0), whole, many, lambda first: block(first, many))
-        self.loop(whole, groups, few, lambda first: block(first, few))
+        start, most, least = long(0), _BLOCK // 2 if narrow else _BLOCK, max(PAIR, group)
+        for values in (most, 2 * PAIR, PAIR):  # ever shorter blocks for what is left of a row
+            if values >= least:
+                count = values // group
+                stop = b.mul(b.sdiv(groups, long(count)), long(count))
+                self.loop(start, stop, count, partial(block, count=count))
+                start = stop
         return [self.sum(b.load(total)) for total in totals]
 
     step = RUN
