@@ -118,9 +118,9 @@ class Cancel(Message):
 class HiddenReady(Message):
     """compute → predictor: the step's last `rows` hidden rows of `layer` are in the segment.
 
-    `layer` is the layer whose FFN input this is, or EMBEDDING. Of a mixture's prompt the message also says
-    which of the layer's experts are wanted, unless all are: those that the last `rows` rows chose come first,
-    ascending, then the others, the most used first.
+    `layer` is the layer whose FFN input this is, or EMBEDDING. Of a mixture the message also says which of
+    the layer's experts are wanted, unless all are, or the cache has a say: those that the last `rows` rows
+    chose come first, ascending, then the others, the most used first.
     """
 
     TAG = 20

@@ -103,17 +103,22 @@ class RingUnits:
             self._tell(index, (), 0)
 
     def routed(self, index: int, ids: Ids) -> None:
-        """Tell the predictor with which experts a prompt goes on; a token's it chooses by itself."""
+        """Tell the predictor which experts the rows have."""
         if self._asks and self._by_choice(index):
             self._tell(index, *by_use(ids, self._rows))
 
     def _by_choice(self, index: int) -> bool:
-        """Whether the layer's announcement waits for its experts."""
-        return self._step.every and index != EMBEDDING and self._plan.wants_chosen(index)
+        """Whether the layer's announcement waits for its experts.
+
+        Where the cache has a say in a token's, they are not known before.
+        """
+        if index == EMBEDDING or not self._plan.wants_chosen(index):
+            return False
+        return self._step.every or not self._plan.forecast.settled_by_cache
 
     def _tell(self, index: int, chosen: tuple[int, ...], kept: int) -> None:
         self._stamp(ANNOUNCED, index)
-        self._ahead = self._plan.asks_ahead(index, len(chosen))
+        self._ahead = self._step.every and self._plan.asks_ahead(index, len(chosen))
         message = HiddenReady(self._run, self._step, index, self._rows, self._done, chosen, kept)
         self._channel.send("predictor", message)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +34,18 @@ class Prediction:
         self._targets: dict[tuple[int, bool], list[Target]] = {}  # by source and `every`
         self._ahead = (-1, -1)  # step and layer of the last set that a mixture's prompt asked for early
 
-    def handle(self, message: HiddenReady) -> list[NeuronsPredicted]:
-        """What to send, in this order; the ids are written by then."""
-        started = time.perf_counter()
+    def handle(self, message: HiddenReady) -> Iterator[NeuronsPredicted]:
+        """What to send, in this order; an answer's ids are written by then, and those behind it not yet."""
         by_choice = message.step.every and self._plan.forecast.routed and not self._plan.whole
         due = self._chosen(message) if by_choice else self._due(message.layer, message.step.every)
-        answers = [self._answer(message, target) for target in due]
-        took = time.perf_counter() - started
-        self._seconds += took
-        self._decode_seconds += 0.0 if message.step.every else took
         self._calls += 1
-        return answers
+        for target in due:
+            started = time.perf_counter()
+            answer = self._answer(message, target)
+            took = time.perf_counter() - started
+            self._seconds += took
+            self._decode_seconds += 0.0 if message.step.every else took
+            yield answer
 
     def _due(self, source: int, every: bool) -> list[Target]:
         """The source's targets, made once: they are the same in every step."""
@@ -90,6 +92,8 @@ class Prediction:
     def _choose(self, scorer: Scorer, message: HiddenReady, target: Target) -> tuple[int, int]:
         """Write what the message's row wants; returns the numbers of certain and of doubtful neurons."""
         own = target.layer == message.layer
+        if own and message.chosen:
+            return self._write(target, np.array(message.chosen, np.intp)), 0
         certain, doubtful = scorer.wanted(target.layer, self._hidden[message.layer + 1, 0], own)
         first = self._write(target, certain)
         return first, self._write(target, doubtful, first)

@@ -23,7 +23,7 @@ from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed
+from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed, row_product
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
@@ -119,7 +119,7 @@ class BatchOperations:
         return out.reshape(tokens, -1)
 
     def route(self, index: int, x: F32) -> Ids:
-        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, _row_product)
+        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, row_product)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
@@ -157,11 +157,6 @@ class BatchOperations:
         if linear.bias.size:
             out += linear.bias
         return out
-
-
-def _row_product(linear: Linear, row: F32) -> F32:
-    """As for one token."""
-    return kernels.matvec(linear.weight, row, 1, linear.bias)
 
 
 def _rotated(x: F32, cos: F32, sin: F32) -> F32:

@@ -33,6 +33,11 @@ def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32],
     return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
 
 
+def row_product(linear: Linear, row: F32) -> F32:
+    """As the predictor computes it, by one thread."""
+    return kernels.matvec(linear.weight, row, 1, linear.bias)
+
+
 def resettled(ffn: Ffn, routing: Routing | None, ids: Ids) -> Routing:
     """Other experts for the same rows, weighed by the same router."""
     assert ffn.router is not None

@@ -11,7 +11,7 @@ from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed
+from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed, row_product
 from workers.compute.cpu.norms import normed
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes, Mask
@@ -85,9 +85,8 @@ class TokenOperations:
         return self._attending[index](x[0], self.first)[None]
 
     def route(self, index: int, x: F32) -> Ids:
-        self._routing = routed(
-            self.architecture.layers[index].ffn, self.model.layers[index], x, self._product
-        )
+        # By one thread: a second one costs more than it brings where the ring has the other core.
+        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, row_product)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
