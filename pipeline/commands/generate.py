@@ -97,6 +97,15 @@ def command(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Verify several tokens a step, where every neuron is read: lookup takes them from the text "
+            "itself, off leaves it. The text stays the same. [default: lookup where it pays]",
+            metavar="lookup|off",
+            show_default=False,
+        ),
+    ] = "",
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
@@ -128,6 +137,7 @@ def command(
             "audit": AUDIT_EVERY if audit_sets else None,
             "structured": True if grammar else None,
         },
+        "drafts": {"kind": draft or None},
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -274,9 +284,11 @@ def describe(summary: Summary) -> str:
     cache = summary.cache
     asked = cache.hits + cache.misses
     hit_rate = f"{100 * cache.hits / asked:.1f} %" if asked else "no lookups"
+    drafts = summary.drafts
+    drafted = f", {drafts.accepted} of {drafts.drafted} drafts accepted" if drafts.drafted else ""
     lossy = f", lossy: {', '.join(summary.lossy)}" if summary.lossy else ""
     return (
         f"[{summary.generated_tokens} tokens, {summary.tokens_per_second:.1f} tokens/s, "
         f"{summary.flash.bytes_per_token / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
-        f"peak memory {size(summary.memory.peak_bytes)}{lossy}]"
+        f"peak memory {size(summary.memory.peak_bytes)}{drafted}{lossy}]"
     )

@@ -16,6 +16,7 @@ from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.dials import with_fewer
 from pipeline.planner.budget import parse_budget
+from pipeline.planner.drafting import most_drafts
 from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
@@ -199,6 +200,7 @@ def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int 
         forecast=forecast,
         cache_dtype=config.compute.kv_cache,
     )
+    divided = replace(divided, drafts=most_drafts(store, config, divided))
     return PlanReport(divided, config, _parts(store, config, divided), budget)
 
 

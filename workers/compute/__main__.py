@@ -19,6 +19,7 @@ from workers.compute.audit import Audit
 from workers.compute.constraint import Constraints
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
+from workers.compute.drafts.lookup import Lookup
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
 from workers.compute.weights import Weights
@@ -46,6 +47,8 @@ class LayerLoop:
             audit,
             constraints,
             worker.timeline,
+            Lookup(),
+            even_forced=worker.config.drafts.kind != "auto",
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
