@@ -113,7 +113,7 @@ class Drafts(Section):
 
     # lookup: what followed the last tokens where they stood before; auto: that, where tokens read from flash
     kind: Literal["auto", "lookup", "off"] = "auto"
-    length: Annotated[int, Field(ge=1, le=STEP_ROWS - 1)] = 4  # of one step, at most
+    length: Annotated[int, Field(ge=1, le=STEP_ROWS - 1)] = 7  # of one step, at most
 
 
 class Experts(Section):

@@ -13,13 +13,14 @@ from statistics import median
 from typing import Final
 
 KNOWN: Final = 3  # steps without drafts that must have been measured
-RECENT: Final = 9  # steps of a kind whose median counts
+RECENT: Final = 15  # steps of a kind whose median counts: disks are shared, and single steps slow
 AGAIN: Final = 64  # steps with drafts after which one goes without, to be measured
 MOST_LOST: Final = 0.02  # of the time of all steps, which drafts may have cost in vain …
 MOST_TRIED: Final = 0.01  # … where they seem to pay, and where they do not
+GRACE: Final = 1.0  # step's time that they may cost beyond that
 FADING: Final = 0.9  # what a draft weighs beside the next one of the same trust
 PRIOR: Final = 2.0  # drafts' weight that an unknown trust begins with
-ROW: Final = 0.25  # of a step's seconds: a further row's price until one was measured
+ROW, GUESSES = 0.25, 3  # of a step's seconds: a further row's price, until so many were measured
 
 
 class Worth:
@@ -40,8 +41,7 @@ class Worth:
         most = min(self._most, room)
         if not trust or most < 1 or len(self._single) < KNOWN or self._drafting >= AGAIN:
             return 0
-        step = median(self._single)
-        row = median(self._row) if self._row else ROW * step
+        step, row = self._prices()
         chance = self._chance(trust)
         best, gain, likely, expected = 0, 0.0, 1.0, 0.0
         for count in range(1, most + 1):
@@ -49,7 +49,7 @@ class Worth:
             expected += likely * step - row
             if expected > gain:
                 best, gain = count, expected
-        allowed = (MOST_LOST if best else MOST_TRIED) * self._seconds
+        allowed = MOST_LOST * self._seconds + GRACE * step if best else MOST_TRIED * self._seconds
         if self._lost > allowed:
             return 0
         return best or 1
@@ -62,14 +62,20 @@ class Worth:
             self._drafting = 0
             return
         self._drafting += 1
-        step = median(self._single)
+        step, _ = self._prices()
         self._row.append(max(0.0, seconds - step) / drafted)
-        self._lost = max(0.0, self._lost + seconds - (1 + accepted) * step)
+        step, row = self._prices()
+        self._lost = max(0.0, self._lost + drafted * row - accepted * step)
         true, tried = self._true.get(trust, (PRIOR * trust / (trust + 2), PRIOR))
         for number in range(min(drafted, accepted + 1)):
             true = true * FADING + (number < accepted)
             tried = tried * FADING + 1
         self._true[trust] = true, tried
+
+    def _prices(self) -> tuple[float, float]:
+        """Seconds of a step without drafts, and of each further row."""
+        step = median(self._single) if self._single else 0.0
+        return step, median([*self._row, *[ROW * step] * (GUESSES - len(self._row))])
 
     def _chance(self, trust: int) -> float:
         """That a draft comes true."""
