@@ -111,8 +111,10 @@ class Compute(Section):
 class Drafts(Section):
     """Several tokens a step, where every neuron is read anyway. No draft changes the text: docs/drafts.md."""
 
-    # lookup: what followed the last tokens where they stood before; auto: that, where tokens read from flash
-    kind: Literal["auto", "lookup", "off"] = "auto"
+    # lookup: what followed the last tokens where they stood before; auto: that, where tokens read from flash;
+    # model: what a smaller model writes
+    kind: Literal["auto", "lookup", "model", "off"] = "auto"
+    model: str = ""  # directory of that model's store
     length: Annotated[int, Field(ge=1, le=STEP_ROWS - 1)] = 7  # of one step, at most
 
 

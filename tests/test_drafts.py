@@ -26,15 +26,17 @@ from pipeline.ring.messages import Cancel, Finished, Generate, Message, TokenRea
 from pipeline.ring.plan import STEP_ROWS, Forecast, Plan
 from pipeline.ring.sampling import Sampling
 from pipeline.ring.session import Session
+from storage.codecs import FLOAT32
 from storage.convert import convert
 from storage.errors import ConfigError
 from storage.store import Store
 from workers.compute.blocks import run
 from workers.compute.drafts.lookup import LONGEST, Lookup
+from workers.compute.drafts.model import ModelDrafts
 from workers.compute.drafts.source import Source
 from workers.compute.drafts.worth import AGAIN, KNOWN, MOST_LOST, Worth
 from workers.compute.engine import Engine
-from workers.compute.sampling import candidates
+from workers.compute.sampling import candidates, choose
 
 # -- rows -----------------------------------------------------------------------------------------
 
@@ -120,6 +122,9 @@ class Knowing:
             self._said += 1
             found.append(token if self._said % self._wrong else (token + 1) % 50)
         return found
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module", params=["falcon-7b", "llama", "gguf", "opt"])
@@ -466,7 +471,7 @@ def test_nothing_is_drafted_before_a_step_was_measured_nor_without_end() -> None
         worth.took(0, 0, 0, STEP)
     assert worth.count(9, 4) > 0
     assert worth.count(0, 4) == worth.count(9, 0) == 0
-    assert worth.count(9, 1) == 1
+    assert worth.count(9, 1) == worth.count(1, 4) == 1
     for _ in range(AGAIN):
         worth.took(9, 4, 4, STEP)
     assert worth.count(9, 4) == 0
@@ -500,6 +505,49 @@ def test_a_mixtures_tokens_come_one_by_one(tmp_path: Path) -> None:
         make_plan(mixture, config(**asked, drafts={"kind": "lookup"}))
 
 
+def test_a_draft_model_has_the_same_tokens_and_a_place_in_the_plan(tmp_path: Path) -> None:
+    big, small = made(tmp_path / "big", "falcon-7b"), made(tmp_path / "small", "llama")
+    everything = {"predictor": {"kind": "all", "refine": False}}
+    chosen = config(**everything, drafts={"kind": "model", "model": str(small.path)})
+    report = make_plan(big, chosen)
+    weights = sum(small.manifest.files[name].bytes for name in ("resident.safetensors", "bundles.bin"))
+    assert report.plan.drafts == 7
+    assert report.parts["draft model"] > weights
+    with pytest.raises(ConfigError, match=r"drafts\.kind model needs drafts\.model"):
+        make_plan(big, config(**everything, drafts={"kind": "model"}))
+    with pytest.raises(ConfigError, match=r"drafts\.model: "):
+        make_plan(big, config(**everything, drafts={"kind": "model", "model": str(tmp_path)}))
+    tokenizer = small.path / "tokenizer.json"
+    words = tokenizer.read_text().replace('"A":', '"?":').replace('"B":', '"A":').replace('"?":', '"B":')
+    tokenizer.write_text(words)
+    with pytest.raises(ConfigError, match="their tokenizers differ"):
+        make_plan(big, chosen)
+
+
+# -- a draft model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, 0, 0.9, 7)], ids=["greedy", "sampled"])
+def test_a_model_drafts_what_it_would_write(tmp_path: Path, sampling: Sampling) -> None:
+    """Also behind a text that went on otherwise, and behind one that is longer than a piece."""
+    small = made(tmp_path, "llama")
+    rest = list(range(3, 40))
+    drafting = ModelDrafts(small, small.architecture.vocabulary, 128, 1, FLOAT32)
+    try:
+        drafting.begin(PROMPT, sampling)
+        for text in (list(PROMPT), [*PROMPT, 7, 8], [*PROMPT, 7, 9, 11], [2, *rest, *rest]):
+            with LocalDecoder(small) as decoder:
+                logits, expected = decoder.prefill(text)[-1], []
+                for index in range(5, 9):
+                    expected.append(choose(logits, sampling, index))
+                    logits = decoder.step(expected[-1])
+            assert drafting.trust(text) == 7
+            assert drafting.draft(text, 4, 5) == expected
+        assert drafting.trust([0] * 125) == 0, "beyond its context"
+    finally:
+        drafting.close()
+
+
 # -- the ring -------------------------------------------------------------------------------------
 
 
@@ -511,11 +559,12 @@ def test_the_ring_writes_the_same_with_drafts(tmp_path: Path) -> None:
     # A passage first: as soon as steps were measured, the first drafts are tried whatever the machine.
     hows: list[dict[str, Any]] = [{"forced": passage * 3}, {}, {"temperature": 0.8, "seed": 11}]
     found = []
-    for kind in ("off", "lookup"):
-        chosen = config(predictor={"kind": "all", "refine": False}, drafts={"kind": kind, "length": 5})
+    for kind in ("off", "lookup", "model"):  # its own model, which is right at all times
+        drafts = {"kind": kind, "length": 5, "model": str(store.path)}
+        chosen = config(predictor={"kind": "all", "refine": False}, drafts=drafts)
         with Session(store, chosen, plan_for(store, chosen)) as session:
             found.append([(in_ring(session, 24, prompt, **how), session.summary()) for how in hows])
-    for (expected, alone), (text, together) in zip(*found, strict=True):
+    for (expected, alone), (text, together) in zip(found[0] * 2, found[1] + found[2], strict=True):
         assert text == expected
         assert (alone.drafts.steps, alone.drafts.drafted, alone.drafts.accepted) == (23, 0, 0)
         assert together.drafts.steps + together.drafts.accepted == 23
@@ -523,3 +572,4 @@ def test_the_ring_writes_the_same_with_drafts(tmp_path: Path) -> None:
         share = together.drafts.steps / alone.drafts.steps
         assert together.flash.bytes_per_token == pytest.approx(share * alone.flash.bytes_per_token)
     assert found[1][0][1].drafts.accepted > 0, "the passage was copied"
+    assert sum(summary.drafts.accepted for _, summary in found[2][1:]) > 0

@@ -29,7 +29,7 @@ from pipeline.commands.options import (
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
-from pipeline.models.names import configure
+from pipeline.models.names import configure, find_source
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
@@ -101,8 +101,9 @@ def command(
         str,
         typer.Option(
             help="Verify several tokens a step, where every neuron is read: lookup takes them from the text "
-            "itself, off leaves it. The text stays the same. [default: lookup where it pays]",
-            metavar="lookup|off",
+            "itself, a smaller model with the same tokenizer writes them, off leaves it. The text stays the "
+            "same. [default: lookup, where tokens read from flash]",
+            metavar="lookup|off|NAME|DIR",
             show_default=False,
         ),
     ] = "",
@@ -137,7 +138,7 @@ def command(
             "audit": AUDIT_EVERY if audit_sets else None,
             "structured": True if grammar else None,
         },
-        "drafts": {"kind": draft or None},
+        "drafts": _draft_values(draft),
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -167,6 +168,13 @@ def command(
         say(describe(summary))
         if summary.audit is not None:
             say(summary.audit.describe())
+
+
+def _draft_values(draft: str) -> dict[str, str | None]:
+    """What `--draft` means. Raises UsageError for a model that is not there."""
+    if draft in ("", "lookup", "off", "auto"):
+        return {"kind": draft or None}
+    return {"kind": "model", "model": str(find_source(draft).open_store().path.resolve())}
 
 
 def _generate(

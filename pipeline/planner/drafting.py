@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Final
+
 from pipeline.config import Config
 from pipeline.ring.plan import Plan
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StoreError
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
+
+PIECE: Final = 128  # tokens of a prompt that a draft model reads at once
 
 
 def most_drafts(store: Store, config: Config, plan: Plan) -> int:
@@ -22,6 +28,30 @@ def most_drafts(store: Store, config: Config, plan: Plan) -> int:
     if problem:
         raise ConfigError(f"drafts.kind {drafts.kind} {problem}")
     return drafts.length
+
+
+def draft_store(config: Config) -> Store | None:
+    """The store of the draft model, if there is to be one. Raises ConfigError."""
+    if config.drafts.kind != "model":
+        return None
+    if not config.drafts.model:
+        raise ConfigError("drafts.kind model needs drafts.model, the directory of a store")
+    try:
+        return Store.open(Path(config.drafts.model))
+    except StoreError as error:
+        raise ConfigError(f"drafts.model: {error}") from error
+
+
+def check_draft_model(store: Store, config: Config) -> None:
+    """Raises ConfigError for a draft model that has other tokens than `store`."""
+    found = draft_store(config)
+    if found is None:
+        return
+    theirs, ours = (load_tokenizer(one).get_vocab(with_added_tokens=True) for one in (found, store))
+    if theirs != ours:
+        raise ConfigError(
+            f"{found.manifest.name} cannot draft for {store.manifest.name}: their tokenizers differ"
+        )
 
 
 def _problem(store: Store, plan: Plan) -> str:

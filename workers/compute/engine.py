@@ -210,5 +210,7 @@ class Engine:
         return run(self._architecture, self._device, x, self._units, self._plan.forecast.early)
 
     def close(self) -> None:
-        """Give the device's threads and memory back."""
+        """Give the threads and memory of device and drafts back."""
         self._device.close()
+        if self._drafts is not None:
+            self._drafts.close()

@@ -45,6 +45,9 @@ class Lookup:
             found.append(text[at] if at < len(text) else found[at - len(text)])
         return found
 
+    def close(self) -> None:
+        """There is nothing to give back."""
+
     def _index(self, text: Sequence[int]) -> None:
         """Of all tokens but the last, which nothing follows yet."""
         for end in range(max(self._indexed, SHORTEST), len(text)):

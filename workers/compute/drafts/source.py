@@ -17,8 +17,11 @@ class Source(Protocol):
     def trust(self, text: Sequence[int]) -> int:
         """What the drafts behind `text`, prompt and answer so far, are worth: 0 for none, more is better.
 
-        Of each number it is counted how often its drafts come true. `text` begins with the last one.
+        There are no more drafts than that. Of each number it is counted how often its drafts come true.
         """
 
     def draft(self, text: Sequence[int], count: int, index: int) -> list[int]:
-        """At most `count` tokens behind the same `text`; the first would be the answer's token `index`."""
+        """So many tokens behind the same `text`; the first would be the answer's token `index`."""
+
+    def close(self) -> None:
+        """Give threads and memory back."""

@@ -17,7 +17,8 @@ RECENT: Final = 15  # steps of a kind whose median counts: disks are shared, and
 AGAIN: Final = 64  # steps with drafts after which one goes without, to be measured
 MOST_LOST: Final = 0.02  # of the time of all steps, which drafts may have cost in vain …
 MOST_TRIED: Final = 0.01  # … where they seem to pay, and where they do not
-GRACE: Final = 1.0  # step's time that they may cost beyond that
+GRACE: Final = 1.0  # step's time that they may cost beyond that, where they seem to pay
+CREDIT: Final = 10.0  # steps' time that they can have brought in advance
 FADING: Final = 0.9  # what a draft weighs beside the next one of the same trust
 PRIOR: Final = 2.0  # drafts' weight that an unknown trust begins with
 ROW, GUESSES = 0.25, 3  # of a step's seconds: a further row's price, until so many were measured
@@ -33,13 +34,13 @@ class Worth:
         self._row: deque[float] = deque(maxlen=RECENT)  # seconds of each further row
         self._true: dict[int, tuple[float, float]] = {}  # by trust: drafts that came true, and all
         self._seconds = 0.0  # of all steps
-        self._lost = 0.0  # seconds that drafts have cost more than they brought, never below zero
+        self._lost = 0.0  # seconds that drafts have cost more than they brought
         self._drafting = 0  # steps with drafts since the last one without
 
     def count(self, trust: int, room: int) -> int:
-        """How many drafts of this trust the next step should verify, at most `room`."""
-        most = min(self._most, room)
-        if not trust or most < 1 or len(self._single) < KNOWN or self._drafting >= AGAIN:
+        """How many drafts of this trust the next step should verify, at most `room`, and `trust`."""
+        most = min(self._most, room, trust)
+        if most < 1 or len(self._single) < KNOWN or self._drafting >= AGAIN:
             return 0
         step, row = self._prices()
         chance = self._chance(trust)
@@ -65,7 +66,7 @@ class Worth:
         step, _ = self._prices()
         self._row.append(max(0.0, seconds - step) / drafted)
         step, row = self._prices()
-        self._lost = max(0.0, self._lost + drafted * row - accepted * step)
+        self._lost = max(-CREDIT * step, self._lost + drafted * row - accepted * step)
         true, tried = self._true.get(trust, (PRIOR * trust / (trust + 2), PRIOR))
         for number in range(min(drafted, accepted + 1)):
             true = true * FADING + (number < accepted)

@@ -31,8 +31,8 @@ _QUOTED: Final = (
     "stands on a cliff above the sea. For a hundred and seventy years three keepers lived there with their "
     "families, and in winter no boat could land for weeks. In 1998 the lamp was made automatic, and the last "
     "keeper left on a grey morning in March. Today a café in the old engine room serves tea to walkers. The "
-    "walk from the ferry takes a day, there is no road for cars, and whoever comes late sleeps on the floor of "
-    "the café, with a dog called Daisy. The owner has lived there alone since his wife fell ill one December "
+    "walk from the ferry takes a day, there is no road for cars, and whoever comes late sleeps on the floor "
+    "of the café, with a dog called Daisy. The owner has lived alone since his wife fell ill one December "
     "and could not come home through the snow. He says that the wind is his clock and the sea his newspaper."
 )
 _PROGRAM: Final = """def average(numbers):
