@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.ring.plan import STEP_ROWS
 from pipeline.ring.sampling import Sampling
 from storage.errors import ConfigError
 
@@ -107,6 +108,16 @@ class Compute(Section):
     structured: bool = False
 
 
+class Drafts(Section):
+    """Several tokens a step, where every neuron is read anyway. No draft changes the text: docs/drafts.md."""
+
+    # lookup: what followed the last tokens where they stood before; auto: that, where tokens read from flash;
+    # model: what a smaller model writes
+    kind: Literal["auto", "lookup", "model", "off"] = "auto"
+    model: str = ""  # directory of that model's store
+    length: Annotated[int, Field(ge=1, le=STEP_ROWS - 1)] = 7  # of one step, at most
+
+
 class Experts(Section):
     """Lossy dials of a mixture of experts, all off. `dials.py` says more; docs/quality.md, what they cost."""
 
@@ -149,6 +160,7 @@ class Config(Section):
     cache: Cache = Cache()
     prefetcher: Prefetcher = Prefetcher()
     compute: Compute = Compute()
+    drafts: Drafts = Drafts()
     experts: Experts = Experts()
     memory: Memory = Memory()
     sampling: Decoding = Decoding()

@@ -35,6 +35,7 @@ from storage.store import Store
 from workers.compute.constraint import Constraints, Unfollowable
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
+from workers.compute.drafts.source import Source
 from workers.compute.engine import Engine
 from workers.compute.torch.device import TorchDevice
 from workers.compute.weights import Weights
@@ -151,6 +152,7 @@ def ring(
     on: Callable[[Weights, int, int], Device[Any]] = CpuDevice,
     constraints: Any = None,
     spare: int = 0,
+    drafts: Source | None = None,
     **how: object,
 ) -> Iterator[FakeRing]:
     layout = store.layout
@@ -163,6 +165,7 @@ def ring(
         context=64,
         hidden_rows=4,
         forecast=Forecast(kind, lookahead, refine=False),
+        drafts=0 if drafts is None else 4,
     )
     views = {name: np.zeros(shape, kind) for name, (shape, kind) in segments._shapes(plan).items()}
     memory = segments.Segments(**views)
@@ -175,7 +178,9 @@ def ring(
         fake = FakeRing(store, plan, memory, theirs, **how)  # type: ignore[arg-type]
         fake.fill()
         device = on(Weights(store), plan.context, threads)
-        fake.engine = Engine(store.architecture, device, plan, memory, mine, constraints=constraints)
+        fake.engine = Engine(
+            store.architecture, device, plan, memory, mine, constraints=constraints, drafts=drafts
+        )
         server = threading.Thread(target=fake.serve, args=(ended,))
         server.start()
         try:

@@ -35,7 +35,7 @@ def generation() -> Generation:
     before = {
         "cache": {"decode_hits": 1.0, "decode_misses": 1.0, "layer.0.hits": 1.0},
         "prefetcher": {"decode_bytes": 100.0, "decode_reads": 2.0},
-        "compute": {"tokens": 5.0},
+        "compute": {"tokens": 5.0, "steps": 4.0},
     }
     after = {
         "cache": {"decode_hits": 31.0, "decode_misses": 11.0, "layer.0.hits": 31.0},
@@ -46,7 +46,14 @@ def generation() -> Generation:
             "stream_bytes": 512.0,
             "stream_reads": 1.0,
         },
-        "compute": {"tokens": 8.0, "audit_seconds": 0.5, **dict(AUDITED.by_counter(1))},
+        "compute": {
+            "tokens": 8.0,
+            "steps": 6.0,
+            "drafted": 3.0,
+            "accepted": 1.0,
+            "audit_seconds": 0.5,
+            **dict(AUDITED.by_counter(1)),
+        },
     }
     return Generation(
         prompt=(2, 3),
@@ -93,6 +100,7 @@ def test_the_json_has_its_keys_in_their_order():
             "gap_bytes": 50,
         },
         "cache": {"slots": 22, "hits": 30, "misses": 10, "hit_rate": 0.75},
+        "drafts": {"steps": 2, "drafted": 3, "accepted": 1},
         "memory": {"budget_bytes": 4096, "peak_bytes": 3000},
         "workers": [{"name": "compute", "pid": 11}, {"name": "cache", "pid": 12}],
         "audit": None,
@@ -105,7 +113,7 @@ def test_the_json_has_its_keys_in_their_order():
                 "stream_bytes": 512.0,
                 "stream_reads": 1.0,
             },
-            "compute": {"tokens": 3.0, "audit_seconds": 0.5},
+            "compute": {"tokens": 3.0, "steps": 2.0, "drafted": 3.0, "accepted": 1.0, "audit_seconds": 0.5},
         },
         "notes": ["prefetcher: io_uring"],
         "lossy": [],
@@ -141,7 +149,8 @@ def test_nothing_that_was_not_counted_divides_by_zero():
 
 def test_the_one_line_of_a_run():
     assert describe(summary(generation())) == (
-        "[3 tokens, 4.0 tokens/s, 0.00 MB read per token, hit rate 75.0 %, peak memory 2.93 KiB]"
+        "[3 tokens, 4.0 tokens/s, 0.00 MB read per token, hit rate 75.0 %, peak memory 2.93 KiB, "
+        "1 of 3 drafts accepted]"
     )
     dials = ("3 of 4 experts", "another")
     assert summary(generation(), lossy=dials).to_json()["lossy"] == list(dials)

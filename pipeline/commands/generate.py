@@ -29,7 +29,7 @@ from pipeline.commands.options import (
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write
 from pipeline.ending import asked_to_end
-from pipeline.models.names import configure
+from pipeline.models.names import configure, find_source
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
@@ -97,6 +97,16 @@ def command(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Verify several tokens a step, where every neuron is read: lookup takes them from the text "
+            "itself, a smaller model with the same tokenizer writes them, off leaves it. The text stays the "
+            "same. [default: lookup, where tokens read from flash]",
+            metavar="lookup|off|NAME|DIR",
+            show_default=False,
+        ),
+    ] = "",
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
@@ -128,6 +138,7 @@ def command(
             "audit": AUDIT_EVERY if audit_sets else None,
             "structured": True if grammar else None,
         },
+        "drafts": _draft_values(draft),
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -157,6 +168,13 @@ def command(
         say(describe(summary))
         if summary.audit is not None:
             say(summary.audit.describe())
+
+
+def _draft_values(draft: str) -> dict[str, str | None]:
+    """What `--draft` means. Raises UsageError for a model that is not there."""
+    if draft in ("", "lookup", "off", "auto"):
+        return {"kind": draft or None}
+    return {"kind": "model", "model": str(find_source(draft).open_store().path.resolve())}
 
 
 def _generate(
@@ -274,9 +292,11 @@ def describe(summary: Summary) -> str:
     cache = summary.cache
     asked = cache.hits + cache.misses
     hit_rate = f"{100 * cache.hits / asked:.1f} %" if asked else "no lookups"
+    drafts = summary.drafts
+    drafted = f", {drafts.accepted} of {drafts.drafted} drafts accepted" if drafts.drafted else ""
     lossy = f", lossy: {', '.join(summary.lossy)}" if summary.lossy else ""
     return (
         f"[{summary.generated_tokens} tokens, {summary.tokens_per_second:.1f} tokens/s, "
         f"{summary.flash.bytes_per_token / 1e6:.2f} MB read per token, hit rate {hit_rate}, "
-        f"peak memory {size(summary.memory.peak_bytes)}{lossy}]"
+        f"peak memory {size(summary.memory.peak_bytes)}{drafted}{lossy}]"
     )

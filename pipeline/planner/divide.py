@@ -16,6 +16,7 @@ from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.dials import with_fewer
 from pipeline.planner.budget import parse_budget
+from pipeline.planner.drafting import PIECE, check_draft_model, draft_store, most_drafts
 from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
@@ -93,6 +94,7 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     Raises BudgetError, naming the least that would do, when the budget is too small, and
     ConfigError for what cannot be.
     """
+    check_draft_model(store, config)
     resolved, store = resolve(store, config), with_fewer(store, config)
     budget = parse_budget(config.memory.budget, store)
     least = _report(store, resolved, _least_slots(store, config), budget)
@@ -199,6 +201,7 @@ def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int 
         forecast=forecast,
         cache_dtype=config.compute.kv_cache,
     )
+    divided = replace(divided, drafts=most_drafts(store, config, divided))
     return PlanReport(divided, config, _parts(store, config, divided), budget)
 
 
@@ -211,26 +214,38 @@ def staging_slots(size_bytes: int, stride: int, most: int) -> int:
 
 
 def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
-    architecture = store.architecture
+    drafting = draft_store(config)
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
     mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
-    heads = sum(layer.attention.kv_heads * layer.attention.head_dim for layer in architecture.layers)
-    cached = 2 * CODECS[divided.cache_dtype].size(divided.context * heads)
     return {
         "resident weights": resident,
-        "KV cache": cached,
+        "KV cache": _cache_bytes(store, divided),
         "predictors": _held_by_predictor(store, config, divided),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),
         "activations": _activation_bytes(store, config, divided),
+        **({"draft model": _draft_bytes(drafting, config, divided)} if drafting else {}),
         **({"structured output": _constraint_bytes(store)} if config.compute.structured else {}),
         "processes": sum(BASES.values()),
         "page tables": tables,
     }
+
+
+def _cache_bytes(store: Store, divided: Plan) -> int:
+    layers = (layer.attention for layer in store.architecture.layers)
+    heads = sum(layer.kv_heads * layer.head_dim for layer in layers)
+    return 2 * CODECS[divided.cache_dtype].size(divided.context * heads)
+
+
+def _draft_bytes(store: Store, config: Config, divided: Plan) -> int:
+    """All of a draft model, which compute holds, and its scratch."""
+    weights = store.manifest.files[RESIDENT].bytes + store.layout.total_bytes
+    scratch = _activation_bytes(store, config, replace(divided, context=PIECE))
+    return weights + weights // PAGE_TABLES + _cache_bytes(store, divided) + scratch
 
 
 def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:

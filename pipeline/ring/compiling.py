@@ -29,9 +29,14 @@ def compile_kernels(store: Store, config: Config, plan: Plan) -> int:
 
     Where that fails nothing is said: the workers then compile by themselves, and tell what is wrong.
     """
+    paths = [store.path, *([Path(config.drafts.model)] if config.drafts.kind == "model" else [])]
     choices = (plan.cache_dtype, config.compute.activations, plan.forecast.kind)
+    return max(_compile(path.resolve(), choices) for path in paths)
+
+
+def _compile(store: Path, choices: tuple[str, ...]) -> int:
     process = subprocess.Popen(
-        module_command(COMPILER, str(store.path.resolve()), *choices),
+        module_command(COMPILER, str(store), *choices),
         env=module_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _PREFIX = "layer."
 KEPT = "kept"  # compute's: units of decode that it did not have to ask for
+STEPS, DRAFTED, ACCEPTED = "steps", "drafted", "accepted"  # compute's: steps of decode, and its drafts
 
 
 def of_layer(layer: int, name: str) -> str:

@@ -15,6 +15,8 @@ BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
 ROWS: Final = 512  # tokens of one expert that are computed at once
 
+STEP_ROWS: Final = 8  # tokens of a step that is no prompt, at most: one, and its drafts
+
 NEARLY_ALL: Final = 0.9  # of a layer's experts: a prompt that wants as many is taken to want all of the next
 LARGE: Final = 1 << 20  # bytes of a slot from which each unit that a token misses is a part of its own
 
@@ -76,6 +78,7 @@ class Plan:
     hidden_rows: int  # rows of the hidden segment per layer: the window's tokens in prefill
     forecast: Forecast
     cache_dtype: str = "float32"  # of keys and values
+    drafts: int = 0  # tokens behind a new one that a step may verify, at most
 
     @property
     def layers(self) -> int:

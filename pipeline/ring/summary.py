@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.ring.audit import AuditReport
-from pipeline.ring.counters import KEPT, layer_and_name
+from pipeline.ring.counters import ACCEPTED, DRAFTED, KEPT, STEPS, layer_and_name
 from pipeline.ring.generation import Generation
 from pipeline.ring.plan import Plan
 
@@ -45,6 +45,15 @@ class CacheUse:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftUse:
+    """Several tokens a step: a step that accepts drafts brings one token more than those."""
+
+    steps: int  # of decode
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryUse:
     """Of all processes together."""
 
@@ -73,6 +82,7 @@ class Summary:
     tokens_per_second: float  # 0 for fewer than two tokens
     flash: Flash
     cache: CacheUse
+    drafts: DraftUse
     memory: MemoryUse
     workers: tuple[WorkerId, ...]
     audit: AuditReport | None  # None: nothing was audited
@@ -108,6 +118,7 @@ class Summary:
             tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
             flash=_flash(done),
             cache=_cache(done, plan),
+            drafts=DraftUse(*(int(done.delta("compute", name)) for name in (STEPS, DRAFTED, ACCEPTED))),
             memory=memory,
             workers=tuple(WorkerId(name, pid) for name, pid in pids.items()),
             audit=AuditReport.of(done.delta, plan.layers) if config.compute.audit else None,

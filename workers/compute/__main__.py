@@ -8,17 +8,22 @@ import threading
 from typing import Any
 
 from pipeline.cores import thread_count
+from pipeline.planner.drafting import draft_store
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.ring.process import Worker, run_on_loop
 from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
 from storage.codecs import CODECS
+from storage.store import Store
 from workers import kernels
 from workers.compute import compiling
 from workers.compute.audit import Audit
 from workers.compute.constraint import Constraints
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
+from workers.compute.drafts.lookup import Lookup
+from workers.compute.drafts.model import ModelDrafts
+from workers.compute.drafts.source import Source
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
 from workers.compute.weights import Weights
@@ -29,7 +34,9 @@ NAME = "compute"
 class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
-    def __init__(self, worker: Worker, weights: Weights, device: Device[Any], threads: int) -> None:
+    def __init__(
+        self, worker: Worker, weights: Weights, device: Device[Any], threads: int, drafts: Source
+    ) -> None:
         self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         with starting_prompt_threads():
@@ -46,6 +53,8 @@ class LayerLoop:
             audit,
             constraints,
             worker.timeline,
+            drafts,
+            even_forced=worker.config.drafts.kind != "auto",
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -97,13 +106,15 @@ async def main(worker: Worker) -> None:
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
-    needed = compiling.of_compute(worker.store, cache_codec.name)
-    if not compiling.ready(needed, worker.store, worker.compiles):  # while the disk works
-        worker.unprepared()
-        return
+    drafting = draft_store(worker.config)
+    for store in (worker.store, drafting) if drafting else (worker.store,):
+        needed = compiling.of_compute(store, cache_codec.name)
+        if not compiling.ready(needed, store, worker.compiles):  # while the disk works
+            worker.unprepared()
+            return
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
-    loop = LayerLoop(worker, weights, device, threads)
+    loop = LayerLoop(worker, weights, device, threads, _drafts(worker, drafting, threads))
     stopped = asyncio.Event()
 
     def handle(message: Message) -> None:
@@ -130,6 +141,14 @@ async def main(worker: Worker) -> None:
     finally:
         waiting.cancel()
         loop.close()
+
+
+def _drafts(worker: Worker, drafting: Store | None, threads: int) -> Source:
+    """What drafts come from, if the plan wants any."""
+    if drafting is None:
+        return Lookup()
+    vocabulary, plan = worker.store.architecture.vocabulary, worker.plan
+    return ModelDrafts(drafting, vocabulary, plan.context, threads, CODECS[plan.cache_dtype])
 
 
 def _values(engine: Engine) -> dict[str, float]:

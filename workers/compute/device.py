@@ -43,10 +43,13 @@ class LayerFfn(Protocol[Out_co]):
 class Device(Protocol[Hidden]):
     """Computes one step after the other. Keys and values stay with it, from step to step."""
 
+    rows: int  # tokens that may have one set; each has the bits that it would have alone
+
     def begin(self, first: int, count: int, every: bool, sequences: int = 1) -> None:
         """Begin a step of `count` tokens of each sequence, the first at position `first`.
 
-        `every`: all units are wanted, in each row; otherwise they are a set that was predicted.
+        `every`: all units are wanted, in each row; otherwise they are a predicted set, and `count` is
+        at most `rows`.
         """
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> Hidden:

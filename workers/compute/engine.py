@@ -1,7 +1,8 @@
 """Generations: from a prompt to its tokens, one step after the other, in a thread of its own.
 
 A step embeds its tokens, runs them through the layers (`blocks.run`) with the units that the ring brings
-(`ring_units.py`), and gives logits. The first step of a run is its prefill, whatever its length.
+(`ring_units.py`), and gives logits. The first step of a run is its prefill, whatever its length. Those that
+follow have one token, and where the plan has room for them, drafts behind it (`drafts/steps.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from workers.compute.audit import Audit
 from workers.compute.blocks import run
 from workers.compute.constraint import Constraint, Constraints, Unfollowable
 from workers.compute.device import Device
+from workers.compute.drafts.source import Source
+from workers.compute.drafts.steps import Steps
+from workers.compute.drafts.worth import Worth
 from workers.compute.ring_units import Cancelled, RingUnits
 from workers.compute.sampling import choose, log_probability
 
@@ -43,13 +47,22 @@ class Engine:
         audit: Audit | None = None,
         constraints: Constraints | None = None,
         timeline: Timeline | None = None,
+        drafts: Source | None = None,
+        even_forced: bool = False,
     ) -> None:
-        """`constraints`: of the model's tokenizer; without them no request has a grammar."""
+        """`constraints`: of the model's tokenizer; without them no request has a grammar.
+
+        `drafts` are used where plan and device have room for them, with forced tokens only if `even_forced`.
+        """
         self._architecture = architecture
         self._device = device
         self._plan = plan
         self._channel = channel
         self._constraints = constraints
+        most = min(plan.drafts, device.rows - 1)
+        self._drafts = drafts if most else None
+        self._even_forced = even_forced
+        self._worth = Worth(most)
         self._cancelled = -1  # the run that was last asked to end
         self._units = RingUnits(
             device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline()
@@ -119,6 +132,37 @@ class Engine:
     def _decode(self, request: Generate, logits: F32, constraint: Constraint | None) -> str:
         """Report tokens until one of the run's ends; returns which. Raises StoreCorrupt and Unfollowable."""
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
+        steps = self._steps(request, sampling)
+        try:
+            return self._choose(request, sampling, logits, constraint, steps)
+        finally:
+            steps.end()
+
+    def _steps(self, request: Generate, sampling: Sampling) -> Steps:
+        """Those behind the prompt."""
+        drafts = self._drafts if self._even_forced or not request.forced else None
+        if drafts is not None:
+            drafts.begin(request.prompt, sampling)
+
+        def forward(tokens: Sequence[int], position: int) -> Any:
+            return self._forward(request.run, tokens, position, every=False)
+
+        return Steps(request.prompt, forward, self._row_logits, self.counts, drafts, self._worth)
+
+    def _row_logits(self, x: Any) -> F32:
+        started = time.perf_counter()
+        logits: F32 = self._device.logits(x)[0]
+        self.seconds["head"] += time.perf_counter() - started
+        return logits
+
+    def _choose(
+        self,
+        request: Generate,
+        sampling: Sampling,
+        logits: F32,
+        constraint: Constraint | None,
+        steps: Steps,
+    ) -> str:
         position = len(request.prompt)
         for index in range(request.max_new_tokens):
             if not np.isfinite(logits).all():
@@ -141,10 +185,8 @@ class Engine:
                 return "stop"  # nothing can follow: an end token would only cost another step
             if index + 1 == request.max_new_tokens or position + index >= self._plan.context:
                 return "length"
-            x = self._forward(request.run, [token], position + index, every=False)
-            started = time.perf_counter()
-            logits = self._device.logits(x)[0]
-            self.seconds["head"] += time.perf_counter() - started
+            room = min(request.max_new_tokens - index - 2, self._plan.context - position - index - 1)
+            logits = steps.after(token, room)
         return "length"
 
     def _allowed(self, constraint: Constraint) -> npt.NDArray[np.intp]:
@@ -168,5 +210,7 @@ class Engine:
         return run(self._architecture, self._device, x, self._units, self._plan.forecast.early)
 
     def close(self) -> None:
-        """Give the device's threads and memory back."""
+        """Give the threads and memory of device and drafts back."""
         self._device.close()
+        if self._drafts is not None:
+            self._drafts.close()

@@ -1,4 +1,7 @@
-"""The CPU as a `Device`: one way for one token and a predicted set, one for many tokens and every unit."""
+"""The CPU as a `Device`: one way for one token and a predicted set, one for many tokens and every unit.
+
+A few tokens with one set go the way of one token, row by row.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.plan import STEP_ROWS
 from storage.architecture import NormPlace
 from storage.codecs import F32, FLOAT32, Codec
 from workers.compute.bound import BoundModel, Source
 from workers.compute.cpu.batch import BatchOperations
 from workers.compute.cpu.pool import Pool
+from workers.compute.cpu.rows import RowsOperations
 from workers.compute.cpu.token import TokenOperations
 from workers.compute.device import LayerFfn, Mask
 from workers.compute.kv_cache import KeyValueCache
@@ -22,6 +27,8 @@ from workers.routing import Ids
 
 class CpuDevice:
     """`device.Device` over numpy arrays. Results do not depend on the number of threads."""
+
+    rows = STEP_ROWS
 
     def __init__(
         self,
@@ -39,12 +46,13 @@ class CpuDevice:
         self.cache = KeyValueCache(layers, context, cache_codec)
         self._token = token(source, model, positions, self.cache, threads)
         self._batch = BatchOperations(source, model, positions, self.cache, self._pool)
-        self._now: TokenOperations | BatchOperations = self._batch
+        self._rows = RowsOperations(self._token)
+        self._now: TokenOperations | RowsOperations | BatchOperations = self._batch
 
     def begin(self, first: int, count: int, every: bool, sequences: int = 1) -> None:
         assert sequences == 1, "the cache holds one sequence"
-        assert every or count == 1, "a predicted set is one token's"
-        self._now = self._batch if every else self._token
+        assert every or count <= self.rows, "so many tokens are a prompt"
+        self._now = self._batch if every else self._token if count == 1 else self._rows
         self._now.first = first
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ring.plan import STEP_ROWS
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from workers import kernels
@@ -38,7 +39,7 @@ class TokenOperations:
         self._rows = [rows[layer.unit] for layer in source.layout.layers]
         layers = self.architecture.layers
         neurons = max((layer.ffn.neurons for layer in layers if not layer.ffn.router), default=0)
-        self._activations = np.empty(neurons, np.float32)  # of one layer
+        self._activations = np.empty((STEP_ROWS, neurons), np.float32)  # of one layer, by row of the step
         self._routing: Routing | None = None  # of the layer at hand
         context = cache.keys[0].shape[1]
         heads = max(layer.attention.heads for layer in layers)
@@ -99,7 +100,12 @@ class TokenOperations:
             routing, self._routing = self._routing, None
             shared = None if bound.shared is None else of_shared(ffn, bound.shared, x[0], self._product)
             return TokenExperts(bound, rows, ffn, x[0], routing, shared, self.threads)
-        return TokenFfn(bound, rows, ffn, x[0], self._activations, self.threads)
+        return self.plain_ffn(index, x[0], 0)
+
+    def plain_ffn(self, index: int, x: F32, row: int) -> TokenFfn:
+        """That of a layer without experts, for x [d_model], which is the step's row of this number."""
+        ffn, bound, rows = self.architecture.layers[index].ffn, self.model.layers[index], self._rows[index]
+        return TokenFfn(bound, rows, ffn, x, self._activations[row], self.threads)
 
     def logits(self, x: F32) -> F32:
         if self.model.final_norm is not None:

@@ -28,6 +28,8 @@ from workers.routing import Ids, Routing, route, weigh
 class TorchDevice:
     """`device.Device` over tensors; hidden states are [sequences · tokens, d_model] float32."""
 
+    rows = 1  # the bits of a product's row may hang on how many there are
+
     def __init__(
         self,
         weights: Weights,
