@@ -25,7 +25,7 @@ from storage import tokenizer
 from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.header import BYTES, BadHeader, Header
-from storage.json_object import read_json, unreadable
+from storage.json_object import LFS_POINTER, read_json, refuse_pointer, unreadable
 from storage.origin import Entry, samples
 from storage.tokenizer import GENERATION_CONFIG
 
@@ -36,8 +36,6 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(slots=True)
@@ -178,8 +176,7 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
 def _directory(shard: Path) -> dict[str, Entry]:
     """Name, shape, dtype and place of the tensors of one shard."""
     with shard.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(f"{shard} is a Git LFS pointer, not the weights: run git lfs pull")
+        refuse_pointer(shard, file.read(len(LFS_POINTER)))
     if shard.suffix == ".bin":
         return {
             name: Entry(shard, tuple(value.shape), str(value.dtype).removeprefix("torch."), 0)

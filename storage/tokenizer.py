@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer on its way into a store, and out of it.
 
-What a checkpoint has is taken over as it is; `tokenizer.json` is built where only older files are there
-(`old_tokenizer.py`).
+What a checkpoint has is taken over as it is, `tokenizer.json` with what stands beside it (`neighbours.py`).
+It is built where only older files are there (`old_tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import StoreError
+from storage.json_object import read_whole
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -36,18 +37,25 @@ def load_tokenizer(store: Store) -> Tokenizer:
             f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise StoreError(f"{path} is damaged: {error}") from error
+    tokenizer.no_padding()  # a store of an earlier version may have them
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def texts(checkpoint: Path) -> dict[str, bytes]:
     """The files that a store takes over by name, `tokenizer.json` built where it can be.
 
-    Raises CheckpointError for a vocabulary that cannot be read, UnsupportedModel for one of another kind.
+    Raises CheckpointError for what cannot be read, UnsupportedModel for a vocabulary of another kind.
     """
-    found = {name: (checkpoint / name).read_bytes() for name in COPIED if (checkpoint / name).is_file()}
-    if TOKENIZER not in found:
+    found = {name: read_whole(checkpoint / name) for name in COPIED if (checkpoint / name).is_file()}
+    if TOKENIZER in found:
+        from storage import neighbours
+
+        found[TOKENIZER] = neighbours.completed(found[TOKENIZER], checkpoint)
+    else:
         from storage import old_tokenizer
 
         built = old_tokenizer.build(checkpoint)
