@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from storage.errors import CheckpointError
 
+_TERMINAL_CODE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|.)")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -41,6 +43,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: Exception) -> NoReturn:
-    """Raises CheckpointError with the first line of what `error` says."""
-    reason = str(error).strip().split("\n")[0]
+    """Raises CheckpointError with the first line of what `error` says, without codes for a terminal."""
+    reason = _TERMINAL_CODE.sub("", str(error)).strip().split("\n")[0]
     raise CheckpointError(f"{path} cannot be read: {reason}") from error

@@ -25,6 +25,10 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+LONGEST_TEMPLATE_NAME = 100  # characters, with the ending
+MORE_TEMPLATES = "additional_chat_templates"  # a directory of a checkpoint: templates by their names
+# What a tokenizer may be made from, too.
+OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def load_tokenizer(store: Store) -> Tokenizer:
@@ -51,6 +55,7 @@ def texts(checkpoint: Path) -> dict[str, bytes]:
     Raises CheckpointError for what cannot be read, UnsupportedModel for a vocabulary of another kind.
     """
     found = {name: read_whole(checkpoint / name) for name in COPIED if (checkpoint / name).is_file()}
+    found |= {template_file(path.stem): read_whole(path) for path in _templates(checkpoint)}
     if TOKENIZER in found:
         from storage import neighbours
 
@@ -62,6 +67,27 @@ def texts(checkpoint: Path) -> dict[str, bytes]:
         if built is not None:
             found[TOKENIZER] = built.encode()
     return found
+
+
+def sources(checkpoint: Path) -> list[Path]:
+    """The files that `texts` reads, as far as they are there."""
+    named = [path for name in (*COPIED, *OTHERS) if (path := checkpoint / name).is_file()]
+    return [*named, *_templates(checkpoint)]
+
+
+def is_text(name: str) -> bool:
+    """Whether a store's file of this name is one that `texts` gives."""
+    return name in COPIED or (name.startswith("chat_template.") and name.endswith(".jinja"))
+
+
+def template_file(name: str) -> str:
+    """The file of a store that has the chat template of this name."""
+    return f"chat_template.{name}.jinja"
+
+
+def _templates(checkpoint: Path) -> list[Path]:
+    found = sorted((checkpoint / MORE_TEMPLATES).glob("*.jinja"))
+    return [path for path in found if path.is_file() and len(path.name) <= LONGEST_TEMPLATE_NAME]
 
 
 def copy(checkpoint: Path, directory: Path) -> tuple[str, ...]:
