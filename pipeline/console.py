@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,12 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def write_json(data: Any) -> None:
+    """One value on standard output, which is JSON whatever characters the stream can hold."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    write(json.dumps(data, ensure_ascii=not encoding.startswith("utf"), indent=2) + "\n")
 
 
 def tables() -> Console:

@@ -3,11 +3,12 @@
 ServingError                   a request that a server refused or lost
 ├── QueueFull                  too many requests wait already; try again later
 ├── DeadlineExceeded           the request's own deadline passed
+├── AnswerCut                  an answer in mid-sentence was given up, but not by its reader
 ├── ProtocolMismatch           client and server speak different versions
 └── ServerUnavailable          nobody answers, the connection was lost, or the server is stopping
 
-A wrong parameter is `UsageError` and a dead ring `RingError` (storage/errors.py), in a client just
-as in the process that runs the ring.
+A wrong parameter is `UsageError`, a prompt that does not fit its kind `ContextExceeded`, and a dead ring
+`RingError` (storage/errors.py), in a client just as in the process that runs the ring.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class DeadlineExceeded(ServingError):
     pass
 
 
+class AnswerCut(ServingError):
+    pass
+
+
 class ProtocolMismatch(ServingError):
     pass
 
@@ -35,16 +40,21 @@ class ServerUnavailable(ServingError):
     pass
 
 
+class ContextExceeded(UsageError):
+    """A prompt has more tokens than the context can hold."""
+
+
 class RingGaveUp(RingError):
     """The ring died so often that it is not started again."""
 
 
 USAGE, FULL, DEADLINE, RING, VERSION = "usage", "queue-full", "deadline", "ring", "version"
 STOPPING, MALFORMED, HELLO, INTERNAL = "stopping", "malformed", "hello", "internal"
-SLOW = "slow"
+SLOW, CONTEXT = "slow", "context"
 
 # Code on the wire → exception in the client; any other code is a plain ServingError.
 BY_CODE: dict[str, type[FlashringError]] = {
+    CONTEXT: ContextExceeded,
     USAGE: UsageError,
     FULL: QueueFull,
     DEADLINE: DeadlineExceeded,

@@ -1,8 +1,9 @@
 """Reading a Hugging Face checkpoint directory, one tensor at a time.
 
-Safetensors are read with plain positioned reads rather than a mapping, so that memory is what was
-asked for and no more. `pytorch_model*.bin` goes through `torch.load(weights_only=True, mmap=True)`:
-never plain pickle. Every array is of the carrier type (`storage.codecs`).
+Safetensors are read with plain positioned reads rather than a mapping, so that memory is what was asked for
+and no more. `pytorch_model*.bin` goes through `torch.load(weights_only=True)`, never plain pickle: mapped,
+but for files of torch before 1.6, of which a whole shard is in memory. Every array is of the carrier type
+(`storage.codecs`).
 
 Tensors may be float32, float16 or bfloat16; the tensors decide it, not `config.json`. Each keeps its dtype in
 the store: converting silently would change results.
@@ -25,7 +26,7 @@ from storage import tokenizer
 from storage.codecs import CODECS, FLOATS, Carrier
 from storage.errors import CheckpointError, UnsupportedModel
 from storage.header import BYTES, BadHeader, Header
-from storage.json_object import read_json, unreadable
+from storage.json_object import LFS_POINTER, read_json, refuse_pointer, unreadable
 from storage.origin import Entry, samples
 from storage.tokenizer import GENERATION_CONFIG
 
@@ -37,7 +38,9 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
-LFS_POINTER = b"version https://git-lfs"
+
+INDEX = ".index.json"
+HEAD_SOURCE = "lm_head.weight"  # never prefixed, in any family
 
 
 @dataclass(slots=True)
@@ -64,6 +67,8 @@ class Checkpoint:
         for shard in shards:
             entries.update(_directory(shard))
         for name, shard in named.items():
+            if name == HEAD_SOURCE and name not in entries:
+                continue  # a tied one, which is not saved; whether it may be missing, the family knows
             if name not in entries or entries[name].shard != shard:
                 raise CheckpointError(
                     f"{shard} lacks the tensor {name} that the checkpoint's index places there"
@@ -154,19 +159,19 @@ def _from_file(name: str, entry: Entry, carrier: type[np.generic], start: int, c
     return data
 
 
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold the weights of a checkpoint's directory. Raises CheckpointError."""
+    return _shards(path)[0]
+
+
 def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     """The weight files, and the shard of each tensor where an index says so."""
     for name in WEIGHTS:
         if not (path / name).is_file():
             continue
-        if not name.endswith(".index.json"):
+        if not name.endswith(INDEX):
             return (path / name,), {}
-        weight_map = read_json(path / name).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-        ):
-            raise CheckpointError(f"{path / name} cannot be read: it has no valid weight_map")
-        named = {tensor: path / file for tensor, file in weight_map.items()}
+        named = {tensor: path / file for tensor, file in _weight_map(path / name).items()}
         shards = tuple(sorted(set(named.values())))
         for shard in shards:
             if not shard.is_file():
@@ -175,11 +180,24 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     raise CheckpointError(f"{path} is not a checkpoint: it has none of {', '.join(WEIGHTS)}")
 
 
+def listed_shards(index: Path) -> tuple[str, ...]:
+    """The names of the files that an index lists. Raises CheckpointError."""
+    return tuple(sorted(set(_weight_map(index).values())))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in found.values()
+    ):
+        raise CheckpointError(f"{index} cannot be read: it has no valid weight_map")
+    return found
+
+
 def _directory(shard: Path) -> dict[str, Entry]:
     """Name, shape, dtype and place of the tensors of one shard."""
     with shard.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(f"{shard} is a Git LFS pointer, not the weights: run git lfs pull")
+        refuse_pointer(shard, file.read(len(LFS_POINTER)))
     if shard.suffix == ".bin":
         return {
             name: Entry(shard, tuple(value.shape), str(value.dtype).removeprefix("torch."), 0)
@@ -197,14 +215,24 @@ def _safetensors_directory(shard: Path) -> dict[str, Entry]:
 
 
 def _load_bin(shard: Path) -> dict[str, Any]:
-    """The tensors of a `.bin` shard, mapped. Raises CheckpointError for anything torch refuses."""
+    """The tensors of a `.bin` shard. Raises CheckpointError for anything torch refuses."""
     import pickle
+    import warnings
+    import zipfile
 
     import torch
 
     try:
-        state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        mapped = zipfile.is_zipfile(shard)  # since torch 1.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle, which is then refused or read
+            state = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{shard} cannot be read: it is damaged, or holds objects other than tensors, which could run "
+            "any code when they are read; save the tensors alone, best as safetensors"
+        ) from error
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
         unreadable(shard, error)
     if not isinstance(state, dict):
         raise CheckpointError(f"{shard} cannot be read: it is not a dictionary of tensors")

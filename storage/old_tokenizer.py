@@ -4,7 +4,7 @@
 - `tokenizer.model`: a SentencePiece BPE (Llama 2, Mistral, Gemma). It is a protocol buffer, read here by
   hand: six fields of it are needed, and neither protobuf nor sentencepiece is among the dependencies.
 
-What the vocabulary does not say stands in `tokenizer_config.json` and `added_tokens.json`.
+What the vocabulary does not say stands beside it (`neighbours.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import CheckpointError, UnsupportedModel, reason
-from storage.json_object import read_json
+from storage.json_object import read_json, read_whole
+from storage.neighbours import Named, content, missing
 from storage.vocabulary import WORDS, Pieces, Vocabulary, byte_level, numbered, sentence_pieces
 
 VOCABULARY, MERGES, PIECES = "vocab.json", "merges.txt", "tokenizer.model"
-CONFIG, ADDED, MODEL_CONFIG = "tokenizer_config.json", "added_tokens.json", "config.json"
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # OPT's, which its files do not list
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
-ATTRIBUTES = ("single_word", "lstrip", "rstrip", "normalized")
+MODEL_CONFIG = "config.json"
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # OPT's, where no file lists them
 LARGEST_MODEL = 64 << 20  # bytes of a tokenizer.model; 256,000 pieces need 5 MB
 
 # `tokenizer_class`, without `Fast` -> how it splits words.
@@ -43,104 +42,93 @@ def byte_level_bpe(checkpoint: Path) -> str:
     """Of `vocab.json` and `merges.txt`. OPT begins each text with `</s>`, GPT-2 and Qwen with nothing."""
     from tokenizers import models
 
-    settings = _settings(checkpoint)
+    named = Named.read(checkpoint)
+    for name in (VOCABULARY, MERGES):
+        read_whole(checkpoint / name)  # a pointer is called one
     try:
         ids, merges = models.BPE.read_file(str(checkpoint / VOCABULARY), str(checkpoint / MERGES))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{checkpoint / VOCABULARY} and {MERGES} cannot be read: {error}") from error
-    opt = settings.model_type in {"", "opt"}
-    name = settings.text("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    name = str(named.values.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if name not in CLASSES:
         raise UnsupportedModel(
             f"{checkpoint}: a {name} without tokenizer.json is not supported; supported are "
             f"{', '.join(CLASSES)}"
         )
-    words = replace(WORDS[CLASSES[name]], space_first=bool(settings.values.get("add_prefix_space", False)))
-    first = settings.named("bos_token") or ("</s>" if opt else None)
-    begins = settings.values.get("add_bos_token", opt)
-    vocabulary = settings.vocabulary(ids, first if begins else None, SPECIAL if opt else ())
-    return byte_level(vocabulary, merges, words)
+    # The published OPT's files say this; copies that have lost them are of OPT all the same.
+    lost = not named.values and _model_type(checkpoint) in {"", "opt"}
+    words = replace(WORDS[CLASSES[name]], space_first=bool(named.values.get("add_prefix_space", False)))
+    special = [token for token in SPECIAL if token in ids] if lost else []
+    built = byte_level(Vocabulary(_renamed(ids, named), special=special), merges, words)
+    return finished(built, named, begins=lost, first="</s>" if lost else None)
 
 
 def sentence_piece_bpe(checkpoint: Path) -> str:
     """Of `tokenizer.model`."""
-    path, settings = checkpoint / PIECES, _settings(checkpoint)
+    path, named = checkpoint / PIECES, Named.read(checkpoint)
     model = read_model(path)
-    first = settings.named("bos_token") or model.piece(model.bos)
-    begins = settings.values.get("add_bos_token", True)
     special = [token for token, kind in zip(model.pieces, model.kinds, strict=True) if kind == CONTROL]
     whole = [token for token, kind in zip(model.pieces, model.kinds, strict=True) if kind == USER_DEFINED]
-    vocabulary = settings.vocabulary(numbered(model.pieces), first if begins else None, special, whole)
-    return sentence_pieces(
-        replace(vocabulary, unknown=model.piece(model.unknown)),
+    ids = _renamed(numbered(model.pieces), named)
+    built = sentence_pieces(
+        Vocabulary(
+            ids,
+            special=[token for token in special if token in ids],
+            whole=[token for token in whole if token in ids],
+            unknown=model.piece(model.unknown),
+        ),
         Pieces(
             scores=model.scores,
             merged=[kind in {NORMAL, USER_DEFINED} for kind in model.kinds],
-            space_first=bool(settings.values.get("add_prefix_space", model.space_first)),
-            every_segment=bool(settings.values.get("legacy", False)),
+            space_first=bool(named.values.get("add_prefix_space", model.space_first)),
+            every_segment=bool(named.values.get("legacy", False)),
         ),
     )
+    return finished(built, named, begins=True, first=model.piece(model.bos), last=model.piece(model.eos))
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """`tokenizer_config.json`, with the tokens of `added_tokens.json`."""
+def finished(
+    built: str, named: Named, *, begins: bool, first: str | None = None, last: str | None = None
+) -> str:
+    """A tokenizer with the tokens that were added to its vocabulary, and those that begin and end a text.
 
-    values: Mapping[str, Any]
-    added: Mapping[str, int]
-    model_type: str  # of config.json
+    `begins`, `first` and `last`: where the files do not say.
+    """
+    from tokenizers import Tokenizer, processors
 
-    def text(self, key: str, default: str) -> str:
-        return str(self.values.get(key) or default)
-
-    def named(self, key: str) -> str | None:
-        """A token that the configuration names: a string, or an object around one."""
-        return _content(self.values.get(key)) or None
-
-    def vocabulary(
-        self,
-        ids: Mapping[str, int],
-        first: str | None,
-        special: Iterator[str] | tuple[str, ...] | list[str],
-        whole: list[str] | None = None,
-    ) -> Vocabulary:
-        """`ids` and what was added to them; a token that is not there is left out."""
-        table = self.values.get("added_tokens_decoder")
-        entries = list(table.items()) if isinstance(table, dict) else []
-        decoder = {_content(entry): (index, entry) for index, entry in entries if isinstance(entry, dict)}
-        every = {**ids, **self.added}
-        every |= {token: int(index) for token, (index, _) in decoder.items() if str(index).isdecimal()}
-        named = [_content(token) for key in NAMED for token in _listed(self.values.get(key))]
-        kept = {token for token, (_, entry) in decoder.items() if not entry.get("special", False)}
-        specials = [*special, *named, *(token for token in decoder if token not in kept)]
-        others = [*(whole or []), *kept, *self.added]
-        return Vocabulary(
-            every,
-            special=[token for token in dict.fromkeys(specials) if token in every],
-            whole=[token for token in dict.fromkeys(others) if token in every and token not in specials],
-            first=first if first in every else None,
-            attributes={
-                token: {key: bool(entry[key]) for key in ATTRIBUTES if key in entry}
-                for token, (_, entry) in decoder.items()
-            },
+    tokenizer = Tokenizer.from_str(built)
+    tokenizer.add_tokens(missing(tokenizer, named))
+    values = named.values
+    wanted = {
+        "bos": values.get("add_bos_token", begins) and (content(values.get("bos_token")) or first),
+        "eos": values.get("add_eos_token", False) and (content(values.get("eos_token")) or last),
+    }
+    ids = {token: tokenizer.token_to_id(token) for token in wanted.values() if token}
+    before, after = (
+        token if token and ids[token] is not None else None for token in (wanted["bos"], wanted["eos"])
+    )
+    if before or after:
+        single = [f"{before}:0"] * bool(before) + ["$A:0"] + [f"{after}:0"] * bool(after)
+        pair = [part.replace(":0", ":1").replace("$A", "$B") for part in single]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single,
+            pair=single + pair,
+            special_tokens=[(token, index) for token, index in ids.items() if token in {before, after}],
         )
+    return str(tokenizer.to_str(pretty=False))
 
 
-def _settings(checkpoint: Path) -> _Settings:
-    def read(name: str) -> dict[str, Any]:
-        return read_json(checkpoint / name) if (checkpoint / name).is_file() else {}
-
-    added = {token: index for token, index in read(ADDED).items() if type(index) is int and index >= 0}
-    return _Settings(read(CONFIG), added, str(read(MODEL_CONFIG).get("model_type", "")))
-
-
-def _content(token: Any) -> str:
-    """A token as it is written in `tokenizer_config.json`: a string, or an object around one."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+def _renamed(ids: Mapping[str, int], named: Named) -> dict[str, int]:
+    """The vocabulary, with the names that added tokens give to its unused places."""
+    names = {index: token.content for index, token in named.numbered().items()}
+    return {
+        names[index] if names.get(index, token) not in ids else token: index for token, index in ids.items()
+    }
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _model_type(checkpoint: Path) -> str:
+    path = checkpoint / MODEL_CONFIG
+    return str(read_json(path).get("model_type", "")) if path.is_file() else ""
 
 
 # sentencepiece_model.proto: types of a piece, and the numbers of the fields that are read.
@@ -148,7 +136,7 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 MERGING = 2  # TrainerSpec.model_type: BPE
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
-_MODEL_TYPE, _UNKNOWN, _BOS = 3, 40, 41
+_MODEL_TYPE, _UNKNOWN, _BOS, _EOS = 3, 40, 41, 42
 _CHARACTERS, _DUMMY_PREFIX = 2, 3
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
@@ -162,6 +150,7 @@ class PieceModel:
     kinds: tuple[int, ...]
     unknown: int
     bos: int
+    eos: int
     space_first: bool
 
     def piece(self, index: int) -> str | None:
@@ -173,7 +162,7 @@ def read_model(path: Path) -> PieceModel:
     try:
         if path.stat().st_size > LARGEST_MODEL:
             raise CheckpointError(f"{path} cannot be read: it is larger than a vocabulary can be")
-        top = list(_fields(path.read_bytes()))
+        top = list(_fields(read_whole(path)))
         rows = [dict(_fields(value)) for number, value in top if number == _PIECE]
         trainer, normalizer = (
             dict(_fields(b"".join(value for number, value in top if number == wanted)))
@@ -195,6 +184,7 @@ def read_model(path: Path) -> PieceModel:
         kinds=tuple(row.get(_KIND, NORMAL) for row in rows),
         unknown=trainer.get(_UNKNOWN, 0),
         bos=trainer.get(_BOS, 1),
+        eos=trainer.get(_EOS, 2),
         space_first=bool(normalizer.get(_DUMMY_PREFIX, 1)),
     )
 

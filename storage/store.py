@@ -47,7 +47,7 @@ class Store:
         path = Path(os.path.abspath(path))  # so that `.` has a name and a parent, too
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
-            if unfinished(path).is_dir():
+            if os.path.isdir(unfinished(path)):
                 raise StoreIncomplete(
                     f"the conversion to {path} was interrupted; run the same command again to resume it"
                 )

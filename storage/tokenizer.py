@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer on its way into a store, and out of it.
 
-What a checkpoint has is taken over as it is; `tokenizer.json` is built where only older files are there
-(`old_tokenizer.py`).
+What a checkpoint has is taken over as it is, `tokenizer.json` with what stands beside it (`neighbours.py`).
+It is built where only older files are there (`old_tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import StoreError
+from storage.json_object import read_whole
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+LONGEST_TEMPLATE_NAME = 100  # characters, with the ending
+MORE_TEMPLATES = "additional_chat_templates"  # a directory of a checkpoint: templates by their names
+# What a tokenizer may be made from, too.
+OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def load_tokenizer(store: Store) -> Tokenizer:
@@ -36,24 +41,53 @@ def load_tokenizer(store: Store) -> Tokenizer:
             f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise StoreError(f"{path} is damaged: {error}") from error
+    tokenizer.no_padding()  # a store of an earlier version may have them
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def texts(checkpoint: Path) -> dict[str, bytes]:
     """The files that a store takes over by name, `tokenizer.json` built where it can be.
 
-    Raises CheckpointError for a vocabulary that cannot be read, UnsupportedModel for one of another kind.
+    Raises CheckpointError for what cannot be read, UnsupportedModel for a vocabulary of another kind.
     """
-    found = {name: (checkpoint / name).read_bytes() for name in COPIED if (checkpoint / name).is_file()}
-    if TOKENIZER not in found:
+    found = {name: read_whole(checkpoint / name) for name in COPIED if (checkpoint / name).is_file()}
+    found |= {template_file(path.stem): read_whole(path) for path in _templates(checkpoint)}
+    if TOKENIZER in found:
+        from storage import neighbours
+
+        found[TOKENIZER] = neighbours.completed(found[TOKENIZER], checkpoint)
+    else:
         from storage import old_tokenizer
 
         built = old_tokenizer.build(checkpoint)
         if built is not None:
             found[TOKENIZER] = built.encode()
     return found
+
+
+def sources(checkpoint: Path) -> list[Path]:
+    """The files that `texts` reads, as far as they are there."""
+    named = [path for name in (*COPIED, *OTHERS) if (path := checkpoint / name).is_file()]
+    return [*named, *_templates(checkpoint)]
+
+
+def is_text(name: str) -> bool:
+    """Whether a store's file of this name is one that `texts` gives."""
+    return name in COPIED or (name.startswith("chat_template.") and name.endswith(".jinja"))
+
+
+def template_file(name: str) -> str:
+    """The file of a store that has the chat template of this name."""
+    return f"chat_template.{name}.jinja"
+
+
+def _templates(checkpoint: Path) -> list[Path]:
+    found = sorted((checkpoint / MORE_TEMPLATES).glob("*.jinja"))
+    return [path for path in found if path.is_file() and len(path.name) <= LONGEST_TEMPLATE_NAME]
 
 
 def copy(checkpoint: Path, directory: Path) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ byte pieces for what has no piece). GGUF files and the old files of a checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -67,7 +67,6 @@ class Vocabulary:
     whole: Sequence[str] = ()  # part of a text, and never cut
     first: str | None = None  # put before every text
     unknown: str | None = None
-    attributes: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)  # of a token that has its own
 
 
 def numbered(tokens: Sequence[str]) -> dict[str, int]:
@@ -170,7 +169,7 @@ def _model(make: Callable[[], models.Model]) -> models.Model:
 
 def _finished(tokenizer: Tokenizer, vocabulary: Vocabulary) -> str:
     for tokens, special in ((vocabulary.special, True), (vocabulary.whole, False)):
-        tokenizer.add_tokens([_added(vocabulary, token, special) for token in tokens])
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
     first = vocabulary.first
     if first is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -179,8 +178,3 @@ def _finished(tokenizer: Tokenizer, vocabulary: Vocabulary) -> str:
             special_tokens=[(first, vocabulary.ids[first])],
         )
     return str(tokenizer.to_str(pretty=False))
-
-
-def _added(vocabulary: Vocabulary, token: str, special: bool) -> AddedToken:
-    attributes = {"normalized": False, **vocabulary.attributes.get(token, {}), "special": special}
-    return AddedToken(token, **attributes)

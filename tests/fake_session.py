@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Generator, Sequence
 
+from pipeline.errors import ContextExceeded
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Finished
 from pipeline.ring.sampling import Sampling
@@ -60,7 +61,7 @@ class FastSession:
         if not ids:
             raise UsageError("the prompt is empty")
         if len(ids) >= CONTEXT:
-            raise UsageError("the prompt does not fit the context")
+            raise ContextExceeded("the prompt does not fit the context")
         return self._stream(ids, params, cancelled)
 
     def _stream(

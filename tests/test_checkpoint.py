@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fractions
 import json
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from checkpoints import DTYPES, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from storage.checkpoint import Checkpoint
+from storage.convert import convert
 from storage.convert.conversion import check
 from storage.errors import CheckpointError, UnsupportedModel
+from storage.json_object import unreadable
+from storage.manifest import RESIDENT
+from storage.tensors import Tensors
 
 
 def plan(directory: Path) -> Any:
@@ -184,6 +190,60 @@ def test_a_truncated_bin_is_named(tmp_path: Path) -> None:
         plan(directory)
 
 
+def test_what_torch_refuses_is_a_sentence_of_ours(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", bin=True)
+    state = torch.load(directory / "pytorch_model.bin", weights_only=True)
+    torch.save({**state, "note": fractions.Fraction(1, 2)}, directory / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match="holds objects other than tensors, which could run any"
+    ) as error:
+        plan(directory)
+    assert not {"\x1b", "\n"} & set(str(error.value))
+    assert "option" not in str(error.value)
+
+
+def test_what_others_say_comes_without_codes_for_a_terminal() -> None:
+    with pytest.raises(CheckpointError, match=r"^x cannot be read: not this one$"):
+        unreadable(Path("x"), ValueError("not \x1b[1;31mthis\x1b[0m one\nbut that"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_bin_of_torch_before_1_6_is_read(tmp_path: Path, sharded: bool) -> None:
+    """Which was no zip file."""
+    new = write_checkpoint(tmp_path / "new", sharded=sharded, bin=True)
+    old = write_checkpoint(tmp_path / "old", sharded=sharded, bin=True)
+    for file in old.glob("*.bin"):
+        state = torch.load(file, weights_only=True)
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+        assert not zipfile.is_zipfile(file)
+    first, second = Checkpoint.open(new), Checkpoint.open(old)
+    assert first.entries.keys() == second.entries.keys()
+    for name in first.entries:
+        assert first.read(name).tobytes() == second.read(name).tobytes()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        plan(old)
+
+
+@pytest.mark.parametrize("bin", [False, True])
+def test_a_tied_head_that_only_the_index_has(tmp_path: Path, bin: bool) -> None:
+    for variant in ("opt", "opt-untied"):
+        directory = write_checkpoint(tmp_path / variant, variant, sharded=True, bin=bin)
+        index = next(directory.glob("*.index.json"))
+        data = json.loads(index.read_text())
+        data["weight_map"]["lm_head.weight"] = sorted(data["weight_map"].values())[-1]
+        index.write_text(json.dumps(data))
+        if variant == "opt":
+            assert plan(directory).architecture.tied_head
+            continue
+        for shard in directory.glob("*.safetensors"):  # it must be there after all
+            tensors = {name: one for name, one in load_file(shard).items() if name != "lm_head.weight"}
+            save_file(tensors, shard)
+        if not bin:
+            with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+                plan(directory)
+
+
 def rewrite(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
     tensors = load_file(directory / "model.safetensors")
     del tensors[name]
@@ -240,9 +300,16 @@ def test_every_tensor_may_have_its_own_dtype(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {"float16"}
 
 
-def test_mixed_dtypes_in_one_tensor_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes_in_one_tensor_become_the_one_that_holds_all(tmp_path: Path, other: torch.dtype) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype="float16")
+    before = load_file(directory / "model.safetensors")
     key = "model.decoder.layers.1.self_attn.k_proj.weight"
-    rewrite(directory, key, torch.ones(64, 64))
-    with pytest.raises(UnsupportedModel, match=rf"{key} is float32 where .*q_proj.weight is float16"):
-        plan(directory)
+    rewrite(directory, key, before[key].to(other))
+    store = convert(directory, tmp_path / "store", name="x")
+    resident = Tensors(store.path / RESIDENT)
+    parts = [before[key.replace("k_proj", f"{part}_proj")] for part in "qkv"]
+    parts[1] = parts[1].to(other)
+    assert resident.dtype("layers.1.qkv.weight") == "float32"
+    wanted = torch.cat([part.float() for part in parts]).numpy()
+    assert (resident.read("layers.1.qkv.weight") == wanted).all()

@@ -369,7 +369,9 @@ def test_the_tokenizer_is_built_from_the_old_files(model: Path, tmp_path: Path) 
     trained.train_from_iterator(["the cat sat on the mat, the cat"] * 9, 300, 2, special_tokens=special)
     trained.save_model(str(model))
     (model / "tokenizer.json").unlink()
-    (model / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "</s>"}}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "</s>"}, "add_bos_token": True})
+    )
     store = convert(model, tmp_path / "store", name="x")
     built = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     theirs = GPT2Tokenizer(

@@ -100,6 +100,63 @@ def test_stop_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     assert convert(model, tmp_path / "two", name="opt").architecture.eos_tokens == (2, 7)
 
 
+OLD_7B: dict[str, Any] = {  # as tiiuae/falcon-7b's config.json had it in 2023
+    "model_type": "RefinedWebModel",
+    "architectures": ["RWForCausalLM"],
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_size": 4544,
+    "layer_norm_epsilon": 1e-05,
+    "multi_query": True,
+    "n_head": 71,
+    "n_layer": 32,
+    "parallel_attn": True,
+    "vocab_size": 65024,
+}
+OLD_40B = {  # as tiiuae/falcon-40b's
+    **{key: value for key, value in OLD_7B.items() if key != "multi_query"},
+    "model_type": "RefinedWeb",
+    "hidden_size": 8192,
+    "n_head": 128,
+    "n_head_kv": 8,
+    "n_layer": 60,
+}
+
+
+def test_the_falcons_of_2023() -> None:
+    old = family_of(OLD_7B).architecture(OLD_7B)
+    assert old == family_of(FALCON_7B).architecture(FALCON_7B)
+    new = {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "hidden_size": 8192,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+        "num_hidden_layers": 60,
+    }
+    assert family_of(OLD_40B).architecture(OLD_40B) == family_of(new).architecture(new)
+
+
+@pytest.mark.parametrize("variant", ["falcon-7b", "falcon-rw", "falcon-40b"])
+def test_a_checkpoint_of_2023_makes_the_store_of_today(variant: str, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", variant)
+    today = convert(model, tmp_path / "today", name="falcon")
+    config = json.loads((model / "config.json").read_text())
+    old = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+    grouped = config.pop("new_decoder_architecture", False)
+    if grouped:
+        old["num_kv_heads"] = "n_head_kv"
+    config = {old.get(key, key): value for key, value in config.items()}
+    config["model_type"] = "RefinedWeb" if grouped or variant == "falcon-rw" else "RefinedWebModel"
+    (model / "config.json").write_text(json.dumps(config))
+    then = convert(model, tmp_path / "then", name="falcon")
+    assert then.manifest.files == today.manifest.files
+    assert then.architecture == today.architecture
+
+
 def test_falcon_7b() -> None:
     model = family_of(FALCON_7B).architecture(FALCON_7B)
     layer, attention = model.layers[0], model.layers[0].attention

@@ -176,8 +176,10 @@ def test_a_full_queue_is_429(tmp_path):
         second = threading.Thread(target=call, args=(server.url, "/v1/completions", {"prompt": "b"}))
         second.start()
         server.until(lambda: server.scheduler.waiting == 1)
-        with pytest.raises(openai.RateLimitError, match="waiting already"):
+        with pytest.raises(openai.RateLimitError, match="waiting already") as full:
             client.completions.create(model="fake", prompt="c")
+        assert full.value.code == "rate_limit_exceeded"
+        assert full.value.response.headers["Retry-After"] == "1"
         session.let(100)
         first.join()
         second.join()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -17,14 +19,15 @@ from gguf_files import of_checkpoint
 from safetensors.numpy import save_file
 
 from pipeline.models import builtin as builtin_model
-from pipeline.models.hub import SAFETENSORS, TORCH, _patterns, download
+from pipeline.models.hub import download
 from pipeline.models.names import configure, find_source, presets
 from pipeline.models.stores import Source
-from storage import files
+from storage import files, texts
 from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
-from storage.manifest import PREDICTORS
+from storage.manifest import BUNDLES, PREDICTORS, RESIDENT
 from storage.rounding import read_cost, write_cost
 from storage.tensors import Tensors
+from storage.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +142,91 @@ def test_a_changed_checkpoint_is_converted_again(checkpoint: Path) -> None:
     assert second.identity != first.identity
 
 
-def test_a_new_chat_template_makes_another_store(checkpoint: Path) -> None:
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
+def test_a_changed_text_reaches_the_store_without_a_conversion(
+    name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = find_source(str(checkpoint)).open_store()
+    weights = {file: (first.path / file).stat().st_ino for file in (BUNDLES, RESIDENT)}
+    ends = json.loads((checkpoint / "generation_config.json").read_text()).get("eos_token_id")
+    text = json.dumps({"eos_token_id": ends, "temperature": 0.5})
+    (checkpoint / name).write_text(text)
+    capsys.readouterr()
+    second = find_source(str(checkpoint)).open_store()
+    assert capsys.readouterr().err == ""
+    assert second.path == first.path
+    assert (second.path / name).read_text() == text
+    assert {file: (second.path / file).stat().st_ino for file in weights} == weights
+    verify(second.path)
+    (checkpoint / name).unlink()
+    if name != "generation_config.json":  # whose end tokens are computed with
+        assert not (find_source(str(checkpoint)).open_store().path / name).exists()
+
+
+def test_another_end_token_makes_another_store(checkpoint: Path) -> None:
     before = find_source(str(checkpoint)).cached_store()
-    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert find_source(str(checkpoint)).cached_store() != before
+
+
+def test_what_no_conversion_reads_neither_converts_again_nor_is_in_the_way(checkpoint: Path) -> None:
+    first = find_source(str(checkpoint)).open_store()
+    for name in ("notes.txt", "trainer_state.json", "optimizer.bin", "adapter_model.safetensors"):
+        (checkpoint / name).write_text("what a training leaves")
+    for name in ("dangling.json", "dangling.safetensors"):
+        (checkpoint / name).symlink_to("nowhere")
+    for name in ("folder.json", "logs.txt", "checkpoint-500", "spiece.model"):
+        (checkpoint / name).mkdir()
+    os.mkfifo(checkpoint / "pipe.bin")
+    assert find_source(str(checkpoint)).open_store().path == first.path
+    assert [path.name for path in first.path.parent.iterdir() if path.is_dir()] == [first.path.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "has no tokenizer"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n", "Git LFS pointer"),
+        ("{}", r"tokenizer\.json cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_no_run_can_use_is_refused_before_the_weights_are_converted(
+    content: str | None, words: str, checkpoint: Path, home: Path
+) -> None:
+    good = (checkpoint / "tokenizer.json").read_bytes()
+    (checkpoint / "tokenizer.json").unlink()
+    if content is not None:
+        (checkpoint / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        find_source(str(checkpoint)).open_store()
+    assert not (home / "stores").exists()
+    (checkpoint / "tokenizer.json").write_bytes(good)
+    store = find_source(str(checkpoint)).open_store()
+    (checkpoint / "tokenizer.json").write_text(content or "{}")  # broken later: said, not ignored
+    with pytest.raises(CheckpointError):
+        find_source(str(checkpoint)).open_store()
+    (checkpoint / "tokenizer.json").write_bytes(good)
+    assert find_source(str(checkpoint)).open_store().path == store.path
+
+
+def test_a_renewal_that_was_killed_is_done_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = find_source(str(checkpoint)).open_store()
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    (checkpoint / "special_tokens_map.json").write_text("{}")
+    written: list[Path] = []
+
+    def killed(path: Path, data: bytes, *, shared: bool = False) -> None:
+        if written:
+            raise SystemExit
+        written.append(path)
+        files.write_whole(path, data, shared=shared)
+
+    monkeypatch.setattr(texts, "write_whole", killed)
+    with pytest.raises(SystemExit):
+        find_source(str(checkpoint)).open_store()
+    monkeypatch.undo()
+    monkeypatch.setenv("FLASHRING_HOME", str(store.path.parent.parent))
+    verify(find_source(str(checkpoint)).open_store().path)
 
 
 def test_a_downloaded_checkpoint_needs_no_network_and_its_store_not_even_the_checkpoint(
@@ -224,34 +308,106 @@ def test_what_the_hub_does_not_give_is_said_how_to_get(
         download("org/tiny")
 
 
-def test_copies_of_the_weights_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Mistral's repositories hold them."""
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+
+
+def fetched_of(
+    listed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    shards: dict[str, list[str]] | None = None,
+) -> list[str]:
+    """What is fetched of a repository that lists these files; `shards` by the index that names them."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    held = ["config.json", "model-1-of-1.safetensors", "consolidated.safetensors", "original/params.json"]
-    siblings = [SimpleNamespace(rfilename=name) for name in held]
-    fetched: list[str] = []
+    siblings = [SimpleNamespace(rfilename=name) for name in listed]
+    chosen: set[str] = set()
 
-    def fetch(_: str, **patterns: list[str]) -> str:
-        fetched.extend(filter_repo_objects(held, **patterns))
-        return ""
+    def fetch(_: str, *, allow_patterns: list[str]) -> str:
+        chosen.update(filter_repo_objects(listed, allow_patterns=allow_patterns))
+        for index, names in (shards or {}).items():
+            if index in chosen:
+                weight_map = {str(number): name for number, name in enumerate(names)}
+                (place / index).write_text(json.dumps({"weight_map": weight_map}))
+        return str(place)
 
     monkeypatch.setattr(
         huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings)
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     download("org/tiny")
-    assert fetched == ["config.json", "model-1-of-1.safetensors"]
+    return sorted(chosen)
 
 
-def test_a_chat_template_is_fetched() -> None:
-    assert "chat_template.jinja" in _patterns(["config.json", "a.safetensors", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("others", "needed"),
+    [
+        (
+            ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"],
+            "model.safetensors",
+        ),
+        (
+            ["pytorch_model.bin", "checkpoint-500/model.safetensors", "checkpoint-500/config.json"],
+            "pytorch_model.bin",
+        ),
+        (["pytorch_model.bin", "adapter_model.safetensors"], "pytorch_model.bin"),
+        (["pytorch_model.bin", "model.fp16.safetensors"], "pytorch_model.bin"),
+        (
+            ["pytorch_model.bin", "pytorch_model.fp16.bin", "training_args.bin", "optimizer.bin"],
+            "pytorch_model.bin",
+        ),
+        (["model.safetensors", "original/consolidated.00.pth", "original/config.json"], "model.safetensors"),
+        (["model.safetensors", "consolidated.safetensors", "onnx/model.safetensors"], "model.safetensors"),
+        (["pytorch_model.bin", "openvino/tokenizer.json", "a/b/tokenizer.model"], "pytorch_model.bin"),
+    ],
+)
+def test_only_the_models_own_weights_at_the_top_are_fetched(
+    others: list[str], needed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert fetched_of([*SMALL, needed, *others], monkeypatch, tmp_path) == sorted([*SMALL, needed])
 
 
-def test_only_one_form_of_the_weights_is_fetched() -> None:
-    assert SAFETENSORS in _patterns(["config.json", "a-1.safetensors", "pytorch_model.bin"])
-    assert TORCH in _patterns(["config.json", "pytorch_model-1-of-2.bin", "flax_model.msgpack"])
+@pytest.mark.parametrize(
+    ("form", "ending"), [("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin")]
+)
+def test_of_a_model_in_shards_those_are_fetched_that_its_index_names(
+    form: str, ending: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index = f"{form}.index.json"
+    shards = [f"shard [{number}] of 2.{ending}" for number in (1, 2)]
+    others = [f"model.fp16-0000{number}-of-00002.{ending}" for number in (1, 2)]
+    listed = [*SMALL, index, *shards, *others, f"old/{shards[0]}"]
+    found = fetched_of(listed, monkeypatch, tmp_path, {index: shards})
+    assert found == sorted([*SMALL, index, *shards])
+
+
+def test_named_chat_templates_are_fetched_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = [*SMALL, "additional_chat_templates/tool_use.jinja", "model.safetensors"]
+    assert fetched_of(listed, monkeypatch, tmp_path) == sorted(listed)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (["tiny.Q4_0.gguf"], r"GGUF files alone.*hf download org/tiny tiny\.Q4_0\.gguf"),
+        (["checkpoint-500/model.safetensors"], "has no weights at its top"),
+    ],
+)
+def test_a_repository_without_weights_that_are_meant(
+    weights: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        fetched_of([*SMALL, *weights], monkeypatch, tmp_path)
+
+
+def test_what_a_local_directory_holds_beside_the_model_is_not_meant(checkpoint: Path) -> None:
+    store = find_source(str(checkpoint)).open_store()
+    for name in ("adapter_model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"):
+        (checkpoint / name).write_bytes(b"another's weights")
+    (checkpoint / "original").mkdir()
+    (checkpoint / "original" / "model.safetensors").write_bytes(b"again")
+    assert find_source(str(checkpoint)).open_store().path == store.path
 
 
 @pytest.fixture

@@ -476,8 +476,8 @@ def test_a_job_that_the_loop_does_not_know_to_run_is_ended_too():
         return events
 
     last = asyncio.run(stop_at_once())[-1]
-    assert isinstance(last, Done)
-    assert last.reason == "cancelled"
+    assert isinstance(last, Error)
+    assert last.code == "stopping"
 
 
 def test_a_socket_in_another_users_directory_is_not_used(tmp_path, monkeypatch):

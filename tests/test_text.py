@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,6 +64,56 @@ def test_a_decoder_that_drops_the_first_space_drops_no_other() -> None:
     tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     tokenizer.decoder = decoders.Metaspace()
     assert pieces(tokenizer, [0, 1, 0, 1]) == ["a", " b", " a", " b", ""]
+
+
+WORDS = ["\u2581a", "b", "\u2581", "\u2581\u2581", "##c", "d</w>", "'s", ".", " ", "\u0120e", "</s>"]
+PIECES = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+KINDS = {
+    "Llama": [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1),
+    ],
+    "Gemma": PIECES,
+    "Metaspace": [decoders.Metaspace()],
+    "Metaspace, the first space kept": [decoders.Metaspace(prepend_scheme="never")],
+    "WordPiece": [decoders.WordPiece(cleanup=False)],
+    "BPE with a mark at the end of words": [decoders.BPEDecoder()],
+}
+
+
+def of_kind(kind: str) -> Tokenizer:
+    """A tokenizer of a few words and all bytes with this decoder."""
+    names = [*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="b"))
+    tokenizer.decoder = decoders.Sequence(KINDS[kind])
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def byte_tokens(text: str) -> list[int]:
+    return [len(WORDS) + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_pieces_add_up_for_every_kind_of_decoder(kind: str, data: st.DataObject) -> None:
+    """Spaces at the beginning, at the end and between pieces included."""
+    tokenizer = of_kind(kind)
+    word = st.integers(0, len(WORDS) - 1).map(lambda number: [number])
+    character = st.text(min_size=1, max_size=1).map(byte_tokens)
+    drawn = data.draw(st.lists(st.one_of(word, word, character), max_size=20))
+    tokens = [token for tokens in drawn for token in tokens]
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+@given(st.text(max_size=20))
+def test_characters_out_of_byte_tokens_are_never_broken(text: str) -> None:
+    found = pieces(of_kind("Gemma"), byte_tokens(text))
+    assert "".join(found) == text
+    assert UNDECIDED in text or not any(UNDECIDED in piece for piece in found)
 
 
 SPECIAL = [token.content for token in TOKENIZER.get_added_tokens_decoder().values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.commands.options import (
     Verbose,
 )
 from pipeline.config import Config, Values
-from pipeline.console import say, size, write
+from pipeline.console import say, size, write, write_json
 from pipeline.ending import asked_to_end
 from pipeline.models.names import configure, find_source
 from pipeline.planner.decoding import describe as describe_sampling
@@ -163,7 +162,7 @@ def command(
         for note in summary.notes:
             say(note)
     if as_json:
-        write(json.dumps(summary.to_json(), ensure_ascii=False, indent=2) + "\n")
+        write_json(summary.to_json())
     else:
         say(describe(summary))
         if summary.audit is not None:

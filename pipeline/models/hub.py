@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import re
 from pathlib import Path
 
 from pipeline.console import say
-from storage.checkpoint import CONFIG
+from storage.checkpoint import CONFIG, INDEX, WEIGHTS, listed_shards, weight_files
 from storage.errors import CheckpointError, UsageError, reason
 
 HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What a conversion reads: configuration and tokenizer, then the weights in one of two forms.
+# What a conversion reads beside the weights: configuration, tokenizer, templates.
 SMALL_FILES = ("*.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-SAFETENSORS, TORCH = "*.safetensors", "pytorch_model*.bin"
-# The same weights once more, in their authors' own form.
-COPIES = ("consolidated*", "original/*")
+TEMPLATES = "additional_chat_templates/"
 # A download that this machine refuses to keep; what the network refuses has other numbers.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -36,9 +35,17 @@ def download(hub_id: str) -> Path:
     try:
         # One request without retries, so that a missing network is noticed at once.
         siblings = HfApi().model_info(hub_id, timeout=10).siblings or ()
-        patterns = _patterns([sibling.rfilename for sibling in siblings])
+        listed = [sibling.rfilename for sibling in siblings]
         say(f"fetching {hub_id} from the Hugging Face hub (once)")
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(COPIES)))
+        small = [glob.escape(name) for name in small_files(listed)]
+        first = next((name for name in WEIGHTS if name in listed), None)
+        if first is not None and not first.endswith(INDEX):
+            return Path(snapshot_download(hub_id, allow_patterns=[*small, first]))
+        path = Path(snapshot_download(hub_id, allow_patterns=small))
+        if first is None:
+            raise CheckpointError(_no_weights(hub_id, listed))
+        shards = [glob.escape(name) for name in listed_shards(path / first)]
+        return Path(snapshot_download(hub_id, allow_patterns=[*small, *shards]))
     except errors.GatedRepoError as error:
         raise UsageError(
             f"{hub_id} is only for those who have accepted its licence: accept it on "
@@ -49,6 +56,8 @@ def download(hub_id: str) -> Path:
             f"the Hugging Face hub has no model {hub_id} that you may read: check the name, "
             "or log in with `hf auth login`"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise CheckpointError(
@@ -64,10 +73,21 @@ def download(hub_id: str) -> Path:
         return _downloaded_before(hub_id, error)
 
 
-def _patterns(files: list[str]) -> list[str]:
-    """What to fetch of a repository: the weights in one form, safetensors if it has them."""
-    safetensors = any(fnmatch.fnmatch(file, SAFETENSORS) for file in files)
-    return [*SMALL_FILES, SAFETENSORS if safetensors else TORCH]
+def small_files(listed: list[str]) -> list[str]:
+    """Those of a repository that a conversion reads beside the weights; what is nested is another model's."""
+    top = [name for name in listed if "/" not in name]
+    small = [name for name in top if any(fnmatch.fnmatch(name, one) for one in SMALL_FILES)]
+    return [*small, *(name for name in listed if name.startswith(TEMPLATES))]
+
+
+def _no_weights(hub_id: str, listed: list[str]) -> str:
+    gguf = next((name for name in listed if name.endswith(".gguf")), None)
+    if gguf is not None:
+        return (
+            f"{hub_id} has GGUF files alone, of which one is to be chosen: fetch it, such as with "
+            f"`hf download {hub_id} {gguf} --local-dir .`, and name it with --model"
+        )
+    return f"{hub_id} has no weights at its top: none of {', '.join(WEIGHTS)}"
 
 
 def _is_refused(error: Exception) -> bool:
@@ -87,9 +107,9 @@ def _downloaded_before(hub_id: str, reason: Exception) -> Path:
     """A checkpoint that an earlier download left whole. Raises CheckpointError."""
     from huggingface_hub import errors, snapshot_download
 
-    with contextlib.suppress(OSError, errors.LocalEntryNotFoundError):
+    with contextlib.suppress(OSError, errors.LocalEntryNotFoundError, CheckpointError):
         path = Path(snapshot_download(hub_id, local_files_only=True))
-        if (path / CONFIG).is_file() and (any(path.glob(SAFETENSORS)) or any(path.glob(TORCH))):
+        if (path / CONFIG).is_file() and weight_files(path):
             return path
     local = hub_id.rpartition("/")[2]
     raise CheckpointError(

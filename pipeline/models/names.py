@@ -112,7 +112,7 @@ def _absolute(path: str) -> Path:
 
 
 def _was_interrupted(path: Path) -> bool:
-    return unfinished(path).is_dir()
+    return os.path.isdir(unfinished(path))  # also where that name is too long to be one
 
 
 def _directory_source(path: Path) -> Source:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ from pipeline import directories
 from pipeline.console import say
 from pipeline.models import builtin
 from pipeline.models.hub import download
-from storage.errors import UsageError
-from storage.gguf.parts import is_gguf, split
+from storage import texts, tokenizer
+from storage.checkpoint import CONFIG, weight_files
+from storage.errors import UsageError, reason
+from storage.gguf.parts import split
+from storage.json_object import read_json
 from storage.manifest import MANIFEST
 from storage.store import Store
+from storage.tokenizer import GENERATION_CONFIG
 
-FINGERPRINTED = {".json", ".jinja", ".safetensors", ".bin", ".txt", ".model"}
+LONGEST_NAME = 150  # bytes of a model's name in the name of its store
+HASHED = 64 << 20  # bytes of a weight file, at most, that is known by its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,12 @@ class Source:
                 )
             return Store.open(self.store)
         path = self.cached_store()
-        store = Store.open(path) if (path / MANIFEST).is_file() else self._convert(path)
+        if not (path / MANIFEST).is_file():
+            self._convert(path)
+        elif self.directory is not None:
+            self._renew(path, self.directory)
+        texts.mark_used(path)
+        store = Store.open(path)
         if self.directory == builtin.CHECKPOINT:
             builtin.install(store, self.bits)
         return store
@@ -64,47 +75,59 @@ class Source:
         if self.hub_id:
             key = self.hub_id.replace("/", "--")
         else:
-            key = f"{self.name}-{_fingerprint(self.checkpoint())}"
+            key = f"{_shortened(self.name)}-{_fingerprint(self.checkpoint())}"
         # A GGUF file was once widened to 16 bits unasked: that store must not pass for one of its own bits.
         kept = "own" if self.file is not None else ""
         bits = kept if self.bits is None else "" if self.bits == 16 else f"{self.bits}"
         return directories.home() / "stores" / (f"{key}-{bits}-bits" if bits else key)
 
-    def _convert(self, path: Path) -> Store:
+    def _convert(self, path: Path) -> None:
         checkpoint = self.checkpoint()
+        if checkpoint.is_dir():  # before the weights, which take long
+            texts.require(tokenizer.texts(checkpoint), checkpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
             if not (path / MANIFEST).is_file():  # another process may have made it meanwhile
                 say(f"converting {self.name} for flash into {path} (once)")
                 convert(checkpoint, path, name=self.name, bits=self.bits)
-        return Store.open(path)
+                texts.record(path, self.hub_id or str(checkpoint))
+        if self.directory is not None:
+            self._renew(path, self.directory)
+
+    def _renew(self, path: Path, checkpoint: Path) -> None:
+        """Bring tokenizer and templates up to date, where the store can be written."""
+        try:
+            texts.renew(path, checkpoint)
+        except OSError as error:
+            say(f"{path} keeps the tokenizer that it has: {reason(error)}")
+
+
+def _shortened(name: str) -> str:
+    """As much of a name as leaves room behind it: a file's name has at most 255 bytes."""
+    return name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Changes when the checkpoint does: a directory's files, or a GGUF model's.
+    """Changes when what a conversion computes from does: configuration, end tokens and weights.
 
-    By content for small files, so that the built-in model is known whatever its times are; by
-    place, size and time for shards, which are too large to hash at every start.
+    Notes, logs and the like beside them do not count, nor do texts, which `storage.texts` renews. Weights
+    count by content where they are small, so that the built-in model is known whatever its times are; by
+    place, size and time where they are too large to hash at every start.
     """
     digest = xxhash.xxh3_64()
-    for file in _files(checkpoint):
+    if checkpoint.is_dir():
+        generation = checkpoint / GENERATION_CONFIG
+        ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        settings = [read_json(checkpoint / CONFIG), ends]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    for file in weight_files(checkpoint) if checkpoint.is_dir() else split(checkpoint):
         digest.update(file.name.encode())
         status = file.stat()
-        if status.st_size <= 64 << 20:
+        if status.st_size <= HASHED:
             digest.update(file.read_bytes())
         else:
             digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    if is_gguf(checkpoint):
-        return list(split(checkpoint))
-    return [
-        file
-        for file in sorted(checkpoint.iterdir())
-        if file.suffix in FINGERPRINTED and file.name != builtin.PREDICTORS
-    ]
 
 
 def convert(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from pipeline.errors import ContextExceeded
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.plan import Plan
 from storage.errors import UsageError
@@ -38,7 +39,7 @@ class Request:
             raise UsageError("the prompt is empty")
         _check_vocabulary("the prompt holds", ids, store)
         if len(ids) >= plan.context:
-            raise UsageError(
+            raise ContextExceeded(
                 f"the prompt has {len(ids):,} tokens, and the context of {plan.context:,} "
                 "must also hold at least one new token; see --context"
             )

@@ -7,6 +7,7 @@ reader is done with it, because rows are per layer and a layer has one set in fl
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from pipeline.ring.plan import Plan
 
+SHARED_MEMORY = "/dev/shm"  # a file system in memory
 ID, SLOT = 0, 1  # the two columns of the tables of wanted neurons and of reads
 
 
@@ -70,9 +72,15 @@ def create(plan: Plan) -> dict[str, int]:
 
 
 def _nameless(label: str) -> int:
+    """A memfd; where the system forbids it, a file without a name, in shared memory or on disk."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create(label)
-    with tempfile.TemporaryFile() as file:
+        try:
+            return os.memfd_create(label)
+        except OSError as error:
+            if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EACCES}:
+                raise
+    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryFile(dir=place) as file:
         return os.dup(file.fileno())
 
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 from pipeline.config import Config
+from pipeline.console import say
+from pipeline.directories import kernel_cache
 from pipeline.launch import module_command, module_environment
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.compiling import MissingKernels, compile_kernels
+from pipeline.ring.limits import explained, refused
 from pipeline.ring.memory import PeakMemory
 from pipeline.ring.messages import (
     PROTOCOL_VERSION,
@@ -85,7 +88,9 @@ class WorkerProcess:
             f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         )
         words = self._last_words()
-        return f"the {self.name} worker (pid {self.process.pid}) {how}" + (f": {words}" if words else "")
+        return f"the {self.name} worker (pid {self.process.pid}) {how}" + (
+            f": {explained(words)}" if words else ""
+        )
 
     def _last_words(self) -> str:
         if self._errors is None:
@@ -110,9 +115,12 @@ class Supervisor:
         """Start the ring and wait until it is ready.
 
         `routes` makes the workers send to other inboxes than usual, so that somebody can listen in.
-        Raises RingError when a worker dies, fails or stays silent, OSError when shared memory
+        Raises RingError when a worker dies, fails or stays silent, or when processes or shared memory
         cannot be had.
         """
+        cache, why = kernel_cache()
+        if why:
+            say(f"{why}: compiled kernels are kept in {cache}")
         self.notes: list[str] = []
         self.memory = PeakMemory([os.getpid()])
         self._serial = 0
@@ -148,10 +156,16 @@ class Supervisor:
         return {worker.name: worker.process.pid for worker in self._workers}
 
     def _start(self, store: Store, config: Config, plan: Plan, compiles: bool) -> None:
-        descriptors = segments.create(plan)
+        try:
+            descriptors = segments.create(plan)
+        except OSError as error:
+            raise refused(error, "shared memory") from error
         try:
             for name in WORKERS:
-                worker = WorkerProcess(name, descriptors, AWAKE if plan.whole else {})
+                try:
+                    worker = WorkerProcess(name, descriptors, AWAKE if plan.whole else {})
+                except OSError as error:
+                    raise refused(error, f"a process for the {name} worker") from error
                 self._workers.append(worker)
                 spec = WorkerSpec(
                     name=name,
@@ -213,7 +227,7 @@ class Supervisor:
             if isinstance(message, Failed):
                 if message.usage:
                     raise UsageError(message.error)
-                raise RingError(f"the {message.name} worker failed: {message.error}")
+                raise RingError(f"the {message.name} worker failed: {explained(message.error)}")
             if isinstance(message, Unprepared):
                 raise MissingKernels
             if message is not None:

@@ -46,6 +46,8 @@ class Detokenizer:
         """`marks`: special tokens that are text in this one, each with its text."""
         self._tokenizer = tokenizer
         self._marks = marks
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {number for number, token in added.items() if token.special}
         self._tail: list[int] = []  # begins and, but for what is held back, ends between characters
         self._context = 0  # tokens of the tail that were whole characters before the last piece
         self._shown = 0  # characters of the tail's text that are in pieces already
@@ -54,6 +56,8 @@ class Detokenizer:
         """The text that `token` completes; empty while a character is incomplete."""
         if token in self._marks:
             return self.finish() + self._marks[token]
+        if token in self._special:  # no text, nor what another's depends on
+            return ""
         self._tail.append(token)
         text = self._decode()
         decided = text.rstrip(UNDECIDED)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, 
 from dataclasses import fields
 from typing import Any, TypedDict
 
+from pipeline.errors import AnswerCut
 from pipeline.serving.client_messages import Done, Submit, SubmitStructured, Token
 
 ChatMessage = Mapping[str, Any]  # {"role": "user", "content": "…"}
@@ -74,6 +75,14 @@ class _Collected:
         self.logprobs: list[float] = []
         self.moments: list[float] = []  # arrival of each token, time.monotonic seconds
         self.done: Done | None = None  # how it ended, and what it cost
+        self._given_up = False  # by its reader
+
+    def _check_end(self) -> None:
+        """Raises AnswerCut where pieces have run out and neither side had ended the answer."""
+        if self.done is None and not self._given_up:
+            raise AnswerCut(
+                "the answer was cut before its end: whoever wrote it was closed, or began another"
+            )
 
     def _take(self, event: Token | Done) -> str:
         """Note an event; the text that it brought."""
@@ -100,8 +109,12 @@ class Answer(_Collected, Iterator[str]):
 
     def __next__(self) -> str:
         while True:
-            text = self._take(next(self._events))
-            if text:
+            try:
+                event = next(self._events)
+            except StopIteration:
+                self._check_end()
+                raise
+            if text := self._take(event):
                 return text
 
     def read(self) -> str:
@@ -111,6 +124,7 @@ class Answer(_Collected, Iterator[str]):
         return self.text
 
     def close(self) -> None:
+        self._given_up = True
         self._events.close()
         self._abandon()
 
@@ -130,8 +144,12 @@ class AsyncAnswer(_Collected, AsyncIterator[str]):
 
     async def __anext__(self) -> str:
         while True:
-            text = self._take(await anext(self._events))
-            if text:
+            try:
+                event = await anext(self._events)
+            except StopAsyncIteration:
+                self._check_end()
+                raise
+            if text := self._take(event):
                 return text
 
     async def read(self) -> str:
@@ -141,6 +159,7 @@ class AsyncAnswer(_Collected, AsyncIterator[str]):
         return self.text
 
     async def aclose(self) -> None:
+        self._given_up = True
         await self._events.aclose()
 
     async def __aenter__(self) -> AsyncAnswer:

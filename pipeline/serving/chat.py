@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.launch import SERVE_EXTRA
 from pipeline.serving.calls import CallForm, recognised
-from storage.errors import UsageError, reason
+from storage.errors import CheckpointError, UsageError, reason
+from storage.neighbours import Named, content
 from storage.store import Store
+from storage.tokenizer import template_file
 
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+DEFAULT, WITH_TOOLS = "default", "tool_use"  # names of a model's templates
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what a message's author thought first
 LARGEST_PROMPT = 4 << 20  # characters
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -42,6 +46,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _generation_blocks()]
         )
         environment.filters["tojson"] = _to_json
+        environment.globals["dict"] = _Dict()
+        environment.globals["namespace"] = _namespaces()
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
@@ -57,12 +63,10 @@ class ChatTemplate:
 
         Raises UsageError for a file that cannot be read or a template that cannot be used.
         """
-        config = _read_config(store / TOKENIZER_CONFIG)
-        source = _source(store, config, override)
-        if source is None:
+        templates = {DEFAULT: _read(override)} if override is not None else _templates(store)
+        if DEFAULT not in templates:
             return None
-        with_tools = _named(config).get("tool_use", "") if source == _named(config).get("default") else ""
-        return cls(source, _special_tokens(config), with_tools)
+        return cls(templates[DEFAULT], _special_tokens(store), templates.get(WITH_TOOLS, ""))
 
     @cached_property
     def call_form(self) -> CallForm:
@@ -78,7 +82,7 @@ class ChatTemplate:
         length = 0
         try:
             for piece in (self._with_tools if tools else self._template).generate(
-                messages=[dict(message) for message in messages],
+                messages=[_with_reasoning(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
@@ -109,9 +113,14 @@ def _generation_blocks() -> type:
             super().__init__(environment)
             self.tags = {"generation"}
 
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A block with variables of its own, as in transformers.
+            return nodes.CallBlock(self.call_method("shown"), [], [], body).set_lineno(line)
+
+        def shown(self, caller: Callable[[], str]) -> str:
+            return caller()
 
     return Generation
 
@@ -119,7 +128,7 @@ def _generation_blocks() -> type:
 def has_template(store: Store) -> bool:
     """Whether the model is made for conversation; false also where that cannot be read."""
     try:
-        return _source(store.path, _read_config(store.path / TOKENIZER_CONFIG), None) is not None
+        return DEFAULT in _templates(store.path)
     except UsageError:
         return False
 
@@ -154,21 +163,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _source(store: Path, config: Mapping[str, Any], override: Path | None) -> str | None:
-    """The file given, else the store's own file, else the configuration's (default) template."""
-    path = override or store / TEMPLATE_FILE
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if override is not None or not isinstance(error, FileNotFoundError):
-            raise UsageError(f"the chat template {path} cannot be read: {reason(error)}") from error
-    found = config.get("chat_template")
-    return found if isinstance(found, str) else _named(config).get("default")
+        raise UsageError(f"the chat template {path} cannot be read: {reason(error)}") from error
 
 
-def _named(config: Mapping[str, Any]) -> dict[str, str]:
-    """The configuration's templates where it has several."""
-    found = config.get("chat_template")
+def _templates(store: Path) -> dict[str, str]:
+    """A store's templates by name: those in files of their own, else the configuration's."""
+    before, after = template_file("\0").split("\0")
+    files = {
+        path.name.removeprefix(before).removesuffix(after): path
+        for path in sorted(store.glob(template_file("*")))
+    }
+    if (store / TEMPLATE_FILE).is_file():
+        files[DEFAULT] = store / TEMPLATE_FILE
+    if files:
+        return {name: _read(path) for name, path in files.items()}
+    found = _read_config(store / TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(found, str):
+        return {DEFAULT: found}
     entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
     return {
         str(entry.get("name")): entry["template"]
@@ -177,27 +192,74 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, each a string or a map with its `content`."""
-    tokens: dict[str, str] = {}
-    for name, value in config.items():
-        if not name.endswith("_token"):
-            continue
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            tokens[name] = content
-    return tokens
+def _special_tokens(store: Path) -> dict[str, str]:
+    """`bos_token` and the like, by the files that say which they are."""
+    try:
+        values = Named.read(store).values
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    return {
+        name: content(value)
+        for name, value in values.items()
+        if name.endswith("_token") and isinstance(value, str | dict) and content(value)
+    }
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning has the names under which templates look for it."""
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if found is None:
+        return dict(message)
+    return {"thinking": found, **message, "reasoning_content": found}
+
+
+class _Dict:
+    """Python's `dict` for templates, and no more of it."""
+
+    def __call__(self, *values: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*values, **named)
+
+    def fromkeys(self, *values: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*values)
+
+
+def _namespaces() -> type:
+    """Jinja's namespace without names that begin with `_`, which lead out of the sandbox."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot have the attribute {name!r:.40}")
+
+    class Names(Namespace):
+        def __init__(*args: Any, **named: Any) -> None:
+            for name in dict(*args[1:], **named):
+                check(name)
+            Namespace.__init__(*args, **named)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check(name)
+            super().__setitem__(name, value)
+
+    return Names
 
 
 def _raise(message: str) -> NoReturn:
     raise UsageError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """JSON without HTML escapes, unlike Jinja's own filter."""
-    known = {name: options[name] for name in ("separators", "sort_keys") if name in options}
-    ascii_only = bool(options.get("ensure_ascii", False))
-    return json.dumps(value, ensure_ascii=ascii_only, indent=indent, **known)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without HTML escapes, unlike Jinja's own filter; the options are transformers', in their order."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _strftime_now(form: str) -> str:

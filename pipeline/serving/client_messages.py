@@ -14,6 +14,7 @@ from pipeline.ring.codec import Codec
 
 CLIENT_PROTOCOL_VERSION = 1
 NO_REQUEST = -1  # in Error: not about one request
+CANCELLED = "cancelled"  # the reason of an answer that was cut because its client wanted so
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,12 @@ def make_keys(directory: Path) -> list[Path]:
 
 
 def default_endpoint() -> str:
-    """A socket in a directory of this user's own."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    """A socket in a directory of this user's own, also where `su` has left another's XDG_RUNTIME_DIR."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    with contextlib.suppress(OSError):
+        if base and os.stat(base).st_uid != os.getuid():
+            base = ""
+    base = base or tempfile.gettempdir()
     return f"ipc://{Path(base) / f'flashring.{os.getuid()}' / 'ring.sock'}"
 
 

@@ -148,6 +148,8 @@ class Answers:
 
 
 def _finish_reason(done: Done, *, called: bool) -> str:
+    """Only what ended by itself has one: a cut answer is an error, or a connection that breaks."""
+    assert done.reason in {"stop", "length"}, done.reason
     if done.reason == "length":
         return "length"
     return "tool_calls" if called else "stop"

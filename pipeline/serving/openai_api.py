@@ -9,6 +9,7 @@ import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from pipeline.serving.answer import RequestOptions, submission
 from pipeline.serving.calls import Tools
@@ -48,6 +49,10 @@ class Common(BaseModel):
         "suffix": (None, ""),
         "echo": (None, False),
         "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "top_logprobs": (None, 0),
@@ -70,6 +75,9 @@ class Common(BaseModel):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     # This server's own.
     top_k: int | None = None
     ignore_eos: bool = False
@@ -79,7 +87,7 @@ class Common(BaseModel):
         """Raises BadRequest for a value that the ring cannot honour."""
         for name, neutral in self.NEUTRAL.items():
             if getattr(self, name, None) not in neutral:
-                raise BadRequest(f"{name} is not supported by this server", name)
+                raise BadRequest(f"{name} is not supported by this server", name, "unsupported_parameter")
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
@@ -143,6 +151,11 @@ class ChatRequest(Common):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: Any = None
+    prediction: Any = None  # what the client expects, which would make an answer come sooner
     modalities: Any = None
     audio: Any = None
 
@@ -155,12 +168,39 @@ class ChatRequest(Common):
 
 
 def parse(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> CompletionRequest | ChatRequest:
-    """Raises BadRequest naming the first wrong field."""
+    """A field that is null counts as absent. Raises BadRequest naming the first wrong field."""
     try:
-        return kind.model_validate_json(body)
+        given = from_json(body)
+    except ValueError as error:
+        raise BadRequest(f"the body is no JSON: {error}") from error
+    if isinstance(given, dict):
+        given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or None
+        where = _field(given, problem["loc"], missing=problem["type"] == "missing")
         if problem["type"] == "extra_forbidden":
-            raise BadRequest(f"unknown parameter {where}", where) from error
+            raise BadRequest(f"unknown parameter {where}", where, "unknown_parameter") from error
         raise BadRequest(f"{where or 'the body'}: {problem['msg']}", where) from error
+
+
+def _field(given: Any, place: tuple[int | str, ...], *, missing: bool) -> str | None:
+    """The field of a request at `place`, where kinds of a value stand between the names of fields.
+
+    A field that is `missing` is the last of `place`, and is named as well.
+    """
+    found: list[str] = []
+    for part in place:
+        if isinstance(given, dict):
+            if part not in given:
+                continue
+            given = given[part]
+        elif isinstance(given, list) and isinstance(part, int):
+            given = given[part]
+        else:
+            continue
+        found.append(str(part))
+    if missing:
+        found.append(str(place[-1]))
+    return ".".join(found) or None

@@ -18,11 +18,12 @@ MAX_TOOLS = 128
 
 
 class BadRequest(UsageError):
-    """A request that is refused; `param` names the field."""
+    """A request that is refused; `param` names the field, `code` is OpenAI's where it has one."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class Closed(BaseModel):
@@ -161,6 +162,17 @@ class TextPart(BaseModel):
     text: str
 
 
+class RefusalPart(BaseModel):
+    """An assistant's, in its own words."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class CalledFunction(BaseModel):
     name: str
     arguments: str  # JSON
@@ -187,7 +199,7 @@ class Message(BaseModel):
     """One chat message; a content in parts is joined."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None  # of an assistant
     tool_call_id: str | None = None  # of a tool
@@ -199,7 +211,7 @@ def plain(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
     found: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         parts = message.content
-        if parts is None and not message.tool_calls:
+        if parts is None and message.role != "assistant":  # which may have said nothing
             raise BadRequest(f"messages.{index}.content is missing", f"messages.{index}.content")
         content = parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
         said: dict[str, Any] = {"role": message.role, "content": content}

@@ -13,6 +13,8 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.warm_ring import WarmRing
+from storage.errors import UsageError
+from storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def open_ring(
         config = config.replace(compute={"structured": True})
     store = source.open_store()
     report = plan(store, config)
-    template = ChatTemplate.of_store(store.path, chat_template)
+    template = _template(store, chat_template, say)
 
     def open_session() -> Session:
         session = Session(store, report.config, report.plan)
@@ -58,3 +60,14 @@ def open_ring(
 
     ring = WarmRing(open_session, template, report.config.sampling, say=say)
     return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)
+
+
+def _template(store: Store, override: Path | None, say: Callable[[str], None]) -> ChatTemplate | None:
+    """The chat template; one of the model's that cannot be used costs the chat, and nothing else."""
+    try:
+        return ChatTemplate.of_store(store.path, override)
+    except UsageError as error:
+        if override is not None:
+            raise
+        say(f"{store.manifest.name} answers no chat messages: {error}")
+        return None

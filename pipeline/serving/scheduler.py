@@ -25,7 +25,7 @@ from pipeline.errors import (
     code_of,
 )
 from pipeline.serving.calls import Tools
-from pipeline.serving.client_messages import Done, Error, Submit, Token
+from pipeline.serving.client_messages import CANCELLED, Done, Error, Submit, Token
 from pipeline.serving.fair_queue import FairQueue
 from pipeline.serving.observer import Observer
 from pipeline.serving.warm_ring import WarmRing, allowed_seconds, deadline_passed
@@ -164,6 +164,8 @@ class Scheduler:
         """Deliver one event of a job, and see to its end."""
         if job.ended:
             return
+        if isinstance(event, Done) and event.reason == CANCELLED and not job.cancelled:
+            event = Error(event.request, STOPPING, "the server is stopping, and the answer was cut")
         if isinstance(event, Token):
             self._observe_token(job, event)
         else:
@@ -276,4 +278,4 @@ class Scheduler:
 
 def _never_started(job: Job) -> Done:
     waited = time.monotonic() - job.submitted
-    return Done(job.submit.request, "cancelled", 0, 0, 0, waited, 0.0, 0.0)
+    return Done(job.submit.request, CANCELLED, 0, 0, 0, waited, 0.0, 0.0)

@@ -20,7 +20,7 @@ from pipeline.ring.grammar import Grammar, Schema
 from pipeline.ring.text import AddedToken
 from pipeline.serving.calls import Tools
 from pipeline.serving.chat import ChatTemplate
-from pipeline.serving.client_messages import Done, Submit, SubmitStructured, Token
+from pipeline.serving.client_messages import CANCELLED, Done, Submit, SubmitStructured, Token
 from pipeline.serving.stopping import StopStrings
 from storage.errors import RingError, UsageError
 
@@ -252,7 +252,7 @@ def _stop_strings(submit: Submit) -> StopStrings:
 def _done(submit: Submit, last: Generation | None, stopped: bool, queue_seconds: float) -> Done:
     assert last is not None
     finished = last.finished
-    reason = finished.reason if finished is not None else "cancelled"
+    reason = finished.reason if finished is not None else CANCELLED
     return Done(
         request=submit.request,
         reason="stop" if stopped else reason,

@@ -13,10 +13,11 @@ import xxhash
 
 from storage import resident
 from storage.architecture import Architecture, Ffn, always_floats
+from storage.checkpoint import HEAD_SOURCE
 from storage.codecs import CODECS, FLOAT16, FLOAT32, FLOATS, Carrier
 from storage.convert.recipe import AS_IT_IS, Recipe, chosen, unit_width
 from storage.errors import CheckpointError, UnsupportedModel, UsageError, reason
-from storage.families.family import HEAD_SOURCE, Family, Resident, Source
+from storage.families.family import Family, Resident, Source
 from storage.families.registry import family_of
 from storage.layout import Layout, Role, Row, Unit, neuron
 from storage.manifest import CHECKSUM_BYTES, FORMAT_VERSION
@@ -246,22 +247,15 @@ class _Sources:
         return _full_name(self.prefix, source)
 
     def dtype(self, resident: Resident, usual: str) -> str:
-        """`usual` without sources. Raises UnsupportedModel for floats of several dtypes."""
+        """`usual` without sources; float32, which holds them all, for floats of several dtypes."""
         if not resident.sources:
             return usual
         first, *others = (self._entry(source) for source in resident.sources)
         found = first.dtype
-        for source, entry in zip(resident.sources[1:], others, strict=True):
-            if entry.dtype == first.dtype:
-                continue
-            if entry.dtype not in FLOATS or first.dtype not in FLOATS:
-                found = _ROUNDED_AGAIN
-                continue
-            raise UnsupportedModel(
-                f"{entry.shard}: {_full_name(self.prefix, source.name)} is {entry.dtype} where "
-                f"{_full_name(self.prefix, resident.sources[0].name)} is {first.dtype}; "
-                "they are stored as one tensor, which cannot have two dtypes"
-            )
+        for entry in others:
+            if entry.dtype != first.dtype:
+                floats = entry.dtype in FLOATS and first.dtype in FLOATS
+                found = FLOAT32.name if floats else _ROUNDED_AGAIN
         if len(resident.shape) != 2 or always_floats(resident.name):
             return found
         return chosen(found, self.recipe.matrix(resident.name), resident.shape[1])

@@ -97,11 +97,12 @@ def convert_origin(
     existing = _existing(out, conversion)
     if existing is not None:
         return existing
+    texts = origin.texts()  # before the weights, which take long: a tokenizer may be refused
     partial = out.with_name(out.name + ".partial")
     with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial, "conversion"):
-            _write(conversion, partial, name, progress or (lambda stage, done, total: None))
+            _write(conversion, texts, partial, name, progress or (lambda stage, done, total: None))
             os.rename(partial, out)
             fsync_directory(out.parent)
     (out / PROGRESS).unlink(missing_ok=True)
@@ -142,7 +143,9 @@ def _writing(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(conversion: Conversion, partial: Path, name: str, progress: Progress) -> None:
+def _write(
+    conversion: Conversion, texts: Mapping[str, bytes], partial: Path, name: str, progress: Progress
+) -> None:
     """Fill `partial` up to and including the manifest."""
     journal = Journal.open(partial, conversion)
     _check_space(conversion, partial)
@@ -151,7 +154,7 @@ def _write(conversion: Conversion, partial: Path, name: str, progress: Progress)
     if conversion.order is not None:
         files[ORDER] = _whole(partial, ORDER, conversion.order.neurons.tobytes())
     files[RESIDENT] = _resident(conversion, partial, journal, progress)
-    for text, data in conversion.checkpoint.texts().items():
+    for text, data in texts.items():
         files[text] = _whole(partial, text, data)
     manifest = Manifest(
         architecture=conversion.architecture,

@@ -26,12 +26,12 @@ from storage.architecture import (
     QkNorm,
     Rope,
 )
+from storage.checkpoint import HEAD_SOURCE
 from storage.errors import UnsupportedModel
 from storage.families import experts as mixture
 from storage.families.experts import Names
 from storage.families.family import (
     ACTIVATIONS,
-    HEAD_SOURCE,
     Family,
     Resident,
     Settings,

@@ -7,6 +7,8 @@ Three decoders under one `model_type`, told apart by flags as in transformers'
 - parallel, multi-query, one norm (7b);
 - sequential (rw), usually with ALiBi, biases and a key-value head per query head.
 
+Configurations of 2023 call the model RefinedWeb, and several settings otherwise (`as_today`).
+
 The fused `query_key_value` has a row layout of its own in each: groups of queries with their key
 and value (new decoder), all queries and one key and value (multi-query), or query, key and value of
 each head in turn. The store holds all queries, then all keys, then all values.
@@ -23,10 +25,10 @@ import numpy as np
 
 from storage import architecture as canonical
 from storage.architecture import Architecture, Attention, Ffn, Layer, Norm, NormPlace, Rope
+from storage.checkpoint import HEAD_SOURCE
 from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
 from storage.families.family import (
-    HEAD_SOURCE,
     Family,
     Resident,
     Settings,
@@ -43,9 +45,22 @@ from storage.families.family import (
 )
 from storage.layout import Role
 
+# What the model types and settings of 2023 are called today.
+OLD_KINDS = ("RefinedWebModel", "RefinedWeb")
+OLD_NAMES = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
+
+
+def as_today(config: Settings) -> Settings:
+    """A configuration of 2023 with today's names; falcon-40b's had groups of heads without saying so."""
+    if config.get("model_type") not in OLD_KINDS:
+        return config
+    grouped = {"new_decoder_architecture": True} if config.get("n_head_kv") else {}
+    return {**grouped, **{OLD_NAMES.get(key, key): value for key, value in config.items()}}
+
 
 def architecture(config: Settings) -> Architecture:
     """Raises UnsupportedModel for an option, an activation or a value that is not supported."""
+    config = as_today(config)
     d_model = number(config, "hidden_size", 4544)
     head_count = heads(config, d_model, 71)
     head_dim = d_model // head_count

@@ -103,9 +103,6 @@ class Family:
     quantised: tuple[str, ...] = ()
 
 
-HEAD_SOURCE = "lm_head.weight"  # never prefixed, in any family
-
-
 def copied(name: str, source: str, *shape: int) -> Resident:
     """A resident tensor that is the checkpoint's, unchanged."""
     return Resident(name, shape, (Source(source, shape),))

@@ -11,8 +11,8 @@ import math
 
 from storage import architecture as canonical
 from storage.architecture import Architecture, Attention, Ffn, Layer, Norm, NormPlace
+from storage.checkpoint import HEAD_SOURCE
 from storage.families.family import (
-    HEAD_SOURCE,
     Family,
     Resident,
     Settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage.errors import UnsupportedModel
 from storage.families.bamboo import BAMBOO
-from storage.families.falcon import FALCON
+from storage.families.falcon import FALCON, OLD_KINDS
 from storage.families.family import Family, Settings
 from storage.families.gemma2 import GEMMA2
 from storage.families.gemma3 import GEMMA3, GEMMA3_TEXT
@@ -52,6 +52,7 @@ _ALL = (
     BAMBOO,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+ALIASES = dict.fromkeys(OLD_KINDS, FALCON)  # what a model_type was called before
 
 
 def family_of(config: Settings) -> Family:
@@ -61,14 +62,15 @@ def family_of(config: Settings) -> Family:
     """
     kind = config.get("model_type")
     supported = ", ".join(FAMILIES)
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    known = FAMILIES | ALIASES
+    if not isinstance(kind, str) or kind not in known:
         names = config.get("architectures")
         name = names[0] if isinstance(names, list) and names else kind
         raise UnsupportedModel(
             f"model architecture {name} (model_type {kind!r}) is not supported; "
             f"supported model types are {supported}"
         )
-    family, quantised = FAMILIES[kind], config.get("quantization_config")
+    family, quantised = known[kind], config.get("quantization_config")
     if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") in family.quantised):
         raise UnsupportedModel(
             "quantised checkpoints are not supported; supported are float32, float16 and bfloat16 weights"

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import os
 
-from pipeline.directories import user_cache
+from pipeline.directories import kernel_cache
 
 # Numba and OpenMP read these when they are first loaded. Waiting threads must sleep: four workers
 # share the cores, and a thread that spins takes its core from the reader that it waits for
 # (a launch on two busy cores took 680 µs spinning and 16 µs sleeping).
-os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "flashring" / "numba"))
+os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache()[0])
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pipeline.errors import USAGE, code_of
+from pipeline.errors import STOPPING, USAGE, code_of
 from pipeline.serving.calls import Tools
-from pipeline.serving.client_messages import Done, Error, Submit, Token
+from pipeline.serving.client_messages import CANCELLED, Done, Error, Submit, Token
 from pipeline.serving.http.refusal import Refusal
 from pipeline.serving.openai_answers import Answers
 from pipeline.serving.openai_api import ChatRequest, CompletionRequest, parse
@@ -26,6 +26,9 @@ from pipeline.serving.scheduler import Event, Job, Scheduler
 from storage.errors import FlashringError
 
 MAX_BODY = 1 << 20  # bytes
+KEEP_ALIVE = 15.0  # seconds without a token until a stream has a comment: proxies end what is silent for 60 s
+COMMENT = ": the answer is on its way\n\n"
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy collects the pieces
 LIVE_SECONDS, WATCHED_SECONDS = 0.25, 3.0  # how often counters are renewed while somebody looks
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
@@ -36,8 +39,17 @@ PAGE_POLICY = (
 class Api:
     """The endpoints of one scheduler."""
 
-    def __init__(self, scheduler: Scheduler, *, model: str, context: int, max_body: int = MAX_BODY) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        model: str,
+        context: int,
+        max_body: int = MAX_BODY,
+        keep_alive: float = KEEP_ALIVE,
+    ) -> None:
         self._scheduler = scheduler
+        self._keep_alive = keep_alive
         self._model = model
         self._context = context
         self._max_body = max_body
@@ -103,10 +115,16 @@ class Api:
 
     async def model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model:
-            return Refusal(
-                404, f"no model {request.path_params['name']!r} here", "model_not_found"
-            ).response()
+            return self._unknown_model(request.path_params["name"]).response()
         return JSONResponse(self._describe_model())
+
+    def _unknown_model(self, name: str) -> Refusal:
+        return Refusal(
+            404,
+            f"the model {name!r} does not exist: this server has the model {self._model!r}",
+            "model_not_found",
+            "model",
+        )
 
     # -- completions -------------------------------------------------------------------------------
 
@@ -120,7 +138,7 @@ class Api:
         try:
             wanted = parse(kind, await self._body(request))
             if wanted.model is not None and wanted.model != self._model:
-                raise Refusal(404, f"this server has the model {self._model!r}", "model_not_found", "model")
+                raise self._unknown_model(wanted.model)
             wanted.check()
             submits = wanted.submits()
             tools = wanted.callable_tools(self._scheduler.ring.template)
@@ -131,7 +149,7 @@ class Api:
             choices = [await self._collect(request, submit, tools) for submit in submits]
             return JSONResponse(answers.whole(choices))
         except BadRequest as error:
-            return Refusal(400, str(error), USAGE, error.param).response()
+            return Refusal(400, str(error), error.code or USAGE, error.param).response()
         except Refusal as refusal:
             return refusal.response()
 
@@ -165,11 +183,18 @@ class Api:
     async def _stream(
         self, request: Request, submits: list[Submit], answers: Answers, tools: Tools | None
     ) -> Response:
-        """The first event comes before the headers, so that a refusal has its own status."""
+        """The headers wait a while for the first event, so that a refusal has its own status."""
         first = self._events(request, submits[0], tools)
-        opening = await anext(first)
+        opening = _next(first)
+        try:
+            await asyncio.wait({opening}, timeout=self._keep_alive)
+        except asyncio.CancelledError:
+            opening.cancel()
+            raise
+        if opening.done() and opening.exception() is not None:
+            opening.result()  # raises it
         parts = self._parts(request, submits, answers, first, opening)
-        return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(parts, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _parts(
         self,
@@ -177,9 +202,10 @@ class Api:
         submits: list[Submit],
         answers: Answers,
         first: AsyncGenerator[Token | Done, None],
-        opening: Token | Done,
+        opening: asyncio.Future[Token | Done],
     ) -> AsyncIterator[str]:
         dones: list[Done] = []
+        coming = opening
         try:
             for index, submit in enumerate(submits):
                 events = first if index == 0 else self._events(request, submit)
@@ -187,11 +213,20 @@ class Api:
                     begin = answers.first(index)
                     if begin is not None:
                         yield _line(begin)
-                    event = opening if index == 0 else await anext(events)
-                    while isinstance(event, Token):
-                        for piece in answers.pieces(index, event):
-                            yield _line(piece)
-                        event = await anext(events)
+                    if index > 0:
+                        coming = _next(events)
+                    try:
+                        while True:
+                            while not (await asyncio.wait({coming}, timeout=self._keep_alive))[0]:
+                                yield COMMENT
+                            event = coming.result()
+                            if isinstance(event, Done):
+                                break
+                            coming = _next(events)
+                            for piece in answers.pieces(index, event):
+                                yield _line(piece)
+                    finally:
+                        await _ended(coming)
                     dones.append(event)
                     for piece in answers.last(index, event):
                         yield _line(piece)
@@ -211,13 +246,15 @@ class Api:
         try:
             self._scheduler.submit(job)
         except FlashringError as error:
-            raise Refusal.of(code_of(error), str(error)) from error
+            raise Refusal.of(code_of(error), str(error), submit) from error
         watcher = asyncio.create_task(self._watch(request, job))
         try:
             while True:
                 event = await queue.get()
                 if isinstance(event, Error):
-                    raise Refusal.of(event.code, event.message)
+                    raise Refusal.of(event.code, event.message, submit)
+                if isinstance(event, Done) and event.reason == CANCELLED:  # the client has left
+                    raise Refusal.of(STOPPING, "the answer was cut")
                 yield event
                 if isinstance(event, Done):
                     return
@@ -231,6 +268,19 @@ class Api:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._scheduler.cancel(job)
+
+
+def _next(events: AsyncGenerator[Token | Done, None]) -> asyncio.Future[Token | Done]:
+    """The next event, to be waited for in parts. Its failure needs no listener."""
+    coming = asyncio.ensure_future(anext(events))
+    coming.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return coming
+
+
+async def _ended(coming: asyncio.Future[Any]) -> None:
+    """Nobody waits for the next event any more: its generator is free to be closed."""
+    coming.cancel()
+    await asyncio.wait({coming})
 
 
 def _line(data: dict[str, Any]) -> str:

@@ -6,15 +6,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from pipeline.errors import DEADLINE, FULL, RING, STOPPING, USAGE
+from pipeline.errors import CONTEXT, DEADLINE, FULL, RING, STOPPING, USAGE
+from pipeline.serving.client_messages import Submit
 
-STATUS = {USAGE: 400, FULL: 429, DEADLINE: 504, RING: 503, STOPPING: 503}
-KIND = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
+STATUS = {USAGE: 400, CONTEXT: 400, FULL: 429, DEADLINE: 504, RING: 503, STOPPING: 503}
+KIND = {429: "rate_limit_error"}  # the others by their hundreds
+# Codes on which OpenAI's clients act: they shorten a prompt, or wait.
+OPENAI = {CONTEXT: "context_length_exceeded", FULL: "rate_limit_exceeded"}
 
 
 class Refusal(Exception):
@@ -27,9 +25,11 @@ class Refusal(Exception):
         self.param = param
 
     @classmethod
-    def of(cls, code: str, message: str) -> Refusal:
-        """For an error by its code in errors.py."""
-        return cls(STATUS.get(code, 500), message, code)
+    def of(cls, code: str, message: str, submit: Submit | None = None) -> Refusal:
+        """For an error by its code in errors.py, of a request where it is about one."""
+        asked = None if submit is None else "messages" if submit.messages else "prompt"
+        param = asked if code == CONTEXT else None
+        return cls(STATUS.get(code, 500), message, OPENAI.get(code, code), param)
 
     def response(self) -> Response:
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from pipeline.serving.endpoint import check_http, is_loopback
-from pipeline.serving.http.api import MAX_BODY, Api
+from pipeline.serving.http.api import KEEP_ALIVE, MAX_BODY, Api
 from pipeline.serving.http.guard import Guard
 from pipeline.serving.scheduler import Scheduler
 
@@ -38,6 +38,7 @@ class HttpServer:
         context: int,
         api_key: str = "",
         max_body: int = MAX_BODY,
+        keep_alive: float = KEEP_ALIVE,
     ) -> None:
         """Raises UsageError for an address that may not be used, OSError when it cannot be."""
         host, port = check_http(address, api_key)
@@ -45,7 +46,7 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.port}"
-        api = Api(scheduler, model=model, context=context, max_body=max_body)
+        api = Api(scheduler, model=model, context=context, max_body=max_body, keep_alive=keep_alive)
         app = Guard(Starlette(routes=api.routes()), loopback=is_loopback(host), api_key=api_key)
         config = uvicorn.Config(
             app,

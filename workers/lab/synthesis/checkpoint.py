@@ -23,9 +23,10 @@ from torch import Tensor
 from storage import architecture as canonical
 from storage import tokenizer as tokenizers
 from storage.architecture import Architecture
+from storage.checkpoint import HEAD_SOURCE
 from storage.codecs import CODECS
 from storage.errors import CheckpointError, DiskFull, UsageError
-from storage.families.family import HEAD_SOURCE, Family, Resident, Source
+from storage.families.family import Family, Resident, Source
 from storage.families.registry import family_of
 from storage.files import publish
 from workers.lab.synthesis import block

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from storage import architecture as canonical
 from storage import tokenizer
+from storage.checkpoint import HEAD_SOURCE
 from storage.codecs import CODECS, Carrier
 from storage.convert.recipe import ATTENTION
 from storage.errors import CheckpointError
-from storage.families.family import HEAD_SOURCE, Family, Resident, Source
+from storage.families.family import Family, Resident, Source
 from storage.files import write_whole
 from storage.origin import Entry
 from workers.lab.synthesis import block

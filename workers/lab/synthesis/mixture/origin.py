@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from storage import tokenizer
+from storage.checkpoint import HEAD_SOURCE
 from storage.codecs import Carrier
 from storage.errors import CheckpointError
-from storage.families.family import HEAD_SOURCE, Family, Source
+from storage.families.family import Family, Source
 from storage.layout import Role
 from storage.origin import Entry
 from workers.lab.synthesis.mixture.tensors import EXPERTS, Tensors
