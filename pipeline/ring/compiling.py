@@ -29,7 +29,8 @@ def compile_kernels(store: Store, config: Config, plan: Plan) -> int:
 
     Where that fails nothing is said: the workers then compile by themselves, and tell what is wrong.
     """
-    choices = (plan.cache_dtype, config.compute.activations, plan.forecast.kind)
+    compute = config.compute
+    choices = (plan.cache_dtype, compute.activations, plan.forecast.kind, compute.device)
     process = subprocess.Popen(
         module_command(COMPILER, str(store.path.resolve()), *choices),
         env=module_environment(),

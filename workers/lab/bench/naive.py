@@ -32,9 +32,9 @@ from pipeline import ending
 from pipeline.cores import thread_count
 from pipeline.ring.memory import proportional_bytes
 from storage.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, Layer, layer
-from storage.codecs import CODECS, F32
+from storage.codecs import F32
 from storage.errors import StoreCorrupt, StoreError, UsageError
-from storage.files import drop_cache, open_direct
+from storage.files import open_direct
 from storage.layout import Rows
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
@@ -45,6 +45,7 @@ from workers.compute.bound import Linear
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.cpu.norms import norm_queries_and_keys
 from workers.compute.cpu.token import TokenOperations
+from workers.compute.weights import Vectors
 from workers.routing import Ids
 
 CHUNK = 8 << 20  # bytes of one read, about
@@ -175,40 +176,6 @@ def _matrices(described: Layer) -> list[str]:
     if shared is not None:
         found += ["shared_gate", "shared_up", "shared_down", *(["shared_switch"] if shared.gated else [])]
     return found
-
-
-class Vectors:
-    """What `BoundModel` asks of weights, with nothing but vectors in memory."""
-
-    def __init__(self, store: Store, file: Tensors) -> None:
-        self.architecture = store.architecture
-        self.layout = store.layout
-        self.file = file
-        names = (name for name, place in file.places.items() if len(place.shape) == 1)
-        self._vectors = {name: file.vector(name, file.place(name).shape) for name in names}
-
-    def has(self, name: str) -> bool:
-        return name in self.file
-
-    def vector(self, name: str) -> F32:
-        return self._vectors.get(name, np.zeros(0, np.float32))
-
-    def matrix(self, name: str) -> Rows:
-        """The matrix's codec and width, and none of its lines: those come out of the stream."""
-        place = self.file.place(name)
-        codec = CODECS[place.dtype]
-        return Rows.of_matrix(np.empty((0, place.shape[1]), codec.carrier), codec)
-
-    def lines(self, name: str, which: Any) -> F32:
-        """Lines of a matrix, read now and forgotten: [lines, width], or [width] of a single one."""
-        place = self.file.place(name)
-        codec, size = CODECS[place.dtype], place.bytes // place.shape[0]
-        numbers = np.arange(place.shape[0])[which]
-        with open(self.file.path, "rb", buffering=0) as file:
-            read = [os.pread(file.fileno(), size, place.offset + int(line) * size) for line in numbers.flat]
-            drop_cache(file.fileno())
-        lines = np.frombuffer(b"".join(read), codec.carrier)
-        return codec.widen(lines.reshape(*numbers.shape, -1))
 
 
 class StreamedOperations(TokenOperations):
