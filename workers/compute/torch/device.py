@@ -18,7 +18,7 @@ from pipeline.ring.counters import of_layer
 from storage.architecture import Attention, Ffn, NormPlace
 from storage.codecs import F32, FLOAT32, Codec
 from workers import kernels
-from workers.compute.bound import Source
+from workers.compute.bound import Linear, Source
 from workers.compute.device import Mask
 from workers.compute.logits import finished
 from workers.compute.torch.attention import Attending
@@ -45,7 +45,7 @@ class TorchDevice:
         """
         self.architecture = source.architecture
         self._where = torch.device(where)
-        self._placed = Placed(source, self._where)
+        self.placed = self.place(source, self._where)
         self._units = [layer.unit for layer in source.layout.layers]
         self._attending = Attending(source.architecture, context, cache_codec, self._where)
         self._shelf = Shelf(self._where, source.layout.stride, mirrored)
@@ -53,6 +53,10 @@ class TorchDevice:
         self._sequences = 1
         self._routing: Routing | None = None  # of the layer at hand
         self._ffns: list[tuple[int, TorchFfn]] = []  # of the step, each with its layer
+
+    def place(self, source: Source, where: torch.device) -> Placed:
+        """The model's weights, there."""
+        return Placed(source, where)
 
     @property
     def kept(self) -> list[tuple[Tensor, Tensor]]:
@@ -66,23 +70,23 @@ class TorchDevice:
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> Tensor:
         which = torch.from_numpy(tokens.astype(np.int64)).to(self._where)
-        x = self._placed.embed.lines(which)
+        x = self.placed.embed.lines(which)
         if self.architecture.embedding_scale != 1:
             x = x * self.architecture.embedding_scale
-        if self._placed.project_in is not None:
-            x = self._placed.project_in(x)
+        if self.placed.project_in is not None:
+            x = self.placed.project_in(x)
         if self.architecture.learned_positions is not None:
-            assert self._placed.positions is not None
+            assert self.placed.positions is not None
             row = self.architecture.learned_positions + self._first
-            rows = self._placed.positions.lines(slice(row, row + tokens.size // self._sequences))
+            rows = self.placed.positions.lines(slice(row, row + tokens.size // self._sequences))
             x = x + rows.repeat(self._sequences, 1)
         return x
 
     def norm(self, index: int, place: NormPlace, x: Tensor) -> Tensor:
-        return self._placed.layers[index].norms[place](x)
+        return self.placed.layers[index].norms[place](x)
 
     def attention(self, index: int, x: Tensor) -> Tensor:
-        a, placed = self.architecture.layers[index].attention, self._placed.layers[index]
+        a, placed = self.architecture.layers[index].attention, self.placed.layers[index]
         widths = [heads * a.head_dim for heads in (a.heads, a.kv_heads, a.kv_heads)]
         queries, keys, values = torch.split(placed.qkv(x), widths, dim=1)
         if a.qk_norm is not None:
@@ -92,12 +96,15 @@ class TorchDevice:
 
     def route(self, index: int, x: Tensor) -> Ids:
         """One row after the other, by the kernel that the predictor chooses with: the bits are the same."""
-        router, linear = self.architecture.layers[index].ffn.router, self._placed.layers[index].router
+        router, linear = self.architecture.layers[index].ffn.router, self.placed.layers[index].router
         assert router is not None
         assert linear is not None
-        rows = [kernels.matvec(linear.weight, row, 1, linear.bias) for row in self.host(x)]
-        self._routing = route(router, np.stack(rows))
+        self._routing = route(router, self.router_logits(linear, x))
         return self._routing.ids
+
+    def router_logits(self, linear: Linear, x: Tensor) -> F32:
+        """[rows, experts]."""
+        return np.stack([kernels.matvec(linear.weight, row, 1, linear.bias) for row in self.host(x)])
 
     def settle(self, index: int, ids: Ids) -> None:
         router = self.architecture.layers[index].ffn.router
@@ -108,7 +115,7 @@ class TorchDevice:
     def ffn(self, index: int, x: Tensor, mask: Mask | None = None) -> TorchFfn | TorchExperts:
         ffn, placed, unit = (
             self.architecture.layers[index].ffn,
-            self._placed.layers[index],
+            self.placed.layers[index],
             self._units[index],
         )
         if ffn.mixed:
@@ -122,11 +129,11 @@ class TorchDevice:
         return made
 
     def logits(self, x: Tensor) -> F32:
-        if self._placed.final_norm is not None:
-            x = self._placed.final_norm(x)
-        if self._placed.project_out is not None:
-            x = self._placed.project_out(x)
-        found = finished(self.architecture, self.host(self._placed.head(x)))
+        if self.placed.final_norm is not None:
+            x = self.placed.final_norm(x)
+        if self.placed.project_out is not None:
+            x = self.placed.project_out(x)
+        found = finished(self.architecture, self.host(self.placed.head(x)))
         self._count()
         return found
 

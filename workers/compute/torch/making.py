@@ -10,13 +10,18 @@ from workers.compute.bound import Source
 from workers.compute.torch.device import TorchDevice
 
 
+def device_of(kind: str) -> torch.device:
+    """By `compute.device` of a configuration."""
+    if kind == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu" if kind == "torch-cpu" else kind)
+
+
 def make(kind: str, source: Source, plan: Plan, threads: int, cache_codec: Codec) -> TorchDevice:
     """`kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`."""
     torch.set_num_threads(threads)
-    where = torch.device("cpu" if kind == "torch-cpu" else kind)
-    if where.type == "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
-        if plan.device_bytes is not None:
-            total = torch.cuda.get_device_properties(where).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total), where)
+    where = device_of(kind)
+    if where.type == "cuda" and plan.device_bytes is not None:
+        total = torch.cuda.get_device_properties(where).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total), where)
     return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored)

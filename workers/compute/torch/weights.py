@@ -92,7 +92,7 @@ class Placed:
 
     def __init__(self, source: Source, where: torch.device) -> None:
         """Raises KeyError for a tensor that is not there."""
-        self._source, self._where = source, where
+        self._source, self.where = source, where
         self._matrices: dict[str, Tensor] = {}
         model = BoundModel.of(source)
         self.layers = [self._layer(layer) for layer in model.layers]
@@ -107,12 +107,12 @@ class Placed:
     def matrix(self, linear: bound.Linear) -> Matrix:
         """The same tensor under one name is there once."""
         if linear.name not in self._matrices:
-            self._matrices[linear.name] = stored(self._source.read(linear.name), self._where)
+            self._matrices[linear.name] = stored(self._source.read(linear.name), self.where)
         bias = self.vector(linear.bias) if linear.bias.size else None
         return Matrix(self._matrices[linear.name], linear.weight.codec, linear.weight.width, bias)
 
     def vector(self, array: F32) -> Tensor:
-        return torch.from_numpy(array).to(self._where)
+        return torch.from_numpy(array).to(self.where)
 
     def _table(self, name: str) -> Matrix:
         nothing = self._source.vector("")
