@@ -81,7 +81,7 @@ def test_the_text_is_the_kernels(stores: dict[str, Store], case: str, kind: str)
         with Session(store, chosen, plan) as session:
             found.append(generate(session, COUNT, forced=forced))
             if share:
-                cancelled = session.generate(PROMPT, GenerationParams(COUNT, ignore_eos=True))
+                cancelled = session.pieces(PROMPT, GenerationParams(COUNT, ignore_eos=True))
                 next(cancelled)
                 cancelled.close()
                 own = generate(session, COUNT)
