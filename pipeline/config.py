@@ -102,7 +102,12 @@ class Compute(Section):
     kv_cache: Literal["float32", "float16", "bfloat16"] = "float32"  # what keys and values are rounded to
     # Of one token, where weights have eight or four bits: rounded to 15 bits, or slower, as they are.
     activations: Literal["rounded", "exact"] = "rounded"
-    device: Literal["cpu"] = "cpu"
+    # cpu: compiled kernels; torch-cpu, cuda (NVIDIA) and mps (Metal): torch, with the resident weights, the
+    # keys and values, and as many slots as `device_memory` allows in the device's memory.
+    device: Literal["cpu", "torch-cpu", "cuda", "mps"] = "cpu"
+    # Of the device's memory, 7GiB or 50% of the checkpoint. Left out: nearly all that a GPU has free, of
+    # torch-cpu the least. On a GPU it comes beside `memory.budget`, on torch-cpu it is a part of that.
+    device_memory: str = ""
     audit: Count = 0  # of every Nth token check one layer's set; 0: none
     # Whether memory is kept for answers of a given form (a JSON schema, tools), which are refused without.
     structured: bool = False

@@ -654,16 +654,18 @@ def test_a_failing_child_is_told_by_its_last_words():
 # -- the baseline ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["opt", "opt-projected", "opt-post-norm", "falcon-7b"])
-def test_the_naive_baseline_computes_the_model(variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+@pytest.mark.parametrize("variant", ["opt", "opt-projected", "opt-post-norm", "falcon-7b", "qwen3-moe"])
+def test_the_naive_baseline_computes_the_model(variant: str, device: str, tmp_path: Path) -> None:
     made = convert(
         write_checkpoint(tmp_path / "checkpoint", variant, "float16"), tmp_path / "store", name=variant
     )
     tokens = [2, 17, 40, 9, 77, 31]
     with DenseModel(made, 1) as dense:
         expected = dense.forward([tokens])[0].numpy()
-    with NaiveModel(made, len(tokens), 1) as model:
+    with NaiveModel(made, len(tokens), 1, device) as model:
         found = [model.forward(token, position) for position, token in enumerate(tokens)]
+        assert (model.device.counters().get("decode_bus_bytes", 0) > 0) == (device != "cpu")
         weights = made.layout.total_bytes + resident_weights(made)
         assert model.stream.bytes >= len(tokens) * weights  # everything, for every token
     np.testing.assert_allclose(np.stack(found), expected, rtol=2e-3, atol=2e-3)

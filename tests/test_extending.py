@@ -24,12 +24,13 @@ from storage.convert import convert
 from storage.errors import ConfigError
 from storage.families.opt import OPT
 from storage.families.registry import FAMILIES
-from storage.layout import Rows, Unit, neuron
+from storage.layout import Unit, neuron
 from workers.cache.policies import POLICIES, make_policy
 from workers.cache.policy import Ids, WindowThenOldest
 from workers.cache.residency import Residency
-from workers.compute.bound import BoundLayer, Linear
-from workers.compute.torch.device import TorchFfn
+from workers.compute.torch.ffn import TorchFfn
+from workers.compute.torch.shelf import Shelf
+from workers.compute.torch.weights import Matrix, PlacedLayer
 from workers.predictor.prediction import Prediction
 from workers.predictor.scorer import F32, Mask, Scorer
 from workers.predictor.scorers import SCORERS, load_scorer
@@ -85,11 +86,10 @@ def test_a_codec() -> None:
         for role, matrix in (("up", up), ("down", down)):
             unit.view(memory, role).values[:] = fixed.narrow(matrix)
         x = torch.from_numpy(generator.normal(size=(3, 24)).astype(np.float32))
-        nothing = np.zeros(0, np.float32)
-        linear = Linear("", Rows.of_matrix(np.zeros((0, 24), np.float32), FLOAT32), nothing)
-        ffn = TorchFfn(
-            BoundLayer({}, linear, linear, nothing, nothing), unit, Ffn("plain", 8, 1, "relu"), x, None
-        )
+        nothing = torch.zeros(0)
+        matrix = Matrix(torch.zeros(0, 24), FLOAT32, 24)
+        placed = PlacedLayer({}, matrix, matrix, nothing, nothing, nothing, nothing)
+        ffn = TorchFfn(placed, unit, Ffn("plain", 8, 1, "relu"), x, None, Shelf(x.device))
         ids = np.arange(8, dtype=np.int32)
         ffn.add(ids, ids, memory)
         ffn.close()

@@ -23,6 +23,8 @@ from pipeline.commands.options import (
     ChatTemplateFile,
     ConfigFile,
     Context,
+    Device,
+    DeviceMemory,
     JsonSchema,
     Memory,
     Model,
@@ -65,6 +67,8 @@ def command(
         str, typer.Option(help="Tell the model how to behave.", metavar="TEXT", show_default=False)
     ] = "",
     memory: Memory = "",
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     bits: Bits = None,
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
@@ -89,7 +93,12 @@ def command(
     values: Values = {
         "model": {"bits": bits},
         "memory": {"budget": memory or None},
-        "compute": {"context": context_tokens or None, "structured": True if schema else None},
+        "compute": {
+            "context": context_tokens or None,
+            "device": device or None,
+            "device_memory": device_memory or None,
+            "structured": True if schema else None,
+        },
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,

@@ -15,6 +15,8 @@ from pipeline.commands.options import (
     ChatTemplateFile,
     ConfigFile,
     Context,
+    Device,
+    DeviceMemory,
     JsonSchema,
     Memory,
     Model,
@@ -67,6 +69,8 @@ def command(
     prompt: Text = None,
     model: Model = "",
     memory: Memory = "",
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     bits: Bits = None,
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
@@ -134,6 +138,8 @@ def command(
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,
+            "device": device or None,
+            "device_memory": device_memory or None,
             "audit": AUDIT_EVERY if audit_sets else None,
             "structured": True if grammar else None,
         },

@@ -22,6 +22,24 @@ Memory = Annotated[
     str,
     typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What computes: cpu; or by torch torch-cpu, cuda (NVIDIA), mps (Metal). "
+        "[default: the configuration's, cpu]",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
+DeviceMemory = Annotated[
+    str,
+    typer.Option(
+        help="Budget of the device's memory: 7GiB, or 50% of the checkpoint. [default: nearly all that a GPU "
+        "has free]",
+        metavar="SIZE",
+        show_default=False,
+    ),
+]
 Bits = Annotated[
     int | None,
     typer.Option(

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import Bits, ChatTemplateFile, ConfigFile, Context, Memory, Model, Settings
+from pipeline.commands.options import (
+    Bits,
+    ChatTemplateFile,
+    ConfigFile,
+    Context,
+    Device,
+    DeviceMemory,
+    Memory,
+    Model,
+    Settings,
+)
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
@@ -49,6 +59,8 @@ def command(
     endpoint: Endpoint = "",
     http: Http = "",
     memory: Memory = "",
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     bits: Bits = None,
     context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
@@ -94,7 +106,17 @@ def command(
         check_http_packages()
     check_endpoint(address, keys)  # all before anything is loaded
     opened = open_ring(
-        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say, bits
+        model,
+        memory,
+        context_tokens,
+        config_file,
+        settings or (),
+        chat_template,
+        reuse_prefix,
+        say,
+        bits,
+        device,
+        device_memory,
     )
     options = ServingOptions(
         endpoint=address,

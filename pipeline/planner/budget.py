@@ -16,19 +16,19 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_budget(text: str, store: Store) -> int | None:
-    """Bytes of `7GiB`, `50%` (of the checkpoint) or a sum such as `50%+1GiB`; None for ''."""
+def parse_budget(text: str, store: Store, key: str = "memory.budget") -> int | None:
+    """Bytes of `7GiB`, `50%` (of the checkpoint) or a sum such as `50%+1GiB`; None for ''. `key` says it."""
     if not text.strip():
         return None
     total = 0.0
     for term in text.split("+"):
         match = _SIZE.fullmatch(term.strip())
         if match is None:
-            raise ConfigError(f"memory.budget takes a size such as 7GiB or 50%, not {text!r}")
+            raise ConfigError(f"{key} takes a size such as 7GiB or 50%, not {text!r}")
         number, unit = float(match[1]), match[2].upper()
         total += number / 100 * checkpoint_bytes(store) if unit == "%" else number * _UNITS[unit]
     if not math.isfinite(total):
-        raise ConfigError(f"memory.budget cannot be as large as {text[:20]}…")
+        raise ConfigError(f"{key} cannot be as large as {text[:20]}…")
     return int(total)
 
 

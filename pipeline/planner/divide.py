@@ -7,21 +7,22 @@ least budget is known exactly: all of that, and one slot per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pipeline.config import Config
 from pipeline.console import size
 from pipeline.cores import thread_count
 from pipeline.dials import with_fewer
+from pipeline.planner import devices
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.drafting import PIECE, check_draft_model, draft_store, most_drafts
 from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
-from pipeline.ring.plan import BLOCK, BLOCKS, ROWS, TILE, Plan
+from pipeline.ring.plan import BLOCK, BLOCKS, HOST, ROWS, TILE, Plan
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
@@ -60,9 +61,12 @@ class PlanReport:
     budget: int | None  # None: no budget was given
     why: str = ""  # that share of the FFN, where nobody asked for it; for people
     by_need: bool = False  # the layers' slots are divided as a recorded trace needs them
+    device: dict[str, int] = field(default_factory=dict)  # what holds how much of a torch device's memory
+    bus_bytes: int = 0  # that a token brings over the bus at most
 
     @property
     def total(self) -> int:
+        """Of the host's memory."""
         return sum(self.parts.values())
 
     @property
@@ -83,8 +87,24 @@ class PlanReport:
         return [
             head,
             *([self.why] if self.why else []),
-            *(f"  {name:<18}{size(value):>12}" for name, value in self.parts.items()),
+            *_listed(self.parts),
+            *self._device_lines(),
         ]
+
+    def _device_lines(self) -> list[str]:
+        if not self.device:
+            return []
+        kind, plan = self.config.compute.device, self.plan
+        shared = " of that" if kind in HOST else ""
+        return [
+            f"device {kind}: {size(sum(self.device.values()))}{shared}; {plan.mirrored:,} slots lie there, "
+            f"too; at most {size(self.bus_bytes)} go over the bus a token",
+            *_listed(self.device),
+        ]
+
+
+def _listed(parts: Mapping[str, int]) -> list[str]:
+    return [f"  {name:<18}{size(value):>12}" for name, value in parts.items()]
 
 
 def plan(store: Store, config: Config, available: int | None = None) -> PlanReport:
@@ -96,6 +116,7 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     """
     check_draft_model(store, config)
     resolved, store = resolve(store, config), with_fewer(store, config)
+    resolved = replace(resolved, device_bytes=devices.limit(store, config))
     budget = parse_budget(config.memory.budget, store)
     least = _report(store, resolved, _least_slots(store, config), budget)
     units = store.layout.units
@@ -109,9 +130,17 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     if config.cache.slots_per_layer or not (open_layers := len(units) - len(resolved.forecast.pinned)):
         return least
     each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
-    spare = (budget - least.total) // (open_layers * each)
+    spare = _affordable(budget - least.total, open_layers, each, least, resolved.device_bytes)
     alike = [slots + spare for slots in _least_slots(store, config)]
     return _by_need(store, resolved, _report(store, resolved, alike, budget))
+
+
+def _affordable(room: int, layers: int, each: int, least: PlanReport, device_bytes: int | None) -> int:
+    """Further slots a layer, of `each` bytes, for `room` bytes; a mirror in host memory takes of it, too."""
+    if least.config.compute.device != "torch-cpu" or device_bytes is None:
+        return room // (layers * each)
+    mirror = device_bytes - sum(least.device.values())  # its most
+    return max(room // (layers * (each + least.plan.stride)), (room - mirror) // (layers * each))
 
 
 def _without_budget(store: Store, resolved: Resolved, available: int | None) -> PlanReport:
@@ -202,7 +231,19 @@ def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int 
         cache_dtype=config.compute.kv_cache,
     )
     divided = replace(divided, drafts=most_drafts(store, config, divided))
-    return PlanReport(divided, config, _parts(store, config, divided), budget)
+    held = devices.held(store, config, divided)
+    devices.check(store, sum(held.values()), resolved.device_bytes)
+    kind = config.compute.device
+    divided = replace(
+        divided,
+        mirrored=devices.mirrored(divided, sum(held.values()), resolved.device_bytes),
+        device_bytes=None if kind in HOST else resolved.device_bytes,
+    )
+    if held:
+        held["mirror"] = divided.mirrored * divided.stride
+    parts = _parts(store, config, divided, held)
+    bus = devices.bus_bytes(store, divided) if held else 0
+    return PlanReport(divided, config, parts, budget, device=held, bus_bytes=bus)
 
 
 def staging_slots(size_bytes: int, stride: int, most: int) -> int:
@@ -213,24 +254,29 @@ def staging_slots(size_bytes: int, stride: int, most: int) -> int:
     return min(count, most)
 
 
-def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
-    drafting = draft_store(config)
+def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int]) -> dict[str, int]:
+    """In host memory. `device`: what lies in that of a torch device."""
+    architecture, drafting = store.architecture, draft_store(config)
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
     mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
+    processes = sum(BASES.values()) + devices.TORCH.get(config.compute.device, 0)
+    own = {"resident weights": resident, "KV cache": _cache_bytes(store, divided)}
+    if device:
+        own = dict(device) if config.compute.device in HOST else devices.on_host(store, config, divided)
+    else:
+        own["activations"] = _activation_bytes(store, config, divided)
     return {
-        "resident weights": resident,
-        "KV cache": _cache_bytes(store, divided),
+        **own,
         "predictors": _held_by_predictor(store, config, divided),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),
-        "activations": _activation_bytes(store, config, divided),
         **({"draft model": _draft_bytes(drafting, config, divided)} if drafting else {}),
         **({"structured output": _constraint_bytes(store)} if config.compute.structured else {}),
-        "processes": sum(BASES.values()),
+        "processes": processes,
         "page tables": tables,
     }
 

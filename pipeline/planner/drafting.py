@@ -22,7 +22,7 @@ def most_drafts(store: Store, config: Config, plan: Plan) -> int:
     drafts = config.drafts
     if drafts.kind == "off":
         return 0
-    problem = _problem(store, plan)
+    problem = _problem(store, config, plan)
     if drafts.kind == "auto":
         return 0 if problem or plan.whole else drafts.length
     if problem:
@@ -54,8 +54,10 @@ def check_draft_model(store: Store, config: Config) -> None:
         )
 
 
-def _problem(store: Store, plan: Plan) -> str:
+def _problem(store: Store, config: Config, plan: Plan) -> str:
     """Why a step of this model has one token; empty: it may have several."""
+    if config.compute.device != "cpu":
+        return f"needs compute.device cpu, and it is {config.compute.device}"
     if store.architecture.mixture:
         return (
             f"is for models whose tokens all read the same, and {store.manifest.name} is a mixture of experts"

@@ -21,6 +21,7 @@ class Resolved:
 
     config: Config  # with decided kind, refine, context and sampling: what is written beside results
     forecast: Forecast
+    device_bytes: int | None = None  # that may be taken of a torch device's memory; None: as few as will do
 
 
 def resolve(store: Store, config: Config) -> Resolved:

@@ -29,9 +29,11 @@ def compile_kernels(store: Store, config: Config, plan: Plan) -> int:
 
     Where that fails nothing is said: the workers then compile by themselves, and tell what is wrong.
     """
-    paths = [store.path, *([Path(config.drafts.model)] if config.drafts.kind == "model" else [])]
+    devices = {store.path: config.compute.device}
+    if config.drafts.kind == "model":
+        devices[Path(config.drafts.model)] = "cpu"
     choices = (plan.cache_dtype, config.compute.activations, plan.forecast.kind)
-    return max(_compile(path.resolve(), choices) for path in paths)
+    return max(_compile(path.resolve(), (*choices, device)) for path, device in devices.items())
 
 
 def _compile(store: Path, choices: tuple[str, ...]) -> int:

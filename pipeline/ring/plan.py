@@ -13,11 +13,13 @@ TILE: Final = 512  # rows of a weight that are widened at once
 BLOCK: Final = 256  # units of one product, at multiples of BLOCK
 BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
+WIDENED: Final = 64 << 20  # bytes of weights in float32 that a torch device computes with at once
 ROWS: Final = 512  # tokens of one expert that are computed at once
 
 STEP_ROWS: Final = 8  # tokens of a step that is no prompt, at most: one, and its drafts
 
 NEARLY_ALL: Final = 0.9  # of a layer's experts: a prompt that wants as many is taken to want all of the next
+HOST: Final = ("cpu", "torch-cpu")  # devices whose memory is the host's
 LARGE: Final = 1 << 20  # bytes of a slot from which each unit that a token misses is a part of its own
 
 
@@ -79,6 +81,8 @@ class Plan:
     forecast: Forecast
     cache_dtype: str = "float32"  # of keys and values
     drafts: int = 0  # tokens behind a new one that a step may verify, at most
+    mirrored: int = 0  # slots, those of the first layers, that lie in the device's memory too
+    device_bytes: int | None = None  # what may be taken of a GPU's memory; None: no limit
 
     @property
     def layers(self) -> int:

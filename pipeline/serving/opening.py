@@ -36,6 +36,8 @@ def open_ring(
     reuse_prefix: bool = False,
     say: Callable[[str], None] = lambda line: None,
     bits: int | None = None,
+    device: str = "",
+    device_memory: str = "",
 ) -> OpenRing:
     """Find the model, divide the memory and start the ring; raises FlashringError.
 
@@ -44,7 +46,11 @@ def open_ring(
     values: Values = {
         "model": {"bits": bits},
         "memory": {"budget": memory or None},
-        "compute": {"context": context or None},
+        "compute": {
+            "context": context or None,
+            "device": device or None,
+            "device_memory": device_memory or None,
+        },
     }
     source, config = configure(model, config_file, settings, values)
     if "structured" not in config.compute.model_fields_set:  # whoever asks may ask for a form

@@ -5,28 +5,31 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.cores import thread_count
 from pipeline.planner.drafting import draft_store
 from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
+from pipeline.ring.plan import HOST
 from pipeline.ring.process import Worker, run_on_loop
 from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
-from storage.codecs import CODECS
+from storage.codecs import CODECS, Codec
 from storage.store import Store
 from workers import kernels
 from workers.compute import compiling
 from workers.compute.audit import Audit
+from workers.compute.bound import Source
 from workers.compute.constraint import Constraints
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.drafts.lookup import Lookup
 from workers.compute.drafts.model import ModelDrafts
-from workers.compute.drafts.source import Source
+from workers.compute.drafts.source import Source as Drafting
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
-from workers.compute.weights import Weights
+from workers.compute.weights import Vectors, Weights
 
 NAME = "compute"
 
@@ -35,7 +38,7 @@ class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
     def __init__(
-        self, worker: Worker, weights: Weights, device: Device[Any], threads: int, drafts: Source
+        self, worker: Worker, weights: Source, device: Device[Any], threads: int, drafts: Drafting
     ) -> None:
         self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
@@ -105,15 +108,17 @@ async def main(worker: Worker) -> None:
     threads = thread_count(worker.config.compute.threads)
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
-    reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
+    where = worker.config.compute.device
+    kind: Callable[[Store], Source] = Weights if where in HOST else Vectors.of
+    reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store)
     drafting = draft_store(worker.config)
     for store in (worker.store, drafting) if drafting else (worker.store,):
-        needed = compiling.of_compute(store, cache_codec.name)
+        needed = compiling.of_compute(store, cache_codec.name, where if store is worker.store else "cpu")
         if not compiling.ready(needed, store, worker.compiles):  # while the disk works
             worker.unprepared()
             return
     weights = await reading
-    device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
+    device = _device(worker, weights, threads, cache_codec)
     loop = LayerLoop(worker, weights, device, threads, _drafts(worker, drafting, threads))
     stopped = asyncio.Event()
 
@@ -124,7 +129,7 @@ async def main(worker: Worker) -> None:
             case Cancel():
                 loop.engine.cancel(message)
             case ReportStats():
-                worker.channel.send("supervisor", Stats(message.serial, NAME, _values(loop.engine)))
+                worker.channel.send("supervisor", Stats(message.serial, NAME, _values(loop.engine, device)))
             case Stop():
                 stopped.set()
             case _:
@@ -132,7 +137,7 @@ async def main(worker: Worker) -> None:
 
     loop.start()
     worker.channel.on_message("control", handle)
-    worker.ready(kernels.notes(), f"{threads} threads")
+    worker.ready(kernels.notes() if where == "cpu" else f"device {where}", f"{threads} threads")
     waiting: asyncio.Future[object] = asyncio.ensure_future(stopped.wait())
     try:
         await asyncio.wait({waiting, loop.ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +148,7 @@ async def main(worker: Worker) -> None:
         loop.close()
 
 
-def _drafts(worker: Worker, drafting: Store | None, threads: int) -> Source:
+def _drafts(worker: Worker, drafting: Store | None, threads: int) -> Drafting:
     """What drafts come from, if the plan wants any."""
     if drafting is None:
         return Lookup()
@@ -151,11 +156,24 @@ def _drafts(worker: Worker, drafting: Store | None, threads: int) -> Source:
     return ModelDrafts(drafting, vocabulary, plan.context, threads, CODECS[plan.cache_dtype])
 
 
-def _values(engine: Engine) -> dict[str, float]:
-    """Totals since the start: seconds by phase, tokens."""
+def _device(worker: Worker, source: Source, threads: int, cache_codec: Codec) -> Device[Any]:
+    """What the configuration's `compute.device` names."""
+    plan, where = worker.plan, worker.config.compute.device
+    if where == "cpu":
+        return CpuDevice(source, plan.context, threads, cache_codec)
+    from workers.compute.torch.making import make  # only here: importing torch takes 220 MiB
+
+    return make(where, source, plan, threads, cache_codec)
+
+
+def _values(engine: Engine, device: Device[Any]) -> dict[str, float]:
+    """Totals since the start: seconds by phase, tokens, what the device counts."""
     # list(): the layer loop may add a key meanwhile.
     seconds = {f"{phase}_seconds": value for phase, value in list(engine.seconds.items())}
-    return {**seconds, **dict(list(engine.counts.items()))}
+    values = {**seconds, **dict(list(engine.counts.items()))}
+    for name, value in device.counters().items():
+        values[name] = values.get(name, 0.0) + value
+    return values
 
 
 if __name__ == "__main__":

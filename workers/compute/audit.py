@@ -21,7 +21,7 @@ from storage.files import drop_cache
 from storage.layout import Role
 from storage.manifest import BUNDLES
 from storage.store import Store
-from workers.compute.weights import Weights
+from workers.compute.bound import Source
 
 _BLOCK = 1024  # bundles read at once
 
@@ -29,7 +29,7 @@ _BLOCK = 1024  # bundles read at once
 class Audit:
     """Of every `every`-th decoded token, one layer in turn. ReLU models only."""
 
-    def __init__(self, store: Store, weights: Weights, every: int) -> None:
+    def __init__(self, store: Store, weights: Source, every: int) -> None:
         self._layout = store.layout
         self._weights = weights
         self._every = every

@@ -3,8 +3,8 @@
 Compiling takes some 250 MiB, which a process keeps to its end; what is compiled is loaded for a few. So no
 worker compiles: it says that kernels are missing, and the supervisor runs this module and starts it again.
 
-    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER            a ring's kernels
-    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER KIND …     those of one task
+    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER DEVICE          a ring's kernels
+    python -m workers.compute.compiling STORE CACHE_CODEC ACTIVATIONS SCORER DEVICE KIND …   those of one task
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from workers.compute.weights import attention_codecs, codecs
 Task = tuple[str, ...]  # a kind, and names of codecs
 
 
-def of_compute(store: Store, cache: str) -> list[Task]:
-    """What compute needs, for keys and values in the codec `cache`."""
+def of_compute(store: Store, cache: str, device: str = "cpu") -> list[Task]:
+    """What compute needs, for keys and values in the codec `cache`; on other devices a router's product."""
     weights = [("weights", codec.name) for codec in codecs(store)]
+    if device != "cpu":
+        return [*weights] if store.architecture.mixture else []
     return [*weights, *(("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store))]
 
 
@@ -59,8 +61,8 @@ def ready(tasks: list[Task], store: Store, may_compile: bool) -> bool:
     return True
 
 
-def main(path: str, cache: str, activations: str, scorer: str, *task: str) -> int:
-    """The exit status. `activations` are those of the configuration's `compute`, `scorer` is its kind."""
+def main(path: str, cache: str, activations: str, scorer: str, device: str, *task: str) -> int:
+    """The exit status. `activations` and `device` are the configuration's, `scorer` is its kind."""
     store = Store.open(Path(path))
     if task:
         from workers import kernels
@@ -68,8 +70,8 @@ def main(path: str, cache: str, activations: str, scorer: str, *task: str) -> in
         kernels.ACTIVATIONS.exact = activations == "exact"
         prepare(task, store)
         return 0
-    for one in [*of_compute(store, cache), *of_predictor(scorer)]:
-        command = module_command("workers.compute.compiling", path, cache, activations, scorer, *one)
+    for one in [*of_compute(store, cache, device), *of_predictor(scorer)]:
+        command = module_command("workers.compute.compiling", path, cache, activations, scorer, device, *one)
         if status := subprocess.run(command, check=False).returncode:
             return status
     return 0

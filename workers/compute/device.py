@@ -28,7 +28,9 @@ class LayerFfn(Protocol[Out_co]):
     The output depends on the units alone: not on parts, their order or where they lay.
     """
 
-    active: int  # so far, of a step that wants a set: neurons with an activation that is not zero, or experts
+    # So far, of a step that wants a set: neurons with an activation that is not zero, or experts. Where the
+    # device counts neurons itself (`Device.counters`) it stays 0.
+    active: int
 
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         """Add units `ids`, which lie in `slots` of `memory` [slots, stride]. Both are [n]."""
@@ -81,6 +83,9 @@ class Device(Protocol[Hidden]):
 
     def host(self, x: Hidden) -> F32:
         """A hidden state where other processes can have it."""
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start, for any thread: what the device alone knows of itself."""
 
     def close(self) -> None:
         """Give threads and memory back."""

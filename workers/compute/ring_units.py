@@ -149,7 +149,10 @@ class RingUnits:
             self._answer(index, part)
         if self._plan.whole:
             self._kept[index] = table[ID, :neurons].copy(), table[SLOT, :neurons].copy()
+        started = time.perf_counter()
         output = ffn.finish()
+        if not self._step.every:
+            self._spend("ffn", started)
         self._stamp(COMPUTED, index)
         if self._audit is not None and not self._step.every and self._audit.layer == index:
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from storage.architecture import Architecture, layer
 from storage.codecs import CODECS, F32, Codec, widen
 from storage.errors import StoreError
-from storage.files import read_once
+from storage.files import drop_cache, read_once
 from storage.header import Place
 from storage.layout import Rows
 from storage.manifest import RESIDENT
@@ -59,6 +60,10 @@ class Weights:
         """[out, in]."""
         return self._matrices[name]
 
+    def read(self, name: str) -> Rows:
+        """The same, which has been read."""
+        return self._matrices[name]
+
     def has(self, name: str) -> bool:
         return name in self._matrices or name in self._vectors
 
@@ -73,6 +78,52 @@ class Weights:
 
 
 _NOTHING = np.zeros(0, np.float32)
+
+
+class Vectors:
+    """What `BoundModel` asks of weights, with nothing but vectors in memory."""
+
+    def __init__(self, store: Store, file: Tensors) -> None:
+        self.architecture: Architecture = store.architecture
+        self.layout = store.layout
+        self.file = file
+        names = (name for name, place in file.places.items() if len(place.shape) == 1)
+        self._vectors = {name: file.vector(name, file.place(name).shape) for name in names}
+
+    @classmethod
+    def of(cls, store: Store) -> Vectors:
+        return cls(store, Tensors(store.path / RESIDENT))
+
+    def has(self, name: str) -> bool:
+        return name in self.file
+
+    def vector(self, name: str) -> F32:
+        return self._vectors.get(name, _NOTHING)
+
+    def matrix(self, name: str) -> Rows:
+        """The matrix's codec and width, and none of its lines."""
+        place = self.file.place(name)
+        codec = CODECS[place.dtype]
+        return Rows.of_matrix(np.empty((0, place.shape[1]), codec.carrier), codec)
+
+    def read(self, name: str) -> Rows:
+        """The whole matrix, read now and not kept."""
+        place = self.file.place(name)
+        codec = CODECS[place.dtype]
+        with open(self.file.path, "rb", buffering=0) as file:
+            lines = _read(file.fileno(), place).view(codec.carrier)
+        return Rows.of_matrix(lines.reshape(place.shape), codec)
+
+    def lines(self, name: str, which: Any) -> F32:
+        """Lines of a matrix, read now and not kept: [lines, width], or [width] of a single one."""
+        place = self.file.place(name)
+        codec, size = CODECS[place.dtype], place.bytes // place.shape[0]
+        numbers = np.arange(place.shape[0])[which]
+        with open(self.file.path, "rb", buffering=0) as file:
+            read = [os.pread(file.fileno(), size, place.offset + int(line) * size) for line in numbers.flat]
+            drop_cache(file.fileno())
+        lines = np.frombuffer(b"".join(read), codec.carrier)
+        return codec.widen(lines.reshape(*numbers.shape, -1))
 
 
 def codecs(store: Store) -> tuple[Codec, ...]:

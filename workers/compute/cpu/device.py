@@ -80,5 +80,8 @@ class CpuDevice:
     def host(self, x: F32) -> F32:
         return x
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         self._pool.close()

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Memory, Model, Settings
+from pipeline.commands.options import Bits, ConfigFile, Device, DeviceMemory, Memory, Model, Settings
+from pipeline.config import Values
 from pipeline.console import say
 from pipeline.models.names import configure
 from storage.errors import UsageError
@@ -25,6 +26,8 @@ def main(
         "bench-results"
     ),
     memory: Memory = BUDGET,
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     bits: Bits = None,
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
@@ -89,7 +92,11 @@ def main(
         raise UsageError("--row names rows of the ablation, which --parts leaves out")
     if quick and memory != BUDGET:
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
-    source, config = configure(model, config_file, settings or (), {"model": {"bits": bits}})
+    values: Values = {
+        "model": {"bits": bits},
+        "compute": {"device": device or None, "device_memory": device_memory or None},
+    }
+    source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
     threads = threads or config.compute.threads
     # The rings are given the store, so they would not hear of a preset.

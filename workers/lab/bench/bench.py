@@ -237,7 +237,12 @@ def _told(bench: Bench, what: str) -> Iterator[None]:
 
 
 def _has_roof(job: BenchJob, series: Series) -> bool:
-    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row."""
+    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row.
+
+    Of the CPU alone: another device's bus and memory are not measured.
+    """
+    if job.device != "cpu":
+        return False
     if series.name == NAIVE:
         return not job.quick
     return job.mixture or ablation.complete(job, series)

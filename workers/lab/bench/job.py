@@ -54,6 +54,11 @@ class BenchJob:
         return self.prompt_tokens + self.count
 
     @property
+    def device(self) -> str:
+        """`compute.device` of every row."""
+        return Config.load(None, self.arguments_of({})).compute.device
+
+    @property
     def dtype(self) -> str:
         """What most weights are stored in."""
         return self.store.layout.unit.codec("up").name
@@ -114,6 +119,7 @@ class BenchJob:
     def naive(self) -> Series:
         """Runs of the baseline that keeps nothing; all of its tokens take the same."""
         line = [str(self.store.path), "--position", str(self.prompt_tokens), "--threads", str(self.threads)]
+        line += ["--device", self.device]
         limit = parse_budget(self.budget, self.store)
 
         def run() -> Ran:

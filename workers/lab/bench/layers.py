@@ -25,7 +25,7 @@ import numpy as np
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Memory, Model, Settings
+from pipeline.commands.options import Bits, ConfigFile, Device, DeviceMemory, Memory, Model, Settings
 from pipeline.config import Values
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan as divide
@@ -234,6 +234,8 @@ def _tokens(session: Session, prompt_tokens: int, count: int) -> tuple[list[int]
 def main(
     model: Model = "",
     memory: Memory = "",
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     bits: Bits = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
@@ -245,7 +247,11 @@ def main(
     values: Values = {
         "model": {"bits": bits},
         "memory": {"budget": memory or None},
-        "compute": {"context": prompt_tokens + tokens},
+        "compute": {
+            "context": prompt_tokens + tokens,
+            "device": device or None,
+            "device_memory": device_memory or None,
+        },
     }
     source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()

@@ -11,30 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline import ending
 from pipeline.cores import thread_count
 from pipeline.ring.memory import proportional_bytes
-from storage.architecture import EMBED, HEAD, PROJECT_IN, PROJECT_OUT, Layer, layer
-from storage.codecs import CODECS, F32
-from storage.errors import StoreCorrupt, StoreError, UsageError
-from storage.files import drop_cache, open_direct
+from storage.architecture import PROJECT_IN
+from storage.codecs import F32
+from storage.errors import StoreError, UsageError
+from storage.files import open_direct
 from storage.layout import Rows
 from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
@@ -45,170 +38,10 @@ from workers.compute.bound import Linear
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.cpu.norms import norm_queries_and_keys
 from workers.compute.cpu.token import TokenOperations
+from workers.compute.device import Device
+from workers.compute.weights import Vectors
+from workers.lab.bench.stream import Stream, pieces
 from workers.routing import Ids
-
-CHUNK = 8 << 20  # bytes of one read, about
-DEPTH = 4  # reads in flight, and buffers
-UNIT = 4096  # bytes; direct reads begin and end at its multiples
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some lines of a matrix, or some units, and the read that brings them."""
-
-    name: str
-    file: int  # descriptor
-    start: int  # of the read, in the file
-    length: int  # of the read
-    skip: int  # bytes before the first line
-    first: int  # line, or position of the unit
-    lines: int
-    line_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """Of all lines."""
-        return self.lines * self.line_bytes
-
-
-class Stream:
-    """Pieces in a fixed order, read ahead for ever. Use as a context manager."""
-
-    def __init__(self, pieces: Sequence[Piece], depth: int = DEPTH) -> None:
-        size = max(piece.length for piece in pieces)
-        self._order: Iterator[Piece] = cycle(pieces)
-        self._pool = ThreadPoolExecutor(depth, "stream")
-        self._under_way: deque[tuple[Piece, mmap.mmap, Future[int]]] = deque()
-        self._lock = threading.Lock()
-        self._in_flight = 0
-        self._since = 0.0
-        self.bytes = 0
-        self.reads = 0
-        self._busy_seconds = 0.0
-        self.waiting_seconds = 0.0  # of the consumer
-        for _ in range(depth):
-            buffer = mmap.mmap(-1, size)
-            buffer[:] = b"\0" * size
-            self._ask(buffer)
-
-    def _ask(self, buffer: mmap.mmap) -> None:
-        piece = next(self._order)
-        self._under_way.append((piece, buffer, self._pool.submit(self._read, piece, buffer)))
-
-    def _read(self, piece: Piece, buffer: mmap.mmap) -> int:
-        with self._lock:
-            self._since = self._since if self._in_flight else time.perf_counter()
-            self._in_flight += 1
-        done = 0
-        with memoryview(buffer) as view:
-            while done < piece.skip + piece.bytes:  # a file may end inside the last unit
-                with view[done : piece.length] as rest:
-                    count = os.preadv(piece.file, [rest], piece.start + done)
-                if count == 0:
-                    raise StoreCorrupt(f"{piece.name} ends beyond the end of its file")
-                done += count
-        with self._lock:
-            self._in_flight -= 1
-            self.bytes += done
-            self.reads += 1
-            if not self._in_flight:
-                self._busy_seconds += time.perf_counter() - self._since
-        return done
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds with reads in flight, up to now."""
-        with self._lock:
-            return self._busy_seconds + (time.perf_counter() - self._since if self._in_flight else 0.0)
-
-    def take(self) -> Iterator[tuple[Piece, npt.NDArray[np.uint8]]]:
-        """The next piece as bytes [lines, line_bytes]; it is overwritten after the iteration."""
-        piece, buffer, future = self._under_way.popleft()
-        started = time.perf_counter()
-        future.result()
-        self.waiting_seconds += time.perf_counter() - started
-        lines = np.frombuffer(buffer, np.uint8, piece.bytes, piece.skip).reshape(piece.lines, -1)
-        yield piece, lines
-        del lines
-        self._ask(buffer)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-def pieces(store: Store, file: Tensors, resident: int, bundles: int) -> list[Piece]:
-    """One token's reads, in the order in which its weights are used."""
-    found: list[Piece] = []
-
-    def cut(name: str, file: int, start: int, lines: int, line_bytes: int) -> None:
-        step = max(1, CHUNK // line_bytes)
-        for first in range(0, lines, step):
-            count = min(step, lines - first)
-            begin = start + first * line_bytes
-            end = begin + count * line_bytes
-            low, high = begin // UNIT * UNIT, -(-end // UNIT) * UNIT
-            found.append(Piece(name, file, low, high - low, begin - low, first, count, line_bytes))
-
-    def matrix(name: str) -> None:
-        place = file.place(name)
-        cut(name, resident, place.offset, place.shape[0], place.bytes // place.shape[0])
-
-    for index, part in enumerate(store.layout.layers):
-        for tensor in _matrices(store.architecture.layers[index]):
-            matrix(layer(index, f"{tensor}.weight"))
-        cut(f"{index}", bundles, part.start, part.units, part.unit.stride)
-    if PROJECT_OUT in file:
-        matrix(PROJECT_OUT)
-    matrix(EMBED if store.architecture.tied_head else HEAD)
-    return found
-
-
-def _matrices(described: Layer) -> list[str]:
-    """A layer's resident matrices, in the order in which they are used."""
-    router, shared = described.ffn.router, described.ffn.shared
-    found = ["qkv", "out"]
-    if router is not None:
-        found.insert(0 if router.reads == "layer_input" else 2, "router")
-    if shared is not None:
-        found += ["shared_gate", "shared_up", "shared_down", *(["shared_switch"] if shared.gated else [])]
-    return found
-
-
-class Vectors:
-    """What `BoundModel` asks of weights, with nothing but vectors in memory."""
-
-    def __init__(self, store: Store, file: Tensors) -> None:
-        self.architecture = store.architecture
-        self.layout = store.layout
-        self.file = file
-        names = (name for name, place in file.places.items() if len(place.shape) == 1)
-        self._vectors = {name: file.vector(name, file.place(name).shape) for name in names}
-
-    def has(self, name: str) -> bool:
-        return name in self.file
-
-    def vector(self, name: str) -> F32:
-        return self._vectors.get(name, np.zeros(0, np.float32))
-
-    def matrix(self, name: str) -> Rows:
-        """The matrix's codec and width, and none of its lines: those come out of the stream."""
-        place = self.file.place(name)
-        codec = CODECS[place.dtype]
-        return Rows.of_matrix(np.empty((0, place.shape[1]), codec.carrier), codec)
-
-    def lines(self, name: str, which: Any) -> F32:
-        """Lines of a matrix, read now and forgotten: [lines, width], or [width] of a single one."""
-        place = self.file.place(name)
-        codec, size = CODECS[place.dtype], place.bytes // place.shape[0]
-        numbers = np.arange(place.shape[0])[which]
-        with open(self.file.path, "rb", buffering=0) as file:
-            read = [os.pread(file.fileno(), size, place.offset + int(line) * size) for line in numbers.flat]
-            drop_cache(file.fileno())
-        lines = np.frombuffer(b"".join(read), codec.carrier)
-        return codec.widen(lines.reshape(*numbers.shape, -1))
 
 
 class StreamedOperations(TokenOperations):
@@ -261,17 +94,17 @@ class StreamedOperations(TokenOperations):
 class StreamedUnits:
     """Every unit of a layer, out of the stream: `blocks.Units`."""
 
-    def __init__(self, store: Store, device: StreamedDevice, stream: Stream) -> None:
+    def __init__(self, store: Store, device: Device[Any], stream: Stream) -> None:
         self._layout, self._order = store.layout, store.order()
         self._device, self._stream = device, stream
 
-    def announce(self, index: int, hidden: F32) -> None:
+    def announce(self, index: int, hidden: Any) -> None:
         """Nobody listens."""
 
     def routed(self, index: int, ids: Ids) -> None:
         """Nobody listens."""
 
-    def ffn(self, index: int, ffn_input: F32) -> F32:
+    def ffn(self, index: int, ffn_input: Any) -> Any:
         ffn = self._device.ffn(index, ffn_input)
         done = 0
         while done < self._layout.layers[index].units:
@@ -291,16 +124,39 @@ class StreamedDevice(CpuDevice):
     def __init__(self, vectors: Vectors, context: int, threads: int, stream: Stream) -> None:
         super().__init__(vectors, context, threads, token=partial(StreamedOperations, vectors, stream))
 
+    def remember(self) -> None:
+        """Put random keys and values in the cache."""
+        random = np.random.default_rng(0)
+        for cache in (self.cache.keys, self.cache.values):
+            for one in cache:
+                one[:] = random.standard_normal(one.shape, np.float32)
+
+
+class Streamed(Device[Any], Protocol):
+    """A device whose matrices come out of a stream."""
+
+    def remember(self) -> None:
+        """Put random keys and values in the cache."""
+
 
 class NaiveModel:
     """Decodes tokens by streaming the whole model for each. Use as a context manager."""
 
-    def __init__(self, store: Store, context: int, threads: int) -> None:
+    def __init__(self, store: Store, context: int, threads: int, device: str = "cpu") -> None:
+        """`device` is a configuration's `compute.device`."""
         self._architecture = store.architecture
         self._files = [_open(store.path / name) for name in (RESIDENT, BUNDLES)]
         resident = Tensors(store.path / RESIDENT)
-        self.stream = Stream(pieces(store, resident, *self._files))
-        self.device = StreamedDevice(Vectors(store, resident), context, threads, self.stream)
+        order, vectors = pieces(store, resident, *self._files), Vectors(store, resident)
+        self.device: Streamed
+        if device == "cpu":
+            self.stream = Stream(order)
+            self.device = StreamedDevice(vectors, context, threads, self.stream)
+        else:
+            from workers.lab.bench.naive_torch import StreamedTorch, lock_pages
+
+            self.stream = Stream(order, lock=lock_pages if device == "cuda" else lambda buffer: None)
+            self.device = StreamedTorch(vectors, context, threads, self.stream, device)
         self._units = StreamedUnits(store, self.device, self.stream)
 
     def forward(self, token: int, position: int) -> F32:
@@ -328,20 +184,20 @@ def _open(path: Path) -> int:
         raise StoreError(f"{path} is missing") from error
 
 
-def measure(store: Store, tokens: Sequence[int], position: int, threads: int) -> dict[str, Any]:
+def measure(
+    store: Store, tokens: Sequence[int], position: int, threads: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Decode `tokens`, the first at `position`, and say what each cost.
 
     The keys and values before `position` are random numbers: attention's cost does not depend on them.
     """
-    kernels.warm(store.layout.unit.codec("up"), store.architecture)
+    if device == "cpu":
+        kernels.warm(store.layout.unit.codec("up"), store.architecture)
     context = position + len(tokens)
-    with NaiveModel(store, context, threads) as model:
-        random = np.random.default_rng(0)
-        for cache in (model.device.cache.keys, model.device.cache.values):
-            for one in cache:
-                one[:] = random.standard_normal(one.shape, np.float32)
+    with NaiveModel(store, context, threads, device) as model:
+        model.device.remember()
         model.forward(tokens[0], position)  # the first token warms up
-        stream = model.stream
+        stream, before = model.stream, model.device.counters()
         bytes_before, reads, busy, waiting = (
             stream.bytes,
             stream.reads,
@@ -353,8 +209,15 @@ def measure(store: Store, tokens: Sequence[int], position: int, threads: int) ->
             started = time.perf_counter()
             model.forward(token, position + number)
             seconds.append(time.perf_counter() - started)
-        count = max(1, len(seconds))
+        count, after = max(1, len(seconds)), model.device.counters()
+
+        def per_token(name: str) -> float:
+            return (after.get(name, 0.0) - before.get(name, 0.0)) / count
+
         return {
+            "bus_bytes_per_token": per_token("decode_bus_bytes"),
+            "transfer_seconds_per_token": per_token("decode_transfer_seconds"),
+            "device_bytes": after.get("device_bytes", 0.0),
             "token_seconds": seconds,
             "bytes_per_token": (stream.bytes - bytes_before) / count,
             "reads_per_token": (stream.reads - reads) / count,
@@ -370,12 +233,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="file of token ids")
     parser.add_argument("--position", type=int, default=0, help="tokens before the first one")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are CPUs")
+    parser.add_argument("--device", default="cpu", help="as a configuration's compute.device")
     given = parser.parse_args()
     tokens = [int(word) for word in given.tokens.read_text(encoding="utf-8").split()]
     if len(tokens) < 2:
         raise UsageError(f"{given.tokens} has fewer than two tokens")
     threads = thread_count(given.threads)
-    print(json.dumps(measure(Store.open(given.store), tokens, given.position, threads)))
+    print(json.dumps(measure(Store.open(given.store), tokens, given.position, threads, given.device)))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ class Row:
     cold: bool = False
     bytes_per_token: float = 0.0
     reads_per_token: float = 0.0
+    bus_bytes: float = 0.0  # to a device's memory
+    device_bytes: int = 0  # most that compute held of a GPU's memory
     touched_bytes: float = 0.0  # FFN rows that the kernels need a token
     io_ms: float = 0.0
-    management_ms: float = 0.0
+    management_ms: float = 0.0  # of slots, and of what goes over to a device
     prediction_ms: float = 0.0
     compute_ms: float = 0.0
     waiting_ms: float = 0.0  # of compute, for parts
@@ -87,6 +89,8 @@ def of_rings(
         return found
 
     compute = 1e3 * per_token(*(("compute", f"{phase}_seconds") for phase in ("attention", "ffn", "head")))
+    transfer = 1e3 * per_token(("compute", "decode_transfer_seconds"))  # within the FFN's
+    compute = max(0.0, compute - transfer)
     waiting = 1e3 * per_token(("compute", "waiting_seconds"))
     # Misses are what was read: also guesses that no set wanted.
     wasted = per_token(("cache", "decode_wasted"))
@@ -102,11 +106,13 @@ def of_rings(
         # A neuron's first row, which decides, is needed in any case, the others where it is active.
         touched_bytes=neurons * deciding + active * (unit.bytes - deciding),
         io_ms=1e3 * per_token(("prefetcher", "decode_busy_seconds")),
-        management_ms=1e3 * per_token(("cache", "decode_seconds")),
+        bus_bytes=per_token(("compute", "decode_bus_bytes")),
+        device_bytes=int(max(result["counters"]["compute"].get("device_bytes", 0) for result in results)),
+        management_ms=1e3 * per_token(("cache", "decode_seconds")) + transfer,
         prediction_ms=1e3 * per_token(("predictor", "decode_seconds")),
         compute_ms=compute,
         waiting_ms=waiting,
-        other_ms=max(0.0, timed.mean - compute - waiting),
+        other_ms=max(0.0, timed.mean - compute - transfer - waiting),
         hit_rate=statistics.median(result["cache"]["hit_rate"] for result in results),
         prefill_seconds=statistics.median(result["seconds"]["prefill"] for result in results),
         prefill_bytes=statistics.median(result["flash"]["prefill_bytes"] for result in results),
@@ -123,14 +129,17 @@ def of_naive(runs: Sequence[Ran], *, budget: int | None) -> Row:
     def median(name: str) -> float:
         return float(statistics.median(result[name] for result in results))
 
-    waiting = 1e3 * median("waiting_seconds_per_token")
+    waiting, transfer = (1e3 * median(f"{name}_seconds_per_token") for name in ("waiting", "transfer"))
     return Row(
         name=NAIVE,
         budget_bytes=budget,
         bytes_per_token=median("bytes_per_token"),
         reads_per_token=median("reads_per_token"),
         io_ms=1e3 * median("busy_seconds_per_token"),
-        compute_ms=max(0.0, timed.mean - waiting),
+        bus_bytes=median("bus_bytes_per_token"),
+        device_bytes=int(median("device_bytes")),
+        management_ms=transfer,
+        compute_ms=max(0.0, timed.mean - waiting - transfer),
         waiting_ms=waiting,
         **_common(runs, timed, [result["memory_bytes"] for result in results]),
     )

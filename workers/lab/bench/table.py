@@ -30,15 +30,16 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def ablation(rows: Sequence[Row], techniques: Sequence[str]) -> str:
     """The paper's columns, the hit rate, and the spread of the total."""
+    bus = any(row.bus_bytes for row in rows)
     header = [
-        "", *techniques, "DRAM GB", "flash→DRAM GB/token", "hit rate", "GB/s", "I/O ms",
-        "memory management ms", "prediction ms", "compute ms", "waiting ms", "total ms, median", "p10–p90",
-        "medians of runs",
+        "", *techniques, "DRAM GB", *(["device GB", "over the bus GB/token"] if bus else []),
+        "flash→DRAM GB/token", "hit rate", "GB/s", "I/O ms", "memory management ms", "prediction ms",
+        "compute ms", "waiting ms", "total ms, median", "p10–p90", "medians of runs",
     ]  # fmt: skip
-    return table(header, [_ablation_line(row, techniques, len(header)) for row in rows])
+    return table(header, [_ablation_line(row, techniques, len(header), bus) for row in rows])
 
 
-def _ablation_line(row: Row, techniques: Sequence[str], columns: int) -> list[str]:
+def _ablation_line(row: Row, techniques: Sequence[str], columns: int, bus: bool) -> list[str]:
     marks = ["✓" if technique in row.techniques else "–" for technique in techniques]
     if row.error:
         return [row.name, *marks, f"not measured: {row.error}", *[""] * (columns - len(marks) - 2)]
@@ -46,6 +47,7 @@ def _ablation_line(row: Row, techniques: Sequence[str], columns: int) -> list[st
         row.name,
         *marks,
         f"{row.dram_bytes / 1e9:.2f}",
+        *([f"{row.device_bytes / 1e9:.2f}", f"{row.bus_bytes / 1e9:.4g}"] if bus else []),
         f"{row.bytes_per_token / 1e9:.4g}",
         f"{row.hit_rate:.1%}" if row.techniques else "",
         f"{row.bytes_per_second / 1e9:.2f}" if row.io_ms else "",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Context, Memory, Model, Seed, Settings
+from pipeline.commands.options import Context, Device, DeviceMemory, Memory, Model, Seed, Settings
 from pipeline.config import Values
 from pipeline.console import say
 from pipeline.models.names import configure
@@ -20,6 +20,8 @@ from storage.errors import FlashringError
 def main(
     model: Model = "",
     memory: Memory = "",
+    device: Device = "",
+    device_memory: DeviceMemory = "",
     context_tokens: Context = 0,
     settings: Settings = None,
     answers: Annotated[int, typer.Option(help="How many, the ten questions in turns.", min=1)] = 200,
@@ -33,7 +35,12 @@ def main(
 
     values: Values = {
         "memory": {"budget": memory or None},
-        "compute": {"context": context_tokens or None, "structured": True},
+        "compute": {
+            "context": context_tokens or None,
+            "device": device or None,
+            "device_memory": device_memory or None,
+            "structured": True,
+        },
     }
     source, config = configure(model, None, settings or (), values)
     store = source.open_store()

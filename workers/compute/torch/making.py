@@ -1,0 +1,27 @@
+"""The device of a ring, as its plan has it."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.ring.plan import Plan
+from storage.codecs import Codec
+from workers.compute.bound import Source
+from workers.compute.torch.device import TorchDevice
+
+
+def device_of(kind: str) -> torch.device:
+    """By `compute.device` of a configuration."""
+    if kind == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu" if kind == "torch-cpu" else kind)
+
+
+def make(kind: str, source: Source, plan: Plan, threads: int, cache_codec: Codec) -> TorchDevice:
+    """`kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`."""
+    torch.set_num_threads(threads)
+    where = device_of(kind)
+    if where.type == "cuda" and plan.device_bytes is not None:
+        total = torch.cuda.get_device_properties(where).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total), where)
+    return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored)
