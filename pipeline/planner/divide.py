@@ -256,7 +256,7 @@ def staging_slots(size_bytes: int, stride: int, most: int) -> int:
 
 def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int]) -> dict[str, int]:
     """In host memory. `device`: what lies in that of a torch device."""
-    architecture, drafting = store.architecture, draft_store(config)
+    drafting = draft_store(config)
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
     mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
