@@ -154,7 +154,7 @@ def test_the_one_line_of_a_run():
     )
     dials = ("3 of 4 experts", "another")
     assert summary(generation(), lossy=dials).to_json()["lossy"] == list(dials)
-    assert describe(summary(generation(), lossy=dials)).endswith("KiB, lossy: 3 of 4 experts, another]")
+    assert describe(summary(generation(), lossy=dials)).endswith("accepted, lossy: 3 of 4 experts, another]")
 
 
 @pytest.mark.parametrize("layer", [0, 7, 119])
