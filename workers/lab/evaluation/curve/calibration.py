@@ -1,0 +1,155 @@
+"""What one text tells about every layer: centres, thresholds for a share of neurons, and the errors made.
+
+The text goes through the exact model once. Errors are of one layer's FFN output, with the exact input: what a
+layer's choice costs the model is taken to grow with them (`points.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from storage.dial import Others
+from workers.lab.evaluation.curve.layer import Inputs, LayerFfn, best
+from workers.lab.evaluation.curve.passes import Passes
+from workers.lab.evaluation.curve.variant import DENSE, Reads, Scored, Variant
+
+# What counts as a neuron's usual activation: its mean over all tokens, its median, or the mean of those for which
+# it is not among the best by its distance to the median, as it will not be where its centre stands for it.
+Centre: TypeAlias = Literal["mean", "median", "rest"]
+_CHOSEN = 0.3  # share of the best, for `rest`
+_SCORES = 1 << 22  # of a layer, that quantiles are taken of
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What a dial's points have in common."""
+
+    copy: str
+    others: Others = "low"
+    reads: Reads = "all"
+    scored: Scored = "own"
+
+    @property
+    def centred(self) -> bool:
+        return self.others == "mean"
+
+    def variant(self, name: str, thresholds: Sequence[float], only: int | None = None) -> Variant:
+        return Variant(
+            name,
+            thresholds=tuple(thresholds),
+            scored=self.scored,
+            centred=self.centred,
+            others=self.others,
+            reads=self.reads,
+            copy=self.copy,
+            only=only,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Of one mode, [layers, shares] each: what a score must exceed, and the error that is left."""
+
+    thresholds: npt.NDArray[np.float64]
+    guesses: npt.NDArray[np.float64]  # thresholds of scores from the early input
+    errors: npt.NDArray[np.float64]  # squared length of the output's error, as a part of the output's
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was learned from a text."""
+
+    shares: tuple[float, ...]  # of the neurons
+    centres: list[Tensor]  # of each layer [neurons]
+    norms: list[Tensor]  # likewise, lengths of the down rows
+    biases: list[Tensor]  # of each layer [d_model], the sum of centre · down row
+    tables: dict[Mode, Table]
+
+
+def centres_of(
+    passes: Passes,
+    tokens: npt.NDArray[np.int64],
+    kind: Centre = "rest",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Every neuron's usual activation on `tokens` [sequences, length] in the exact model, of each layer."""
+    found: list[Tensor] = []
+
+    def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: Tensor) -> None:
+        found.append(centre(ffn, ffn.activations(ffn.rows, inputs.own), kind))
+
+    with torch.no_grad():
+        passes.run(tokens, [DENSE], see=see, progress=progress)
+    return found
+
+
+def centre(ffn: LayerFfn, a: Tensor, kind: Centre) -> Tensor:
+    """Of activations [n, neurons]."""
+    if kind == "mean":
+        return a.mean(dim=0)
+    middle = a.median(dim=0).values
+    if kind == "median":
+        return middle
+    kept = ~best(ffn.scores(a, middle), _CHOSEN)
+    return (a * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1)
+
+
+def calibrate(
+    passes: Passes,
+    tokens: npt.NDArray[np.int64],
+    shares: Sequence[float],
+    modes: Sequence[Mode],
+    centres: list[Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Thresholds and errors of every mode for every share of neurons, on `tokens` [sequences, length]."""
+    rows: dict[Mode, list[tuple[list[float], list[float], list[float]]]] = {mode: [] for mode in modes}
+
+    norms, biases = list[Tensor](), list[Tensor]()
+
+    def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: Tensor) -> None:
+        norms.append(ffn.norm)
+        biases.append(centres[index] @ ffn.rows.down)
+        exact, _ = ffn.output(DENSE, index, inputs, centres[index], none)
+        size = float(exact.square().sum())
+        for mode in modes:
+            thresholds = _thresholds(ffn, mode, inputs, centres[index], shares, mode.scored)
+            guesses = _thresholds(ffn, mode, inputs, centres[index], shares, "early")
+            errors = []
+            for threshold in thresholds:
+                one = mode.variant("", [threshold] * (index + 1))
+                output, _ = ffn.output(one, index, inputs, centres[index], none)
+                errors.append(float((output - exact).square().sum()) / size)
+            rows[mode].append((thresholds, guesses, errors))
+
+    none = torch.zeros(tokens.size, dtype=torch.bool)
+    with torch.no_grad():
+        passes.run(tokens, [DENSE], see=see, progress=progress)
+    tables = {mode: Table(*(np.array(column) for column in zip(*found, strict=True))) for mode, found in rows.items()}
+    return Calibration(tuple(shares), centres, norms, biases, tables)
+
+
+def _thresholds(
+    ffn: LayerFfn, mode: Mode, inputs: Inputs, centre: Tensor, shares: Sequence[float], scored: Scored
+) -> list[float]:
+    """What the scores of these shares of neurons exceed; infinity for none, minus infinity for all."""
+    rows = ffn.rows if scored == "true" else ffn.copies[mode.copy]
+    scores = ffn.scores(ffn.activations(rows, inputs.of(scored)), centre if mode.centred else None).flatten()
+    scores = scores[:: max(1, scores.numel() // _SCORES)].sort().values
+    found = []
+    for share in shares:
+        place = round((1 - share) * scores.numel())
+        if share >= 1:
+            found.append(-np.inf)
+        elif place >= scores.numel():
+            found.append(np.inf)
+        else:
+            found.append(float(scores[max(place, 1) - 1]))
+    return found

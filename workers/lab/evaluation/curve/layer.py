@@ -1,0 +1,151 @@
+"""One layer's FFN in float32: its true rows, low-bit copies of them, and a variant's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from storage.architecture import Ffn
+from storage.layout import Role
+from storage.store import Store
+from workers.compute.bound import BoundLayer
+from workers.compute.torch.device import activated, gated
+from workers.lab.evaluation.curve.copies import Copy
+from workers.lab.evaluation.curve.variant import Scored, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class FfnRows:
+    """A layer's matrices by neuron, [neurons, d_model] each; `gate` in gated FFNs only."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a layer's activations can be made from, [n, d_model] each."""
+
+    own: Tensor
+    early: Tensor
+    previous: Tensor
+
+    def of(self, scored: Scored) -> Tensor:
+        return self.own if scored == "true" else getattr(self, scored)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFfn:
+    """One layer's FFN, ready to be computed in any variant."""
+
+    ffn: Ffn
+    rows: FfnRows
+    copies: Mapping[str, FfnRows]
+    gate_bias: Tensor  # [neurons], or empty
+    up_bias: Tensor
+    down_bias: Tensor  # [d_model], or empty
+    norm: Tensor  # [neurons]: lengths of the true down rows
+
+    @classmethod
+    def load(cls, store: Store, index: int, bound: BoundLayer, names: Iterable[str]) -> LayerFfn:
+        """Of the store's rows, with copies in these formats."""
+        ffn, rows = store.architecture.layers[index].ffn, _true(store, index)
+        copies = {name: _copy(ffn, rows, Copy.of(name)) for name in names}
+        biases = (torch.from_numpy(one) for one in (bound.gate_bias, bound.up_bias, bound.down_bias))
+        return cls(ffn, rows, copies, *biases, norm=rows.down.norm(dim=1))
+
+    def activations(self, rows: FfnRows, x: Tensor) -> Tensor:
+        """Of every neuron, [n, neurons]."""
+        up = functional.linear(x, rows.up, self.up_bias if self.up_bias.numel() else None)
+        if rows.gate is None:
+            return activated(self.ffn, up)
+        gate = functional.linear(x, rows.gate, self.gate_bias if self.gate_bias.numel() else None)
+        return gated(self.ffn, gate, up)
+
+    def scores(self, a: Tensor, centre: Tensor | None) -> Tensor:
+        """How much each neuron's true rows matter, of activations [n, neurons]."""
+        return (a if centre is None else a - centre).abs() * self.norm
+
+    def output(
+        self, variant: Variant, index: int, inputs: Inputs, centre: Tensor, whole: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The FFN's output [n, d_model] and the chosen neurons [n, neurons] bool.
+
+        Rows of `whole` [n] bool have all their neurons, in true rows.
+        """
+        a = self._lazily(self.rows, inputs.own)
+        low = self._lazily(self.copies[variant.copy], inputs.own) if variant.copy else a
+        if variant.scored == "true":
+            scored = a
+        elif variant.scored == "own":
+            scored = low
+        else:
+            assert variant.copy is not None
+            scored = self._lazily(self.copies[variant.copy], inputs.of(variant.scored))
+        chosen = self._choose(variant, index, scored, centre, len(whole))
+        chosen[whole] = True
+        values = a() if variant.reads == "all" else torch.where(whole[:, None], a(), low())
+        output = torch.zeros_like(inputs.own)
+        if self.down_bias.numel():
+            output += self.down_bias
+        match variant.others:
+            case "mean":
+                return torch.addmm(output, torch.where(chosen, values, centre), self.rows.down), chosen
+            case "low":
+                assert variant.copy is not None
+                output = torch.addmm(output, low() * ~chosen, self.copies[variant.copy].down)
+        return torch.addmm(output, values * chosen, self.rows.down), chosen
+
+    def _lazily(self, rows: FfnRows, x: Tensor) -> Callable[[], Tensor]:
+        """Activations that are computed once, when they are first asked for."""
+        found: list[Tensor] = []
+
+        def get() -> Tensor:
+            if not found:
+                found.append(self.activations(rows, x))
+            return found[0]
+
+        return get
+
+    def _choose(
+        self, variant: Variant, index: int, scored: Callable[[], Tensor], centre: Tensor, count: int
+    ) -> Tensor:
+        """The variant's neurons of `count` rows, [count, neurons] bool."""
+        if variant.share in (0.0, 1.0):  # without scores
+            return torch.full((count, self.norm.numel()), variant.share == 1.0)
+        scores = self.scores(scored(), centre if variant.centred else None)
+        if variant.thresholds is not None:
+            return scores > variant.thresholds[index]
+        assert variant.share is not None
+        return best(scores, variant.share)
+
+
+def best(scores: Tensor, share: float) -> Tensor:
+    """The best `share` of each row's scores [n, neurons], as bools; at least one."""
+    count = max(1, round(share * scores.shape[1]))
+    chosen = torch.zeros(scores.shape, dtype=torch.bool)
+    return chosen.scatter_(1, scores.topk(count, dim=1, sorted=False).indices, True)
+
+
+def _true(store: Store, index: int) -> FfnRows:
+    units, unit = store.read_layer(index), store.layout.layers[index].unit
+
+    def rows(role: Role) -> Tensor:
+        found = torch.from_numpy(unit.view(units, role).widened())
+        if role == "down" and unit.width > 1:  # by output: [units · d_model, width]
+            return found.view(len(units), -1, unit.width).transpose(1, 2).flatten(0, 1).contiguous()
+        return found
+
+    gate = rows("gate") if store.architecture.layers[index].ffn.kind == "gated" else None
+    return FfnRows(gate, rows("up"), rows("down"))
+
+
+def _copy(ffn: Ffn, rows: FfnRows, copy: Copy) -> FfnRows:
+    gate = None if rows.gate is None else torch.from_numpy(copy.rounded(rows.gate.numpy()))
+    up = torch.from_numpy(copy.rounded(rows.up.numpy()))
+    return FfnRows(gate, up, torch.from_numpy(copy.rounded_down(ffn, rows.down.numpy())))
