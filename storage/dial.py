@@ -2,7 +2,7 @@
 
 `run.py calibrate` measures it and writes it into the store. At every token a neuron of a layer has a score,
 made from the low-bit copy of its rows: `|a - centre| * norm`, where `a` is its activation, `centre` its usual
-one (counted only where the others get that, see `Others`) and `norm` the length of its down row. Neurons whose
+one (zero but where the others get that, see `Others`) and `norm` the length of its down row. Neurons whose
 score exceeds the layer's threshold are chosen. docs/dial.md tells what each point costs.
 
 One safetensors file, bound to its store as predictors are. Tensors, float32, of layer i and of every point:
@@ -151,9 +151,7 @@ def write_dial(store: Store, dial: Dial) -> None:
             tensors[f"layers.{index}.{part}"] = getattr(layer, part)
     for name, point in dial.thresholds.items():
         tensors |= {f"{name}.threshold": point.threshold, f"{name}.guess": point.guess}
-    described = _Described(
-        VERSION, dial.shadow, dial.calibration, dial.held_out, dial.default, dial.points
-    )
+    described = _Described(VERSION, dial.shadow, dial.calibration, dial.held_out, dial.default, dial.points)
     metadata = {"store": store.identity, "dial": json.dumps(asdict(described))}
     header = header_bytes([(name, "float32", one.shape) for name, one in tensors.items()], metadata)
     data = b"".join([header, *(np.ascontiguousarray(one, "<f4").tobytes() for one in tensors.values())])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +9,11 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from pipeline import cli
-from storage.architecture import Ffn
-from storage.codecs import CODECS
 from storage.convert import convert
-from storage.dial import DIAL, read_dial
-from storage.errors import StoreError, UsageError
 from storage.store import Store
-from workers.lab.evaluation.curve.calibration import Mode, calibrate, centre, centres_of
-from workers.lab.evaluation.curve.copies import Copy
-from workers.lab.evaluation.curve.layer import Inputs, LayerFfn, best
-from workers.lab.evaluation.curve.measure import copy_bytes, measure, recall, row_bytes
+from workers.lab.evaluation.curve.layer import Inputs, LayerFfn
 from workers.lab.evaluation.curve.passes import Passes
-from workers.lab.evaluation.curve.points import choose, path
-from workers.lab.evaluation.curve.variant import DENSE, Variant, plain
+from workers.lab.evaluation.curve.variant import DENSE, Variant
 from workers.lab.offline.dense import DenseModel
 
 COPY = "q4"
@@ -137,15 +126,15 @@ def test_all_neurons_are_the_exact_model(passes: Passes, tokens: np.ndarray) -> 
     torch.testing.assert_close(passes.logits(outputs[0].flatten(0, 1)), expected.flatten(0, 1))
 
 
-def test_no_neurons_are_the_low_bit_model(stores: dict[str, Store], tokens: np.ndarray, tmp_path: Path) -> None:
-    """Beside a store whose FFN was converted to these bits and is computed by itself."""
+@pytest.mark.parametrize(("bits", "copy"), [(8, "q8"), (4, "q4")])
+def test_copies_are_the_rows_of_a_store_of_so_many_bits(
+    stores: dict[str, Store], tmp_path: Path, bits: int, copy: str
+) -> None:
+    """Down rows too, which lie by output there."""
     store = stores["llama"]
-    passes = Passes(store, ["q8"], 1)
-    with torch.no_grad():
-        (output,) = (passes.run(tokens, [DENSE, plain("q8")])[1],)
-    eight = convert(tmp_path.parent / "x", tmp_path / "eight", name="x", bits=8) if False else None
-    assert eight is None
-    ffn = passes.layer(0)
-    rounded = CODECS["q8"].widen(CODECS["q8"].narrow(ffn.rows.up.numpy()))
-    assert np.array_equal(rounded, ffn.copies["q8"].up.numpy())
-    assert not torch.equal(output, passes.run(tokens, [DENSE])[0])
+    low = convert(store.path.with_name("llama"), tmp_path / "low", name="low", bits=bits)
+    assert low.layout.unit.width == 64
+    ours = Passes(store, [copy], 1).layer(1).copies[copy]
+    theirs = Passes(low, [], 1).layer(1).rows
+    for role in ("gate", "up", "down"):
+        assert torch.equal(getattr(ours, role), getattr(theirs, role))

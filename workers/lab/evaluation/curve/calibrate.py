@@ -1,7 +1,7 @@
 """`python -m workers.lab.evaluation.curve.calibrate`: the program behind `run.py calibrate`.
 
-Learns centres and thresholds from one text, decides the dial's points on a part of it that nothing was learned
-from, and writes them into the store (`storage/dial.py`), where its low-bit format is one that stores can hold.
+Learns centres and thresholds from a text, decides the dial's points on a part of it that nothing was learned
+from, and writes them into the store (`storage/dial.py`), if its low-bit format is one that stores can hold.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class _Report:
     path: list[Measured]  # every setting on the held-out text
     points: list[Measured]
     test: list[Measured] = field(default_factory=list)
-    tasks: dict[str, list[TaskReport]] = field(default_factory=dict)  # of the test's variants but the exact one
+    tasks: dict[str, list[TaskReport]] = field(
+        default_factory=dict
+    )  # of the test's variants but the exact one
 
 
 def main(
@@ -86,9 +88,7 @@ def main(
         centres = decided.calibration.centres
         if test is not None:
             some = rows(test, store, test_tokens, longest=length)
-            report.test = measure(
-                passes, some, beside, centres, seed, lambda *at: bars.tell("test", *at)
-            )
+            report.test = measure(passes, some, beside, centres, seed, lambda *at: bars.tell("test", *at))
         for name in names:
             assert data is not None
             report.tasks[name] = ask(

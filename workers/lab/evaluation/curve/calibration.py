@@ -20,8 +20,8 @@ from workers.lab.evaluation.curve.layer import Inputs, LayerFfn, best
 from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.variant import DENSE, Reads, Scored, Variant
 
-# What counts as a neuron's usual activation: its mean over all tokens, its median, or the mean of those for which
-# it is not among the best by its distance to the median, as it will not be where its centre stands for it.
+# What counts as a neuron's usual activation: its mean over all tokens, its median, or the mean over those for
+# which it is not among the best by its distance to the median: only there does the centre stand for it.
 Centre: TypeAlias = Literal["mean", "median", "rest"]
 _CHOSEN = 0.3  # share of the best, for `rest`
 _SCORES = 1 << 22  # of a layer, that quantiles are taken of
@@ -132,7 +132,10 @@ def calibrate(
     none = torch.zeros(tokens.size, dtype=torch.bool)
     with torch.no_grad():
         passes.run(tokens, [DENSE], see=see, progress=progress)
-    tables = {mode: Table(*(np.array(column) for column in zip(*found, strict=True))) for mode, found in rows.items()}
+    tables = {
+        mode: Table(*(np.array(column) for column in zip(*found, strict=True)))
+        for mode, found in rows.items()
+    }
     return Calibration(tuple(shares), centres, norms, biases, tables)
 
 

@@ -66,9 +66,9 @@ class Copy:
             some = rows[start : start + _ROWS_AT_ONCE]
             groups = np.ascontiguousarray(some).reshape(len(some), -1, self.group)
             codes, scales, minima = nearest.between(groups, self.bits)
-            found[start : start + _ROWS_AT_ONCE] = (
-                codes * scales[..., None] + minima[..., None]
-            ).reshape(some.shape)
+            found[start : start + _ROWS_AT_ONCE] = (codes * scales[..., None] + minima[..., None]).reshape(
+                some.shape
+            )
         return found
 
     def rounded_down(self, ffn: Ffn, down: F32) -> F32:

@@ -1,4 +1,4 @@
-"""Variants of a model on one text: perplexity, divergence and agreement beside the exact one, and their bytes."""
+"""Variants of a model on one text: quality beside the exact one, and the bytes that they need."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def _summed(
         agreement=proportion(one.agreeing, int(counts.sum())),
         share=float(np.mean(shares)),
         recall=float(np.mean(tally.recalls)) if tally.recalls else 1.0,
-        bytes_per_token=sum(
-            share * row_bytes(store, index, variant) for index, share in enumerate(shares)
-        ),
+        bytes_per_token=sum(share * row_bytes(store, index, variant) for index, share in enumerate(shares)),
         memory=copy_bytes(store, variant),
     )
 

@@ -26,7 +26,7 @@ from workers.lab.evaluation.curve.variant import Variant
 
 _KEPT = 6 << 30  # bytes of widened rows that stay in memory from one pass to the next
 Progress = Callable[[str, int, int], None]
-# Gets the layer's index, the variant, the layer, its inputs, and the neurons chosen for each row [n, neurons].
+# Gets a layer's index, the variant, the layer, its inputs, and the neurons chosen for each row [n, neurons].
 See = Callable[[int, Variant, LayerFfn, Inputs, Tensor], None]
 
 
@@ -45,7 +45,7 @@ class Passes:
         """`copies`: names of formats (`copies.Copy`). Raises UsageError for a mixture of experts."""
         if any(layer.ffn.mixed for layer in store.architecture.layers):
             raise UsageError(
-                f"{store.manifest.name} has experts, whose routers choose: a curve is of neurons without zeros"
+                f"{store.manifest.name} has experts, which its routers choose: a curve is of single neurons"
             )
         torch.set_num_threads(threads)
         self.store = store
@@ -117,7 +117,9 @@ class Passes:
         (early,) = announced
         if state.before is None:
             return residual, Inputs(own, early, early)
-        place: NormPlace = "attention_input" if "ffn_input" not in layer.norms and layer.parallel else "ffn_input"
+        place: NormPlace = (
+            "attention_input" if "ffn_input" not in layer.norms and layer.parallel else "ffn_input"
+        )
         before = state.before
         previous = self._device.norm(index, place, before) if place in layer.norms else before
         return residual, Inputs(own, early, previous)

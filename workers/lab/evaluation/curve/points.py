@@ -1,7 +1,7 @@
 """The dial's points: thresholds for every layer, greedily to a budget of loss.
 
-What a share of true rows in one layer costs is taken as that layer's output error (`calibration.Table`) times
-its weight, and the weight is measured: the divergence that the layer's error makes where all others are exact.
+What a share of true rows in one layer costs is taken as that layer's output error (`calibration.Table`)
+times its weight, which is measured: the divergence that this error makes where all other layers are exact.
 From no true rows on, the layer whose next rows save most loss a byte gets them (`path`). Settings along that
 path are then measured on a held-out text, and each point is the one of fewest bytes within its budget.
 """
@@ -26,7 +26,21 @@ BUDGETS: dict[str, float] = {"high": 0.001, "balanced": 0.005, "fast": 0.02}
 SMALL = "small"
 DEFAULT = "balanced"
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MEASURED = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the path, means of layers
+MEASURED = (
+    0.0,
+    0.02,
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # of the path, means of layers
 _PROBED = 0.1  # share of true rows with which a layer's weight is measured
 
 
@@ -85,7 +99,7 @@ def path(losses: F64, bytes_: F64) -> Iterator[tuple[int, ...]]:
 def along(
     passes: Passes, calibration: Calibration, mode: Mode, loss: F64, shares: Sequence[float]
 ) -> list[Setting]:
-    """Settings of the greedy path whose mean share of rows, weighed by bytes, comes first to each of `shares`.
+    """Settings of the greedy path, the first with each of `shares` of all rows' bytes.
 
     `loss` [layers]: the weight of each layer's error.
     """
@@ -112,6 +126,14 @@ def variants(calibration: Calibration, settings: Sequence[Setting]) -> list[Vari
     ]
 
 
+def lost(result: Measured) -> float:
+    """Perplexity's change, or the divergence where that is more.
+
+    The divergence is what the change would be on endless text of the model's own, and is far less noisy.
+    """
+    return max(result.ratio.value - 1, result.divergence_mean)
+
+
 def choose(
     measured: Sequence[Measured], settings: Sequence[Setting], budgets: Mapping[str, float]
 ) -> dict[str, Setting]:
@@ -122,7 +144,7 @@ def choose(
     found: dict[str, Setting] = {}
     ordered = sorted(zip(measured, settings, strict=True), key=lambda pair: pair[0].bytes_per_token)
     for name, budget in budgets.items():
-        within = [one for result, one in ordered if result.ratio.value - 1 <= budget]
+        within = [one for result, one in ordered if lost(result) <= budget]
         if within:
             found[name] = within[0]
     nothing = [one for result, one in ordered if result.bytes_per_token == 0]
