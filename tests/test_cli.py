@@ -245,6 +245,7 @@ def test_what_http_lacks_is_said_before_the_model_is_looked_for(tmp_path: Path) 
         ("bench", "workers.lab.bench.__main__"),
         ("bench-serving", "workers.lab.bench.serving.__main__"),
         ("train-predictor", "workers.lab.training.__main__"),
+        ("calibrate", "workers.lab.evaluation.curve.calibrate"),
         ("evaluate", "workers.lab.evaluation.__main__"),
         ("trace", "workers.lab.traces.__main__"),
         ("synthesize", "workers.lab.synthesis.__main__"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,21 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
+from pipeline import cli
+from storage.architecture import Ffn
+from storage.codecs import CODECS
 from storage.convert import convert
+from storage.dial import DIAL, read_dial
+from storage.errors import StoreError, UsageError
 from storage.store import Store
-from workers.lab.evaluation.curve.layer import Inputs, LayerFfn
+from workers.lab.evaluation.curve.__main__ import run
+from workers.lab.evaluation.curve.calibration import Mode, calibrate, centre, centres_of
+from workers.lab.evaluation.curve.copies import Copy
+from workers.lab.evaluation.curve.layer import FfnRows, Inputs, LayerFfn, best
+from workers.lab.evaluation.curve.measure import copy_bytes, measure, recall, row_bytes
 from workers.lab.evaluation.curve.passes import Passes
-from workers.lab.evaluation.curve.variant import DENSE, Variant
+from workers.lab.evaluation.curve.points import choose, path
+from workers.lab.evaluation.curve.variant import DENSE, Variant, plain
 from workers.lab.offline.dense import DenseModel
 
 COPY = "q4"
@@ -138,3 +150,255 @@ def test_copies_are_the_rows_of_a_store_of_so_many_bits(
     theirs = Passes(low, [], 1).layer(1).rows
     for role in ("gate", "up", "down"):
         assert torch.equal(getattr(ours, role), getattr(theirs, role))
+
+
+def test_values_of_few_bits_are_near_and_of_a_grid() -> None:
+    """Eight values a group in three bits, four in two, nearer with more."""
+    rows = np.random.default_rng(1).normal(size=(6, 128)).astype(np.float32)
+    off = []
+    for name, most in (("q2", 4), ("q3g64", 8), ("q3", 8)):
+        copy = Copy.of(name)
+        found = copy.rounded(rows)
+        groups = found.reshape(6, -1, copy.group)
+        assert max(np.unique(group).size for row in groups for group in row) <= most
+        off.append(float(np.square(found - rows).mean()))
+        assert copy.bytes(128) == 128 * copy.bits // 8 + 128 // copy.group * 4
+    assert off[0] > off[1] > off[2] > 0
+    assert Copy.of("q4").bytes(64) == 40
+    with pytest.raises(UsageError, match="unknown low-bit format 'q5'"):
+        Copy.of("q5")
+    with pytest.raises(UsageError, match="no whole groups of q3g64"):
+        Copy.of("q3g64").rounded(rows[:, :96])
+
+
+def test_down_rows_by_output() -> None:
+    """Groups lie along the neurons of a unit, one output after the other."""
+    down = np.random.default_rng(1).normal(size=(256, 96)).astype(np.float32)
+    found = Copy.of("q4").rounded_down(Ffn("gated", 256, 1, "silu"), down)
+    for output in (0, 95):
+        column = np.ascontiguousarray(down[64:128, output])[None]
+        assert np.array_equal(found[64:128, output], CODECS["q4"].widen(CODECS["q4"].narrow(column))[0])
+
+
+def test_centres() -> None:
+    """Heavy tails move a mean, and not what a neuron gives where it is not chosen; a loop says how much that is."""
+    generator = np.random.default_rng(4)
+    a = (generator.normal(size=(200, 20)) ** 3 - 0.2).astype(np.float32)
+    a[:, 3] = 50 + np.arange(200)  # far from its median nearly always
+    norm = generator.uniform(0.5, 2, 20).astype(np.float32)
+    empty = torch.zeros(0)
+    rows = FfnRows(None, empty, empty)
+    ffn = LayerFfn(Ffn("plain", 20, 1, "gelu"), rows, {}, empty, empty, empty, torch.from_numpy(norm))
+    found = {kind: centre(ffn, torch.from_numpy(a), kind).numpy() for kind in ("mean", "median", "rest")}
+    np.testing.assert_allclose(found["mean"], a.mean(axis=0), rtol=1e-4)
+    middle = np.sort(a, axis=0)[99]
+    np.testing.assert_allclose(found["median"], middle)
+    kept: list[list[float]] = [[] for _ in range(20)]
+    for row in a:
+        order = np.argsort(-np.abs(row - middle) * norm)
+        for neuron in order[6:]:  # of twenty, six are the best 30 %
+            kept[neuron].append(float(row[neuron]))
+    expected = [np.mean(one) if one else middle[neuron] for neuron, one in enumerate(kept)]
+    np.testing.assert_allclose(found["rest"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recall_is_of_weight_and_grows(passes: Passes) -> None:
+    """Against sets sorted by numpy, for the oracle itself, and with more neurons."""
+    ffn, inputs, _ = one_layer(passes)
+    weights = ffn.scores(ffn.activations(ffn.rows, inputs.own), None)
+    low = ffn.scores(ffn.activations(ffn.copies[COPY], inputs.previous), None)
+    assert recall(ffn, inputs.own, best(weights, 0.2)) == pytest.approx(1.0)
+    captured = []
+    for share in (0.1, 0.3, 0.6, 1.0):
+        chosen = best(low, share)
+        ratios = []
+        for row in range(0, 40, 8):
+            one, count = weights[row].numpy(), int(chosen[row].sum())
+            ratios.append(one[chosen[row].numpy()].sum() / np.sort(one)[::-1][:count].sum())
+        assert recall(ffn, inputs.own, chosen) == pytest.approx(np.mean(ratios), rel=1e-5)
+        captured.append(float((weights * chosen).sum()))
+    assert captured == sorted(captured)
+    assert recall(ffn, inputs.own, best(low, 1.0)) == pytest.approx(1.0)
+
+
+def test_measures_are_those_of_the_logits(passes: Passes, tokens: np.ndarray) -> None:
+    """Perplexity, divergence, agreement and shares, from logits in float64."""
+    half = Variant("half", 0.5, scored="own", others="low", copy=COPY)
+    found = measure(passes, tokens, [half, plain(COPY)], None, 0)
+    with torch.no_grad():
+        outputs = passes.run(tokens[:, :-1], [DENSE, half])
+        logs = [torch.log_softmax(passes.logits(one.flatten(0, 1)).double(), -1).numpy() for one in outputs]
+    then = tokens[:, 1:].reshape(-1)
+    for one, log in zip(found, logs, strict=False):
+        nats = -log[np.arange(then.size), then].mean()
+        apart = (np.exp(logs[0]) * (logs[0] - log)).sum(1)
+        assert one.perplexity == pytest.approx(np.exp(nats), rel=1e-5)
+        assert one.divergence_mean == pytest.approx(apart.mean(), rel=1e-2, abs=1e-6)
+        assert one.divergence_p99 == pytest.approx(np.quantile(apart, 0.99), rel=1e-2, abs=1e-6)
+        assert one.agreement.value == pytest.approx((log.argmax(1) == logs[0].argmax(1)).mean())
+    exact, chosen, none = found
+    store, rows = passes.store, len(passes.store.layout.unit.rows)
+    every = sum(row_bytes(store, layer, DENSE) for layer in range(3))
+    assert every == 3 * 256 * rows * 64 * 4
+    assert (exact.share, exact.bytes_per_token, exact.memory, exact.divergence_mean) == (1, every, 0, 0)
+    assert (chosen.share, chosen.bytes_per_token) == (0.5, every / 2)
+    assert (none.share, none.bytes_per_token) == (0, 0)
+    assert chosen.memory == none.memory == 3 * 256 * rows * 40
+    skipped = Variant("", 0.5, scored="own", centred=True, others="mean", copy=COPY)
+    assert copy_bytes(store, skipped) == 3 * 256 * (rows - 1) * 40
+
+
+def test_thresholds_choose_the_share_they_were_learned_for(passes: Passes, tokens: np.ndarray) -> None:
+    """On the text itself; errors fall with the share, to nothing where all rows are true."""
+    shares = (0.0, 0.1, 0.5, 1.0)
+    modes = (Mode(COPY), Mode(COPY, "low", "down"), Mode(COPY, "mean"))
+    middle = centres_of(passes, tokens)
+    known = calibrate(passes, tokens, shares, modes, middle)
+    for mode in modes:
+        table = known.tables[mode]
+        assert (np.diff(table.errors[:, :3], axis=1) < 0).all()
+        assert (
+            (table.errors[:, -1] > 1e-6).all() if mode.reads == "down" else (table.errors[:, -1] == 0).all()
+        )
+        assert (table.thresholds[:, 0] == np.inf).all()
+        assert (table.thresholds[:, -1] == -np.inf).all()
+    found: dict[str, list[float]] = {}
+
+    def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: torch.Tensor) -> None:
+        table = known.tables[modes[0]]
+        scores = ffn.scores(ffn.activations(ffn.copies[COPY], inputs.own), None)
+        guessed = ffn.scores(ffn.activations(ffn.copies[COPY], inputs.early), None)
+        found.setdefault("own", []).append(float((scores > table.thresholds[index, 2]).float().mean()))
+        found.setdefault("early", []).append(float((guessed > table.guesses[index, 2]).float().mean()))
+
+    with torch.no_grad():
+        passes.run(tokens, [DENSE], see=see)
+    assert np.allclose(found["own"], 0.5, atol=0.001)
+    assert np.allclose(found["early"], 0.5, atol=0.001)
+    for index in range(3):
+        expected = middle[index] @ passes.layer(index).rows.down
+        torch.testing.assert_close(known.biases[index], expected)
+
+
+def test_a_layer_by_itself_begins_with_the_exact_stream(passes: Passes, tokens: np.ndarray) -> None:
+    """All others are exact, before it and behind it."""
+    low = [Variant(f"{only}", 0.0, others="low", copy=COPY, only=only) for only in (0, 2)]
+    seen: dict[str, list[int]] = {}
+
+    def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: torch.Tensor) -> None:
+        seen.setdefault(variant.name, []).append(int(chosen[1].sum()))
+
+    with torch.no_grad():
+        exact, *others = passes.run(tokens, [DENSE, *low], see=see)
+    assert seen == {"exact": [256] * 3, "0": [0, 256, 256], "2": [0]}
+    assert all(not torch.equal(exact, one) for one in others)
+
+
+def test_the_greedy_path() -> None:
+    """Most loss saved a byte first; a place that brings little alone is passed over."""
+    losses = np.array([[8.0, 4.0, 0.0], [9.0, 8.9, 0.0]])
+    sizes = np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    assert list(path(losses, sizes)) == [(0, 0), (0, 2), (1, 2), (2, 2)]
+
+
+def test_points_within_their_budgets(passes: Passes, tokens: np.ndarray) -> None:
+    """The fewest bytes within each, by perplexity and by divergence; none where nothing keeps it."""
+    shares = (0.0, 0.2, 0.6, 1.0)
+    variants = [Variant("", share, others="low", copy=COPY) for share in shares]
+    found = measure(passes, tokens, variants, None, 0)[1:]
+    settings = [Mode(COPY).variant("", [share]) for share in shares]
+    losses = [max(one.ratio.value - 1, one.divergence_mean) for one in found]
+    assert losses[0] > losses[3] == 0
+    named = choose(found, settings, {"loose": losses[0], "none": 0.0, "never": -1.0})  # type: ignore[arg-type]
+    assert named == {"loose": settings[0], "none": settings[3], "small": settings[0]}
+
+
+def test_a_dial_is_decided_and_kept(
+    stores: dict[str, Store], tmp_path: Path, here: Callable[..., object], text: Path
+) -> None:
+    """By the command, into the store; a ring reads what was measured."""
+    store = convert(stores["llama"].path.with_name("llama"), tmp_path / "store", name="small")
+    options = (
+        "--model",
+        store.path,
+        "--text",
+        text,
+        "--tokens",
+        "256",
+        "--held-out",
+        "256",
+        "--length",
+        "64",
+    )
+    done = here(cli.main, "calibrate", *options, "--test", text, "--test-tokens", "128", "--json")
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    report = json.loads(done.stdout)  # type: ignore[attr-defined]
+    found = read_dial(store)
+    assert found is not None
+    assert [one.name for one in found.points] == [one["variant"]["name"] for one in report["points"]]
+    assert found.points[-1].name == "small"
+    assert (found.points[-1].share, found.points[-1].bytes_per_token) == (0, 0)
+    assert found.shadow == dict.fromkeys(("gate", "up", "down"), "q4")
+    assert (found.calibration.tokens, found.held_out.tokens) == (256, 256)
+    for point, shown in zip(found.points, report["points"], strict=True):
+        assert point.perplexity == pytest.approx(shown["ratio"]["value"] - 1)
+        assert found.thresholds[point.name].threshold.shape == (3,)
+        assert shown["variant"]["thresholds"] == pytest.approx(
+            found.thresholds[point.name].threshold.tolist(), rel=1e-6
+        )
+    losses = [max(one.perplexity, one.divergence_mean) for one in found.points[:-1]]
+    assert losses == sorted(losses)
+    (store.path / DIAL).write_bytes(
+        (store.path / DIAL).read_bytes().replace(b'version\\": 1', b'version\\": 2')
+    )
+    with pytest.raises(StoreError, match="has version 2"):
+        read_dial(store)
+
+
+def test_another_stores_dial_is_refused(stores: dict[str, Store], tmp_path: Path) -> None:
+    store = stores["llama"]
+    assert read_dial(store) is None
+    (store.path / DIAL).write_bytes(b"no dial")
+    with pytest.raises(StoreError, match="damaged"):
+        read_dial(store)
+    (store.path / DIAL).unlink()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = [f"word{number * 7919 % 101} and" for number in range(400)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--shares", "2"), "--shares takes numbers between 0 and 1"),
+        (("--shares", "x"), "--shares takes numbers between 0 and 1"),
+        (("--copies", "q9"), "unknown low-bit format 'q9'"),
+        (("--centres", "mode"), "--centres is one of mean, median, rest"),
+    ],
+)
+def test_options_that_make_no_sense(
+    text: Path,
+    options: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["curve", "--text", str(text), "--calibration", str(text), *options])
+    assert run() == UsageError.exit_code
+    assert words in capsys.readouterr().err
+
+
+def test_the_curve_by_the_command(stores: dict[str, Store], text: Path, here: Callable[..., object]) -> None:
+    """Every share by every choice; what is read falls with the share."""
+    options = ("--oracle-curve", "--text", text, "--calibration", text, "--tokens", "512", "--json")
+    done = here(cli.main, "evaluate", "--model", stores["llama"].path, *options)
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    rows = json.loads(done.stdout)["rows"]  # type: ignore[attr-defined]
+    names = [one["variant"]["name"] for one in rows]
+    assert names[:3] == ["exact", "oracle 50%, skip", "oracle 50%, mean"]
+    assert len(set(names)) == len(rows) == 1 + 2 * 5 + 2 * (1 + 7 * 5)
+    assert all(0 < one["recall"] <= 1.000001 for one in rows)

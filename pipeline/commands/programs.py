@@ -24,6 +24,10 @@ PROGRAMS = {
         "workers.lab.evaluation",
         "Compare the sparse model with the dense one on text and questions",
     ),
+    "calibrate": (
+        "workers.lab.evaluation.curve.calibrate",
+        "Measure the dial of a model without zeros, and keep it in its store",
+    ),
     "trace": ("workers.lab.traces", "Record which neurons a text uses, and replay it against cache policies"),
     "synthesize": ("workers.lab.synthesis", "Write or measure a synthetic checkpoint"),
 }

@@ -23,6 +23,7 @@ from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import report
 from workers.lab.evaluation.bars import Bars
+from workers.lab.evaluation.curve import __main__ as curve
 from workers.lab.evaluation.evaluate import LONGEST_CHUNK, chunks, evaluate_task, evaluate_text
 from workers.lab.evaluation.points import Point, draw, measure, table
 from workers.lab.evaluation.tasks import TASKS, read_text
@@ -46,6 +47,16 @@ def main(
     thresholds: Annotated[
         str, typer.Option(help="A point for each of these predictor.threshold, by commas.")
     ] = "",
+    oracle_curve: Annotated[
+        bool,
+        typer.Option(
+            "--oracle-curve",
+            help="What it costs to give only the best neurons their true rows; see docs/dial.md.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The curve's other text, for centres and thresholds.")
+    ] = None,
     picture: Picture = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
@@ -55,6 +66,13 @@ def main(
 ) -> None:
     """Compare the sparse model with the dense one, on the same text and questions."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if oracle_curve:
+        if text is None or calibration is None:
+            raise UsageError("--oracle-curve needs --text FILE, and --calibration with another text")
+        asked = curve.usual(text, calibration, tokens)
+        source, _ = configure(model, config_file, settings or (), {"model": {"bits": bits}})
+        curve.tell(source.open_store(), asked, seed, threads, as_json)
+        return
     _check(names, data, text)
     if tokens == 1:
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")

@@ -51,6 +51,11 @@ def main(
     tell(source.open_store(), asked, seed, threads, as_json)
 
 
+def usual(text: Path, calibration: Path, tokens: int) -> Wanted:
+    """What `run.py evaluate --oracle-curve` measures; `tokens` 0: as many as usual."""
+    return wanted(text, calibration, tokens or TOKENS, CALIBRATION_TOKENS, LENGTH, SHARES, COPIES, CENTRES)
+
+
 def tell(store: Store, asked: Wanted, seed: int, threads: int, as_json: bool) -> None:
     """Measure and print."""
     with Bars() as bars:

@@ -98,7 +98,8 @@ def centre(ffn: LayerFfn, a: Tensor, kind: Centre) -> Tensor:
     if kind == "median":
         return middle
     kept = ~best(ffn.scores(a, middle), _CHOSEN)
-    return (a * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1)
+    counts = kept.sum(dim=0)
+    return torch.where(counts > 0, (a * kept).sum(dim=0) / counts.clamp(min=1), middle)
 
 
 def calibrate(

@@ -27,7 +27,7 @@ from workers.lab.evaluation.curve.points import (
 )
 
 Tokens = npt.NDArray[np.int64]  # [chunks, length]
-_WEIGHED = 4  # chunks that the layers' weights are measured on
+_WEIGHED = 2  # chunks that the layers' weights are measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,8 @@ def decide(
 
     centres = centres_of(passes, learned, progress=told("centres"))
     known = calibrate(passes, learned, SHARES, modes(copy), centres, told("thresholds"))
-    settings = list[Setting]()
-    for mode in modes(copy):
-        loss = weights(passes, learned[:_WEIGHED], known, mode, told(f"layers, {mode.others} {mode.reads}"))
-        settings += along(passes, known, mode, loss, MEASURED)
+    loss = weights(passes, learned[:_WEIGHED], known, modes(copy)[0], told("layers"))
+    settings = [one for mode in modes(copy) for one in along(passes, known, mode, loss, MEASURED)]
     found = measure(passes, held_out, variants(known, settings), centres, seed, told("settings"))[1:]
     named = choose(found, settings, BUDGETS)
     results = {id(setting): result for setting, result in zip(settings, found, strict=True)}

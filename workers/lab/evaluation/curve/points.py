@@ -26,21 +26,7 @@ BUDGETS: dict[str, float] = {"high": 0.001, "balanced": 0.005, "fast": 0.02}
 SMALL = "small"
 DEFAULT = "balanced"
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MEASURED = (
-    0.0,
-    0.02,
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # of the path, means of layers
+MEASURED = (0.0, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.7)  # of the path, means of layers
 _PROBED = 0.1  # share of true rows with which a layer's weight is measured
 
 
