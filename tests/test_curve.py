@@ -181,7 +181,7 @@ def test_down_rows_by_output() -> None:
 
 
 def test_centres() -> None:
-    """Heavy tails move a mean, and not what a neuron gives where it is not chosen; a loop says how much that is."""
+    """Heavy tails move a mean, and not what a neuron gives where it is not chosen; beside a loop."""
     generator = np.random.default_rng(4)
     a = (generator.normal(size=(200, 20)) ** 3 - 0.2).astype(np.float32)
     a[:, 3] = 50 + np.arange(200)  # far from its median nearly always

@@ -56,8 +56,8 @@ class LayerFfn:
         """Of the store's rows, with copies in these formats."""
         ffn, rows = store.architecture.layers[index].ffn, _true(store, index)
         copies = {name: _copy(ffn, rows, Copy.of(name)) for name in names}
-        biases = (torch.from_numpy(one) for one in (bound.gate_bias, bound.up_bias, bound.down_bias))
-        return cls(ffn, rows, copies, *biases, norm=rows.down.norm(dim=1))
+        gate, up, down = (torch.from_numpy(one) for one in (bound.gate_bias, bound.up_bias, bound.down_bias))
+        return cls(ffn, rows, copies, gate, up, down, norm=rows.down.norm(dim=1))
 
     def activations(self, rows: FfnRows, x: Tensor) -> Tensor:
         """Of every neuron, [n, neurons]."""
