@@ -35,6 +35,10 @@ class Inputs:
     early: Tensor
     previous: Tensor
 
+    def every(self, step: int) -> Inputs:
+        """One row of so many."""
+        return Inputs(self.own[::step], self.early[::step], self.previous[::step])
+
     def of(self, scored: Scored) -> Tensor:
         return self.own if scored == "true" else getattr(self, scored)
 
