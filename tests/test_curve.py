@@ -18,6 +18,9 @@ from storage.convert import convert
 from storage.dial import DIAL, read_dial
 from storage.errors import StoreError, UsageError
 from storage.store import Store
+from storage.tokenizer import load_tokenizer
+from workers.lab.evaluation import evaluate
+from workers.lab.evaluation.curve import questions
 from workers.lab.evaluation.curve.__main__ import run
 from workers.lab.evaluation.curve.calibration import Mode, calibrate, centre, centres_of
 from workers.lab.evaluation.curve.copies import Copy
@@ -181,7 +184,7 @@ def test_down_rows_by_output() -> None:
 
 
 def test_centres() -> None:
-    """Heavy tails move a mean, and not what a neuron gives where it is not chosen; a loop says how much that is."""
+    """Heavy tails move a mean, and not what a neuron gives where it is not chosen; beside a loop."""
     generator = np.random.default_rng(4)
     a = (generator.normal(size=(200, 20)) ** 3 - 0.2).astype(np.float32)
     a[:, 3] = 50 + np.arange(200)  # far from its median nearly always
@@ -402,3 +405,28 @@ def test_the_curve_by_the_command(stores: dict[str, Store], text: Path, here: Ca
     assert names[:3] == ["exact", "oracle 50%, skip", "oracle 50%, mean"]
     assert len(set(names)) == len(rows) == 1 + 2 * 5 + 2 * (1 + 7 * 5)
     assert all(0 < one["recall"] <= 1.000001 for one in rows)
+
+
+def test_questions_are_answered_as_the_evaluation_does(
+    passes: Passes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exact model's answers are the dense one's; all neurons change none, and low bits every score."""
+    choices = [[f"{number * 37 % 11} {one}" for one in ("cat", "a bird", "tree")] for number in range(9)]
+    items = [{"query": f"word {n * 7}", "choices": one, "gold": n % 3} for n, one in enumerate(choices)]
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.setattr(questions, "_TOGETHER", 4)  # three rounds
+    tokenizer = load_tokenizer(passes.store)
+    every = [Variant("all", 1.0), plain(COPY)]
+    found = questions.ask(passes, tokenizer, "arc_easy", tmp_path, 0, every, [torch.zeros(256)] * 3)
+    with DenseModel(passes.store, 1) as dense, torch.no_grad():
+        expected = evaluate.evaluate_task(
+            dense, None, tokenizer, "arc_easy", tmp_path, None, lambda stage, done, total: None
+        )
+        pairs = [([5, 9, 11], [7, 30]), ([5, 9, 11, 6], [8])]
+        scores = evaluate.continuations(dense, None, pairs)
+    assert [one.dense for one in found] == [expected.dense] * 2
+    assert found[0] == expected
+    exact, low = questions.continuations(passes, pairs, [DENSE, plain(COPY)], [torch.zeros(256)] * 3)
+    for one, other, dense_one in zip(exact, low, scores, strict=True):
+        assert one == (pytest.approx(dense_one[0], abs=1e-4), dense_one[1])
+        assert abs(other[0] - one[0]) > 0

@@ -25,6 +25,7 @@ from workers.lab.evaluation.curve.variant import DENSE, Reads, Scored, Variant
 Centre: TypeAlias = Literal["mean", "median", "rest"]
 _CHOSEN = 0.3  # share of the best, for `rest`
 _SCORES = 1 << 22  # of a layer, that quantiles are taken of
+_ERRORS = 1024  # tokens that a layer's errors are taken of
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ def calibrate(
     def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: Tensor) -> None:
         norms.append(ffn.norm)
         biases.append(centres[index] @ ffn.rows.down)
-        exact, _ = ffn.output(DENSE, index, inputs, centres[index], none)
+        few = inputs.every(max(1, len(inputs.own) // _ERRORS))
+        none = torch.zeros(len(few.own), dtype=torch.bool)
+        exact, _ = ffn.output(DENSE, index, few, centres[index], none)
         size = float(exact.square().sum())
         for mode in modes:
             thresholds = _thresholds(ffn, mode, inputs, centres[index], shares, mode.scored)
@@ -126,11 +129,10 @@ def calibrate(
             errors = []
             for threshold in thresholds:
                 one = mode.variant("", [threshold] * (index + 1))
-                output, _ = ffn.output(one, index, inputs, centres[index], none)
+                output, _ = ffn.output(one, index, few, centres[index], none)
                 errors.append(float((output - exact).square().sum()) / size)
             rows[mode].append((thresholds, guesses, errors))
 
-    none = torch.zeros(tokens.size, dtype=torch.bool)
     with torch.no_grad():
         passes.run(tokens, [DENSE], see=see, progress=progress)
     tables = {

@@ -35,6 +35,10 @@ class Inputs:
     early: Tensor
     previous: Tensor
 
+    def every(self, step: int) -> Inputs:
+        """One row of so many."""
+        return Inputs(self.own[::step], self.early[::step], self.previous[::step])
+
     def of(self, scored: Scored) -> Tensor:
         return self.own if scored == "true" else getattr(self, scored)
 
@@ -57,7 +61,7 @@ class LayerFfn:
         ffn, rows = store.architecture.layers[index].ffn, _true(store, index)
         copies = {name: _copy(ffn, rows, Copy.of(name)) for name in names}
         gate, up, down = (torch.from_numpy(one) for one in (bound.gate_bias, bound.up_bias, bound.down_bias))
-        return cls(ffn, rows, copies, gate, up, down, rows.down.norm(dim=1))
+        return cls(ffn, rows, copies, gate, up, down, norm=rows.down.norm(dim=1))
 
     def activations(self, rows: FfnRows, x: Tensor) -> Tensor:
         """Of every neuron, [n, neurons]."""

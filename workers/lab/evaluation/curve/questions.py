@@ -39,7 +39,7 @@ def ask(
         for item in some:
             context = tokenizer.encode(item.context).ids
             pairs += [(context, tokenizer.encode(one, add_special_tokens=False).ids) for one in item.choices]
-        for number, found in enumerate(_continuations(passes, pairs, every, centres)):
+        for number, found in enumerate(continuations(passes, pairs, every, centres)):
             each = iter(found)
             answers[number] += [[next(each) for _ in item.choices] for item in some]
         progress(task, start + len(some), len(items))
@@ -47,7 +47,7 @@ def ask(
     return [compare_task(task, dense, judge(items, one)) for one in answers[1:]]
 
 
-def _continuations(
+def continuations(
     passes: Passes,
     pairs: Sequence[tuple[list[int], list[int]]],
     variants: Sequence[Variant],
