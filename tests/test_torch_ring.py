@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from ring import PROMPT, Outcome, config, generate, plan_for
+from torch_devices import CUDA, HAS_CUDA
 
 from pipeline.config import Config
 from pipeline.planner import devices, divide
@@ -28,10 +29,7 @@ from workers.lab.offline.dense import DenseModel
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 24
 CLOSE = 1e-3  # between the logarithms of two likelihoods
-KINDS = [
-    "torch-cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
+KINDS = ["torch-cpu", CUDA]
 CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "opt, a predicted set": ("opt", None, {}),
     "falcon, every neuron": ("falcon-7b", 8, {"predictor": {"kind": "all"}}),
@@ -170,7 +168,7 @@ def test_resident_weights_of_a_gpu_are_not_in_host_memory(
         divide.plan(store, on("cuda", {}, device_memory="3GiB"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
+@pytest.mark.skipif(HAS_CUDA, reason="here is a CUDA device")
 def test_a_device_that_is_not_there_is_one_sentence(stores: dict[str, Store]) -> None:
     store = stores["opt"]
     line = [sys.executable, str(ROOT / "run.py"), "--model", str(store.path), "--prompt", "x"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from torch_devices import CUDA
 
 from storage.codecs import CODECS, FLOATS
 from storage.convert import convert
@@ -18,10 +19,7 @@ from workers.compute.torch.shelf import Shelf
 from workers.compute.torch.widening import rows_of, stored, widened
 from workers.compute.weights import Vectors, Weights
 
-WHERE = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
+WHERE = ["cpu", CUDA]
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -95,7 +95,7 @@ class TorchFfn:
     def _sum(self, ids: I32, units: Tensor) -> None:
         """Add some units [n, stride]."""
         which = torch.from_numpy(neurons_of(ids, self._unit.width).astype(np.int64))
-        which = which.to(units.device)
+        which = which.to(units.device, non_blocking=True)
         a = self._product("up", units, which, self._bound.up_bias)
         if self._ffn.kind == "gated":
             a = gated(self._ffn, self._product("gate", units, which, self._bound.gate_bias), a)

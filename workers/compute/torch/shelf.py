@@ -92,6 +92,8 @@ class Shelf:
         kind = "prefill" if self.every else "decode"
         self.counts[f"{kind}_bus_bytes"] += slots.size * memory.shape[1]
         host, which = torch.from_numpy(memory), torch.from_numpy(slots.astype(np.int64))
+        if np.array_equal(slots, np.arange(len(memory))):  # all of them, such as a stream's buffer
+            return host.to(self._where)
         if self._copying is None:
             return host.index_select(0, which).to(self._where)
         out = torch.empty((slots.size, memory.shape[1]), dtype=torch.uint8, device=self._where)
@@ -141,7 +143,7 @@ class Shelf:
         return found
 
     def _indices(self, which: npt.NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(which.astype(np.int64)).to(self._where)
+        return torch.from_numpy(which.astype(np.int64)).to(self._where, non_blocking=True)
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._copying is None else torch.cuda.stream(self._copying)
