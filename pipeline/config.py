@@ -43,8 +43,9 @@ class Model(Section):
 class Predictor(Section):
     """How the active neurons are foreseen."""
 
-    # auto: router for a mixture of experts, lowrank for ReLU, else all
-    kind: Literal["auto", "lowrank", "oracle", "router", "all"] = "auto"
+    # auto: router for a mixture of experts, lowrank for ReLU, else all. shadow: a low-bit copy of every FFN
+    # in memory serves all neurons, but for the few whose full rows count most.
+    kind: Literal["auto", "lowrank", "oracle", "router", "shadow", "all"] = "auto"
     lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
     # Whether a layer's set is predicted again from its own input; the early prediction is then only a guess,
     # which starts reads. Left out: yes, where the predictors can do it.
@@ -59,6 +60,9 @@ class Predictor(Section):
     # Of a mixture: experts that are read for a layer before its router has chosen, at most; they wait for all
     # reads that somebody waits for. 0: none.
     guesses: Annotated[int, Field(ge=0, le=4096)] = 2
+    # Of kind shadow: the share of a layer's neurons whose full rows a token has. 0: nothing is read, not even
+    # by a prompt.
+    full_rows: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class Cache(Section):

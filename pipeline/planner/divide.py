@@ -24,6 +24,7 @@ from pipeline.ring.plan import BLOCK, BLOCKS, ROWS, TILE, Plan
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
+from storage.shadow import Shadow
 from storage.store import Store
 
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -104,6 +105,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
             f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
             f"the least that would do is {math.ceil(least.total / (1 << 20))}MiB"
         )
+    if resolved.forecast.low:
+        return least
     if config.cache.slots_per_layer or not (open_layers := len(units) - len(resolved.forecast.pinned)):
         return least
     each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
@@ -115,6 +118,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
 def _without_budget(store: Store, resolved: Resolved, available: int | None) -> PlanReport:
     """As many slots as the configuration says; where it does not, all that fit the machine, or a share."""
     cache, units = resolved.config.cache, store.layout.units
+    if resolved.forecast.low:
+        return _report(store, resolved, _floor(store), None)
     if cache.slots_per_layer:
         return _report(store, resolved, [cache.slots_per_layer] * len(units), None)
     share, why = cache.share, ""
@@ -223,6 +228,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "resident weights": resident,
         "KV cache": cached,
         "predictors": _held_by_predictor(store, config, divided),
+        **({"shadow": Shadow.open(store).bytes} if divided.forecast.shadowed else {}),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),

@@ -13,11 +13,14 @@ from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats
 from pipeline.ring.process import Worker, run_on_loop
 from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
 from storage.codecs import CODECS
+from storage.shadow import Shadow
 from workers import kernels
 from workers.compute import compiling
 from workers.compute.audit import Audit
 from workers.compute.constraint import Constraints
+from workers.compute.cpu import shadow as low_bits
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.shadow import CpuShadow
 from workers.compute.device import Device
 from workers.compute.engine import Engine
 from workers.compute.ring_units import Stopped
@@ -29,7 +32,14 @@ NAME = "compute"
 class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
-    def __init__(self, worker: Worker, weights: Weights, device: Device[Any], threads: int) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        weights: Weights,
+        device: Device[Any],
+        threads: int,
+        shadow: CpuShadow | None,
+    ) -> None:
         self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         with starting_prompt_threads():
@@ -46,6 +56,7 @@ class LayerLoop:
             audit,
             constraints,
             worker.timeline,
+            shadow,
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -97,13 +108,17 @@ async def main(worker: Worker) -> None:
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     reading = asyncio.get_running_loop().run_in_executor(None, Weights, worker.store)
-    needed = compiling.of_compute(worker.store, cache_codec.name)
+    forecast = worker.plan.forecast
+    needed = compiling.of_compute(worker.store, cache_codec.name, forecast.kind)
     if not compiling.ready(needed, worker.store, worker.compiles):  # while the disk works
         worker.unprepared()
         return
     weights = await reading
     device = CpuDevice(weights, worker.plan.context, threads, cache_codec)
-    loop = LayerLoop(worker, weights, device, threads)
+    shadow = None
+    if forecast.shadowed:
+        shadow = CpuShadow(weights, low_bits.read(Shadow.open(worker.store)), forecast, threads)
+    loop = LayerLoop(worker, weights, device, threads, shadow)
     stopped = asyncio.Event()
 
     def handle(message: Message) -> None:

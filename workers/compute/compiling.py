@@ -16,15 +16,20 @@ from pathlib import Path
 
 from pipeline.launch import module_command
 from storage.codecs import CODECS
+from storage.shadow import KIND as SHADOW
+from storage.shadow import Shadow
 from storage.store import Store
 from workers.compute.weights import attention_codecs, codecs
 
 Task = tuple[str, ...]  # a kind, and names of codecs
 
 
-def of_compute(store: Store, cache: str) -> list[Task]:
-    """What compute needs, for keys and values in the codec `cache`."""
-    weights = [("weights", codec.name) for codec in codecs(store)]
+def of_compute(store: Store, cache: str, kind: str) -> list[Task]:
+    """What compute needs, for keys and values in the codec `cache`, and a forecast of this kind."""
+    found = {codec.name for codec in codecs(store)} | (
+        {Shadow.open(store).codec} if kind == SHADOW else set()
+    )
+    weights = [("weights", name) for name in sorted(found)]
     return [*weights, *(("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store))]
 
 
@@ -68,7 +73,7 @@ def main(path: str, cache: str, activations: str, scorer: str, *task: str) -> in
         kernels.ACTIVATIONS.exact = activations == "exact"
         prepare(task, store)
         return 0
-    for one in [*of_compute(store, cache), *of_predictor(scorer)]:
+    for one in [*of_compute(store, cache, scorer), *of_predictor(scorer)]:
         command = module_command("workers.compute.compiling", path, cache, activations, scorer, *one)
         if status := subprocess.run(command, check=False).returncode:
             return status

@@ -28,6 +28,7 @@ from workers.compute.constraint import Constraint, Constraints, Unfollowable
 from workers.compute.device import Device
 from workers.compute.ring_units import Cancelled, RingUnits
 from workers.compute.sampling import choose, log_probability
+from workers.compute.shadow import Shadow
 
 
 class Engine:
@@ -43,8 +44,12 @@ class Engine:
         audit: Audit | None = None,
         constraints: Constraints | None = None,
         timeline: Timeline | None = None,
+        shadow: Shadow[Any] | None = None,
     ) -> None:
-        """`constraints`: of the model's tokenizer; without them no request has a grammar."""
+        """`constraints`: of the model's tokenizer; without them no request has a grammar.
+
+        `shadow`: of a forecast that is shadowed.
+        """
         self._architecture = architecture
         self._device = device
         self._plan = plan
@@ -52,8 +57,9 @@ class Engine:
         self._constraints = constraints
         self._cancelled = -1  # the run that was last asked to end
         self._units = RingUnits(
-            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline()
+            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline(), shadow
         )
+        self._shadow = shadow
         self.seconds, self.counts = self._units.seconds, self._units.counts
 
     # -- from other threads ---------------------------------------------------------------------
@@ -170,3 +176,5 @@ class Engine:
     def close(self) -> None:
         """Give the device's threads and memory back."""
         self._device.close()
+        if self._shadow is not None:
+            self._shadow.close()
