@@ -20,6 +20,9 @@ from storage.errors import ConfigError
 # How many of something: at most what every message between processes can carry.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 
+# From the weights as they are to the fastest that a model has: pipeline/quality.py.
+Quality = Literal["exact", "high", "balanced", "fast", "small"]
+
 Values = Mapping[str, Mapping[str, Any]]  # section → key → value; None says nothing
 NOTHING: Values = {}
 
@@ -42,6 +45,9 @@ class Model(Section):
 
 class Predictor(Section):
     """How the active neurons are foreseen."""
+
+    # A point between exact and fast: decides kind, threshold and full_rows here, and the dials of `experts`.
+    quality: Quality | None = None
 
     # auto: router for a mixture of experts, lowrank for ReLU, else all. shadow: a low-bit copy of every FFN
     # in memory serves all neurons, but for the few whose full rows count most.

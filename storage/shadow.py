@@ -19,16 +19,17 @@ import xxhash
 from storage import files
 from storage.architecture import layer as layer_part
 from storage.codecs import CODECS, F32, FLOATS
+from storage.convert.recipe import unit_width
 from storage.errors import StoreCorrupt, StoreError, UsageError, reason
 from storage.header import header_bytes
-from storage.layout import Role, Row, Unit
+from storage.layout import Row, Unit
 from storage.store import Store
 from storage.tensors import Tensors, codecs_text
 
 NAME, KIND = "shadow", "shadow"  # the file's in `predictors/`, and what its metadata say
 CODEC_OF = {4: "q4", 8: "q8"}  # by bits
 _LINE = 64  # bytes of a cache line: units in memory start there
-_ROWS = 1 << 22  # values rounded at once
+_VALUES = 1 << 22  # rounded at once
 _BLOCK = 16 << 20  # bytes hashed at once
 _UNKNOWN = "0" * 32  # as long as a hash
 Progress = Callable[[int, int], None]  # bytes done, and in all
@@ -59,7 +60,7 @@ class Shadow:
             raise StoreError(f"{path} is of other weights: make it again with `run.py shadow {store.path}`")
         found = cls(store, file)
         for index, part in enumerate(store.layout.layers):
-            for row in part.unit.rows if part.units else ():
+            for row in part.unit.rows:
                 if file.place(_name(index, row.role)).dtype != found.codec:
                     raise StoreError(f"{path} has several codecs")
         return found
@@ -70,25 +71,29 @@ class Shadow:
         return next(place.dtype for place in self.file.places.values() if place.dtype not in FLOATS)
 
     def unit(self, layer: int) -> Unit:
-        """How a neuron's low-bit rows lie in memory."""
-        unit = self.store.layout.layers[layer].unit
-        return Unit(tuple(Row(row.role, self.codec) for row in unit.rows), 1, unit.d_model, _LINE)
+        """How low-bit rows lie in memory: as in a store of so many bits."""
+        return _unit(self.store, layer, self.codec)
+
+    def units(self, layer: int) -> int:
+        return self.store.layout.layers[layer].units // self.unit(layer).width
 
     @property
     def bytes(self) -> int:
         """In memory."""
         layers = enumerate(self.store.layout.layers)
         return sum(
-            part.units * (self.unit(index).stride + np.dtype(np.float32).itemsize) for index, part in layers
+            self.units(index) * self.unit(index).stride + part.units * np.dtype(np.float32).itemsize
+            for index, part in layers
         )
 
     def read(self, layer: int, memory: npt.NDArray[np.uint8]) -> F32:
-        """Put a layer's rows into `memory` [units, stride]; returns the down rows' lengths [units]."""
-        part, unit = self.store.layout.layers[layer], self.unit(layer)
+        """Put a layer's rows into `memory` [units, stride]; returns the full down rows' lengths [neurons]."""
+        unit, units = self.unit(layer), self.units(layer)
         for row in unit.rows:
-            rows = self.file.read(_name(layer, row.role), (part.units, unit.row_bytes(row.role)))
-            unit.view(memory, row.role).values[:] = rows
-        return self.file.vector(_name(layer, "norm"), (part.units,))
+            count, _ = unit.shape(row.role)
+            rows = self.file.read(_name(layer, row.role), (units * count, unit.row_bytes(row.role) // count))
+            unit.view(memory, row.role).values[:] = rows.reshape(units, -1)
+        return self.file.vector(_name(layer, "norm"), (self.store.layout.layers[layer].units,))
 
 
 def _name(layer: int, part: str) -> str:
@@ -142,34 +147,44 @@ def write(store: Store, bits: int, progress: Progress = lambda done, total: None
     return path
 
 
+def _unit(store: Store, layer: int, codec: str) -> Unit:
+    full = store.layout.layers[layer].unit
+    width = unit_width(store.architecture.layers[layer].ffn, low=True)
+    return Unit(tuple(Row(row.role, codec) for row in full.rows), width, full.d_model, _LINE)
+
+
 def _tensors(store: Store, codec: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, codec and shape of everything in the file, in its order."""
     for index, part in enumerate(store.layout.layers):
-        if part.units:
-            for row in part.unit.rows:
-                yield _name(index, row.role), codec, (part.units, part.unit.d_model)
-            yield _name(index, "norm"), "float32", (part.units,)
+        unit = _unit(store, index, codec)
+        for row in unit.rows:
+            count, width = unit.shape(row.role)
+            yield _name(index, row.role), codec, (part.units // unit.width * count, width)
+        yield _name(index, "norm"), "float32", (part.units,)
 
 
 def _values(store: Store, codec: str, progress: Progress) -> Iterator[bytes | memoryview]:
     """The same tensors' bytes."""
     for index, part in enumerate(store.layout.layers):
-        if part.units:
-            units, lengths = store.read_layer(index), np.empty(part.units, np.float32)
-            for row in part.unit.rows:
-                for start, values in _widened(units, part.unit, row.role):
-                    if row.role == "down":
-                        lengths[start : start + len(values)] = np.linalg.norm(values, axis=1)
-                    yield CODECS[codec].narrow(values).data
-            yield lengths.astype("<f4").data.cast("B")
+        units, width = store.read_layer(index), _unit(store, index, codec).width
+        lengths = np.empty(part.units, np.float32)
+        step = max(1, _VALUES // (part.unit.d_model * width)) * width
+        for row in part.unit.rows:
+            for start in range(0, part.units, step):
+                values = part.unit.view(units[start : start + step], row.role).widened()
+                if row.role == "down":
+                    lengths[start : start + step] = np.linalg.norm(values, axis=1)
+                    if width > 1:
+                        values = _by_output(values, width)
+                yield CODECS[codec].narrow(values).data
+        yield lengths.astype("<f4").data.cast("B")
         progress(part.start + part.bytes, store.layout.total_bytes)
 
 
-def _widened(units: npt.NDArray[np.uint8], unit: Unit, role: Role) -> Iterator[tuple[int, F32]]:
-    """Some rows of a role after the others, with the first one's number."""
-    step = max(1, _ROWS // unit.d_model)
-    for start in range(0, len(units), step):
-        yield start, unit.view(units[start : start + step], role).widened()
+def _by_output(down: F32, width: int) -> F32:
+    """Columns as a wider unit has them: [units · d_model, width] from [neurons, d_model]."""
+    units = down.reshape(-1, width, down.shape[1]).swapaxes(1, 2)
+    return np.ascontiguousarray(units).reshape(-1, width)
 
 
 def verify(store: Store, progress: Progress = lambda done, total: None) -> None:

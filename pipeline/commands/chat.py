@@ -26,6 +26,7 @@ from pipeline.commands.options import (
     JsonSchema,
     Memory,
     Model,
+    Quality,
     Seed,
     Settings,
     Temperature,
@@ -66,6 +67,7 @@ def command(
     ] = "",
     memory: Memory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -88,6 +90,7 @@ def command(
     schema = read_schema(json_schema).text if json_schema else None
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": quality or None},
         "memory": {"budget": memory or None},
         "compute": {"context": context_tokens or None, "structured": True if schema else None},
         "sampling": {

@@ -19,6 +19,7 @@ from pipeline.commands.options import (
     JsonSchema,
     Memory,
     Model,
+    Quality,
     Seed,
     Settings,
     Temperature,
@@ -33,7 +34,7 @@ from pipeline.models.names import configure
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
-from pipeline.quality import quality_settings
+from pipeline.quality import describe as describe_quality
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
@@ -69,6 +70,7 @@ def command(
     model: Model = "",
     memory: Memory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
@@ -100,9 +102,6 @@ def command(
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
-    quality: Annotated[
-        str, typer.Option(help="exact, high or fast: see docs/quality.md.", show_default=False)
-    ] = "",
     verbose: Verbose = False,
     version: Annotated[
         bool,
@@ -122,6 +121,7 @@ def command(
     grammar = Grammar.of_schema(read_schema(json_schema)) if json_schema else None
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": quality or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,
@@ -135,8 +135,7 @@ def command(
             "top_k": top_k,
         },
     }
-    settings = [*quality_settings(quality), *(settings or ())]
-    source, config = configure(model, config_file, settings, values)
+    source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
     report = plan(store, config)
     params = _params(report.config, seed, ignore_eos, forced, grammar)
@@ -251,6 +250,8 @@ def tell_plan(store: Store, config: Config, report: PlanReport, *, verbose: bool
         say(describe_sampling(store, config))
     if (cost := read_cost(store)) is not None:
         say(cost.describe())
+    if line := describe_quality(store, report.config):
+        say(line)
     warn_if_dense(store, report)
 
 

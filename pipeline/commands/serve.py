@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import Bits, ChatTemplateFile, ConfigFile, Context, Memory, Model, Settings
+from pipeline.commands.options import (
+    Bits,
+    ChatTemplateFile,
+    ConfigFile,
+    Context,
+    Memory,
+    Model,
+    Quality,
+    Settings,
+)
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
 from storage.errors import UsageError, reason
@@ -50,6 +59,7 @@ def command(
     http: Http = "",
     memory: Memory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
     deadline: Annotated[
@@ -94,7 +104,16 @@ def command(
         check_http_packages()
     check_endpoint(address, keys)  # all before anything is loaded
     opened = open_ring(
-        model, memory, context_tokens, config_file, settings or (), chat_template, reuse_prefix, say, bits
+        model,
+        memory,
+        context_tokens,
+        config_file,
+        settings or (),
+        chat_template,
+        reuse_prefix,
+        say,
+        bits,
+        quality,
     )
     options = ServingOptions(
         endpoint=address,

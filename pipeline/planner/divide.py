@@ -94,7 +94,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     Raises BudgetError, naming the least that would do, when the budget is too small, and
     ConfigError for what cannot be.
     """
-    resolved, store = resolve(store, config), with_fewer(store, config)
+    resolved = resolve(store, config)
+    config, store = resolved.config, with_fewer(store, resolved.config)
     budget = parse_budget(config.memory.budget, store)
     least = _report(store, resolved, _least_slots(store, config), budget)
     units = store.layout.units
@@ -159,7 +160,8 @@ def _by_need(store: Store, resolved: Resolved, alike: PlanReport) -> PlanReport:
 
 def least(store: Store, config: Config) -> PlanReport:
     """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
-    resolved, store = resolve(store, config), with_fewer(store, config)
+    resolved = resolve(store, config)
+    config, store = resolved.config, with_fewer(store, resolved.config)
     return _report(store, resolved, _least_slots(store, config), None)
 
 

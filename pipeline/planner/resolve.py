@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline import dials
+from pipeline import dials, quality
 from pipeline.config import Config, Model
 from pipeline.planner import decoding
 from pipeline.ring.plan import Forecast, Kind
@@ -26,6 +26,7 @@ class Resolved:
 
 def resolve(store: Store, config: Config) -> Resolved:
     """Decide what is open. Raises ConfigError for what this model cannot do, StoreError for its damage."""
+    config = quality.applied(store, config)
     limit = store.architecture.max_positions
     context = config.compute.context or min(DEFAULT_CONTEXT, limit)
     if context > limit:
@@ -79,7 +80,17 @@ def _shadowed(store: Store, config: Config) -> Forecast:
         raise ConfigError(
             f"predictor.{which} is about full rows, and with predictor.full_rows 0 there are none"
         )
-    return Forecast("shadow", 0, False, False, pinned, wanted.cache_aware, full_rows=wanted.full_rows)
+    point = quality.measured(store, wanted.quality)
+    return Forecast(
+        "shadow",
+        0,
+        False,
+        False,
+        pinned,
+        wanted.cache_aware,
+        full_rows=wanted.full_rows,
+        thresholds=() if point is None else point.thresholds,
+    )
 
 
 def _kind(store: Store, config: Config) -> Kind:

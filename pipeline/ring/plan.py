@@ -33,6 +33,7 @@ class Forecast:
     prefer: float = 0.0  # `experts.prefer` of the configuration
     skip: float = 0.0  # `experts.skip`
     full_rows: float = 0.0  # of a shadow: the share of a layer's units whose full rows a token has
+    thresholds: tuple[float, ...] = ()  # of each layer: what a score must exceed; empty: full_rows decides
 
     @property
     def every(self) -> bool:
@@ -132,6 +133,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        forecast = Forecast(**{**data["forecast"], "pinned": frozenset(data["forecast"]["pinned"])})
+        said = data["forecast"]
+        forecast = Forecast(
+            **{**said, "pinned": frozenset(said["pinned"]), "thresholds": tuple(said["thresholds"])}
+        )
         lists = {name: tuple(data[name]) for name in ("units", "slots")}
         return cls(**{**data, **lists, "forecast": forecast})

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.ring.plan import Forecast
 from storage.codecs import F32
-from storage.layout import Unit
+from storage.layout import Rows, Unit
 from storage.shadow import Shadow as ShadowFile
 from workers import kernels
 from workers.compute.bound import BoundModel, Source
@@ -32,17 +32,16 @@ class Layer:
 
     unit: Unit
     memory: Bytes  # [units, stride]
-    lengths: F32  # [units]: of the full down rows
+    lengths: F32  # [neurons]: of the full down rows
 
 
 def read(file: ShadowFile) -> list[Layer]:
     """All layers. Raises StoreError for a damaged file."""
     found = []
-    for index, part in enumerate(file.store.layout.layers):
-        unit = file.unit(index)
-        memory = aligned(part.units * unit.stride).reshape(part.units, unit.stride)
-        lengths = file.read(index, memory) if part.units else np.empty(0, np.float32)
-        found.append(Layer(unit, memory, lengths))
+    for index in range(len(file.store.layout.layers)):
+        unit, units = file.unit(index), file.units(index)
+        memory = aligned(units * unit.stride).reshape(units, unit.stride)
+        found.append(Layer(unit, memory, file.read(index, memory)))
     return found
 
 
@@ -55,26 +54,25 @@ class CpuShadow:
         self._layers = layers
         self._rows = [UnitRows(one.unit) for one in layers]
         self._pool = Pool(threads)
-        most = max(len(one.memory) for one in layers)
-        self._ids: I32 = np.arange(most, dtype=np.int32)
-        self._activations = np.empty(most, np.float32)  # of the layer at hand
+        self._ids: I32 = np.arange(max(len(one.memory) for one in layers), dtype=np.int32)
+        neurons = max(one.lengths.size for one in layers)
+        self._activations = np.empty(neurons, np.float32)  # of the layer at hand
         self._index = 0  # the layer of the last choice
         self._chosen: Ids = NOTHING
 
     def choose(self, index: int, x: F32) -> Choice:
         layer = self._layers[index]
         self._index = index
-        activations, ids = self._activations[: len(layer.memory)], self._ids[: len(layer.memory)]
-        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._rows[index]
-        rows_of = rows.of(layer.memory)
+        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
+        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
         if ffn.kind == "gated":
             biases = bound.gate_bias, bound.up_bias
             kernels.activate_gated(
-                rows_of["gate"], rows_of["up"], ids, ids, x[0], biases, ffn, self._threads, activations
+                rows["gate"], rows["up"], ids, ids, x[0], biases, ffn, self._threads, activations
             )
         else:
             kernels.activate(
-                rows_of["up"],
+                rows["up"],
                 ids,
                 ids,
                 x[0],
@@ -84,12 +82,19 @@ class CpuShadow:
                 activations,
                 ffn.threshold,
             )
-        choice = self._graded(np.abs(activations) * layer.lengths)
+        choice = self._graded(np.abs(activations) * layer.lengths, index)
         self._chosen = choice.certain
         return choice
 
-    def _graded(self, scores: F32) -> Choice:
+    def _of(self, index: int) -> dict[str, Rows]:
+        """A layer's rows, by role."""
+        return self._rows[index].of(self._layers[index].memory)
+
+    def _graded(self, scores: F32, index: int) -> Choice:
         """The units of the largest scores, of equal ones the first."""
+        if self._forecast.thresholds:
+            threshold = np.float32(self._forecast.thresholds[index])
+            return self._with_doubtful(scores, (scores > threshold).nonzero()[0], threshold)
         count = round(self._forecast.full_rows * scores.size)
         if count in (0, scores.size):
             return Choice(np.arange(count), NOTHING)
@@ -98,6 +103,9 @@ class CpuShadow:
         if certain.size > count:
             equal = (scores[certain] == threshold).nonzero()[0]
             certain = np.delete(certain, equal[count - certain.size :])
+        return self._with_doubtful(scores, certain, threshold)
+
+    def _with_doubtful(self, scores: F32, certain: Ids, threshold: np.float32) -> Choice:
         if not self._forecast.cache_aware:
             return Choice(certain, NOTHING)
         likely = scores > RESIDENT * threshold
@@ -108,12 +116,11 @@ class CpuShadow:
         self._chosen = ids
 
     def rest(self) -> F32:
-        layer, rows = self._layers[self._index], self._rows[self._index]
-        units = len(layer.memory)
-        activations, ids = self._activations[:units], self._ids[:units]
+        layer, rows = self._layers[self._index], self._of(self._index)
+        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
         activations[self._chosen] = 0
         output = np.zeros(layer.unit.d_model, np.float32)
-        kernels.accumulate(rows.of(layer.memory)["down"], ids, ids, activations, output, self._threads)
+        kernels.accumulate(rows["down"], ids, ids, activations, output, self._threads)
         return output[None]
 
     def ffn(self, index: int, x: F32, every: bool) -> F32:

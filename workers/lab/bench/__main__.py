@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Memory, Model, Settings
+from pipeline.commands.options import Bits, ConfigFile, Memory, Model, Quality, Settings
 from pipeline.console import say
 from pipeline.models.names import configure
 from storage.errors import UsageError
@@ -26,6 +26,7 @@ def main(
     ),
     memory: Memory = BUDGET,
     bits: Bits = None,
+    quality: Quality = "",
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
     ] = "ablation,curve,disk,roofline",
@@ -89,7 +90,12 @@ def main(
         raise UsageError("--row names rows of the ablation, which --parts leaves out")
     if quick and memory != BUDGET:
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
-    source, config = configure(model, config_file, settings or (), {"model": {"bits": bits}})
+    source, config = configure(
+        model,
+        config_file,
+        settings or (),
+        {"model": {"bits": bits}, "predictor": {"quality": quality or None}},
+    )
     store = source.open_store()
     threads = threads or config.compute.threads
     # The rings are given the store, so they would not hear of a preset.

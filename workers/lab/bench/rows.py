@@ -86,7 +86,9 @@ def of_rings(
         )
         return found
 
-    compute = 1e3 * per_token(*(("compute", f"{phase}_seconds") for phase in ("attention", "ffn", "head")))
+    compute = 1e3 * per_token(
+        *(("compute", f"{phase}_seconds") for phase in ("attention", "shadow", "ffn", "head"))
+    )
     waiting = 1e3 * per_token(("compute", "waiting_seconds"))
     # Misses are what was read: also guesses that no set wanted.
     wasted = per_token(("cache", "decode_wasted"))
