@@ -221,7 +221,8 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
     architecture = store.architecture
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
-    mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
+    copy = Shadow.open(store).bytes if divided.forecast.shadowed else 0
+    mapped = resident + copy + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
     heads = sum(layer.attention.kv_heads * layer.attention.head_dim for layer in architecture.layers)
@@ -230,7 +231,7 @@ def _parts(store: Store, config: Config, divided: Plan) -> dict[str, int]:
         "resident weights": resident,
         "KV cache": cached,
         "predictors": _held_by_predictor(store, config, divided),
-        **({"shadow": Shadow.open(store).bytes} if divided.forecast.shadowed else {}),
+        **({"shadow": copy} if divided.forecast.shadowed else {}),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.ring.plan import Forecast
 from storage.codecs import F32
+from storage.files import drop_cache
 from storage.layout import Rows, Unit
 from storage.shadow import Shadow as ShadowFile
 from workers import kernels
@@ -42,6 +43,8 @@ def read(file: ShadowFile) -> list[Layer]:
         unit, units = file.unit(index), file.units(index)
         memory = aligned(units * unit.stride).reshape(units, unit.stride)
         found.append(Layer(unit, memory, file.read(index, memory)))
+    with file.file.path.open("rb") as opened:
+        drop_cache(opened.fileno())  # so that the page cache keeps no second copy
     return found
 
 
