@@ -2,7 +2,7 @@
 
 `run.py calibrate` measures it and writes it into the store. At every token a neuron of a layer has a score,
 made from the low-bit copy of its rows: `|a - centre| * norm`, where `a` is its activation, `centre` its usual
-one (counted where the others get that, see `Others`) and `norm` the length of its down row. Neurons whose
+one (zero but where the others get that, see `Others`) and `norm` the length of its down row. Neurons whose
 score exceeds the layer's threshold are chosen. docs/dial.md tells what each point costs.
 
 One safetensors file, bound to its store as predictors are. Tensors, float32, of layer i and of every point:
