@@ -21,6 +21,9 @@ from storage.errors import ConfigError
 # How many of something: at most what every message between processes can carry.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 
+# From the weights as they are to the fastest that a model has: pipeline/quality.py.
+Quality = Literal["exact", "high", "balanced", "fast", "small"]
+
 Values = Mapping[str, Mapping[str, Any]]  # section → key → value; None says nothing
 NOTHING: Values = {}
 
@@ -44,8 +47,12 @@ class Model(Section):
 class Predictor(Section):
     """How the active neurons are foreseen."""
 
-    # auto: router for a mixture of experts, lowrank for ReLU, else all
-    kind: Literal["auto", "lowrank", "oracle", "router", "all"] = "auto"
+    # A point between exact and fast: decides kind, threshold and full_rows here, and the dials of `experts`.
+    quality: Quality | None = None
+
+    # auto: router for a mixture of experts, lowrank for ReLU, else all. shadow: a low-bit copy of every FFN
+    # in memory serves all neurons, but for the few whose full rows count most.
+    kind: Literal["auto", "lowrank", "oracle", "router", "shadow", "all"] = "auto"
     lookahead: Annotated[int, Field(ge=0, le=8)] = 1  # layers
     # Whether a layer's set is predicted again from its own input; the early prediction is then only a guess,
     # which starts reads. Left out: yes, where the predictors can do it.
@@ -60,6 +67,9 @@ class Predictor(Section):
     # Of a mixture: experts that are read for a layer before its router has chosen, at most; they wait for all
     # reads that somebody waits for. 0: none.
     guesses: Annotated[int, Field(ge=0, le=4096)] = 2
+    # Of kind shadow: the share of a layer's neurons whose full rows a token has. 0: nothing is read, not even
+    # by a prompt.
+    full_rows: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class Cache(Section):

@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from storage import shadow
 from storage.bundles import BLOCK_BYTES, checksums, spans
 from storage.errors import StoreCorrupt, StoreError
 from storage.files import drop_cache
@@ -21,6 +22,8 @@ Progress = Callable[[str, int, int], None]  # (file name, bytes done, bytes in a
 def verify(path: Path, progress: Progress | None = None) -> None:
     """Read every byte that the manifest vouches for.
 
+    And the store's shadow, where it has one.
+
     Raises StoreCorrupt naming the first bad bundle (layer, neuron, byte offset) or the bad file,
     StoreError for a directory that cannot be opened as a store.
     """
@@ -31,6 +34,7 @@ def verify(path: Path, progress: Progress | None = None) -> None:
             _verify_file(store, name, report)
     _verify_order(store)
     _verify_bundles(store, report)
+    shadow.verify(store, lambda done, total: report(shadow.path_of(store).name, done, total))
 
 
 def _verify_file(store: Store, name: str, report: Progress) -> None:

@@ -15,8 +15,6 @@ from ring import PROMPT, config, generate, plan_for
 from safetensors.numpy import load_file
 from serving import served
 
-from pipeline.config import Config
-from pipeline.quality import POINTS, quality_settings
 from pipeline.ring.session import Session
 from pipeline.serving.client import Client
 from storage.convert import NeuronOrder, convert
@@ -155,12 +153,3 @@ def test_a_run_without_audit_has_no_picture(tmp_path):
     (tmp_path / "run.json").write_text('{"audit": null}', encoding="utf-8")
     with pytest.raises(UsageError, match="--audit"):
         audit_picture.main(tmp_path / "run.json", tmp_path / "audit.png")
-
-
-def test_named_points_are_valid_settings():
-    found = {name: Config.load(None, quality_settings(name)).predictor for name in POINTS}
-    assert found["exact"].kind == "all"
-    assert found["high"].threshold < Config().predictor.threshold < found["fast"].threshold
-    assert quality_settings("") == ()
-    with pytest.raises(UsageError, match="exact, high, fast"):
-        quality_settings("best")

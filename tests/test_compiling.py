@@ -54,7 +54,11 @@ def without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Without:
 
     def make(kernel: Any, store: Store) -> Path:
         chosen = plan_for(store, AUTO)
-        assert ready([*of_compute(store, "float32"), *of_predictor(chosen.forecast.kind)], store, True)
+        assert ready(
+            [*of_compute(store, "float32", chosen.forecast.kind), *of_predictor(chosen.forecast.kind)],
+            store,
+            True,
+        )
         full = Path(kernel._cache.cache_path)
         copy = shutil.copytree(full, tmp_path / "numba" / full.name)
         (index,) = copy.glob(f"*.{kernel.__name__}-*.nbi")

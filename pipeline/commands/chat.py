@@ -28,6 +28,7 @@ from pipeline.commands.options import (
     JsonSchema,
     Memory,
     Model,
+    Quality,
     Seed,
     Settings,
     Temperature,
@@ -70,6 +71,7 @@ def command(
     device: Device = "",
     device_memory: DeviceMemory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -92,6 +94,7 @@ def command(
     schema = read_schema(json_schema).text if json_schema else None
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": quality or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.options import Bits
+from pipeline.commands.shadow import make
 from pipeline.console import say
 from pipeline.models import builtin
 from pipeline.models.names import find_source
@@ -40,6 +41,12 @@ def command(
         ),
     ] = None,
     bits: Bits = None,
+    shadow: Annotated[
+        int | None,
+        typer.Option(
+            help="Also make the store's shadow, in 4 or 8 bits: see run.py shadow.", show_default=False
+        ),
+    ] = None,
     predictors_of: Annotated[
         Path | None,
         typer.Option(
@@ -58,4 +65,6 @@ def command(
         builtin.install(Store.open(out), bits)
     if trained is not None:
         copy_all(trained, Store.open(out))
+    if shadow is not None:
+        make(Store.open(out), shadow)
     say(f"{out} is ready: run.py --model {out}")

@@ -20,6 +20,7 @@ from pipeline.commands.options import (
     JsonSchema,
     Memory,
     Model,
+    Quality,
     Seed,
     Settings,
     Temperature,
@@ -34,7 +35,7 @@ from pipeline.models.names import configure, find_source
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
-from pipeline.quality import quality_settings
+from pipeline.quality import describe as describe_quality
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
@@ -72,6 +73,7 @@ def command(
     device: Device = "",
     device_memory: DeviceMemory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
@@ -113,9 +115,6 @@ def command(
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
-    quality: Annotated[
-        str, typer.Option(help="exact, high or fast: see docs/quality.md.", show_default=False)
-    ] = "",
     verbose: Verbose = False,
     version: Annotated[
         bool,
@@ -135,6 +134,7 @@ def command(
     grammar = Grammar.of_schema(read_schema(json_schema)) if json_schema else None
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": quality or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,
@@ -151,8 +151,7 @@ def command(
             "top_k": top_k,
         },
     }
-    settings = [*quality_settings(quality), *(settings or ())]
-    source, config = configure(model, config_file, settings, values)
+    source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
     report = plan(store, config)
     params = _params(report.config, seed, ignore_eos, forced, grammar)
@@ -274,6 +273,8 @@ def tell_plan(store: Store, config: Config, report: PlanReport, *, verbose: bool
         say(describe_sampling(store, config))
     if (cost := read_cost(store)) is not None:
         say(cost.describe())
+    if line := describe_quality(store, report.config):
+        say(line)
     warn_if_dense(store, report)
 
 

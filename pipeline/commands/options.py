@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.directories import check_writable
+from pipeline.quality import check_word
 
 Model = Annotated[
     str,
@@ -53,6 +54,16 @@ Context = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A TOML file as in configs/.", metavar="FILE")
+]
+Quality = Annotated[
+    str,
+    typer.Option(
+        help="exact, high, balanced, fast or small: the weights as they are, or less for a lower price; see "
+        "docs/quality.md. [default: as the model's configuration says]",
+        metavar="WORD",
+        show_default=False,
+        callback=check_word,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -17,6 +17,7 @@ from pipeline.commands.options import (
     DeviceMemory,
     Memory,
     Model,
+    Quality,
     Settings,
 )
 from pipeline.console import say
@@ -62,6 +63,7 @@ def command(
     device: Device = "",
     device_memory: DeviceMemory = "",
     bits: Bits = None,
+    quality: Quality = "",
     context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
     deadline: Annotated[
@@ -117,6 +119,7 @@ def command(
         bits,
         device,
         device_memory,
+        quality,
     )
     options = ServingOptions(
         endpoint=address,

@@ -26,6 +26,7 @@ from pipeline.ring.plan import BLOCK, BLOCKS, HOST, ROWS, TILE, Plan
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
+from storage.shadow import Shadow
 from storage.store import Store
 
 DEFAULT_WINDOW = 5  # tokens; the paper's k
@@ -115,7 +116,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     ConfigError for what cannot be.
     """
     check_draft_model(store, config)
-    resolved, store = resolve(store, config), with_fewer(store, config)
+    resolved = resolve(store, config)
+    config, store = resolved.config, with_fewer(store, resolved.config)
     resolved = replace(resolved, device_bytes=devices.limit(store, config))
     budget = parse_budget(config.memory.budget, store)
     least = _report(store, resolved, _least_slots(store, config), budget)
@@ -127,6 +129,8 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
             f"a memory budget of {size(budget)} is too small for {store.manifest.name}: "
             f"the least that would do is {math.ceil(least.total / (1 << 20))}MiB"
         )
+    if resolved.forecast.low:
+        return least
     if config.cache.slots_per_layer or not (open_layers := len(units) - len(resolved.forecast.pinned)):
         return least
     each = math.ceil(store.layout.stride * (1 + 2 / PAGE_TABLES + 1 / PINNED_PAGES))
@@ -146,6 +150,8 @@ def _affordable(room: int, layers: int, each: int, least: PlanReport, device_byt
 def _without_budget(store: Store, resolved: Resolved, available: int | None) -> PlanReport:
     """As many slots as the configuration says; where it does not, all that fit the machine, or a share."""
     cache, units = resolved.config.cache, store.layout.units
+    if resolved.forecast.low:
+        return _report(store, resolved, _floor(store), None)
     if cache.slots_per_layer:
         return _report(store, resolved, [cache.slots_per_layer] * len(units), None)
     share, why = cache.share, ""
@@ -185,7 +191,8 @@ def _by_need(store: Store, resolved: Resolved, alike: PlanReport) -> PlanReport:
 
 def least(store: Store, config: Config) -> PlanReport:
     """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
-    resolved, store = resolve(store, config), with_fewer(store, config)
+    resolved = resolve(store, config)
+    config, store = resolved.config, with_fewer(store, resolved.config)
     return _report(store, resolved, _least_slots(store, config), None)
 
 
@@ -259,7 +266,8 @@ def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int
     drafting = draft_store(config)
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
-    mapped = resident + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
+    copy = Shadow.open(store).bytes if divided.forecast.shadowed else 0
+    mapped = resident + copy + 2 * sum(shared.values())  # the segments by compute and by the prefetcher
     tables = mapped // PAGE_TABLES + shared["bundles"] // PINNED_PAGES
     staging = 2 * divided.staging * divided.stride
     processes = sum(BASES.values()) + devices.TORCH.get(config.compute.device, 0)
@@ -271,6 +279,7 @@ def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int
     return {
         **own,
         "predictors": _held_by_predictor(store, config, divided),
+        **({"shadow": copy} if divided.forecast.shadowed else {}),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
         "tables": sum(shared.values()),

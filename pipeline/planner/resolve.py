@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline import dials
+from pipeline import dials, quality
 from pipeline.config import Config, Model
 from pipeline.planner import decoding
 from pipeline.ring.plan import Forecast, Kind
+from storage import shadow
 from storage.errors import ConfigError, StoreError
 from storage.store import Store
 from storage.tensors import Tensors
@@ -26,6 +27,7 @@ class Resolved:
 
 def resolve(store: Store, config: Config) -> Resolved:
     """Decide what is open. Raises ConfigError for what this model cannot do, StoreError for its damage."""
+    config = quality.applied(store, config)
     limit = store.architecture.max_positions
     context = config.compute.context or min(DEFAULT_CONTEXT, limit)
     if context > limit:
@@ -47,6 +49,8 @@ def _forecast(store: Store, config: Config) -> Forecast:
     if kind == "router" and not store.architecture.mixture:
         raise ConfigError(f"predictor.kind router needs experts, and {store.manifest.name} has none")
     dials.check(store, config, kind)
+    if kind == "shadow":
+        return _shadowed(store, config)
     if kind == "oracle" and not store.architecture.sparse:
         raise ConfigError(
             "predictor.kind oracle needs a ReLU model, "
@@ -68,6 +72,28 @@ def _forecast(store: Store, config: Config) -> Forecast:
     return Forecast(kind, lookahead, refine, early, pinned, wanted.cache_aware, guesses, prefer, skip)
 
 
+def _shadowed(store: Store, config: Config) -> Forecast:
+    """Of a store with a shadow. Raises StoreError without one."""
+    shadow.Shadow.open(store)
+    wanted, pinned = config.predictor, _pinned_layers(store, config)
+    if not wanted.full_rows and (wanted.cache_aware or wanted.pinned_layers):
+        which = "cache_aware" if wanted.cache_aware else "pinned_layers"
+        raise ConfigError(
+            f"predictor.{which} is about full rows, and with predictor.full_rows 0 there are none"
+        )
+    point = quality.measured(store, wanted.quality)
+    return Forecast(
+        "shadow",
+        0,
+        False,
+        False,
+        pinned,
+        wanted.cache_aware,
+        full_rows=wanted.full_rows,
+        thresholds=() if point is None else point.thresholds,
+    )
+
+
 def _kind(store: Store, config: Config) -> Kind:
     """Raises ConfigError for predictors that are not there."""
     kind, name = config.predictor.kind, config.model.predictor
@@ -75,7 +101,13 @@ def _kind(store: Store, config: Config) -> Kind:
     if store.architecture.mixture and kind != "all":
         return "router" if kind == "auto" else kind
     if not has_predictors and (kind == "lowrank" or (kind == "auto" and name != Model().predictor)):
-        others = ", ".join(sorted(file.stem for file in store.predictors(name).parent.glob("*.safetensors")))
+        others = ", ".join(
+            sorted(
+                file.stem
+                for file in store.predictors(name).parent.glob("*.safetensors")
+                if file.stem != shadow.NAME
+            )
+        )
         raise ConfigError(
             f"{store.manifest.name} has no predictors named {name!r}{f', only {others}' if others else ''}: "
             f"make them with `run.py train-predictor --store {store.path} --name {name} --text FILE`, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["lowrank", "oracle", "router", "all"]  # of predictor
+Kind: TypeAlias = Literal["lowrank", "oracle", "router", "shadow", "all"]  # of predictor
 
 # How compute cuts the products of a prompt: the planner reserves scratch for as much, and whole blocks of
 # staging. They are the same in every ring, because the order of a sum, and with it the text, hangs on them.
@@ -36,6 +36,8 @@ class Forecast:
     guesses: int | None = None  # units that one guess may read; None: all that it lists
     prefer: float = 0.0  # `experts.prefer` of the configuration
     skip: float = 0.0  # `experts.skip`
+    full_rows: float = 0.0  # of a shadow: the share of a layer's units whose full rows a token has
+    thresholds: tuple[float, ...] = ()  # of each layer: what a score must exceed; empty: full_rows decides
 
     @property
     def every(self) -> bool:
@@ -48,9 +50,19 @@ class Forecast:
         return self.kind == "router"
 
     @property
+    def shadowed(self) -> bool:
+        """Whether compute chooses a token's units by their low-bit copy, which serves the others."""
+        return self.kind == "shadow"
+
+    @property
+    def low(self) -> bool:
+        """Whether the low-bit copy serves everything, prompts as well: nothing is read."""
+        return self.shadowed and self.full_rows == 0
+
+    @property
     def settled_by_cache(self) -> bool:
-        """Whether a token's experts depend on what is resident: then its router alone does not know them."""
-        return self.prefer > 0 or self.skip > 0
+        """Whether a token's set depends on what is resident: then whoever scores does not know it alone."""
+        return self.prefer > 0 or self.skip > 0 or (self.shadowed and self.cache_aware)
 
     @property
     def refines(self) -> bool:
@@ -128,6 +140,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        forecast = Forecast(**{**data["forecast"], "pinned": frozenset(data["forecast"]["pinned"])})
+        said = data["forecast"]
+        forecast = Forecast(
+            **{**said, "pinned": frozenset(said["pinned"]), "thresholds": tuple(said["thresholds"])}
+        )
         lists = {name: tuple(data[name]) for name in ("units", "slots")}
         return cls(**{**data, **lists, "forecast": forecast})

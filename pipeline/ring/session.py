@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-from pipeline import dials
+from pipeline import dials, quality
 from pipeline.config import Config
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
@@ -234,7 +234,7 @@ class Session:
             memory=MemoryUse(self.budget, self.ring.memory.bytes),
             pids=self.ring.pids,
             notes=self.ring.notes,
-            lossy=dials.in_words(self.store, self.config),
+            lossy=(*dials.in_words(self.store, self.config), *quality.in_words(self.store, self.config)),
         )
 
     def close(self) -> None:

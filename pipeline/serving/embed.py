@@ -47,12 +47,23 @@ class Pipeline:
         chat_template: Path | None = None,
         reuse_prefix: bool = False,
         bits: int | None = None,
+        quality: str = "",
     ) -> Pipeline:
         """Start a ring. The arguments are the command line's options; without `model`, the built-in one.
 
         Raises the FlashringError that the command line would show.
         """
-        opened = open_ring(model, memory, context, config, settings, chat_template, reuse_prefix, bits=bits)
+        opened = open_ring(
+            model,
+            memory,
+            context,
+            config,
+            settings,
+            chat_template,
+            reuse_prefix,
+            bits=bits,
+            quality=quality,
+        )
         return cls(opened.ring)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Answer:

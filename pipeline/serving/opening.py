@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import Values
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
+from pipeline.quality import check_word, describe
 from pipeline.ring.plan import Plan
 from pipeline.ring.session import Session
 from pipeline.serving.chat import ChatTemplate
@@ -38,13 +39,15 @@ def open_ring(
     bits: int | None = None,
     device: str = "",
     device_memory: str = "",
+    quality: str = "",
 ) -> OpenRing:
     """Find the model, divide the memory and start the ring; raises FlashringError.
 
-    `say` gets a line for each death and restart of the ring.
+    `say` gets a line for what its quality means, and for each death and restart of the ring.
     """
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": check_word(quality) or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context or None,
@@ -57,6 +60,8 @@ def open_ring(
         config = config.replace(compute={"structured": True})
     store = source.open_store()
     report = plan(store, config)
+    if line := describe(store, report.config):
+        say(line)
     template = _template(store, chat_template, say)
 
     def open_session() -> Session:

@@ -16,13 +16,16 @@ from pipeline.ring.plan import HOST
 from pipeline.ring.process import Worker, run_on_loop
 from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
 from storage.codecs import CODECS, Codec
+from storage.shadow import Shadow
 from storage.store import Store
 from workers import kernels
 from workers.compute import compiling
 from workers.compute.audit import Audit
 from workers.compute.bound import Source
 from workers.compute.constraint import Constraints
+from workers.compute.cpu import shadow as low_bits
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.shadow import CpuShadow
 from workers.compute.device import Device
 from workers.compute.drafts.lookup import Lookup
 from workers.compute.drafts.model import ModelDrafts
@@ -38,7 +41,13 @@ class LayerLoop:
     """The engine's thread: takes requests from a queue until it is told to end."""
 
     def __init__(
-        self, worker: Worker, weights: Source, device: Device[Any], threads: int, drafts: Drafting
+        self,
+        worker: Worker,
+        weights: Source,
+        device: Device[Any],
+        threads: int,
+        drafts: Drafting,
+        shadow: CpuShadow | None,
     ) -> None:
         self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
@@ -56,6 +65,7 @@ class LayerLoop:
             audit,
             constraints,
             worker.timeline,
+            shadow,
             drafts,
             even_forced=worker.config.drafts.kind != "auto",
         )
@@ -113,13 +123,18 @@ async def main(worker: Worker) -> None:
     reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store)
     drafting = draft_store(worker.config)
     for store in (worker.store, drafting) if drafting else (worker.store,):
-        needed = compiling.of_compute(store, cache_codec.name, where if store is worker.store else "cpu")
+        own = store is worker.store
+        of = (worker.plan.forecast.kind, where) if own else ("all", "cpu")
+        needed = compiling.of_compute(store, cache_codec.name, *of)
         if not compiling.ready(needed, store, worker.compiles):  # while the disk works
             worker.unprepared()
             return
     weights = await reading
     device = _device(worker, weights, threads, cache_codec)
-    loop = LayerLoop(worker, weights, device, threads, _drafts(worker, drafting, threads))
+    shadow, forecast = None, worker.plan.forecast
+    if forecast.shadowed:
+        shadow = CpuShadow(weights, low_bits.read(Shadow.open(worker.store)), forecast, threads)
+    loop = LayerLoop(worker, weights, device, threads, _drafts(worker, drafting, threads), shadow)
     stopped = asyncio.Event()
 
     def handle(message: Message) -> None:

@@ -16,15 +16,23 @@ from pathlib import Path
 
 from pipeline.launch import module_command
 from storage.codecs import CODECS
+from storage.shadow import KIND as SHADOW
+from storage.shadow import Shadow
 from storage.store import Store
 from workers.compute.weights import attention_codecs, codecs
 
 Task = tuple[str, ...]  # a kind, and names of codecs
 
 
-def of_compute(store: Store, cache: str, device: str = "cpu") -> list[Task]:
-    """What compute needs, for keys and values in the codec `cache`; on other devices a router's product."""
-    weights = [("weights", codec.name) for codec in codecs(store)]
+def of_compute(store: Store, cache: str, kind: str, device: str = "cpu") -> list[Task]:
+    """What compute needs, for keys and values in the codec `cache`, and a forecast of this kind.
+
+    On other devices than the CPU that is a router's product.
+    """
+    found = {codec.name for codec in codecs(store)} | (
+        {Shadow.open(store).codec} if kind == SHADOW else set()
+    )
+    weights = [("weights", name) for name in sorted(found)]
     if device != "cpu":
         return [*weights] if store.architecture.mixture else []
     return [*weights, *(("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store))]
@@ -70,7 +78,7 @@ def main(path: str, cache: str, activations: str, scorer: str, device: str, *tas
         kernels.ACTIVATIONS.exact = activations == "exact"
         prepare(task, store)
         return 0
-    for one in [*of_compute(store, cache, device), *of_predictor(scorer)]:
+    for one in [*of_compute(store, cache, scorer, device), *of_predictor(scorer)]:
         command = module_command("workers.compute.compiling", path, cache, activations, scorer, device, *one)
         if status := subprocess.run(command, check=False).returncode:
             return status

@@ -32,6 +32,7 @@ from workers.compute.drafts.steps import Steps
 from workers.compute.drafts.worth import Worth
 from workers.compute.ring_units import Cancelled, RingUnits
 from workers.compute.sampling import choose, log_probability
+from workers.compute.shadow import Shadow
 
 
 class Engine:
@@ -47,12 +48,14 @@ class Engine:
         audit: Audit | None = None,
         constraints: Constraints | None = None,
         timeline: Timeline | None = None,
+        shadow: Shadow[Any] | None = None,
         drafts: Source | None = None,
         even_forced: bool = False,
     ) -> None:
         """`constraints`: of the model's tokenizer; without them no request has a grammar.
 
-        `drafts` are used where plan and device have room for them, with forced tokens only if `even_forced`.
+        `shadow`: of a forecast that is shadowed. `drafts` are used where plan and device have room for them, with
+        forced tokens only if `even_forced`.
         """
         self._architecture = architecture
         self._device = device
@@ -65,8 +68,9 @@ class Engine:
         self._worth = Worth(most)
         self._cancelled = -1  # the run that was last asked to end
         self._units = RingUnits(
-            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline()
+            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline(), shadow
         )
+        self._shadow = shadow
         self.seconds, self.counts = self._units.seconds, self._units.counts
 
     # -- from other threads ---------------------------------------------------------------------
@@ -214,3 +218,5 @@ class Engine:
         self._device.close()
         if self._drafts is not None:
             self._drafts.close()
+        if self._shadow is not None:
+            self._shadow.close()

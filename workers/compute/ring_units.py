@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.ring.counters import KEPT, of_layer
-from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, PartDone, Step
+from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, NeuronsPredicted, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
 from pipeline.ring.timeline import ANNOUNCED, COMPLETE, COMPUTED, KNOWN, NEEDED, Timeline
 from workers.compute.audit import Audit
 from workers.compute.device import I32, Device, LayerFfn
 from workers.compute.parts import Part, Parts
+from workers.compute.shadow import Choice, Shadow
+from workers.predictor.scorer import NOTHING
 from workers.routing import Ids, by_use
 
 _PATIENCE = 0.2  # seconds between looks at `stopped` while waiting for parts
@@ -57,9 +59,11 @@ class RingUnits:
         audit: Audit | None,
         cancelled: Callable[[int], bool],
         timeline: Timeline,
+        shadow: Shadow[Any] | None = None,
     ) -> None:
-        """`cancelled(run)` is asked between layers of a prefill."""
+        """`cancelled(run)` is asked between layers of a prefill; `shadow`: of a forecast that is shadowed."""
         self._device = device
+        self._shadow = shadow
         self._plan = plan
         self._segments = segments
         self._channel = channel
@@ -95,12 +99,32 @@ class RingUnits:
 
     def announce(self, index: int, hidden: Any) -> None:
         """Write the last rows of `hidden` [rows, d_model] and tell the predictor."""
-        if not self._asks:
+        if not self._asks or self._plan.forecast.low:
+            return
+        if self._shadow is not None and not self._step.every:
+            self._choose(self._shadow, index, hidden)
             return
         self._rows = rows = min(hidden.shape[0], self._plan.hidden_rows)
         self._segments.hidden[index + 1, :rows] = self._device.host(hidden[-rows:])
         if not self._by_choice(index):
             self._tell(index, (), 0)
+
+    def _choose(self, shadow: Shadow[Any], index: int, hidden: Any) -> None:
+        """Tell the cache which units of a layer this token wants in full."""
+        if index == EMBEDDING:
+            return
+        whole = index in self._plan.forecast.pinned
+        started = time.perf_counter()
+        choice = Choice(NOTHING, NOTHING) if whole else shadow.choose(index, hidden)
+        self._spend("shadow", started)
+        certain, doubtful = choice.certain.size, choice.doubtful.size
+        row = self._segments.predicted[index, 0]
+        row[:certain], row[certain : certain + doubtful] = choice.certain, choice.doubtful
+        self._stamp(ANNOUNCED, index)
+        message = NeuronsPredicted(
+            self._run, self._step, index, False, whole, certain, doubtful, None, self._done
+        )
+        self._channel.send("cache", message)
 
     def routed(self, index: int, ids: Ids) -> None:
         """Tell the predictor which experts the rows have."""
@@ -128,10 +152,13 @@ class RingUnits:
             self._spend("attention", self._mark)
         if not self._asks:
             return self._resident(index, self._device.ffn(index, ffn_input))
+        if self._plan.forecast.low:
+            return self._low(index, ffn_input)
         table, neurons = self._segments.wanted[index], 0
         parts = self._arriving(index)
         if self._settled_by_cache(index):
             parts = self._settle(index, parts)
+        rest = self._rest(index)
         ffn = self._device.ffn(index, ffn_input)
         self._stamp(NEEDED, index)
         for part in parts:
@@ -150,7 +177,7 @@ class RingUnits:
         if self._plan.whole:
             self._kept[index] = table[ID, :neurons].copy(), table[SLOT, :neurons].copy()
         started = time.perf_counter()
-        output = ffn.finish()
+        output = ffn.finish() if rest is None else ffn.finish() + rest
         if not self._step.every:
             self._spend("ffn", started)
         self._stamp(COMPUTED, index)
@@ -170,16 +197,41 @@ class RingUnits:
         return output
 
     def _settled_by_cache(self, index: int) -> bool:
-        """Whether a token's experts of this layer are those that come, not those that its router chose."""
+        """Whether a token's units of this layer are those that come, not those that were chosen."""
         forecast = self._plan.forecast
         return forecast.settled_by_cache and not self._step.every and index not in forecast.pinned
 
     def _settle(self, index: int, parts: Iterator[Part]) -> Iterator[Part]:
-        """Wait for the schedule, after which the table tells the token's experts; the same parts."""
+        """Wait for the schedule, after which the table tells the token's units; the same parts."""
         first = next(parts)
-        ids = self._segments.wanted[index, ID, : first.whole]
-        self._device.settle(index, np.sort(ids).astype(np.intp)[None])
+        ids = np.sort(self._segments.wanted[index, ID, : first.whole]).astype(np.intp)
+        if self._shadow is None:
+            self._device.settle(index, ids[None])
+        else:
+            self._shadow.settle(ids)
         return chain((first,), parts)
+
+    def _rest(self, index: int) -> Any:
+        """What a token's units add that it does not want in full, while those are read; None: all are."""
+        if self._shadow is None or self._step.every or index in self._plan.forecast.pinned:
+            return None
+        started = time.perf_counter()
+        rest = self._shadow.rest()
+        self._spend("shadow", started)
+        return rest
+
+    def _low(self, index: int, ffn_input: Any) -> Any:
+        """The output of a layer that nothing is read for."""
+        assert self._shadow is not None
+        started = time.perf_counter()
+        output = self._shadow.ffn(index, ffn_input, self._step.every)
+        self._finish(index)
+        if not self._step.every:
+            self._spend("ffn", started)
+        elif self._cancelled(self._run):
+            raise Cancelled
+        self._mark = time.perf_counter()
+        return output
 
     def _resident(self, index: int, ffn: LayerFfn[Any]) -> Any:
         """The output of a layer whose units stay where they are."""

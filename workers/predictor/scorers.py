@@ -39,5 +39,5 @@ SCORERS: dict[str, Callable[[Store, Config, Forecast], Scorer]] = {
 
 
 def load_scorer(store: Store, config: Config, forecast: Forecast) -> Scorer | None:
-    """The scorer of the forecast's kind; None for `all`."""
-    return None if forecast.every else SCORERS[forecast.kind](store, config, forecast)
+    """The scorer of the forecast's kind; None for `all`, and where compute chooses by its shadow."""
+    return None if forecast.every or forecast.shadowed else SCORERS[forecast.kind](store, config, forecast)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Device, DeviceMemory, Memory, Model, Settings
+from pipeline.commands.options import Bits, ConfigFile, Device, DeviceMemory, Memory, Model, Quality, Settings
 from pipeline.config import Values
 from pipeline.console import say
 from pipeline.models.names import configure
@@ -29,6 +29,7 @@ def main(
     device: Device = "",
     device_memory: DeviceMemory = "",
     bits: Bits = None,
+    quality: Quality = "",
     parts: Annotated[
         str, typer.Option(help="Which of ablation,curve,disk,roofline; empty: only --peers.", metavar="LIST")
     ] = "ablation,curve,disk,roofline",
@@ -94,6 +95,7 @@ def main(
         raise UsageError("--quick has a budget of its own: leave out --memory, or --quick")
     values: Values = {
         "model": {"bits": bits},
+        "predictor": {"quality": quality or None},
         "compute": {"device": device or None, "device_memory": device_memory or None},
     }
     source, config = configure(model, config_file, settings or (), values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.quality import FULL_ROWS
 from storage.errors import UsageError
 from workers.lab.bench.job import BenchJob
 from workers.lab.bench.rows import NAIVE, ROUTED, TECHNIQUES, Row
@@ -40,6 +41,8 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
 
     `only` those of some names, if any are given; UsageError for a name that the first store has not.
 
+    A model without zeros that has a shadow has a row for each quality.
+
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
     cache-aware. Predictors that must look ahead overlap in every row. A mixture has rows of its own.
     """
@@ -58,7 +61,7 @@ def _of_mixture(job: BenchJob) -> list[Series]:
 
 def _of_neurons(job: BenchJob) -> list[Series]:
     # Nothing overlaps before the row that says so; without predictors there is none but this.
-    every = {"predictor.kind": "all", "predictor.cache_aware": "false"}
+    every = {"predictor.kind": "all", "predictor.cache_aware": "false", "predictor.quality": "exact"}
     if job.has_predictors:
         every["predictor.lookahead"] = "0"
     rows = [job.ring("hybrid", TECHNIQUES[:1], every, streams=True)]
@@ -74,7 +77,16 @@ def _of_neurons(job: BenchJob) -> list[Series]:
             aware = {**settings, **CACHE_AWARE}
             if job.knows(aware):
                 rows.append(job.ring(f"{name}, cache-aware", TECHNIQUES, aware))
+    elif job.has_shadow:
+        rows += [job.ring(f"quality {word}", TECHNIQUES[:1], settings) for word, settings in qualities(job)]
     return rows
+
+
+def qualities(job: BenchJob) -> list[tuple[str, dict[str, str]]]:
+    """The points of a store with a shadow: the one that was asked for, or all."""
+    asked = job.resolved().predictor.quality
+    words = FULL_ROWS if asked is None else [asked] if asked in FULL_ROWS else []
+    return [(word, {"predictor.quality": word}) for word in words]
 
 
 def strict(job: BenchJob, rows: list[Row]) -> Series | None:

@@ -14,6 +14,7 @@ from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import least
 from pipeline.planner.resolve import resolve
 from storage.errors import ConfigError, UsageError, reason
+from storage.shadow import path_of
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.bench import children, rows
@@ -71,6 +72,10 @@ class BenchJob:
     @property
     def has_predictors(self) -> bool:
         return self.resolved().predictor.kind == "lowrank"
+
+    @property
+    def has_shadow(self) -> bool:
+        return path_of(self.store).is_file()
 
     def resolved(self, settings: Mapping[str, str] | None = None) -> Config:
         """The configuration of a ring with these settings and no budget."""

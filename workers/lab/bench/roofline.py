@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.planner.budget import checkpoint_bytes
 from storage.architecture import EMBED, POSITIONS
 from storage.manifest import RESIDENT
+from storage.shadow import Shadow
 from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.bench import children
@@ -93,9 +94,16 @@ def resident_bytes(job: BenchJob) -> int:
 
 
 def memory_bytes(job: BenchJob, row: Row) -> float:
-    """Bytes that the kernels and the predictor must read of DRAM for one token of `row`."""
+    """Bytes that the kernels and the predictor must read of DRAM for one token of `row`.
+
+    A shadow's down rows of neurons that have their full rows are counted as well.
+    """
     own = job.resolved(row.settings)
-    predictors = predictor_bytes(job.store, own) if own.predictor.kind == "lowrank" else 0
+    predictors = 0
+    if own.predictor.kind == "lowrank":
+        predictors = predictor_bytes(job.store, own)
+    elif own.predictor.kind == "shadow":
+        predictors = Shadow.open(job.store).bytes
     return resident_bytes(job) + predictors + row.touched_bytes
 
 

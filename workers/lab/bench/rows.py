@@ -88,7 +88,8 @@ def of_rings(
         )
         return found
 
-    compute = 1e3 * per_token(*(("compute", f"{phase}_seconds") for phase in ("attention", "ffn", "head")))
+    phases = ("attention", "shadow", "ffn", "head")
+    compute = 1e3 * per_token(*(("compute", f"{phase}_seconds") for phase in phases))
     transfer = 1e3 * per_token(("compute", "decode_transfer_seconds"))  # within the FFN's
     compute = max(0.0, compute - transfer)
     waiting = 1e3 * per_token(("compute", "waiting_seconds"))

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Model, Picture, Settings
+from pipeline.commands.options import Bits, ConfigFile, Model, Picture, Quality, Settings
 from pipeline.config import Config
 from pipeline.console import tables
 from pipeline.cores import thread_count
@@ -35,6 +35,7 @@ from workers.lab.training.texts import documents, rows
 def main(
     model: Model = "",
     bits: Bits = None,
+    quality: Quality = "",
     tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}, by commas.")] = "",
     data: Annotated[Path | None, typer.Option(help="The directory with a file for every task.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text whose perplexity is wanted; may be .xz.")] = None,
@@ -76,7 +77,12 @@ def main(
     _check(names, data, text)
     if tokens == 1:
         raise UsageError("--tokens 1 is too few: perplexity is of the tokens that follow others")
-    source, config = configure(model, config_file, settings or (), {"model": {"bits": bits}})
+    source, config = configure(
+        model,
+        config_file,
+        settings or (),
+        {"model": {"bits": bits}, "predictor": {"quality": quality or None}},
+    )
     store = source.open_store()
     config = resolve(store, config).config
     named = _points(

@@ -15,7 +15,7 @@ import torch
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
-from pipeline.quality import quality_settings
+from pipeline.quality import check_word
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.sampling import Sampling
 from pipeline.ring.session import Session
@@ -36,7 +36,8 @@ class Harness:
 
     def __init__(self, model: str = "", settings: Sequence[str] = (), quality: str = "", threads: int = 0):
         """`settings`: `section.key=value`, as `--set`. Raises what the main job's start raises."""
-        source, config = configure(model, None, [*quality_settings(quality), *settings])
+        chosen = {"predictor": {"quality": check_word(quality) or None}}
+        source, config = configure(model, None, settings, chosen)
         self._store = source.open_store()
         self._config = config
         self._chooser = make_chooser(self._store, self._config)

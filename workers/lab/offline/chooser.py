@@ -23,7 +23,9 @@ from storage.errors import ConfigError
 from storage.store import Decider, Store
 from workers.cache.policies import make_policy
 from workers.cache.residency import Residency
+from workers.lab.offline.dense import Rest
 from workers.lab.offline.replay import turn
+from workers.lab.offline.shadow import ShadowScores
 from workers.predictor import lowrank
 from workers.predictor.lowrank import LowRank
 from workers.predictor.oracle import MARGIN
@@ -105,6 +107,16 @@ class RingChooser:
     def early(self) -> bool:
         return self.forecast.early
 
+    @property
+    def prefills(self) -> bool:
+        """Whether a prompt has every neuron."""
+        return not self.forecast.low
+
+    @property
+    def rest(self) -> Rest | None:
+        """What neurons that are not chosen add all the same."""
+        return self.scores.rest if isinstance(self.scores, ShadowScores) else None
+
     def sources(self, layer: int) -> int:
         if self.forecast.from_own_input:
             return layer
@@ -133,7 +145,9 @@ class RingChooser:
 class CacheAwareChooser(RingChooser):
     """Chooses by what is resident, too: its source rows are the tokens of one ring's life, in their order."""
 
-    def __init__(self, forecast: Forecast, scores: LowRankScores, residencies: Sequence[Residency]) -> None:
+    def __init__(
+        self, forecast: Forecast, scores: LowRankScores | ShadowScores, residencies: Sequence[Residency]
+    ) -> None:
         """`residencies`: every layer's, as a ring starts with them."""
         super().__init__(forecast, scores)
         self._graded = scores
@@ -172,8 +186,12 @@ def make_chooser(store: Store, config: Config, in_order: bool = False) -> RingCh
         return None
     if forecast.kind == "oracle":
         return RingChooser(forecast, OracleScores(store))
-    scorer = lowrank.load(store, config.model.predictor, forecast, 0.0)
-    scores = LowRankScores(scorer.maps, config.predictor.threshold)
+    scores: LowRankScores | ShadowScores
+    if forecast.shadowed:
+        scores = ShadowScores(store, forecast)
+    else:
+        scorer = lowrank.load(store, config.model.predictor, forecast, 0.0)
+        scores = LowRankScores(scorer.maps, config.predictor.threshold)
     if not forecast.cache_aware:
         return RingChooser(forecast, scores)
     if not in_order:

@@ -25,6 +25,8 @@ Bytes = npt.NDArray[np.uint8]
 # Of a layer, what was announced and the FFN's input, [sequences · tokens, d_model]: which neurons are
 # summed for each row, [sequences · tokens, neurons]; None: all of them.
 Mask = Callable[[int, Tensor, Tensor], Tensor | None]
+# Of a layer, the FFN's input and the neurons that are summed: what the others add, shaped as the input.
+Rest = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class _Whole:
     device: TorchDevice
     mask: Mask | None
     memory: Bytes | None  # [units, stride]; None: read from the store
+    rest: Rest | None = None
     announced: Tensor | None = None
     ffn_input: Tensor | None = None
 
@@ -53,7 +56,9 @@ class _Whole:
         ids = np.arange(memory.shape[0], dtype=np.int32)
         ffn.add(ids, ids, memory)
         ffn.close()
-        return ffn.finish()
+        if self.rest is None or chosen is None:
+            return ffn.finish()
+        return ffn.finish() + self.rest(index, ffn_input, chosen)
 
 
 class DenseModel:
@@ -82,14 +87,16 @@ class DenseModel:
         mask: Mask | None = None,
         units: Bytes | None = None,
         early: bool = False,
+        rest: Rest | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The layer's FFN input and its output.
 
         Only the neurons of a `mask` are summed, as if a predictor had chosen them from what was announced:
         the FFN's input unless `early`. `units` saves reading the layer again (`Store.read_layer`).
+        `rest` is what its other neurons add all the same.
         """
         self._device.begin(0, x.shape[1], every=True, sequences=x.shape[0])
-        whole = _Whole(self.store, self._device, mask, units)
+        whole = _Whole(self.store, self._device, mask, units, rest)
         layer = self.architecture.layers[index]
         output = run_layer(layer, self._device, index, x.flatten(0, 1), whole, early)
         assert whole.ffn_input is not None

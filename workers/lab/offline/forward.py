@@ -56,9 +56,12 @@ def forward(
             if see is not None:
                 active = positive(model.store.deciding(layer, units), ffn_input)
                 see(layer, Sets(active, chosen, guessed))
-            return None if chosen is None else _with_first(chosen, tokens.shape)
+            if chosen is None or (chooser is not None and not chooser.prefills):
+                return chosen
+            return _with_first(chosen, tokens.shape)
 
-        _, x = model.layer(index, x, mask, units, early=chooser is not None and chooser.early)
+        rest = None if chooser is None else chooser.rest
+        _, x = model.layer(index, x, mask, units, chooser is not None and chooser.early, rest)
         states.pop(index - keep, None)
     return x
 

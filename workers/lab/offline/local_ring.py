@@ -20,11 +20,13 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT
 from pipeline.ring.timeline import Timeline
 from storage.codecs import CODECS, F32
+from storage.shadow import Shadow
 from storage.store import Store
 from workers.cache.layers import Instruction, LayerCache
 from workers.cache.policies import make_policy
 from workers.compute.blocks import run
 from workers.compute.cpu.device import CpuDevice
+from workers.compute.cpu.shadow import CpuShadow, read
 from workers.compute.device import Bytes
 from workers.compute.ring_units import RingUnits
 from workers.compute.weights import Weights
@@ -50,7 +52,12 @@ class LocalRing:
             lambda layer: make_policy(plan.units[layer], config.cache),
         )
         self._device = CpuDevice(weights, plan.context, threads, CODECS[plan.cache_dtype])
-        self._loop = RingUnits(self._device, plan, self._memory, self, None, lambda _: False, Timeline())
+        self._shadow = None
+        if plan.forecast.shadowed:
+            self._shadow = CpuShadow(weights, read(Shadow.open(store)), plan.forecast, threads)
+        self._loop = RingUnits(
+            self._device, plan, self._memory, self, None, lambda _: False, Timeline(), self._shadow
+        )
         self._parts: deque[LayerPart] = deque()
         self.read = 0  # units that tokens read, also as guesses; not those of prompts
 
@@ -82,6 +89,8 @@ class LocalRing:
             case HiddenReady():
                 for prediction in self._prediction.handle(message):
                     self._predicted(prediction)
+            case NeuronsPredicted():
+                self._predicted(message)
             case PartDone():
                 self._follow(self.cache.handle(message))
             case _:
@@ -117,3 +126,5 @@ class LocalRing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._device.close()
+        if self._shadow is not None:
+            self._shadow.close()

@@ -17,6 +17,7 @@ from pipeline.commands.options import JsonFile
 from pipeline.console import say
 from pipeline.cores import thread_count
 from pipeline.progress import Progress
+from storage import shadow as shadows
 from storage.convert.recipe import Recipe
 from storage.errors import UsageError, reason
 from storage.manifest import MANIFEST
@@ -70,6 +71,14 @@ def create(
             help="With --bits 4: attention has four bits, too, and no minima, as in Q4_0.",
         ),
     ] = False,
+    shadow: Annotated[
+        int | None,
+        typer.Option(
+            help="With --bits 16: also the store's shadow, in 4 or 8 bits; see run.py shadow.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     no_locality: Annotated[
         bool, typer.Option("--no-locality", help="A mixture's experts follow the token alone.")
     ] = False,
@@ -92,8 +101,8 @@ def create(
             "in serve, bench and evaluate"
         )
     if find_shape(shape).mixture:
-        if activation or small:
-            raise UsageError("--activation and --small are for models without experts")
+        if activation or small or shadow is not None:
+            raise UsageError("--activation, --small and --shadow are for models without experts")
         bits = 4 if bits is None else bits
         _mixture(MixtureRequest(find_shape(shape), layers, seed, rate, not no_locality, bits, tokenizer), out)
         return
@@ -101,11 +110,15 @@ def create(
         raise UsageError(f"--no-locality is for mixtures: {', '.join(MIXTURES)}")
     if small and bits != 4:
         raise UsageError("--small is for --bits 4")
+    if shadow is not None and bits != 16:
+        raise UsageError("--shadow is for --bits 16")
     request = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
     if bits is not None:
         recipe = Recipe.small() if small else Recipe.of(bits)
         with Progress(f"synthesising {shape}") as progress:
-            write_store(request, recipe, out, progress)
+            store = write_store(request, recipe, out, progress)
+            if shadow is not None:
+                shadows.write(store, shadow, lambda done, total: progress("shadow", done, total))
         say(f"{out} is a synthetic store of the shape {shape}, seed {seed}, rate {rate:g}")
         return
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():

@@ -1,0 +1,143 @@
+"""The shadow on the CPU: the kernels of a token and of a prompt, over units in few bits that never leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.ring.plan import Forecast
+from storage.codecs import F32
+from storage.files import drop_cache
+from storage.layout import Rows, Unit
+from storage.shadow import Shadow as ShadowFile
+from workers import kernels
+from workers.compute.bound import BoundModel, Source
+from workers.compute.cpu.batch import BatchFfn
+from workers.compute.cpu.pool import Pool
+from workers.compute.cpu.token import TokenFfn
+from workers.compute.cpu.units import UnitRows
+from workers.compute.device import I32, Bytes
+from workers.compute.shadow import Choice
+from workers.compute.weights import aligned
+from workers.predictor.scorer import NOTHING
+from workers.routing import Ids
+
+RESIDENT = 0.5  # of a score's threshold: what a unit must exceed that need not be read, under `cache_aware`
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's units in few bits, and what their activations are multiplied with for a score."""
+
+    unit: Unit
+    memory: Bytes  # [units, stride]
+    lengths: F32  # [neurons]: of the full down rows
+
+
+def read(file: ShadowFile) -> list[Layer]:
+    """All layers. Raises StoreError for a damaged file."""
+    found = []
+    for index in range(len(file.store.layout.layers)):
+        unit, units = file.unit(index), file.units(index)
+        memory = aligned(units * unit.stride).reshape(units, unit.stride)
+        found.append(Layer(unit, memory, file.read(index, memory)))
+    with file.file.path.open("rb") as opened:
+        drop_cache(opened.fileno())  # so that the page cache keeps no second copy
+    return found
+
+
+class CpuShadow:
+    """`shadow.Shadow` over numpy arrays. Results do not depend on the number of threads."""
+
+    def __init__(self, source: Source, layers: Sequence[Layer], forecast: Forecast, threads: int) -> None:
+        self._architecture, self._forecast, self._threads = source.architecture, forecast, threads
+        self._bound = BoundModel.of(source).layers
+        self._layers = layers
+        self._rows = [UnitRows(one.unit) for one in layers]
+        self._pool = Pool(threads)
+        self._ids: I32 = np.arange(max(len(one.memory) for one in layers), dtype=np.int32)
+        neurons = max(one.lengths.size for one in layers)
+        self._activations = np.empty(neurons, np.float32)  # of the layer at hand
+        self._index = 0  # the layer of the last choice
+        self._chosen: Ids = NOTHING
+
+    def choose(self, index: int, x: F32) -> Choice:
+        layer = self._layers[index]
+        self._index = index
+        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
+        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
+        if ffn.kind == "gated":
+            biases = bound.gate_bias, bound.up_bias
+            kernels.activate_gated(
+                rows["gate"], rows["up"], ids, ids, x[0], biases, ffn, self._threads, activations
+            )
+        else:
+            kernels.activate(
+                rows["up"],
+                ids,
+                ids,
+                x[0],
+                bound.up_bias,
+                ffn.activation,
+                self._threads,
+                activations,
+                ffn.threshold,
+            )
+        choice = self._graded(np.abs(activations) * layer.lengths, index)
+        self._chosen = choice.certain
+        return choice
+
+    def _of(self, index: int) -> dict[str, Rows]:
+        """A layer's rows, by role."""
+        return self._rows[index].of(self._layers[index].memory)
+
+    def _graded(self, scores: F32, index: int) -> Choice:
+        """The units of the largest scores, of equal ones the first."""
+        if self._forecast.thresholds:
+            threshold = np.float32(self._forecast.thresholds[index])
+            return self._with_doubtful(scores, (scores > threshold).nonzero()[0], threshold)
+        count = round(self._forecast.full_rows * scores.size)
+        if count in (0, scores.size):
+            return Choice(np.arange(count), NOTHING)
+        threshold = np.partition(scores, scores.size - count)[scores.size - count]
+        certain = (scores >= threshold).nonzero()[0]
+        if certain.size > count:
+            equal = (scores[certain] == threshold).nonzero()[0]
+            certain = np.delete(certain, equal[count - certain.size :])
+        return self._with_doubtful(scores, certain, threshold)
+
+    def _with_doubtful(self, scores: F32, certain: Ids, threshold: np.float32) -> Choice:
+        if not self._forecast.cache_aware:
+            return Choice(certain, NOTHING)
+        likely = scores > RESIDENT * threshold
+        likely[certain] = False
+        return Choice(certain, likely.nonzero()[0])
+
+    def settle(self, ids: Ids) -> None:
+        self._chosen = ids
+
+    def rest(self) -> F32:
+        layer, rows = self._layers[self._index], self._of(self._index)
+        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
+        activations[self._chosen] = 0
+        output = np.zeros(layer.unit.d_model, np.float32)
+        kernels.accumulate(rows["down"], ids, ids, activations, output, self._threads)
+        return output[None]
+
+    def ffn(self, index: int, x: F32, every: bool) -> F32:
+        layer, bound = self._layers[index], self._bound[index]
+        described = self._architecture.layers[index].ffn
+        whole: BatchFfn | TokenFfn
+        if every:
+            whole = BatchFfn(bound, layer.unit, described, x, self._pool)
+        else:
+            whole = TokenFfn(bound, self._rows[index], described, x[0], self._activations, self._threads)
+        ids = self._ids[: len(layer.memory)]
+        whole.add(ids, ids, layer.memory)
+        whole.close()
+        return whole.finish()
+
+    def close(self) -> None:
+        self._pool.close()
