@@ -62,7 +62,9 @@ def applied(store: Store, config: Config) -> Config:
 
 def _default(store: Store, config: Config) -> str | None:
     """The quality that the store's dial names as its best; None where none was measured."""
-    if config.predictor.kind != "auto" or store.architecture.sparse or not shadow.path_of(store).is_file():
+    if config.predictor.kind != "auto" or config.compute.device != "cpu":
+        return None
+    if store.architecture.sparse or not shadow.path_of(store).is_file():
         return None
     dial = read_dial(store)
     if dial is None or (dial.default != "exact" and measured(store, dial.default) is None):

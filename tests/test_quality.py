@@ -154,6 +154,13 @@ def test_a_measured_dial_decides_where_nobody_does(dialled):
     assert "not measured" in describe(dialled, chosen(dialled, "fast"))
 
 
+def test_a_torch_device_has_no_shadow(dialled, falcon):
+    elsewhere = Config.parse({"compute": {"device": "torch-cpu"}})
+    assert resolve(dialled, elsewhere).forecast.every
+    with pytest.raises(ConfigError, match="a shadow is for compute.device cpu, not torch-cpu"):
+        chosen(falcon, "fast", compute={"device": "torch-cpu"})
+
+
 def test_a_plan_keeps_its_thresholds(dialled):
     divided = plan(dialled, Config()).plan
     assert Plan.from_json(json.loads(json.dumps(divided.to_json()))) == divided

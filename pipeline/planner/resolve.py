@@ -75,6 +75,10 @@ def _forecast(store: Store, config: Config) -> Forecast:
 def _shadowed(store: Store, config: Config) -> Forecast:
     """Of a store with a shadow. Raises StoreError without one."""
     shadow.Shadow.open(store)
+    if config.compute.device != "cpu":
+        raise ConfigError(
+            f"a shadow is for compute.device cpu, not {config.compute.device}, where there is --quality exact"
+        )
     wanted, pinned = config.predictor, _pinned_layers(store, config)
     if not wanted.full_rows and (wanted.cache_aware or wanted.pinned_layers):
         which = "cache_aware" if wanted.cache_aware else "pinned_layers"

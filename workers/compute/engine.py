@@ -54,8 +54,8 @@ class Engine:
     ) -> None:
         """`constraints`: of the model's tokenizer; without them no request has a grammar.
 
-        `shadow`: of a forecast that is shadowed. `drafts` are used where plan and device have room for them, with
-        forced tokens only if `even_forced`.
+        `shadow`: of a forecast that is shadowed. `drafts` are used where plan and device have room for them,
+        with forced tokens only if `even_forced`.
         """
         self._architecture = architecture
         self._device = device

@@ -181,11 +181,7 @@ class RingUnits:
         if not self._step.every:
             self._spend("ffn", started)
         self._stamp(COMPUTED, index)
-        if self._audit is not None and not self._step.every and self._audit.layer == index:
-            started = time.perf_counter()
-            seen = self._device.host(ffn_input)[0], table[ID, :neurons], self._device.host(output)[0]
-            self._audit.look(*seen, self.counts)
-            self._spend("audit", started)
+        self._look(index, ffn_input, table[ID, :neurons], output)
         self._finish(index)
         if not self._step.every:
             self.counts[self._active_names[index]] += ffn.active
@@ -195,6 +191,14 @@ class RingUnits:
             raise Cancelled
         self._mark = time.perf_counter()
         return output
+
+    def _look(self, index: int, ffn_input: Any, ids: I32, output: Any) -> None:
+        """Show the audit a token's layer, if it is that one's turn."""
+        if self._audit is None or self._step.every or self._audit.layer != index:
+            return
+        started = time.perf_counter()
+        self._audit.look(self._device.host(ffn_input)[0], ids, self._device.host(output)[0], self.counts)
+        self._spend("audit", started)
 
     def _settled_by_cache(self, index: int) -> bool:
         """Whether a token's units of this layer are those that come, not those that were chosen."""
