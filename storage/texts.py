@@ -28,21 +28,25 @@ def renew(store: Path, checkpoint: Path) -> bool:
     A renewal that was killed is done again. Raises CheckpointError or UnsupportedModel for the new texts, and
     OSError.
     """
-    digest = _digest(checkpoint)
-    if recorded(store).get("texts") == digest:
+    now = digest(checkpoint)
+    if recorded(store).get("texts") == now:
         return False
     found = tokenizer.texts(checkpoint)
     require(found, checkpoint)
-    data = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
-    gone = [name for name in data["files"] if tokenizer.is_text(name) and name not in found]
-    files = {name: entry for name, entry in data["files"].items() if not tokenizer.is_text(name)}
+    try:
+        data = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
+        listed = dict(data["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False  # whoever opens it says what is wrong
+    gone = [name for name in listed if tokenizer.is_text(name) and name not in found]
+    files = {name: entry for name, entry in listed.items() if not tokenizer.is_text(name)}
     for name, text in found.items():
         write_whole(store / name, text, shared=True)
         files[name] = asdict(FileEntry(len(text), xxhash.xxh3_128_hexdigest(text)))
     write_whole(store / MANIFEST, json.dumps({**data, "files": files}, indent=2).encode(), shared=True)
     for name in gone:
         (store / name).unlink(missing_ok=True)
-    record(store, str(checkpoint), digest)
+    record(store, str(checkpoint), now)
     return True
 
 
@@ -75,10 +79,11 @@ def mark_used(store: Path) -> None:
         os.utime(store / SOURCE)
 
 
-def _digest(checkpoint: Path) -> str:
-    digest = xxhash.xxh3_64()
+def digest(checkpoint: Path) -> str:
+    """Of the files that a checkpoint's texts are made from. Raises OSError."""
+    every = xxhash.xxh3_64()
     for file in tokenizer.sources(checkpoint):
         data = file.read_bytes()
-        digest.update(f"{file.name}\0{len(data)}\0".encode())
-        digest.update(data)
-    return digest.hexdigest()
+        every.update(f"{file.name}\0{len(data)}\0".encode())
+        every.update(data)
+    return every.hexdigest()

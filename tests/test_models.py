@@ -209,6 +209,14 @@ def test_a_tokenizer_that_no_run_can_use_is_refused_before_the_weights_are_conve
     assert find_source(str(checkpoint)).open_store().path == store.path
 
 
+def test_a_damaged_manifest_is_said_to_be_one_also_where_texts_are_new(checkpoint: Path) -> None:
+    store = find_source(str(checkpoint)).open_store()
+    (store.path / "manifest.json").write_text("{")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(StoreError, match=r"manifest\.json cannot be read"):
+        find_source(str(checkpoint)).open_store()
+
+
 def test_a_renewal_that_was_killed_is_done_again(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = find_source(str(checkpoint)).open_store()
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")

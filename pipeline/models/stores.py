@@ -82,15 +82,16 @@ class Source:
         return directories.home() / "stores" / (f"{key}-{bits}-bits" if bits else key)
 
     def _convert(self, path: Path) -> None:
-        checkpoint = self.checkpoint()
+        checkpoint, made_from = self.checkpoint(), ""
         if checkpoint.is_dir():  # before the weights, which take long
+            made_from = texts.digest(checkpoint)
             texts.require(tokenizer.texts(checkpoint), checkpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
             if not (path / MANIFEST).is_file():  # another process may have made it meanwhile
                 say(f"converting {self.name} for flash into {path} (once)")
                 convert(checkpoint, path, name=self.name, bits=self.bits)
-                texts.record(path, self.hub_id or str(checkpoint))
+                texts.record(path, self.hub_id or str(checkpoint), made_from)
         if self.directory is not None:
             self._renew(path, self.directory)
 
