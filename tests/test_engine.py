@@ -426,13 +426,13 @@ def test_cancel_in_a_mixtures_prompt_drains_what_was_asked_ahead(
         assert fake.tokens == _locally(mixture, 8)
 
 
-def test_a_mixtures_prompt_announces_its_choice(mixture: Store, tmp_path: Path) -> None:
+def test_a_mixture_announces_its_choice(mixture: Store, tmp_path: Path) -> None:
     with ring(mixture, tmp_path, kind="router", spare=1) as fake:
         generate(fake, count=2)
         layers = fake.plan.layers
     assert len(fake.announced) == 2 * (1 + layers)
     for one in fake.announced:
-        assert bool(one.chosen) == (one.step.every and one.layer != EMBEDDING)
+        assert bool(one.chosen) == (one.layer != EMBEDDING)
         assert 3 * bool(one.chosen) <= one.kept <= len(one.chosen), "three a token"
         assert list(one.chosen[: one.kept]) == sorted(one.chosen[: one.kept])
 

@@ -86,8 +86,8 @@ class TokenOperations:
         return self._attending[index](x[0], self.first)[None]
 
     def route(self, index: int, x: F32) -> Ids:
-        # By one thread: a second one costs more than it brings where the ring has the other core.
-        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, row_product)
+        ffn, bound = self.architecture.layers[index].ffn, self.model.layers[index]
+        self._routing = routed(ffn, bound, x, self._router_product)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
@@ -114,6 +114,10 @@ class TokenOperations:
         if self.model.project_out is not None:
             row = self._product(self.model.project_out, row)
         return finished(self.architecture, self._product(self.model.head, row)[None])
+
+    def _router_product(self, linear: Linear, x: F32) -> F32:
+        """By one thread: a second one costs more than it brings where the ring has the other core."""
+        return row_product(linear, x)
 
     def _product(self, linear: Linear, x: F32) -> F32:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
