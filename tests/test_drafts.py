@@ -397,4 +397,4 @@ def test_the_ring_writes_the_same_with_drafts(tmp_path: Path) -> None:
         share = together.drafts.steps / alone.drafts.steps
         assert together.flash.bytes_per_token == pytest.approx(share * alone.flash.bytes_per_token)
     assert found[1][0][1].drafts.accepted > 0, "the passage was copied"
-    assert sum(summary.drafts.accepted for _, summary in found[2][1:]) > 0
+    assert found[2][0][1].drafts.drafted > 0, "the model was asked"

@@ -81,7 +81,7 @@ TOKEN, PROMPT = Step(9, 30, 1, every=False), Step(9, 0, 2, every=True)
 def test_a_set_and_a_guess_go_to_their_own_rows(hidden):
     hidden[1, 0, 0] = 30
     under_test, predicted = prediction(Forecast("lowrank", 1, True), hidden, OneOfLayer())
-    assert under_test.handle(HiddenReady(5, TOKEN, 0, 1, 26)) == [
+    assert list(under_test.handle(HiddenReady(5, TOKEN, 0, 1, 26))) == [
         NeuronsPredicted(5, TOKEN, 0, False, every=False, certain=3, doubtful=0, keep=None, done=26),
         NeuronsPredicted(5, TOKEN, 1, True, every=False, certain=3, doubtful=0, keep=None, done=26),
     ]
@@ -95,7 +95,7 @@ def test_a_set_and_a_guess_go_to_their_own_rows(hidden):
 def test_a_prefill_wants_everything_and_keeps_the_union_over_its_rows(hidden):
     hidden[0, :, 0] = [20, 25, 35]
     under_test, predicted = prediction(Forecast("lowrank", 1, True), hidden, OneOfLayer())
-    assert under_test.handle(HiddenReady(5, PROMPT, EMBEDDING, 2, 26)) == [
+    assert list(under_test.handle(HiddenReady(5, PROMPT, EMBEDDING, 2, 26))) == [
         NeuronsPredicted(5, PROMPT, 0, False, every=True, certain=0, doubtful=0, keep=4, done=26)
     ]
     assert predicted[0, 0, :4].tolist() == [0, 10, 20, 25]
@@ -107,6 +107,6 @@ def test_all_and_pinned_layers_keep_everything(hidden, step):
     of_all, _ = prediction(Forecast("all", 1, False), hidden, None)
     pinned, _ = prediction(Forecast("lowrank", 1, False, pinned=frozenset({1})), hidden, OneOfLayer())
     message = HiddenReady(5, step, 0, 1, 3)
-    assert of_all.handle(message) == everything
-    assert pinned.handle(message) == everything
+    assert list(of_all.handle(message)) == everything
+    assert list(pinned.handle(message)) == everything
     assert of_all.stats()["layer.1.predicted"] == (0 if step.every else D_FF)

@@ -214,7 +214,7 @@ def test_parameters_that_cannot_be_followed_are_refused(serve: Serve, parameters
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        ({"role": "assistant"}, "content is missing"),
+        ({"role": "user"}, "content is missing"),
         (
             {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "x", "arguments": "[]"}}]},
             "no JSON object",

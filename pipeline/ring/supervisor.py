@@ -67,15 +67,20 @@ class WorkerProcess:
         environment = {**module_environment(), **settings}
         if not os.environ.get("FLASHRING_DEBUG"):
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self.process = subprocess.Popen(
-            module_command(f"workers.{name}"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            pass_fds=tuple(descriptors.values()),
-            env=environment,
-            process_group=0,  # the terminal's Ctrl-C reaches the supervisor alone
-        )
+        try:
+            self.process = subprocess.Popen(
+                module_command(f"workers.{name}"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=tuple(descriptors.values()),
+                env=environment,
+                process_group=0,  # the terminal's Ctrl-C reaches the supervisor alone
+            )
+        except OSError:
+            if self._errors is not None:
+                self._errors.close()
+            raise
 
     @property
     def stdin(self) -> BinaryIO:
