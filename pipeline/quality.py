@@ -114,7 +114,7 @@ def _inexact(store: Store, config: Config, word: str) -> Settings:
     elif store.architecture.sparse and store.predictors(config.model.predictor).is_file():
         points, lacks = _SPARSE, "is sparse, and not read whole: --memory makes it small"
     elif shadow.path_of(store).is_file():
-        points, lacks = {one: _shadowed(store, one) for one in FULL_ROWS}, ""
+        return _shadowed(store, word)
     else:
         points, lacks = {}, _remedy(store)
     if word not in points:

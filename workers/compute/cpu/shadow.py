@@ -16,7 +16,7 @@ from workers import kernels
 from workers.compute.bound import BoundModel, Source
 from workers.compute.cpu.batch import BatchFfn
 from workers.compute.cpu.pool import Pool
-from workers.compute.cpu.token import TokenFfn
+from workers.compute.cpu.token import TokenFfn, activate
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes
 from workers.compute.shadow import Choice
@@ -68,23 +68,7 @@ class CpuShadow:
         self._index = index
         activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
         ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
-        if ffn.kind == "gated":
-            biases = bound.gate_bias, bound.up_bias
-            kernels.activate_gated(
-                rows["gate"], rows["up"], ids, ids, x[0], biases, ffn, self._threads, activations
-            )
-        else:
-            kernels.activate(
-                rows["up"],
-                ids,
-                ids,
-                x[0],
-                bound.up_bias,
-                ffn.activation,
-                self._threads,
-                activations,
-                ffn.threshold,
-            )
+        activate(ffn, bound, rows, ids, ids, x[0], self._threads, activations)
         choice = self._graded(np.abs(activations) * layer.lengths, index)
         self._chosen = choice.certain
         return choice

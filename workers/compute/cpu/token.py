@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pipeline.ring.plan import STEP_ROWS
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
+from storage.layout import Rows
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed, row_product
@@ -155,15 +156,7 @@ class TokenFfn:
         self._parts.append((ids, slots))
         self._memory = memory
         rows, out = self._rows.of(memory), self._activations[part]
-        ffn, bias = self._ffn, self._bound.up_bias
-        if ffn.kind == "gated":
-            biases = self._bound.gate_bias, bias
-            kernels.activate_gated(
-                rows["gate"], rows["up"], ids, slots, self._input, biases, ffn, self._threads, out
-            )
-            return
-        function, threshold = ffn.activation, ffn.threshold
-        kernels.activate(rows["up"], ids, slots, self._input, bias, function, self._threads, out, threshold)
+        activate(self._ffn, self._bound, rows, ids, slots, self._input, self._threads, out)
 
     def close(self) -> None:
         if not self._parts:
@@ -183,3 +176,15 @@ class TokenFfn:
 
     def finish(self) -> F32:
         return self._output[None]
+
+
+def activate(
+    ffn: Ffn, bound: BoundLayer, rows: dict[str, Rows], ids: I32, slots: I32, x: F32, threads: int, out: F32
+) -> None:
+    """Activations of the units `ids`, whose rows lie in `slots`, for x [d_model]: into `out`."""
+    if ffn.kind == "gated":
+        biases = bound.gate_bias, bound.up_bias
+        kernels.activate_gated(rows["gate"], rows["up"], ids, slots, x, biases, ffn, threads, out)
+        return
+    function, threshold = ffn.activation, ffn.threshold
+    kernels.activate(rows["up"], ids, slots, x, bound.up_bias, function, threads, out, threshold)
