@@ -81,3 +81,16 @@ def drop_cache(descriptor: int, start: int = 0, length: int = 0) -> None:
     """Let go of what the page cache holds of a file; length 0: to its end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def from_disk(path: Path) -> BinaryIO:
+    """Open for reading; drop what the page cache holds, which may differ from the disk."""
+    file = path.open("rb")
+    drop_cache(file.fileno())
+    return file
+
+
+def blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The rest of a file, `size` bytes at a time."""
+    while block := file.read(size):
+        yield block

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ import xxhash
 
 from storage import files
 from storage.architecture import layer as layer_part
+from storage.bundles import BLOCK_BYTES
 from storage.codecs import CODECS, F32, FLOATS
 from storage.convert.recipe import unit_width
 from storage.errors import StoreCorrupt, StoreError, UsageError, reason
@@ -30,7 +30,6 @@ NAME, KIND = "shadow", "shadow"  # the file's in `predictors/`, and what its met
 CODEC_OF = {4: "q4", 8: "q8"}  # by bits
 _LINE = 64  # bytes of a cache line: units in memory start there
 _VALUES = 1 << 22  # rounded at once
-_BLOCK = 16 << 20  # bytes hashed at once
 _UNKNOWN = "0" * 32  # as long as a hash
 Progress = Callable[[int, int], None]  # bytes done, and in all
 
@@ -195,17 +194,11 @@ def verify(store: Store, progress: Progress = lambda done, total: None) -> None:
     file = Shadow.open(store).file
     start, size = min(place.offset for place in file.places.values()), path.stat().st_size
     digest, done = xxhash.xxh3_128(), start
-    with path.open("rb") as opened:
-        files.drop_cache(opened.fileno())
+    with files.from_disk(path) as opened:
         opened.seek(start)
-        for block in _blocks(opened):
+        for block in files.blocks(opened, BLOCK_BYTES):
             digest.update(block)
             done += len(block)
             progress(done, size)
     if digest.hexdigest() != file.metadata.get("xxh3_128"):
         raise StoreCorrupt(f"{path} does not match its hash: make it again with `run.py shadow {store.path}`")
-
-
-def _blocks(file: BinaryIO) -> Iterator[Any]:
-    while block := file.read(_BLOCK):
-        yield block

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -12,7 +11,7 @@ import xxhash
 from storage import shadow
 from storage.bundles import BLOCK_BYTES, checksums, spans
 from storage.errors import StoreCorrupt, StoreError
-from storage.files import drop_cache
+from storage.files import blocks, from_disk
 from storage.manifest import BUNDLES, CHECKSUM_BYTES, CHECKSUMS, ORDER
 from storage.store import Store
 
@@ -39,8 +38,8 @@ def verify(path: Path, progress: Progress | None = None) -> None:
 
 def _verify_file(store: Store, name: str, report: Progress) -> None:
     entry, digest, done = store.manifest.files[name], xxhash.xxh3_128(), 0
-    with _from_disk(store.path / name) as file:
-        for block in _blocks(file):
+    with from_disk(store.path / name) as file:
+        for block in blocks(file, BLOCK_BYTES):
             digest.update(block)
             done += len(block)
             report(name, done, entry.bytes)
@@ -60,7 +59,7 @@ def _verify_bundles(store: Store, report: Progress) -> None:
     if listed is None or listed.bytes != layout.total_units * CHECKSUM_BYTES:
         raise StoreError(f"{store.path / CHECKSUMS} does not have a checksum for each unit")
     expected = layout.split(np.fromfile(store.path / CHECKSUMS, "<u8"))
-    with _from_disk(store.path / BUNDLES) as file:
+    with from_disk(store.path / BUNDLES) as file:
         for layer, part in enumerate(layout.layers):
             for start, stop in spans(part):
                 data = file.read((stop - start) * part.unit.stride)
@@ -81,15 +80,3 @@ def _bad_bundle(store: Store, layer: int, position: int) -> str:
         f"{store.path / BUNDLES}: the bundle of layer {layer}, neuron {neuron}, at byte "
         f"{store.layout.offset(layer, position):,}, does not match its checksum"
     )
-
-
-def _from_disk(path: Path) -> BinaryIO:
-    """Open for reading; drop what the page cache holds, which may differ from the disk."""
-    file = path.open("rb")
-    drop_cache(file.fileno())
-    return file
-
-
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(BLOCK_BYTES):
-        yield block
