@@ -328,8 +328,7 @@ def test_a_layer_in_use_is_refused():
     bench.tell(0, 0, 1)
     with pytest.raises(AssertionError, match="two sets"):
         bench.tell(0, 0, 1)
-    with pytest.raises(AssertionError, match="a guess after its set"):
-        bench.guess(0, 0, 1)
+    assert bench.guess(0, 0, 1) == [], "of no use after its set, which may have come by another way"
     with pytest.raises(AssertionError, match="still in use"):
         bench.tell(1, 0, 1, done=-1)
 

@@ -296,12 +296,27 @@ def test_an_expert_that_does_not_come_is_noticed() -> None:
 
 
 def test_threads_do_not_change_an_experts_output() -> None:
-    _, unit, _, memory = _layer("float32")
+    _, unit, ffn, memory = _layer("float32")
     wide = np.tile(memory, (64, 1))  # enough for threads
-    slots, a = np.arange(512, dtype=np.int32), np.tile(np.linspace(-1, 1, WIDTH, dtype=np.float32), 512)
-    found = [kernels.outputs(unit.view(wide, "down"), slots, a, threads) for threads in (1, 2)]
+    slots, x = np.arange(512, dtype=np.int32), np.linspace(-1, 1, D_MODEL, dtype=np.float32)
+    rows = [unit.view(wide, role) for role in ("gate", "up", "down")]
+    biases = kernels.NO_BIAS, kernels.NO_BIAS
+    found = [kernels.outputs(*rows, slots, slots, x, biases, ffn, threads) for threads in (1, 2)]
     assert found[0].tobytes() == found[1].tobytes()
     assert found[0].shape == (512, D_MODEL)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("over", ["all", "chosen"])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_compiled_routing_is_numpys(scores: str, over: str, renormalise: bool) -> None:
+    router = Router(5, scores, over, renormalise, 1.5)  # type: ignore[arg-type]
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        logits = np.round(random.standard_normal((1, 24)) * 3).astype(np.float32)  # with many equal ones
+        expected, found = route(router, logits), kernels.choose(router, logits)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert np.allclose(found.weights, expected.weights, rtol=1e-6, atol=0)
 
 
 # -- memory and reads -----------------------------------------------------------------------------

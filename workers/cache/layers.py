@@ -77,6 +77,8 @@ class LayerCache:
         if isinstance(message, PartDone):
             return list(self._staging.done(message))
         self._done = max(self._done, message.done)
+        if message.guess and self._is_late(message):
+            return []
         layer = self._turn(message)
         assert ids.size == message.listed, "ids are missing"
         listed = ids.astype(np.intp)
@@ -91,6 +93,11 @@ class LayerCache:
             every = self._all(message.layer) if message.every else listed
             return self._prompt(layer, message, every, listed[: message.keep])
         return self._set(layer, message, self._settled(layer, message, listed))
+
+    def _is_late(self, guess: NeuronsPredicted) -> bool:
+        """Whether the guess comes after its set, which a mixture's compute sends by another way."""
+        layer, tick = self.layers[guess.layer], guess.step.number * self._plan.layers + guess.layer
+        return layer.tick > tick or (layer.tick == tick and layer.settled)
 
     def _all(self, layer: int) -> Ids:
         """Every neuron of a layer."""
@@ -121,7 +128,6 @@ class LayerCache:
 
     def _guess(self, layer: _Layer, message: NeuronsPredicted, ids: Ids) -> list[Instruction]:
         """Start to read what is missing, as far as there are slots."""
-        assert not layer.settled, "a guess after its set"
         assert not layer.guessed, "two guesses for one layer"
         residency = layer.residency
         missing = ids[residency.lease(ids) == NOWHERE]

@@ -68,6 +68,7 @@ class LayerLoop:
             shadow,
             drafts,
             even_forced=worker.config.drafts.kind != "auto",
+            hits_first=worker.config.cache.hits_first,
         )
         self.ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -81,11 +82,7 @@ class LayerLoop:
 
     def _work(self) -> None:
         error: BaseException | None = None
-        import os
-
         kernels.start_threads(self._threads)  # before this thread is bound to a core
-        if os.environ.get("PIN"):
-            leave_to_prompt_threads()
         try:
             while (request := self._requests.get()) is not None:
                 self.engine.generate(request)

@@ -19,7 +19,7 @@ from storage.codecs import CODECS
 from storage.shadow import KIND as SHADOW
 from storage.shadow import Shadow
 from storage.store import Store
-from workers.compute.weights import attention_codecs, codecs
+from workers.compute.weights import attention_codecs, codecs, expert_codecs
 
 Task = tuple[str, ...]  # a kind, and names of codecs
 
@@ -35,7 +35,9 @@ def of_compute(store: Store, cache: str, kind: str, device: str = "cpu") -> list
     weights = [("weights", name) for name in sorted(found)]
     if device != "cpu":
         return [*weights] if store.architecture.mixture else []
-    return [*weights, *(("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store))]
+    attention = [("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store)]
+    experts = [("experts", *(codec.name for codec in three)) for three in expert_codecs(store)]
+    return [*weights, *attention, *experts]
 
 
 def of_predictor(scorer: str) -> list[Task]:
@@ -52,6 +54,8 @@ def prepare(task: Task, store: Store) -> None:
             kernels.warm(CODECS[codec], store.architecture)
         case "attention", *names:
             kernels.warm_attention(*(CODECS[name] for name in names))
+        case "experts", *names:
+            kernels.warm_experts(*(CODECS[name] for name in names))
         case _:
             kernels.warm_scores()
 

@@ -6,7 +6,7 @@ between `begin` and the next `begin`, all calls belong to one step.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,14 @@ class LayerFfn(Protocol[Out_co]):
 
     def finish(self) -> Out_co:
         """The FFN's output [rows, d_model], after the last group."""
+
+
+@runtime_checkable
+class ApartFfn(LayerFfn[Out_co], Protocol[Out_co]):
+    """One that keeps its units' outputs apart until the group is closed: it can be told of one too many."""
+
+    def forget(self, ids: I32) -> None:
+        """These units, which were added to the open group, shall not count."""
 
 
 class Device(Protocol[Hidden]):

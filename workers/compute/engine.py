@@ -51,11 +51,12 @@ class Engine:
         shadow: Shadow[Any] | None = None,
         drafts: Source | None = None,
         even_forced: bool = False,
+        hits_first: bool = True,
     ) -> None:
         """`constraints`: of the model's tokenizer; without them no request has a grammar.
 
         `shadow`: of a forecast that is shadowed. `drafts` are used where plan and device have room for them,
-        with forced tokens only if `even_forced`.
+        with forced tokens only if `even_forced`. `hits_first`: as the cache's configuration has it.
         """
         self._architecture = architecture
         self._device = device
@@ -68,7 +69,15 @@ class Engine:
         self._worth = Worth(most)
         self._cancelled = -1  # the run that was last asked to end
         self._units = RingUnits(
-            device, plan, segments, channel, audit, self._is_cancelled, timeline or Timeline(), shadow
+            device,
+            plan,
+            segments,
+            channel,
+            audit,
+            self._is_cancelled,
+            timeline or Timeline(),
+            shadow,
+            hits_first,
         )
         self._shadow = shadow
         self.seconds, self.counts = self._units.seconds, self._units.counts

@@ -16,8 +16,9 @@ from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
 from pipeline.ring.timeline import ANNOUNCED, COMPLETE, COMPUTED, KNOWN, NEEDED, Timeline
 from workers.compute.audit import Audit
-from workers.compute.device import I32, Device, LayerFfn
+from workers.compute.device import I32, ApartFfn, Device, LayerFfn
 from workers.compute.parts import Part, Parts
+from workers.compute.seen import Seen, Sight
 from workers.compute.shadow import Choice, Shadow
 from workers.predictor.scorer import NOTHING
 from workers.routing import Ids, by_use
@@ -60,8 +61,12 @@ class RingUnits:
         cancelled: Callable[[int], bool],
         timeline: Timeline,
         shadow: Shadow[Any] | None = None,
+        hits_first: bool = True,
     ) -> None:
-        """`cancelled(run)` is asked between layers of a prefill; `shadow`: of a forecast that is shadowed."""
+        """`cancelled(run)` is asked between layers of a prefill; `shadow`: of a forecast that is shadowed.
+
+        `hits_first`: as the cache's configuration has it.
+        """
         self._device = device
         self._shadow = shadow
         self._plan = plan
@@ -77,6 +82,8 @@ class RingUnits:
         self._rows = 0  # hidden rows of the last announcement
         self._ahead = False  # a mixture's prompt has asked for all of the next layer's experts
         self._done = -1  # tick of the last finished FFN
+        self._seen = Seen(plan) if hits_first and plan.forecast.routed else None
+        self._chosen: Ids | None = None  # a token's experts of this layer, of which compute told the cache
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
         self._kept: dict[int, tuple[I32, I32]] = {}  # ids and slots of layers that have arrived for good
         self._active_names = [of_layer(index, "active") for index in range(plan.layers)]
@@ -117,19 +124,27 @@ class RingUnits:
         started = time.perf_counter()
         choice = Choice(NOTHING, NOTHING) if whole else shadow.choose(index, hidden)
         self._spend("shadow", started)
-        certain, doubtful = choice.certain.size, choice.doubtful.size
-        row = self._segments.predicted[index, 0]
-        row[:certain], row[certain : certain + doubtful] = choice.certain, choice.doubtful
         self._stamp(ANNOUNCED, index)
+        self._want(index, choice.certain, choice.doubtful, whole)
+
+    def _want(self, index: int, certain: Ids, doubtful: Ids, every: bool = False) -> None:
+        """Send the cache a token's set of this layer."""
+        row, sure, all_listed = self._segments.predicted[index, 0], certain.size, certain.size + doubtful.size
+        row[:sure], row[sure:all_listed] = certain, doubtful
         message = NeuronsPredicted(
-            self._run, self._step, index, False, whole, certain, doubtful, None, self._done
+            self._run, self._step, index, False, every, sure, doubtful.size, None, self._done
         )
         self._channel.send("cache", message)
 
     def routed(self, index: int, ids: Ids) -> None:
-        """Tell the predictor which experts the rows have."""
-        if self._asks and self._by_choice(index):
-            self._tell(index, *by_use(ids, self._rows))
+        """Tell the cache which experts a token has, and the predictor, which may guess now, those of all rows."""
+        if not self._asks or not self._by_choice(index):
+            return
+        if not self._step.every:
+            self._stamp(ANNOUNCED, index)
+            self._want(index, ids[0], NOTHING)
+            self._chosen = ids[0]
+        self._tell(index, *by_use(ids, self._rows))
 
     def _by_choice(self, index: int) -> bool:
         """Whether the layer's announcement waits for its experts.
@@ -141,7 +156,8 @@ class RingUnits:
         return self._step.every or not self._plan.forecast.settled_by_cache
 
     def _tell(self, index: int, chosen: tuple[int, ...], kept: int) -> None:
-        self._stamp(ANNOUNCED, index)
+        if not chosen or self._step.every:
+            self._stamp(ANNOUNCED, index)
         self._ahead = self._step.every and self._plan.asks_ahead(index, len(chosen))
         message = HiddenReady(self._run, self._step, index, self._rows, self._done, chosen, kept)
         self._channel.send("predictor", message)
@@ -160,6 +176,7 @@ class RingUnits:
             parts = self._settle(index, parts)
         rest = self._rest(index)
         ffn = self._device.ffn(index, ffn_input)
+        early = self._early(index, ffn)
         self._stamp(NEEDED, index)
         for part in parts:
             if part.number == 0:
@@ -168,7 +185,12 @@ class RingUnits:
             which = slice(part.start, part.start + part.count)
             neurons += part.count
             started = time.perf_counter()
-            ffn.add(table[ID, which], table[SLOT, which], self._segments.bundles)
+            ids, slots = table[ID, which], table[SLOT, which]
+            if part.number == 0 and early is not None:
+                ids, slots = self._confirm(early, ffn, ids, slots)
+            ffn.add(ids, slots, self._segments.bundles)
+            if self._seen is not None and ids.size:
+                self._seen.note(index, ids, slots)
             if part.closes:
                 ffn.close()
             if not self._step.every:
@@ -191,6 +213,26 @@ class RingUnits:
             raise Cancelled
         self._mark = time.perf_counter()
         return output
+
+    def _early(self, index: int, ffn: LayerFfn[Any]) -> Sight | None:
+        """Add the token's experts where they were last seen, before the cache has answered; None: no such."""
+        chosen, self._chosen = self._chosen, None
+        if chosen is None or self._seen is None or not isinstance(ffn, ApartFfn):
+            return None
+        started = time.perf_counter()
+        sight = self._seen.of(index, chosen)
+        ffn.add(sight.ids, sight.slots, self._segments.bundles)
+        self._spend("ffn", started)
+        return sight
+
+    def _confirm(self, early: Sight, ffn: LayerFfn[Any], ids: I32, slots: I32) -> tuple[I32, I32]:
+        """Of a layer's hits those that are to be added yet; what was seen elsewhere is forgotten."""
+        wrong, rest = early.confirmed(ids, slots)
+        if wrong.size:
+            assert isinstance(ffn, ApartFfn)
+            ffn.forget(early.ids[wrong])
+            self.counts["mistaken"] += wrong.size
+        return ids[rest], slots[rest]
 
     def _look(self, index: int, ffn_input: Any, ids: I32, output: Any) -> None:
         """Show the audit a token's layer, if it is that one's turn."""

@@ -143,6 +143,16 @@ def attention_codecs(store: Store) -> tuple[tuple[Codec, Codec], ...]:
     return tuple((CODECS[qkv], CODECS[out]) for qkv, out in sorted(pairs))
 
 
+def expert_codecs(store: Store) -> tuple[tuple[Codec, ...], ...]:
+    """Of the experts' gate, up and down rows, each three once."""
+    found = {
+        tuple(layout.unit.codec(role).name for role in ("gate", "up", "down"))
+        for layout, one in zip(store.layout.layers, store.architecture.layers, strict=True)
+        if one.ffn.router is not None
+    }
+    return tuple(tuple(CODECS[name] for name in names) for names in sorted(found))
+
+
 def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:
     """A tensor's bytes. Read rather than mapped, so that the page cache keeps no second copy."""
     memory = aligned(place.bytes)

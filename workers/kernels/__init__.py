@@ -2,7 +2,7 @@
 
 Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
 `launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
-`functions.py`, `experts.py`, `attention.py`. `norms.py` stands alone. Rows in eight and four bits have
+`functions.py`, `experts.py` with `routing.py`, `attention.py`. `norms.py` stands alone. Rows in eight and four bits have
 `prepare.py`, `grouped.py` and `emitter.py`, made of the `instructions.py` of a `processor.py`, those of MXFP4
 `microscaled.py`. `warming.py` has all loaded in time, `compiled.py` notices one that is not compiled.
 
@@ -32,14 +32,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from workers.kernels.attention import Attending, attend
 from workers.kernels.dense import NO_BIAS, matvec
-from workers.kernels.experts import outputs
+from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes, start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
+from workers.kernels.routing import choose
 from workers.kernels.rows import ACTIVATIONS
-from workers.kernels.warming import warm, warm_attention, warm_scores
+from workers.kernels.warming import warm, warm_attention, warm_experts, warm_scores
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,7 +50,9 @@ __all__ = [
     "activate",
     "activate_gated",
     "activations",
+    "add_weighted",
     "attend",
+    "choose",
     "gather",
     "layer_norm",
     "matvec",
@@ -61,5 +64,6 @@ __all__ = [
     "start_threads",
     "warm",
     "warm_attention",
+    "warm_experts",
     "warm_scores",
 ]

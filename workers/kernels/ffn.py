@@ -21,7 +21,7 @@ from workers.kernels.launch import CHUNK, FAST, rows_ahead, stages, take, use_th
 from workers.kernels.rows import four, loops
 from workers.kernels.sums import add_rows, columns
 
-_ABOVE = {"none": 0, "relu": 1, "clamped": 2}  # what becomes of an up product, by its number
+ABOVE = {"none": 0, "relu": 1, "clamped": 2}  # what becomes of an up product, by its number
 _OUTPUTS = 64  # of a sum over units that a thread takes at a time
 
 
@@ -108,7 +108,7 @@ def _activate(
 
 
 @njit(inline="always")
-def _raised(product: Any, above: Any, numbers: Any) -> Any:
+def raised(product: Any, above: Any, numbers: Any) -> Any:
     """What becomes of an up product."""
     if above == 1:
         return max(product, np.float32(0))
@@ -184,8 +184,8 @@ def _activate_gated(
                     t1 += up_bias[_neuron(ids, count, start + i1)]
                     t2 += up_bias[_neuron(ids, count, start + i2)]
                     t3 += up_bias[_neuron(ids, count, start + i3)]
-                t0, t1 = _raised(t0, above, threshold), _raised(t1, above, threshold)
-                t2, t3 = _raised(t2, above, threshold), _raised(t3, above, threshold)
+                t0, t1 = raised(t0, above, threshold), raised(t1, above, threshold)
+                t2, t3 = raised(t2, above, threshold), raised(t3, above, threshold)
                 out[start + i0] = activated[i0] * t0
                 out[start + i1] = activated[i1] * t1
                 out[start + i2] = activated[i2] * t2
@@ -269,7 +269,7 @@ def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any)
         codec.widen_row(memory, at[i], column, width, out[i])
 
 
-def _pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
+def pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
     return np.float32(numbers[0]), np.float32(numbers[1])
 
 
@@ -297,7 +297,7 @@ def activate(
     memory = up.memory.reshape(-1)
     result = np.empty(slots.shape[0] * up.count, np.float32) if out is None else out
     launched = use_threads(threads, slots.shape[0] * up.count * up.elements * memory.itemsize)
-    least, number = _pair((threshold, 1.0)), ACTIVATIONS[function]
+    least, number = pair((threshold, 1.0)), ACTIVATIONS[function]
     _activate(loops(up.codec), memory, _place(up), ids, slots, h, bias, result, number, least, launched)
     return result
 
@@ -334,8 +334,8 @@ def activate_gated(
         *biases,
         result,
         ACTIVATIONS[ffn.activation],
-        _pair(ffn.numbers),
-        _ABOVE[ffn.up_activation],
+        pair(ffn.numbers),
+        ABOVE[ffn.up_activation],
         launched,
     )
     return result

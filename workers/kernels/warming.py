@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from storage.architecture import Architecture, Attention, Ffn
-from storage.codecs import FLOAT16, FLOAT32, Codec
+from storage.architecture import Architecture, Attention, Ffn, Router
+from storage.codecs import FLOAT16, Codec
 from storage.layout import Rows
 from workers.kernels.attention import Attending
 from workers.kernels.dense import NO_BIAS, matvec
-from workers.kernels.experts import outputs
+from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
+from workers.kernels.routing import choose
 
 _WIDTH = 128  # of rows: every format can have them
 
@@ -42,9 +43,6 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     if "gated" in kinds:
         activate_gated(gate, up, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, 1, "silu"), 1, a)
     accumulate(down, ids, ids, a, y, 1)
-    if any(layer.ffn.router for layer in layers):
-        outputs(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, x, 1)
-        accumulate(Rows.of_matrix(x[None], FLOAT32), ids, ids, a, y, 1)  # outputs, whatever the weights are
     if any(layer.ffn.width > 1 and not layer.ffn.router for layer in layers):
         accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
     gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])
@@ -53,6 +51,18 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     if "rms" in norms:
         rms_norm(x, x, 0, 1e-5)
     activations(np.zeros((1, 64), np.float32), "gelu")
+
+
+def warm_experts(gate: Codec, up: Codec, down: Codec) -> None:
+    """The same for a mixture's experts, whose rows have these codecs, and its routers."""
+    ids, x = np.zeros(1, np.int32), np.zeros(_WIDTH, np.float32)
+    rows = (
+        Rows(np.zeros((1, _WIDTH * codec.elements(_WIDTH)), codec.carrier), codec, 0, _WIDTH, _WIDTH)
+        for codec in (gate, up, down)
+    )
+    found = outputs(*rows, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, _WIDTH, "silu"), 1)
+    add_weighted(found, ids, x[:1], x)
+    choose(Router(1), x[None])
 
 
 def warm_attention(qkv: Codec, out: Codec, cache: Codec) -> None:

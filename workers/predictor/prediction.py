@@ -40,12 +40,21 @@ class Prediction:
         due = self._chosen(message) if by_choice else self._due(message.layer, message.step.every)
         self._calls += 1
         for target in due:
+            if self._told(message, target):
+                continue
             started = time.perf_counter()
             answer = self._answer(message, target)
             took = time.perf_counter() - started
             self._seconds += took
             self._decode_seconds += 0.0 if message.step.every else took
             yield answer
+
+    def _told(self, message: HiddenReady, target: Target) -> bool:
+        """Whether compute, which chose the set's experts, has sent it to the cache itself; it is counted here."""
+        if message.step.every or not message.chosen or target.guess:
+            return False
+        self._totals[target.layer] += len(message.chosen)
+        return True
 
     def _due(self, source: int, every: bool) -> list[Target]:
         """The source's targets, made once: they are the same in every step."""
@@ -92,8 +101,6 @@ class Prediction:
     def _choose(self, scorer: Scorer, message: HiddenReady, target: Target) -> tuple[int, int]:
         """Write what the message's row wants; returns the numbers of certain and of doubtful neurons."""
         own = target.layer == message.layer
-        if own and message.chosen:
-            return self._write(target, np.array(message.chosen, np.intp)), 0
         certain, doubtful = scorer.wanted(target.layer, self._hidden[message.layer + 1, 0], own)
         first = self._write(target, certain)
         return first, self._write(target, doubtful, first)

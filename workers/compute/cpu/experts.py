@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.ring.plan import ROWS, TILE
 from storage.architecture import Ffn
-from storage.codecs import F32, FLOAT32
+from storage.codecs import F32
 from storage.layout import I32, Role, Rows, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundShared, Linear
@@ -30,6 +30,8 @@ def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32],
     """
     assert ffn.router is not None
     assert bound.router is not None
+    if len(x) == 1:
+        return kernels.choose(ffn.router, product(bound.router, x[0])[None])
     return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
 
 
@@ -85,22 +87,31 @@ class TokenExperts:
         if not ids.size:
             return
         rows, biases = self._rows.of(memory), (self._bound.gate_bias, self._bound.up_bias)
-        a = kernels.activate_gated(
-            rows["gate"], rows["up"], ids, slots, self._input, biases, self._ffn, self._threads
+        found = kernels.outputs(
+            rows["gate"], rows["up"], rows["down"], ids, slots, self._input, biases, self._ffn, self._threads
         )
-        found = kernels.outputs(rows["down"], slots, a, self._threads)
         if self._bound.down_bias.size:
             found += self._bound.down_bias.reshape(self._ffn.units, -1)[ids]
         self._kept.append((ids, found))
         self.active += ids.size
 
+    def forget(self, ids: I32) -> None:
+        """As `ApartFfn.forget`."""
+        kept = []
+        for some, found in self._kept:
+            right = ~np.isin(some, ids)
+            self.active -= some.size - np.count_nonzero(right)
+            kept.append((some[right], found[right]))
+        self._kept = kept
+
     def close(self) -> None:
         if not self._kept:
             return
-        ids, found = (np.concatenate(several) for several in zip(*self._kept, strict=True))
+        ids, found = self._kept[0]
+        if len(self._kept) > 1:
+            ids, found = (np.concatenate(several) for several in zip(*self._kept, strict=True))
         self._kept.clear()
-        outputs, places = Rows.of_matrix(found, FLOAT32), np.arange(ids.size, dtype=np.int32)
-        kernels.accumulate(outputs, ids, places, self._weights[ids], self._output, self._threads)
+        kernels.add_weighted(found, ids, self._weights[ids], self._output)
 
     def finish(self) -> F32:
         assert self.active == np.count_nonzero(self._chosen), "an expert has not come"
