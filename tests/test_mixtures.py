@@ -299,9 +299,9 @@ def test_threads_do_not_change_an_experts_output() -> None:
     _, unit, ffn, memory = _layer("float32")
     wide = np.tile(memory, (64, 1))  # enough for threads
     slots, x = np.arange(512, dtype=np.int32), np.linspace(-1, 1, D_MODEL, dtype=np.float32)
-    rows = [unit.view(wide, role) for role in ("gate", "up", "down")]
+    rows = unit.view(wide, "gate"), unit.view(wide, "up"), unit.view(wide, "down")
     biases = kernels.NO_BIAS, kernels.NO_BIAS
-    found = [kernels.outputs(*rows, slots, slots, x, biases, ffn, threads) for threads in (1, 2)]
+    found = [kernels.outputs(rows, slots, slots, x, biases, ffn, threads) for threads in (1, 2)]
     assert found[0].tobytes() == found[1].tobytes()
     assert found[0].shape == (512, D_MODEL)
 

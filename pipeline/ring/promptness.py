@@ -64,13 +64,6 @@ def shared_core(cores: set[int]) -> set[int]:
     return {max(cores)} if len(cores) == FEW_CORES else cores
 
 
-def leave_to_prompt_threads() -> None:
-    """This thread no longer runs where prompt threads do, where there are two cores."""
-    if sys.platform == "linux":
-        cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores - shared_core(cores) or cores)
-
-
 def _set(number: int, nice: int, slice_nanoseconds: int) -> bool:
     # struct sched_attr: size, policy (SCHED_OTHER), flags, nice, priority, runtime, ...
     attributes = struct.pack("<IIQiIQQQII", 56, 0, 0, nice, 0, slice_nanoseconds, 0, 0, 0, 0)

@@ -14,7 +14,7 @@ from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.ring.plan import HOST
 from pipeline.ring.process import Worker, run_on_loop
-from pipeline.ring.promptness import leave_to_prompt_threads, starting_prompt_threads
+from pipeline.ring.promptness import starting_prompt_threads
 from storage.codecs import CODECS, Codec
 from storage.shadow import Shadow
 from storage.store import Store
@@ -82,7 +82,7 @@ class LayerLoop:
 
     def _work(self) -> None:
         error: BaseException | None = None
-        kernels.start_threads(self._threads)  # before this thread is bound to a core
+        kernels.start_threads(self._threads)
         try:
             while (request := self._requests.get()) is not None:
                 self.engine.generate(request)

@@ -137,14 +137,18 @@ class RingUnits:
         self._channel.send("cache", message)
 
     def routed(self, index: int, ids: Ids) -> None:
-        """Tell the cache which experts a token has, and the predictor, which may guess now, those of all rows."""
+        """Tell the cache which experts a token has, and the predictor, which may guess now."""
         if not self._asks or not self._by_choice(index):
             return
-        if not self._step.every:
-            self._stamp(ANNOUNCED, index)
-            self._want(index, ids[0], NOTHING)
-            self._chosen = ids[0]
-        self._tell(index, *by_use(ids, self._rows))
+        if self._step.every:
+            self._tell(index, *by_use(ids, self._rows))
+            return
+        self._stamp(ANNOUNCED, index)
+        self._want(index, ids[0], NOTHING)
+        self._chosen = ids[0]
+        ahead = self._plan.forecast.lookahead
+        if ahead and index + ahead < self._plan.layers:  # there is something to guess
+            self._tell(index, tuple(ids[0].tolist()), ids.shape[1])
 
     def _by_choice(self, index: int) -> bool:
         """Whether the layer's announcement waits for its experts.
@@ -185,12 +189,7 @@ class RingUnits:
             which = slice(part.start, part.start + part.count)
             neurons += part.count
             started = time.perf_counter()
-            ids, slots = table[ID, which], table[SLOT, which]
-            if part.number == 0 and early is not None:
-                ids, slots = self._confirm(early, ffn, ids, slots)
-            ffn.add(ids, slots, self._segments.bundles)
-            if self._seen is not None and ids.size:
-                self._seen.note(index, ids, slots)
+            self._add(index, ffn, table[ID, which], table[SLOT, which], early if part.number == 0 else None)
             if part.closes:
                 ffn.close()
             if not self._step.every:
@@ -225,14 +224,18 @@ class RingUnits:
         self._spend("ffn", started)
         return sight
 
-    def _confirm(self, early: Sight, ffn: LayerFfn[Any], ids: I32, slots: I32) -> tuple[I32, I32]:
-        """Of a layer's hits those that are to be added yet; what was seen elsewhere is forgotten."""
-        wrong, rest = early.confirmed(ids, slots)
-        if wrong.size:
-            assert isinstance(ffn, ApartFfn)
-            ffn.forget(early.ids[wrong])
-            self.counts["mistaken"] += wrong.size
-        return ids[rest], slots[rest]
+    def _add(self, index: int, ffn: LayerFfn[Any], ids: I32, slots: I32, early: Sight | None) -> None:
+        """Add a part's units; of hits, which confirm what was added `early`, those that were not."""
+        if early is not None:
+            wrong, rest = early.confirmed(ids, slots)
+            ids, slots = ids[rest], slots[rest]
+            if wrong.size:
+                assert isinstance(ffn, ApartFfn)
+                ffn.forget(early.ids[wrong])
+                self.counts["mistaken"] += wrong.size
+        ffn.add(ids, slots, self._segments.bundles)
+        if self._seen is not None and ids.size:
+            self._seen.note(index, ids, slots)
 
     def _look(self, index: int, ffn_input: Any, ids: I32, output: Any) -> None:
         """Show the audit a token's layer, if it is that one's turn."""

@@ -1,9 +1,9 @@
 """Where compute last saw each unit: its first word on where a token's experts lie, before the cache's.
 
-The cache answers a set a few hundred microseconds after it was sent. Nearly always the experts that it calls
+The cache answers a set some hundred microseconds after it was sent. Nearly always the experts that it calls
 hits lie where they lay in an earlier step, so compute begins with those at once. The schedule then confirms
-them: what it lists as a hit in the same slot has lain there since, for a slot is given to another unit only by
-a read of this step, and such units are no hits. What it does not confirm is forgotten, and computed anew.
+them: what it lists as a hit in the same slot has lain there since, because a slot is given to another unit
+only for a read, and what is read in this step is no hit. Others are forgotten, and computed as they come.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sight:
         places of the hits that are not of this sight; ids ascend."""
         if np.array_equal(ids, self.ids) and np.array_equal(slots, self.slots):
             return _NONE, _NONE
-        shared, own, listed = np.intersect1d(self.ids, ids, assume_unique=True, return_indices=True)
+        _, own, listed = np.intersect1d(self.ids, ids, assume_unique=True, return_indices=True)
         same = self.slots[own] == slots[listed]
         wrong = np.delete(np.arange(self.ids.size, dtype=np.int32), own[same])
         rest = np.delete(np.arange(ids.size, dtype=np.int32), listed[same])

@@ -2,9 +2,10 @@
 
 Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
 `launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
-`functions.py`, `experts.py` with `routing.py`, `attention.py`. `norms.py` stands alone. Rows in eight and four bits have
-`prepare.py`, `grouped.py` and `emitter.py`, made of the `instructions.py` of a `processor.py`, those of MXFP4
-`microscaled.py`. `warming.py` has all loaded in time, `compiled.py` notices one that is not compiled.
+`functions.py`, `experts.py` with `routing.py`, `attention.py`. `norms.py` stands alone. Rows in eight and
+four bits have `prepare.py`, `grouped.py` and `emitter.py`, made of the `instructions.py` of a `processor.py`,
+those of MXFP4 `microscaled.py`. `warming.py` has all loaded in time, `compiled.py` notices one that is not
+compiled.
 
 Weights stay in the checkpoint's number format and are widened in registers. All sums are float32. Every
 loop is written once, and compiled for each codec that is used. Its caller's `Rows` say which elements of

@@ -1,4 +1,4 @@
-"""The outputs of several experts of one token, each by itself: they are summed later, in an order of their own."""
+"""The outputs of several experts of one token, each by itself: they are summed later, in their own order."""
 
 from __future__ import annotations
 
@@ -56,7 +56,15 @@ def _share(
 
 @njit(nogil=True, fastmath=FAST)
 def _activate(
-    progress: Any, stage: Any, gates: Any, ups: Any, ids: Any, biases: Any, function: Any, numbers: Any, above: Any
+    progress: Any,
+    stage: Any,
+    gates: Any,
+    ups: Any,
+    ids: Any,
+    biases: Any,
+    function: Any,
+    numbers: Any,
+    above: Any,
 ) -> None:
     """A thread's share of a stage: gates[n] = activation(gates[n] + bias) · (ups[n] + bias)."""
     gate_bias, up_bias = biases
@@ -93,9 +101,9 @@ def _outputs(
     gate_codec, up_codec, down_codec = codecs
     gate_memory, up_memory, down_memory = memories
     gate_place, up_place, down_place = places
+    function, numbers, above = activated  # numba takes no tuples of tuples into the threads
     gate_x, up_x = gate_codec.prepare(x), up_codec.prepare(x)
     experts, width = gates.shape
-    function, numbers, above = activated
     _, _, _, gate_piece = gate_place
     _, _, _, up_piece = up_place
     progress = stages(4)
@@ -111,20 +119,27 @@ def _outputs(
 
 
 def outputs(
-    gate: Rows, up: Rows, down: Rows, ids: I32, slots: I32, x: F32, biases: tuple[F32, F32], ffn: Ffn, threads: int
+    rows: tuple[Rows, Rows, Rows],
+    ids: I32,
+    slots: I32,
+    x: F32,
+    biases: tuple[F32, F32],
+    ffn: Ffn,
+    threads: int,
 ) -> F32:
     """What the experts `ids`, in the lines `slots`, make of x [d_model], without a down bias: [n, d_model].
 
-    Each is `down @ (activation(gate @ x) * up_activation(up @ x))`, its down rows lying by output. `biases`
-    are the gate's and the up-projection's, by neuron, or empty.
+    Each is `down @ (activation(gate @ x) * up_activation(up @ x))`. `rows` are gate, up and down, the
+    latter by output. `biases` are the gate's and the up-projection's, by neuron, or empty.
     """
+    gate, up, down = rows
     count = slots.shape[0]
     gates, ups = np.empty((count, gate.count), np.float32), np.empty((count, up.count), np.float32)
     out = np.empty((count, down.count), np.float32)
     at = np.empty((3, count), np.int64)
-    for row, role in enumerate((gate, up, down)):
+    for row, role in enumerate(rows):
         at[row] = slots * np.int64(role.memory.shape[1]) + role.start
-    size = sum(role.count * role.elements * role.memory.itemsize for role in (gate, up, down))
+    size = sum(role.count * role.elements * role.memory.itemsize for role in rows)
     _outputs(
         (loops(gate.codec), loops(up.codec), loops(down.codec)),
         (gate.memory.reshape(-1), up.memory.reshape(-1), down.memory.reshape(-1)),

@@ -17,7 +17,9 @@ from workers.routing import Ids, Routing
 
 
 @njit(cache=True, nogil=True)
-def _choose(logits: Any, sigmoid: Any, over_chosen: Any, renormalise: Any, scale: Any, ids: Any, weights: Any) -> None:
+def _choose(
+    logits: Any, sigmoid: Any, over_chosen: Any, renormalise: Any, scale: Any, ids: Any, weights: Any
+) -> None:
     count, wanted = logits.shape[0], ids.shape[0]
     taken = np.zeros(count, np.bool_)
     for _ in range(wanted):  # of equal ones the lower id

@@ -56,11 +56,11 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
 def warm_experts(gate: Codec, up: Codec, down: Codec) -> None:
     """The same for a mixture's experts, whose rows have these codecs, and its routers."""
     ids, x = np.zeros(1, np.int32), np.zeros(_WIDTH, np.float32)
-    rows = (
+    gates, ups, downs = (
         Rows(np.zeros((1, _WIDTH * codec.elements(_WIDTH)), codec.carrier), codec, 0, _WIDTH, _WIDTH)
         for codec in (gate, up, down)
     )
-    found = outputs(*rows, ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, _WIDTH, "silu"), 1)
+    found = outputs((gates, ups, downs), ids, ids, x, (NO_BIAS, NO_BIAS), Ffn("gated", 1, _WIDTH, "silu"), 1)
     add_weighted(found, ids, x[:1], x)
     choose(Router(1), x[None])
 

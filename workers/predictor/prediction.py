@@ -40,21 +40,14 @@ class Prediction:
         due = self._chosen(message) if by_choice else self._due(message.layer, message.step.every)
         self._calls += 1
         for target in due:
-            if self._told(message, target):
-                continue
+            if message.chosen and not (message.step.every or target.guess):
+                continue  # compute has sent it to the cache itself
             started = time.perf_counter()
             answer = self._answer(message, target)
             took = time.perf_counter() - started
             self._seconds += took
             self._decode_seconds += 0.0 if message.step.every else took
             yield answer
-
-    def _told(self, message: HiddenReady, target: Target) -> bool:
-        """Whether compute, which chose the set's experts, has sent it to the cache itself; it is counted here."""
-        if message.step.every or not message.chosen or target.guess:
-            return False
-        self._totals[target.layer] += len(message.chosen)
-        return True
 
     def _due(self, source: int, every: bool) -> list[Target]:
         """The source's targets, made once: they are the same in every step."""

@@ -87,9 +87,8 @@ class TokenExperts:
         if not ids.size:
             return
         rows, biases = self._rows.of(memory), (self._bound.gate_bias, self._bound.up_bias)
-        found = kernels.outputs(
-            rows["gate"], rows["up"], rows["down"], ids, slots, self._input, biases, self._ffn, self._threads
-        )
+        three = rows["gate"], rows["up"], rows["down"]
+        found = kernels.outputs(three, ids, slots, self._input, biases, self._ffn, self._threads)
         if self._bound.down_bias.size:
             found += self._bound.down_bias.reshape(self._ffn.units, -1)[ids]
         self._kept.append((ids, found))
@@ -100,7 +99,7 @@ class TokenExperts:
         kept = []
         for some, found in self._kept:
             right = ~np.isin(some, ids)
-            self.active -= some.size - np.count_nonzero(right)
+            self.active -= some.size - int(np.count_nonzero(right))
             kept.append((some[right], found[right]))
         self._kept = kept
 

@@ -13,7 +13,7 @@ from storage.codecs import F32
 from storage.layout import Rows
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed, row_product
+from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed
 from workers.compute.cpu.norms import normed
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes, Mask
@@ -117,8 +117,7 @@ class TokenOperations:
         return finished(self.architecture, self._product(self.model.head, row)[None])
 
     def _router_product(self, linear: Linear, x: F32) -> F32:
-        """By one thread: a second one costs more than it brings where the ring has the other core."""
-        return row_product(linear, x)
+        return kernels.matvec(linear.weight, x, self.threads, linear.bias)
 
     def _product(self, linear: Linear, x: F32) -> F32:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
