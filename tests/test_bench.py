@@ -454,6 +454,13 @@ def test_the_roof_is_the_larger_of_disk_and_memory():
     assert roof.ratio_idle == pytest.approx(250 / 160)
     cached = Roofline("x", 16_384, 50e9, 0.0, 5e9, (125,), disk)
     assert (cached.bound, cached.ratio) == ("memory", pytest.approx(1.25))
+    there = replace(roof, bus=1e9, bus_bytes=220e6)
+    assert (there.bound, there.bus_ms) == ("bus", pytest.approx(220))
+    assert there.ratios == [there.ratio] == [pytest.approx(250 / 220)]
+    assert there.ratio_idle == there.ratio
+    (header, _, line) = table.roofline([there]).splitlines()
+    assert header.count("|") == line.count("|") == table.roofline([roof]).splitlines()[0].count("|") + 3
+    assert "| 1.0 | 0.22 | 220 | bus |" in line
 
 
 def test_what_a_token_reads_of_memory(job: BenchJob) -> None:
@@ -495,7 +502,7 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: BenchJob) -> None:
 def test_each_run_is_held_against_the_ceilings_around_it(job: BenchJob) -> None:
     around = [Ceilings(512, idle, idle / 2) for idle in (3e9, 1e9, 2e9)]
     row = Row("x", total_ms=2.4, run_ms=(1.0, 3.0, 2.4), bytes_per_token=1e6)
-    roof = measure_roof(job, row, 5e9, around)
+    roof = measure_roof(job, row, {"read": 5e9, "matvec": 4e9}, around)
     assert (roof.request_bytes, roof.disk_idle, roof.disk_loaded) == (512, 2e9, 1e9)
     assert roof.ratios == pytest.approx((1.0 / (2 / 3), 3.0 / 2, 2.4 / 1))
     assert (roof.ratio, roof.total_ms) == (pytest.approx(1.5), 2.4)

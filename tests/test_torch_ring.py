@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from ring import PROMPT, Outcome, config, generate, plan_for
+from ring import PROMPT, Outcome, config, generate, outcome, plan_for
 from torch_devices import CUDA, HAS_CUDA
 
 from pipeline.config import Config
@@ -96,18 +96,61 @@ def test_the_text_is_the_kernels(stores: dict[str, Store], case: str, kind: str)
         assert abs(own.logprobs[same] - expected.logprobs[same]) < 0.05
 
 
+EXACT = {"predictor": {"kind": "auto", "refine": None, "quality": "exact"}}
+
+
 @pytest.mark.ring
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_neuron_is_the_dense_model(stores: dict[str, Store], kind: str) -> None:
-    store = stores["opt"]
-    chosen = on(kind, {"predictor": {"kind": "all"}})
-    with Session(store, chosen, plan_for(store, chosen)) as session:
+@pytest.mark.parametrize("case", CASES)
+def test_exact_is_the_dense_model(stores: dict[str, Store], case: str, kind: str) -> None:
+    """Of what one process computes that has everything at hand, by torch as well."""
+    store = stores[CASES[case][0]]
+    chosen = on(kind, EXACT)
+    plan = plan_for(store, chosen)
+    assert plan.forecast.kind == ("router" if store.architecture.mixture else "all")
+    with Session(store, chosen, plan) as session:
         found = generate(session, COUNT)
     with DenseModel(store, 1) as dense:
         logits = dense.forward([[*PROMPT, *found.tokens]])[0, len(PROMPT) - 1 : -1]
     logprobs = torch.log_softmax(logits.double(), -1)[torch.arange(COUNT), torch.tensor(found.tokens)]
     assert np.abs(logprobs.numpy() - found.logprobs).max() < 1e-4
     assert (logits.max(-1).values - logits[torch.arange(COUNT), torch.tensor(found.tokens)]).max() < CLOSE
+
+
+WAYS: dict[str, list[dict[str, Any]]] = {
+    "opt": [
+        {"cache": {"share": 1.0}},
+        {"cache": {"slots_per_layer": 8, "share": None}, "prefetcher": {"staging": 1}},
+        {"predictor": {"lookahead": 0}, "cache": {"keep": False}},
+    ],
+    "qwen3-moe": [
+        {"predictor": {"kind": "router"}, "cache": {"share": 1.0}},
+        {"predictor": {"kind": "router", "guesses": 0}, "prefetcher": {"max_read": 4096}},
+        {"predictor": {"kind": "router", "guesses": 8, "lookahead": 2}, "cache": {"hits_first": False}},
+    ],
+}
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", WAYS)
+def test_the_text_does_not_depend_on_what_is_resident(
+    stores: dict[str, Store], variant: str, kind: str
+) -> None:
+    """All in slots, nearly nothing, other guesses: bit for bit."""
+    store = stores[variant]
+    found = [outcome(store, on(kind, changes)) for changes in WAYS[variant]]
+    assert len(found[0].tokens) == COUNT
+    assert found[1:] == found[:1] * (len(found) - 1)
+
+
+def test_drafts_are_the_kernels_alone(stores: dict[str, Store]) -> None:
+    """A row's bits may hang on how many rows there are: a draft could change the text."""
+    every = {"predictor": {"kind": "all"}}
+    assert divide.plan(stores["falcon-7b"], on("cpu", every)).plan.drafts > 0
+    assert divide.plan(stores["falcon-7b"], on("torch-cpu", every)).plan.drafts == 0
+    with pytest.raises(ConfigError, match=r"needs compute\.device cpu, and it is torch-cpu"):
+        divide.plan(stores["falcon-7b"], on("torch-cpu", {**every, "drafts": {"kind": "lookup"}}))
 
 
 @pytest.mark.ring

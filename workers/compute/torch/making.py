@@ -7,7 +7,9 @@ import torch
 from pipeline.ring.plan import Plan
 from storage.codecs import Codec
 from workers.compute.bound import Source
+from workers.compute.device import Bytes
 from workers.compute.torch.device import TorchDevice
+from workers.compute.torch.pages import lock
 
 
 def device_of(kind: str) -> torch.device:
@@ -17,11 +19,19 @@ def device_of(kind: str) -> torch.device:
     return torch.device("cpu" if kind == "torch-cpu" else kind)
 
 
-def make(kind: str, source: Source, plan: Plan, threads: int, cache_codec: Codec) -> TorchDevice:
-    """`kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`."""
+def make(
+    kind: str, source: Source, plan: Plan, threads: int, cache_codec: Codec, slots: Bytes
+) -> tuple[TorchDevice, str]:
+    """The device, and what must be said of it, if anything.
+
+    `kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`, and the
+    ring's `slots` [slots, stride] are page-locked for it.
+    """
     torch.set_num_threads(threads)
     where = device_of(kind)
     if where.type == "cuda" and plan.device_bytes is not None:
         total = torch.cuda.get_device_properties(where).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total), where)
-    return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored)
+    problem = lock(slots) if where.type == "cuda" else ""
+    direct = where.type != "mps" and not problem
+    return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored, direct), problem

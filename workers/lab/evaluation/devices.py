@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from pipeline import program
 from pipeline.commands.options import Bits, Device, DeviceMemory, Model, Settings
+from pipeline.config import Values
 from pipeline.console import tables
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
@@ -127,28 +129,45 @@ def prompts_of(store: Store, count: int) -> list[list[int]]:
     return [[*start, *ids[number * step :][:PROMPT_TOKENS]] for number in range(count)]
 
 
-def measure(
-    model: str, bits: int | None, device: str, memory: str, settings: list[str], count: int, tokens: int, tie: float
-) -> Agreement:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is measured."""
+
+    model: str  # as the command line has it
+    settings: Sequence[str]  # section.key=value, of both rings
+    bits: int | None
+    device: str
+    device_memory: str
+    prompts: int
+    tokens: int  # of each text
+    tie: float  # nats
+
+
+def measure(wanted: Wanted) -> Agreement:
     """Let both devices write. Raises UsageError and ConfigError."""
-
-    def opened(kind: str, room: str) -> tuple[Store, Callable[[], Session]]:
-        values = {"model": {"bits": bits}, "compute": {"device": kind, "device_memory": room or None}}
-        source, config = configure(model, None, settings, values)
-        store = source.open_store()
-        report = plan(store, config)
-        return store, lambda: Session(store, report.config, report.plan)
-
-    store, start = opened("cpu", "")
-    prompts = prompts_of(store, count)
-    with start() as session:
-        written = [_write(session, prompt, tokens, ()) for prompt in prompts]
-    with opened(device, memory)[1]() as session:
-        texts = [
-            follow(*text, lambda forced, prompt=prompt: _write(session, prompt, tokens, forced))
+    store, session = _opened(wanted, "cpu")
+    with session:
+        prompts = prompts_of(store, wanted.prompts)
+        written = [_write(session, prompt, wanted.tokens, ()) for prompt in prompts]
+    _, session = _opened(wanted, wanted.device)
+    with session:
+        texts = tuple(
+            follow(*text, partial(_write, session, prompt, wanted.tokens))
             for prompt, text in zip(prompts, written, strict=True)
-        ]
-    return Agreement(store.manifest.name, device, tie, tuple(texts))
+        )
+    name = store.manifest.name + ("" if wanted.bits is None else f", {wanted.bits} bits")
+    return Agreement(name, wanted.device, wanted.tie, texts)
+
+
+def _opened(wanted: Wanted, device: str) -> tuple[Store, Session]:
+    compute = {"device": device, "device_memory": wanted.device_memory or None}
+    if device == "cpu":
+        compute["device_memory"] = None
+    values: Values = {"model": {"bits": wanted.bits}, "compute": compute}
+    source, config = configure(wanted.model, None, wanted.settings, values)
+    store = source.open_store()
+    report = plan(store, config)
+    return store, Session(store, report.config, report.plan)
 
 
 def _write(
@@ -175,7 +194,7 @@ def main(
     """How many greedy tokens a device has in common with the CPU's kernels, and how near the others are."""
     if device == "cpu":
         raise UsageError("--device cpu is what the others are compared with")
-    found = measure(model, bits, device, device_memory, list(settings or ()), prompts, tokens, tie)
+    found = measure(Wanted(model, settings or (), bits, device, device_memory, prompts, tokens, tie))
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -183,7 +202,9 @@ def main(
 
 
 def table(found: Agreement) -> Table:
-    shown = Table("model", "device", "tokens", "equal", "near-ties", "others", "largest margin", "noise", "most")
+    shown = Table(
+        "model", "device", "tokens", "equal", "near-ties", "others", "largest margin", "noise", "most"
+    )
     others = found.tokens - found.equal - found.near
     shown.add_row(
         found.model,
