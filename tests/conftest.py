@@ -81,8 +81,10 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
-    result = yield
-    ring = _guards[-1].ring_of(item.nodeid, item.fixturenames)
+    try:
+        result = yield
+    finally:  # a failed test's rings are not the next one's
+        ring = _guards[-1].ring_of(item.nodeid, item.fixturenames)
     if ring and item.get_closest_marker("ring") is None:
         pytest.fail(f"{ring}: mark it with pytest.mark.ring", pytrace=False)
     return result

@@ -58,9 +58,7 @@ def test_a_near_tie_is_below_the_bound() -> None:
 
 
 @pytest.mark.ring
-def test_the_built_in_model_by_torch(
-    monkeypatch: pytest.MonkeyPatch, here: Callable[..., Any]
-) -> None:
+def test_the_built_in_model_by_torch(monkeypatch: pytest.MonkeyPatch, here: Callable[..., Any]) -> None:
     monkeypatch.setattr(devices, "PROMPT_TOKENS", 12)
     line = ["--prompts", "2", "--tokens", "12", "--json", "--set", "compute.threads=1"]
     done = here(devices.run, *line, "--set", "compute.context=64")

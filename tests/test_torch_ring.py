@@ -154,7 +154,9 @@ def test_drafts_are_the_kernels_alone(stores: dict[str, Store]) -> None:
 
 
 @pytest.mark.ring
-@pytest.mark.parametrize(("variant", "share"), [("opt", 0.0), ("opt", 1.0), ("gemma2", 0.5), ("qwen3-moe", 0.0)])
+@pytest.mark.parametrize(
+    ("variant", "share"), [("opt", 0.0), ("opt", 1.0), ("gemma2", 0.5), ("qwen3-moe", 0.0)]
+)
 def test_a_run_by_torch_stays_within_its_budget(stores: dict[str, Store], variant: str, share: float) -> None:
     """The least that there is, with a mirror of some slots; torch itself is in it."""
     store = stores[variant]

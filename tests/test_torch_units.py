@@ -19,6 +19,7 @@ from workers.compute.torch.device import TorchDevice
 from workers.compute.torch.shelf import Shelf
 from workers.compute.torch.widening import rows_of, stored, widened
 from workers.compute.weights import Vectors, Weights
+from workers.lab.bench import device_rates
 
 WHERE = ["cpu", CUDA]
 
@@ -89,6 +90,13 @@ def test_pages_that_cannot_be_locked_are_one_sentence(monkeypatch: pytest.Monkey
     said = pages.lock(np.zeros(1 << 20, np.uint8))
     assert said.endswith("so copies take longer: CUDA error: operation not supported")
     assert said.startswith("1.00 MiB")
+
+
+@pytest.mark.parametrize("kind", ["torch-cpu", CUDA])
+def test_a_devices_rates_are_those_of_its_memory_its_bus_and_its_products(kind: str) -> None:
+    found = device_rates.measure(kind, 1 << 22, 1, 0.01, "float32")
+    assert found.keys() == {"read", "matvec", "bus", "matmul", "matmul_float32"}
+    assert all(1e6 < rate < 1e16 for rate in found.values())
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")

@@ -29,9 +29,17 @@ def make(
     """
     torch.set_num_threads(threads)
     where = device_of(kind)
-    if where.type == "cuda" and plan.device_bytes is not None:
-        total = torch.cuda.get_device_properties(where).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total), where)
+    if plan.device_bytes is not None:
+        _limit(where, plan.device_bytes)
     problem = lock(slots) if where.type == "cuda" else ""
     direct = where.type != "mps" and not problem
     return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored, direct), problem
+
+
+def _limit(where: torch.device, size: int) -> None:
+    """Take no more than `size` bytes of a GPU's memory."""
+    if where.type == "cuda":
+        total = torch.cuda.get_device_properties(where).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), where)
+    elif where.type == "mps":
+        torch.mps.set_per_process_memory_fraction(min(1.0, size / torch.mps.recommended_max_memory()))
