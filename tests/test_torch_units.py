@@ -42,11 +42,8 @@ def test_a_codec_is_widened_to_the_bits_that_storage_widens_to(name: str, where:
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_mirrored_slot_goes_over_when_its_unit_changes(
-    direct: bool, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mirrored_slot_goes_over_when_its_unit_changes(direct: bool, where: str) -> None:
     """And what has no row of the mirror whenever it is used."""
-    monkeypatch.setattr("workers.compute.torch.shelf.DIRECT", 512)
     shelf = Shelf(torch.device(where), 512, 6, direct)
     memory = np.arange(8 * 512, dtype=np.uint32).astype(np.uint8).reshape(8, 512)
     memory[:, 0] = range(8)
@@ -70,11 +67,8 @@ def test_a_mirrored_slot_goes_over_when_its_unit_changes(
 
 
 @pytest.mark.parametrize("slots", [[3], [2, 3, 4], [0, 1, 5, 7, 6]])
-def test_units_that_go_over_from_their_slots_are_those(
-    slots: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_units_that_go_over_from_their_slots_are_those(slots: list[int]) -> None:
     """Neighbours by one copy: of slots in any order, those that are asked for, in that order."""
-    monkeypatch.setattr("workers.compute.torch.shelf.DIRECT", 512)
     memory = np.random.default_rng(5).integers(0, 256, (9, 512), np.uint8)
     ids = np.arange(len(slots), dtype=np.int32)
     (piece,) = Shelf(torch.device("cpu"), 512, 0, True).bring(ids, np.array(slots, np.int32), memory)

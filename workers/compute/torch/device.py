@@ -44,8 +44,8 @@ class TorchDevice:
     ) -> None:
         """`context` in tokens, 0 to keep nothing; keys and values are kept in `cache_codec`, a float.
 
-        The first `mirrored` slots, those of the first layers, stay on the device too. `direct`: large units
-        go over straight from the slots (`shelf.py`).
+        The first `mirrored` slots, those of the first layers, stay on the device too. `direct`: units go over
+        straight from the slots (`shelf.py`).
         """
         self.architecture = source.architecture
         self._where = torch.device(where)

@@ -10,6 +10,7 @@ from workers.compute.bound import Source
 from workers.compute.device import Bytes
 from workers.compute.torch.device import TorchDevice
 from workers.compute.torch.pages import lock
+from workers.compute.torch.shelf import DIRECT
 
 
 def device_of(kind: str) -> torch.device:
@@ -24,15 +25,17 @@ def make(
 ) -> tuple[TorchDevice, str]:
     """The device, and what must be said of it, if anything.
 
-    `kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`, and the
-    ring's `slots` [slots, stride] are page-locked for it.
+    `kind` is `compute.device` of a configuration. A GPU gives no more than `plan.device_bytes`. The ring's
+    `slots` [slots, stride] are page-locked for CUDA where large units go over straight from them.
     """
     torch.set_num_threads(threads)
     where = device_of(kind)
     if plan.device_bytes is not None:
         _limit(where, plan.device_bytes)
-    problem = lock(slots) if where.type == "cuda" else ""
-    direct = where.type != "mps" and not problem
+    direct, problem = where.type != "mps" and plan.stride >= DIRECT, ""
+    if direct and where.type == "cuda":
+        problem = lock(slots)
+        direct = not problem
     return TorchDevice(source, plan.context, cache_codec, where, plan.mirrored, direct), problem
 
 

@@ -54,10 +54,10 @@ class Shelf:
     def __init__(self, where: torch.device, stride: int = 0, slots: int = 0, direct: bool = False) -> None:
         """A mirror of the first `slots` slots, of `stride` bytes each; without, nothing stays.
 
-        `direct`: large units go over straight from the slots; on CUDA those must be page-locked.
+        `direct`: units go over straight from the slots; on CUDA those should be page-locked.
         """
         self._where = where
-        self._direct = direct and stride >= DIRECT
+        self._direct = direct
         self._mirror = torch.empty((slots, stride), dtype=torch.uint8, device=where)
         self._held = np.full(slots, -1, np.int32)  # id of the unit in each row: a slot is one layer's
         self._copying = torch.cuda.Stream(where) if where.type == "cuda" else None

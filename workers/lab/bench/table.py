@@ -27,7 +27,7 @@ PAPER_DEVICES = """| paper, OPT-6.7B | I/O ms | memory management ms | compute m
 |---|---|---|---|---|
 | naive, CPU (M1 Max) | 2196 | 0 | 986 | 3182 |
 | all techniques | 105 | 58 | 506 | 669 |
-| naive, Metal (M1 Max) | 2196 | 0 | 193 | 2389 |
+| naive, Metal (M1) | 2196 | 0 | 193 | 2389 |
 | all techniques | 92 | 35 | 438 | 565 |
 | naive, CUDA (RTX 4090) | 2196 | 0 | 22 | 2218 |
 | all techniques | 30 | 34 | 20 | 84 |"""
