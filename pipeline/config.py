@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 # From the weights as they are to the fastest that a model has: pipeline/quality.py.
 Quality = Literal["exact", "high", "balanced", "fast", "small"]
+
+DEVICE = "FLASHRING_DEVICE"  # environment variable: `compute.device` where nothing else says it
 
 Values = Mapping[str, Mapping[str, Any]]  # section → key → value; None says nothing
 NOTHING: Values = {}
@@ -113,8 +116,11 @@ class Compute(Section):
     # Of one token, where weights have eight or four bits: rounded to 15 bits, or slower, as they are.
     activations: Literal["rounded", "exact"] = "rounded"
     # cpu: compiled kernels; torch-cpu, cuda (NVIDIA) and mps (Metal): torch, with the resident weights, the
-    # keys and values, and as many slots as `device_memory` allows in the device's memory.
-    device: Literal["cpu", "torch-cpu", "cuda", "mps"] = "cpu"
+    # keys and values, and as many slots as `device_memory` allows in the device's memory. Left out: what the
+    # environment variable FLASHRING_DEVICE names, else cpu.
+    device: Literal["cpu", "torch-cpu", "cuda", "mps"] = Field(
+        default_factory=lambda: os.environ.get(DEVICE) or "cpu", validate_default=True
+    )
     # Of the device's memory, 7GiB or 50% of the checkpoint. Left out: nearly all that a GPU has free, of
     # torch-cpu the least. On a GPU it comes beside `memory.budget`, on torch-cpu it is a part of that.
     device_memory: str = ""
@@ -174,7 +180,7 @@ class Config(Section):
     predictor: Predictor = Predictor()
     cache: Cache = Cache()
     prefetcher: Prefetcher = Prefetcher()
-    compute: Compute = Compute()
+    compute: Compute = Field(default_factory=Compute)
     drafts: Drafts = Drafts()
     experts: Experts = Experts()
     memory: Memory = Memory()
@@ -275,4 +281,6 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(where, _known_keys(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown configuration key {where}{hint}"
+    if where.endswith("device") and problem["input"] == os.environ.get(DEVICE):
+        where = f"compute.device by the environment variable {DEVICE}"
     return f"configuration key {where}: {problem['msg']} (got {problem['input']!r:.60})"

@@ -22,6 +22,15 @@ _private: list[str] = []
 _guards: list[rings.Guard] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "torch-cpu", "cuda", "mps"),
+        help="compute.device of every ring and decoder; other than cpu: only tests that have one run",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Rings of other programs on this machine must not look like leaks of ours, nor ours like theirs."""
     directory = tempfile.mkdtemp(prefix="fr-test-")  # short: socket paths are limited to 107 bytes
@@ -32,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         HF_HOME=os.path.join(directory, "hf"),
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        FLASHRING_DEVICE=config.getoption("--device"),
         OMP_WAIT_POLICY="passive",  # as workers/kernels has it: awake, torch's threads double the time
     )
     tempfile.tempdir = None  # read TMPDIR again
@@ -45,6 +55,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of another device than the CPU: what computes by the device that was asked for, and no more."""
+    if config.getoption("--device") == "cpu":
+        return
+    wanted = [item for item in items if item.get_closest_marker("ring") or _decodes(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+    for item in items:
+        kernels = item.get_closest_marker("kernels")
+        if kernels is not None:
+            item.add_marker(pytest.mark.skip(reason=f"of the kernels: {kernels.args[0]}"))
+
+
+def _decodes(item: pytest.Item) -> bool:
+    """Whether the test's module has decoders without a ring."""
+    return isinstance(item, pytest.Function) and hasattr(item.module, "LocalDecoder")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
     with _guards[-1].fixture(fixturedef.baseid, fixturedef.argname):
@@ -53,8 +81,10 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
-    result = yield
-    ring = _guards[-1].ring_of(item.nodeid, item.fixturenames)
+    try:
+        result = yield
+    finally:  # a failed test's rings are not the next one's
+        ring = _guards[-1].ring_of(item.nodeid, item.fixturenames)
     if ring and item.get_closest_marker("ring") is None:
         pytest.fail(f"{ring}: mark it with pytest.mark.ring", pytrace=False)
     return result

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import Config
 from storage.store import Store
 from workers.compute.blocks import run
 from workers.compute.cpu.device import CpuDevice
@@ -16,16 +17,27 @@ from workers.compute.weights import Weights
 from workers.routing import Ids
 
 
+def own_device(weights: Weights, context: int, threads: int = 1) -> Device[Any]:
+    """The device that the tests run on (`pytest --device`)."""
+    kind = Config().compute.device
+    if kind == "cpu":
+        return CpuDevice(weights, context, threads)
+    from workers.compute.torch.device import TorchDevice
+    from workers.compute.torch.making import device_of
+
+    return TorchDevice(weights, context, where=device_of(kind))
+
+
 class LocalDecoder:
     """Close it after use."""
 
     def __init__(
         self, store: Store, context: int = 128, threads: int = 1, device: Device[Any] | None = None
     ) -> None:
-        """`device` computes in the place of the CPU's."""
+        """`device` computes in the place of the one that the tests run on."""
         self.weights = Weights(store)
         self.architecture = store.architecture
-        self.device = device or CpuDevice(self.weights, context, threads)
+        self.device = device or own_device(self.weights, context, threads)
         self.units = [store.read_layer(index) for index in range(len(store.layout.layers))]
         self.length = 0
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import Config
 from pipeline.planner.divide import plan as make_plan
 from pipeline.ring.channel import Channel
@@ -50,6 +52,16 @@ class Outcome:
 
     tokens: list[int]
     logprobs: list[float]
+
+
+def alike(found: Outcome, expected: Outcome) -> bool:
+    """Whether two sets that differ in neurons of no effect wrote the same.
+
+    The kernels' bits are the same then; torch's sums hang on which products there are.
+    """
+    if Config().compute.device == "cpu":
+        return found == expected
+    return found.tokens == expected.tokens and bool(np.allclose(found.logprobs, expected.logprobs, atol=1e-4))
 
 
 def generate(

@@ -17,6 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from pipeline.planner import devices
 from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import plan
 from storage.architecture import layer
@@ -40,6 +41,7 @@ from workers.lab.bench.roofline import measure as measure_roof
 from workers.lab.bench.rows import TECHNIQUES, Row
 from workers.lab.bench.series import Series
 from workers.lab.offline.dense import DenseModel
+from workers.lab.peers import run_accelerate
 from workers.prefetcher.requests import RequestBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -454,6 +456,13 @@ def test_the_roof_is_the_larger_of_disk_and_memory():
     assert roof.ratio_idle == pytest.approx(250 / 160)
     cached = Roofline("x", 16_384, 50e9, 0.0, 5e9, (125,), disk)
     assert (cached.bound, cached.ratio) == ("memory", pytest.approx(1.25))
+    there = replace(roof, bus=1e9, bus_bytes=220e6)
+    assert (there.bound, there.bus_ms) == ("bus", pytest.approx(220))
+    assert there.ratios == [there.ratio] == [pytest.approx(250 / 220)]
+    assert there.ratio_idle == there.ratio
+    (header, _, line) = table.roofline([there]).splitlines()
+    assert header.count("|") == line.count("|") == table.roofline([roof]).splitlines()[0].count("|") + 3
+    assert "| 1.0 | 0.22 | 220 | bus |" in line
 
 
 def test_what_a_token_reads_of_memory(job: BenchJob) -> None:
@@ -495,7 +504,7 @@ def test_the_curve_goes_from_the_least_to_the_whole(job: BenchJob) -> None:
 def test_each_run_is_held_against_the_ceilings_around_it(job: BenchJob) -> None:
     around = [Ceilings(512, idle, idle / 2) for idle in (3e9, 1e9, 2e9)]
     row = Row("x", total_ms=2.4, run_ms=(1.0, 3.0, 2.4), bytes_per_token=1e6)
-    roof = measure_roof(job, row, 5e9, around)
+    roof = measure_roof(job, row, {"read": 5e9, "matvec": 4e9}, around)
     assert (roof.request_bytes, roof.disk_idle, roof.disk_loaded) == (512, 2e9, 1e9)
     assert roof.ratios == pytest.approx((1.0 / (2 / 3), 3.0 / 2, 2.4 / 1))
     assert (roof.ratio, roof.total_ms) == (pytest.approx(1.5), 2.4)
@@ -601,6 +610,32 @@ def _job(store: Store, directory: Path, prompt: int, count: int) -> Any:
         settings=(),
         say=lambda _: None,
     )
+
+
+def test_a_peer_computes_on_the_benchs_device_or_is_refused(
+    job: BenchJob, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With what the ring may take of its memory."""
+    monkeypatch.setattr(peers.devices, "probe", lambda kind: devices.Found("a GPU", 10 << 30, 12 << 30))
+    asked: list[list[str]] = []
+    monkeypatch.setattr(peers.children, "run", lambda line, *_: asked.append(line))
+    there = {kind: replace(job, settings=(f"compute.device={kind}",)) for kind in ("torch-cpu", "cuda")}
+    here = Path(sys.executable)
+    with pytest.raises(UsageError, match="airllm computes on the CPU here, not on cuda"):
+        peers.series(there["cuda"], {"airllm": here}, checkpoint, tmp_path)
+    for own in there.values():
+        (row,) = peers.series(own, {"accelerate": here}, checkpoint, tmp_path)
+        row.run()
+    assert "--device" not in asked[0]
+    assert asked[1][asked[1].index("--device") :][:2] == ["--device", "cuda"]
+    assert asked[1][asked[1].index("--device-limit") + 1] == str(9 << 30)
+
+
+def test_accelerate_gets_less_than_there_is() -> None:
+    gib = 1 << 30
+    assert run_accelerate.shares(10 * gib, "cpu", 0) == {"cpu": 5 * gib}
+    assert run_accelerate.shares(10 * gib, "cuda", 5 * gib) == {0: 4 * gib, "cpu": 4 * gib}
+    assert run_accelerate.shares(10 * gib, "mps", 5 * gib) == {"mps": 4 * gib, "cpu": 4 * gib}
 
 
 def test_a_disk_too_short_for_a_peer_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -22,7 +22,7 @@ from storage.store import Store
 from workers.compute.compiling import of_compute, of_predictor, ready
 from workers.kernels import lowrank, norms
 
-pytestmark = pytest.mark.ring
+pytestmark = [pytest.mark.ring, pytest.mark.kernels("torch compiles nothing")]
 
 NOTE = "kernels: compiled before the start"
 AUTO = config(predictor={"kind": "auto", "refine": None})

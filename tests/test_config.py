@@ -52,6 +52,21 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
     assert config.prefetcher.readers == 7
 
 
+def test_the_environment_names_the_device_where_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHRING_DEVICE", "torch-cpu")
+    assert Config().compute.device == Config.parse({"compute": {"threads": 1}}).compute.device == "torch-cpu"
+    assert Config.load(None, ["compute.device=cpu"]).compute.device == "cpu"
+    assert Config.parse({"compute": {"device": "cuda"}}).compute.device == "cuda"
+    for data in ({}, {"compute": {"threads": 1}}):
+        monkeypatch.setenv("FLASHRING_DEVICE", "tpu")
+        with pytest.raises(
+            ConfigError, match=r"compute\.device by the environment variable FLASHRING_DEVICE:"
+        ):
+            Config.parse(data)
+        monkeypatch.setenv("FLASHRING_DEVICE", "")
+        assert Config.parse(data).compute.device == "cpu"
+
+
 def test_what_a_configuration_changes_makes_it_again() -> None:
     settings = [
         "predictor.refine=false",

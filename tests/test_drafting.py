@@ -157,6 +157,10 @@ def test_nothing_is_drafted_before_a_step_was_measured_nor_without_end() -> None
 # -- who drafts -----------------------------------------------------------------------------------
 
 
+PLANNED = pytest.mark.kernels("drafts are planned where the kernels compute")
+
+
+@PLANNED
 def test_a_plan_drafts_where_every_token_reads_the_same(tmp_path: Path) -> None:
     dense, sparse = made(tmp_path / "dense", "falcon-7b"), made(tmp_path / "sparse", "opt")
     everything = {"predictor": {"kind": "all", "refine": False}}
@@ -172,6 +176,7 @@ def test_a_plan_drafts_where_every_token_reads_the_same(tmp_path: Path) -> None:
         make_plan(sparse, config(drafts={"kind": "lookup"}))
 
 
+@PLANNED
 def test_a_mixtures_tokens_come_one_by_one(tmp_path: Path) -> None:
     mixture = made(tmp_path, "qwen3-moe")
     asked = {"predictor": {"kind": "router", "refine": None}, "cache": {"share": 0.5}}
@@ -180,6 +185,7 @@ def test_a_mixtures_tokens_come_one_by_one(tmp_path: Path) -> None:
         make_plan(mixture, config(**asked, drafts={"kind": "lookup"}))
 
 
+@PLANNED
 def test_a_draft_model_has_the_same_tokens_and_a_place_in_the_plan(tmp_path: Path) -> None:
     big, small = made(tmp_path / "big", "falcon-7b"), made(tmp_path / "small", "llama")
     everything = {"predictor": {"kind": "all", "refine": False}}

@@ -69,17 +69,23 @@ def check_rows(store: Store) -> None:
     assert not np.array_equal(rows[0], rows[1])
 
 
+ROWS = pytest.mark.kernels("torch's bits of a row hang on how many rows there are")
+
+
+@ROWS
 @pytest.mark.parametrize("variant", MODELS)
 def test_a_row_has_the_bits_that_it_has_alone(tmp_path: Path, variant: str) -> None:
     assert variant in {**VARIANTS, **GATED}
     check_rows(made(tmp_path, variant))
 
 
+@ROWS
 @pytest.mark.parametrize("bits", [8, 4])
 def test_so_it_has_in_few_bits(tmp_path: Path, bits: int) -> None:
     check_rows(made(tmp_path, "llama", bits=bits))
 
 
+@ROWS
 def test_so_it_has_in_a_published_file(tmp_path: Path) -> None:
     check_rows(published(tmp_path))
 
@@ -376,6 +382,7 @@ def test_sampled_tokens_have_the_models_distribution(loose: np.ndarray, limits: 
 # -- the ring -------------------------------------------------------------------------------------
 
 
+@ROWS
 @pytest.mark.ring
 def test_the_ring_writes_the_same_with_drafts(tmp_path: Path) -> None:
     """A GELU model that streams three quarters of its neurons."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import DTYPES, write_checkpoint
-from ring import config, generate, outcome, plan_for
+from ring import alike, config, generate, outcome, plan_for
 
 from pipeline.planner.divide import plan
 from pipeline.ring.session import Session
@@ -253,7 +253,7 @@ def test_the_text_is_the_same_with_every_neuron_and_with_the_oracles(sparse: Sto
     everything = outcome(sparse, config(predictor={"kind": "all"}), slots=96)
     chosen = config(compute={"threads": 2, "context": 128, "audit": 1})
     with Session(sparse, chosen, plan_for(sparse, chosen, slots=20, staging=7)) as session:
-        assert generate(session) == everything
+        assert alike(generate(session), everything)
         report = session.summary().audit
     assert report is not None
     found = report.to_json()

@@ -27,6 +27,8 @@ from workers.compute.cpu.shadow import CpuShadow, read
 from workers.compute.weights import Weights
 from workers.lab.offline.local_ring import LocalRing
 
+pytestmark = pytest.mark.kernels("a shadow is computed by them")
+
 PROMPT, TOKENS = [2, 17, 40, 9, 77, 31], [5, 80, 33, 61, 12, 240, 9, 44]
 # Of a parallel block, a sequential one with biases, and a gated FFN.
 VARIANTS = {

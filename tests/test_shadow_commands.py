@@ -55,6 +55,7 @@ def test_a_sparse_model_and_an_odd_number_of_bits_are_refused(store: Path, tmp_p
     assert sentence == "--quality is one of exact, high, balanced, fast, small, not 'best'"
 
 
+@pytest.mark.kernels("a shadow is computed by them")
 @pytest.mark.ring
 def test_small_reads_nothing_and_says_so(store: Path) -> None:
     line = ["--prompt", "abc", "--model", store, "--max-new-tokens", "4", "--quality", "small"]

@@ -11,7 +11,7 @@ from pipeline.ring.generation import GenerationParams
 from pipeline.ring.session import Session
 from storage.store import Store
 
-pytestmark = pytest.mark.ring
+pytestmark = [pytest.mark.ring, pytest.mark.kernels("a shadow is computed by them")]
 EXACT = config(predictor={"kind": "all", "refine": None})
 
 

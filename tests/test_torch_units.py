@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from torch_devices import CUDA
+from torch_devices import CUDA, HAS_CUDA
 
 from storage.codecs import CODECS, FLOATS
 from storage.convert import convert
 from storage.layout import Rows, Unit, neuron
 from storage.store import Store
+from workers.compute.torch import pages
 from workers.compute.torch.device import TorchDevice
 from workers.compute.torch.shelf import Shelf
 from workers.compute.torch.widening import rows_of, stored, widened
 from workers.compute.weights import Vectors, Weights
+from workers.lab.bench import device_rates
 
 WHERE = ["cpu", CUDA]
 
@@ -39,9 +41,10 @@ def test_a_codec_is_widened_to_the_bits_that_storage_widens_to(name: str, where:
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_mirrored_slot_goes_over_when_its_unit_changes(where: str) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_mirrored_slot_goes_over_when_its_unit_changes(direct: bool, where: str) -> None:
     """And what has no row of the mirror whenever it is used."""
-    shelf = Shelf(torch.device(where), 512, 6)
+    shelf = Shelf(torch.device(where), 512, 6, direct)
     memory = np.arange(8 * 512, dtype=np.uint32).astype(np.uint8).reshape(8, 512)
     memory[:, 0] = range(8)
 
@@ -61,6 +64,47 @@ def test_a_mirrored_slot_goes_over_when_its_unit_changes(where: str) -> None:
     memory[5] = 200  # another unit in the slot
     assert np.array_equal(bring([10, 13, 14], [0, 5, 7]), memory[[0, 5, 7]])
     assert over() == 5
+
+
+@pytest.mark.parametrize("slots", [[3], [2, 3, 4], [0, 1, 5, 7, 6]])
+def test_units_that_go_over_from_their_slots_are_those(slots: list[int]) -> None:
+    """Neighbours by one copy: of slots in any order, those that are asked for, in that order."""
+    memory = np.random.default_rng(5).integers(0, 256, (9, 512), np.uint8)
+    ids = np.arange(len(slots), dtype=np.int32)
+    (piece,) = Shelf(torch.device("cpu"), 512, 0, True).bring(ids, np.array(slots, np.int32), memory)
+    assert np.array_equal(piece.rows.numpy(), memory[slots])
+
+
+def test_pages_that_cannot_be_locked_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+            raise RuntimeError("CUDA error: operation not supported\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    said = pages.lock(np.zeros(1 << 20, np.uint8))
+    assert said.endswith("so copies take longer: CUDA error: operation not supported")
+    assert said.startswith("1.00 MiB")
+
+
+@pytest.mark.parametrize("kind", ["torch-cpu", CUDA])
+def test_a_devices_rates_are_those_of_its_memory_its_bus_and_its_products(kind: str) -> None:
+    found = device_rates.measure(kind, 1 << 22, 1, 0.01, "float32")
+    assert found.keys() == {"read", "matvec", "bus", "matmul", "matmul_float32"}
+    assert all(1e6 < rate < 1e16 for rate in found.values())
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+def test_locked_slots_are_what_cuda_copies_from() -> None:
+    memory = np.random.default_rng(6).integers(0, 256, (8, 1 << 20), np.uint8)
+    assert pages.lock(memory.reshape(-1)) == ""
+    assert torch.from_numpy(memory).is_pinned()
+    slots = np.array([6, 1, 2], np.int32)
+    shelf = Shelf(torch.device("cuda"), 1 << 20, 4, True)
+    for _ in range(3):
+        pieces = shelf.bring(np.array([9, 10, 11], np.int32), slots, memory)
+        order = np.argsort(np.concatenate([piece.ids for piece in pieces]))
+        assert np.array_equal(shelf.gather(pieces, order).cpu().numpy(), memory[slots])
+    assert shelf.counts["decode_bus_bytes"] == (3 + 2) << 20  # the sixth is not mirrored
 
 
 @pytest.fixture(scope="module")

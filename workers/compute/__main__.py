@@ -127,7 +127,7 @@ async def main(worker: Worker) -> None:
             worker.unprepared()
             return
     weights = await reading
-    device = _device(worker, weights, threads, cache_codec)
+    device, notes = _device(worker, weights, threads, cache_codec)
     shadow, forecast = None, worker.plan.forecast
     if forecast.shadowed:
         shadow = CpuShadow(weights, low_bits.read(Shadow.open(worker.store)), forecast, threads)
@@ -149,7 +149,7 @@ async def main(worker: Worker) -> None:
 
     loop.start()
     worker.channel.on_message("control", handle)
-    worker.ready(kernels.notes() if where == "cpu" else f"device {where}", f"{threads} threads")
+    worker.ready(*notes, f"{threads} threads")
     waiting: asyncio.Future[object] = asyncio.ensure_future(stopped.wait())
     try:
         await asyncio.wait({waiting, loop.ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -168,14 +168,17 @@ def _drafts(worker: Worker, drafting: Store | None, threads: int) -> Drafting:
     return ModelDrafts(drafting, vocabulary, plan.context, threads, CODECS[plan.cache_dtype])
 
 
-def _device(worker: Worker, source: Source, threads: int, cache_codec: Codec) -> Device[Any]:
-    """What the configuration's `compute.device` names."""
+def _device(
+    worker: Worker, source: Source, threads: int, cache_codec: Codec
+) -> tuple[Device[Any], list[str]]:
+    """What the configuration's `compute.device` names, and notes on it."""
     plan, where = worker.plan, worker.config.compute.device
     if where == "cpu":
-        return CpuDevice(source, plan.context, threads, cache_codec)
+        return CpuDevice(source, plan.context, threads, cache_codec), [kernels.notes()]
     from workers.compute.torch.making import make  # only here: importing torch takes 220 MiB
 
-    return make(where, source, plan, threads, cache_codec)
+    device, problem = make(where, source, plan, threads, cache_codec, worker.segments.bundles)
+    return device, [f"device {where}", *([problem] if problem else [])]
 
 
 def _values(engine: Engine, device: Device[Any]) -> dict[str, float]:

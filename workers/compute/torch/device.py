@@ -40,17 +40,19 @@ class TorchDevice:
         cache_codec: Codec = FLOAT32,
         where: str | torch.device = "cpu",
         mirrored: int = 0,
+        direct: bool = False,
     ) -> None:
         """`context` in tokens, 0 to keep nothing; keys and values are kept in `cache_codec`, a float.
 
-        The first `mirrored` slots, those of the first layers, stay on the device too.
+        The first `mirrored` slots, those of the first layers, stay on the device too. `direct`: units go over
+        straight from the slots (`shelf.py`).
         """
         self.architecture = source.architecture
         self._where = torch.device(where)
         self.placed = self.place(source, self._where)
         self._units = [layer.unit for layer in source.layout.layers]
         self._attending = Attending(source.architecture, context, cache_codec, self._where)
-        self._shelf = Shelf(self._where, source.layout.stride, mirrored)
+        self._shelf = Shelf(self._where, source.layout.stride, mirrored, direct)
         self._first = 0
         self._sequences = 1
         self._routing: Routing | None = None  # of the layer at hand

@@ -111,6 +111,8 @@ class Bench:
             found["What each technique brings"] = table.ablation(rows, ablation.techniques(self.job))
         if rows and self.job.store.architecture.family == "opt":
             found["The paper's figures"] = table.PAPER
+            if self.job.device != "cpu":
+                found["The paper's devices"] = table.PAPER_DEVICES
         if others:
             found["Peers"] = table.ablation(others, ())
         if rows:
@@ -237,12 +239,7 @@ def _told(bench: Bench, what: str) -> Iterator[None]:
 
 
 def _has_roof(job: BenchJob, series: Series) -> bool:
-    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row.
-
-    Of the CPU alone: another device's bus and memory are not measured.
-    """
-    if job.device != "cpu":
-        return False
+    """Rings with all techniques have one, of a mixture all rings and, but for a quick run, the naive row."""
     if series.name == NAIVE:
         return not job.quick
     return job.mixture or ablation.complete(job, series)
@@ -263,10 +260,9 @@ def _roofline(bench: Bench) -> None:
     """Of the rows whose ceilings have been taken around each run."""
     job = bench.job
     bench.bandwidth = roofline.bandwidth(job)
-    memory = max(bench.bandwidth["read"], bench.bandwidth["matvec"])
     whole = [row for row in bench.rows.values() if not row.error]
     bench.roofs = [
-        roofline.measure(bench.of(row.name)[0], row, memory, bench.ceilings[row.name])
+        roofline.measure(bench.of(row.name)[0], row, bench.bandwidth, bench.ceilings[row.name])
         for row in whole
         if len(bench.ceilings.get(row.name, ())) == len(row.run_ms) and row.bytes_per_token > 0
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
+from pipeline.ring.plan import HOST
 from workers.lab.bench import disk
 from workers.lab.bench.job import BenchJob
 from workers.lab.bench.series import Series
@@ -45,6 +46,7 @@ class Around:
         request = _request(self.job, series)
         key = request, series.streams
         if key not in self._fresh:
+            busy = self.job.dtype if self.job.device in HOST else None  # a GPU leaves the cores idle
             idle, loaded = (
                 disk.ceiling(
                     self.job.store,
@@ -54,7 +56,7 @@ class Around:
                     threads=self.job.threads,
                     sequential=series.streams,
                 ).bytes_per_second
-                for dtype in (None, self.job.dtype)
+                for dtype in (None, busy)
             )
             self._fresh[key] = Ceilings(request, idle, loaded)
         return self._fresh[key]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.console import say
 from storage.architecture import PROJECT_IN
 from storage.codecs import F32, FLOAT32
 from storage.layout import Rows
@@ -18,6 +19,7 @@ from workers.compute import bound
 from workers.compute.bound import Source
 from workers.compute.torch.device import TorchDevice
 from workers.compute.torch.making import device_of
+from workers.compute.torch.pages import lock
 from workers.compute.torch.weights import Matrix, Placed
 from workers.compute.torch.widening import stored, widened
 from workers.compute.weights import Vectors
@@ -25,9 +27,9 @@ from workers.lab.bench.stream import Stream
 
 
 def lock_pages(buffer: mmap.mmap) -> None:
-    """Let CUDA copy from these pages without a copy of its own. Raises RuntimeError where it cannot."""
-    memory = np.frombuffer(buffer, np.uint8)
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.size, 0)))
+    """Let CUDA copy from these pages without a copy of its own; where it cannot, that is said."""
+    if problem := lock(np.frombuffer(buffer, np.uint8)):
+        say(problem)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,9 @@ from pathlib import Path
 from pipeline import directories
 from pipeline.console import size
 from pipeline.launch import module_environment
+from pipeline.planner import devices
 from pipeline.planner.budget import parse_budget
+from pipeline.ring.plan import HOST
 from storage.errors import DiskFull, UsageError
 from storage.gguf.parts import is_gguf
 from storage.tokenizer import load_tokenizer
@@ -43,11 +45,12 @@ class Peer:
     tokens: int | None = TOKENS  # decoded; None: all
     flags: tuple[str, ...] = ()  # of its program
     forced: bool = False  # it can be made to read a mixture's text token by token
+    gpus: bool = False  # it computes on the bench's device, too
 
 
 _LLAMA_CPP = "workers.lab.peers.run_llama_cpp"
 PEERS = {
-    "accelerate": Peer("workers.lab.peers.run_accelerate"),
+    "accelerate": Peer("workers.lab.peers.run_accelerate", gpus=True),
     "airllm": Peer("workers.lab.peers.run_airllm", shards=True),
     "llama.cpp": Peer(_LLAMA_CPP, gguf=True, package="xllamacpp", tokens=None, forced=True),
     "llama.cpp-direct": Peer(
@@ -95,8 +98,11 @@ def check_space(names: Sequence[str], checkpoint: Path, work: Path) -> None:
 def series(job: BenchJob, python: Mapping[str, Path], checkpoint: Path, work: Path) -> list[Series]:
     """One row a peer, under the cgroup that the rows at half memory have; `work` is there.
 
-    Raises DiskFull, and UsageError for a checkpoint that a peer cannot read.
+    Raises DiskFull, and UsageError for a checkpoint that a peer cannot read, or a GPU that it cannot use.
     """
+    for name in python:
+        if job.device not in HOST and not PEERS[name].gpus:
+            raise UsageError(f"the peer {name} computes on the CPU here, not on {job.device}: leave it out")
     check_readable(list(python), checkpoint)
     check_space(list(python), checkpoint, work)
     return [_series(job, name, path, checkpoint, work) for name, path in python.items()]
@@ -109,6 +115,9 @@ def _series(job: BenchJob, name: str, python: Path, checkpoint: Path, work: Path
     line = [str(python), "-m", peer.module, str(checkpoint), "--limit", str(limit), *peer.flags]
     line += ["--prompt-tokens", str(job.prompt_tokens), "--threads", str(job.threads)]
     line += ["--forced"] if forced else []
+    if job.device not in HOST:
+        room = devices.limit(job.store, job.resolved())
+        line += ["--device", job.device, "--device-limit", str(room)]
     count = peer.tokens or job.count
 
     def run() -> Ran:

@@ -1,15 +1,16 @@
-"""How close a row comes to what disk and memory allow."""
+"""How close a row comes to what the disk, the way to a device and the memory that computes from allow."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.planner.budget import checkpoint_bytes
+from pipeline.ring.plan import HOST
 from storage.architecture import EMBED, POSITIONS
 from storage.manifest import RESIDENT
 from storage.shadow import Shadow
@@ -27,11 +28,13 @@ class Roofline:
 
     row: str
     request_bytes: int
-    memory: float  # bytes a second
+    memory: float  # bytes a second, of the device that computes
     flash_bytes: float  # read a token
     memory_bytes: float  # resident weights, predictors and FFN rows that a token touches
     run_ms: tuple[float, ...]  # achieved, each run's median
     ceilings: tuple[Ceilings, ...]  # around each run
+    bus: float = 0.0  # bytes a second to a torch device's memory; 0: the kernels compute where the slots are
+    bus_bytes: float = 0.0  # that a token brings over it
 
     @property
     def total_ms(self) -> float:
@@ -54,12 +57,17 @@ class Roofline:
         return 1e3 * self.memory_bytes / self.memory
 
     @property
+    def bus_ms(self) -> float:
+        return 1e3 * self.bus_bytes / self.bus if self.bus else 0.0
+
+    @property
     def bound(self) -> str:
-        return "flash" if self.flash_ms >= self.memory_ms else "memory"
+        terms = {"flash": self.flash_ms, "memory": self.memory_ms, "bus": self.bus_ms}
+        return max(terms, key=terms.__getitem__)
 
     @property
     def ratios(self) -> list[float]:
-        """Of each run: achieved ÷ the larger of the two, the disk's ceiling taken while the kernels run."""
+        """Of each run: achieved ÷ the largest of the three, the disk's ceiling taken beside the kernels."""
         return self._ratios([one.loaded for one in self.ceilings])
 
     @property
@@ -73,14 +81,14 @@ class Roofline:
 
     def _ratios(self, rates: Sequence[float]) -> list[float]:
         return [
-            achieved / max(1e3 * self.flash_bytes / rate, self.memory_ms)
+            achieved / max(1e3 * self.flash_bytes / rate, self.memory_ms, self.bus_ms)
             for achieved, rate in zip(self.run_ms, rates, strict=True)
         ]
 
     def to_json(self) -> dict[str, Any]:
         derived = (
-            "total_ms", "disk_idle", "disk_loaded", "flash_ms", "memory_ms", "bound", "ratios", "ratio",
-            "ratio_idle",
+            "total_ms", "disk_idle", "disk_loaded", "flash_ms", "memory_ms", "bus_ms", "bound", "ratios",
+            "ratio", "ratio_idle",
         )  # fmt: skip
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
@@ -94,13 +102,14 @@ def resident_bytes(job: BenchJob) -> int:
 
 
 def memory_bytes(job: BenchJob, row: Row) -> float:
-    """Bytes that the kernels and the predictor must read of DRAM for one token of `row`.
+    """Bytes that must be read for one token of `row`, of the memory that computes from.
 
-    A shadow's down rows of neurons that have their full rows are counted as well.
+    That is DRAM for the kernels and the predictor; of a GPU its own, which the predictor does not use. A
+    shadow's down rows of neurons that have their full rows are counted as well.
     """
     own = job.resolved(row.settings)
     predictors = 0
-    if own.predictor.kind == "lowrank":
+    if own.predictor.kind == "lowrank" and job.device in HOST:
         predictors = predictor_bytes(job.store, own)
     elif own.predictor.kind == "shadow":
         predictors = Shadow.open(job.store).bytes
@@ -125,25 +134,31 @@ def predictor_bytes(store: Store, config: Config) -> int:
 
 
 def bandwidth(job: BenchJob) -> dict[str, float]:
-    """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`."""
+    """Rates: bytes a second of `read`ing alone and of the `matvec` kernel, FLOP a second of `matmul`.
+
+    Of another device its own, and of the `bus` to it.
+    """
     size = (64 << 20) if job.quick else (1 << 30)
     line = ["--bytes", str(size), "--threads", str(job.threads), "--dtype", job.dtype]
     line += ["--seconds", "0.1" if job.quick else "1.0"]
-    return {
-        name: float(rate)
-        for name, rate in children.run_module("workers.lab.bench.bandwidth", line).result.items()
-    }
+    module = "workers.lab.bench.bandwidth"
+    if job.device != "cpu":
+        module = "workers.lab.bench.device_rates"
+        line += ["--device", job.device]
+    return {name: float(rate) for name, rate in children.run_module(module, line).result.items()}
 
 
-def measure(job: BenchJob, row: Row, memory: float, ceilings: Sequence[Ceilings]) -> Roofline:
-    """The roof of a row: `memory` in bytes a second, and the ceilings around each of its runs."""
+def measure(job: BenchJob, row: Row, rates: Mapping[str, float], ceilings: Sequence[Ceilings]) -> Roofline:
+    """The roof of a row: `rates` as `bandwidth` gives them, and the ceilings around each of its runs."""
     naive = row.name == NAIVE
     return Roofline(
         row=row.name,
         request_bytes=ceilings[-1].request_bytes,
-        memory=memory,
+        memory=max(rates["read"], rates["matvec"]),
         flash_bytes=row.bytes_per_token,
         memory_bytes=float(checkpoint_bytes(job.store)) if naive else memory_bytes(job, row),
         run_ms=row.run_ms,
         ceilings=tuple(ceilings),
+        bus=rates.get("bus", 0.0),
+        bus_bytes=row.bus_bytes,
     )

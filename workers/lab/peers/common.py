@@ -14,7 +14,7 @@ RSS_UNIT = 1024  # bytes of `ru_maxrss` on Linux
 
 
 def arguments(description: str | None, **flags: str) -> argparse.Namespace:
-    """checkpoint, tokens, prompt_tokens, scratch, limit, threads, and flags of a name with their help."""
+    """checkpoint, tokens, prompt_tokens, scratch, limit, threads, device, device_limit, and flags by name."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tokens", type=Path, required=True, help="file of token ids to decode")
@@ -22,6 +22,8 @@ def arguments(description: str | None, **flags: str) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="directory for whatever is written")
     parser.add_argument("--limit", type=int, required=True, help="bytes of memory")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as the package likes")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--device-limit", type=int, default=0, help="bytes of its memory")
     for name, told in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=told)
     return parser.parse_args()
