@@ -39,7 +39,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
-from storage.errors import RingError, UsageError
+from storage.errors import DamagedStore, RingError, UsageError
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -176,6 +176,7 @@ class Supervisor:
                     name=name,
                     directory=str(self.directory),
                     store=str(store.path.resolve()),
+                    identity=store.identity,
                     config=config.model_dump(mode="json"),
                     plan=plan.to_json(),
                     descriptors=descriptors,
@@ -222,7 +223,8 @@ class Supervisor:
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message for the supervisor, or None after `timeout` seconds.
 
-        Raises RingError as soon as a worker has died or reported a failure, and UsageError where it says that
+        Raises RingError as soon as a worker has died or reported a failure, DamagedStore where that is about
+        what it read from the store, and UsageError where it says that
         something impossible was asked for: only workers know what the rooms of policies and scorers hold.
         """
         assert self._channel is not None
@@ -232,7 +234,8 @@ class Supervisor:
             if isinstance(message, Failed):
                 if message.usage:
                     raise UsageError(message.error)
-                raise RingError(f"the {message.name} worker failed: {explained(message.error)}")
+                kind = DamagedStore if message.damaged else RingError
+                raise kind(f"the {message.name} worker failed: {explained(message.error)}")
             if isinstance(message, Unprepared):
                 raise MissingKernels
             if message is not None:

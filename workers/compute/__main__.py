@@ -119,8 +119,9 @@ async def main(worker: Worker) -> None:
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     where = worker.config.compute.device
-    kind: Callable[[Store], Source] = Weights if where in HOST else Vectors.of
-    reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store)
+    kind: Callable[[Store, bool], Source] = Weights if where in HOST else Vectors.of
+    verified = worker.config.storage.verify != "off"
+    reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store, verified)
     drafting = draft_store(worker.config)
     for store in (worker.store, drafting) if drafting else (worker.store,):
         own = store is worker.store
