@@ -112,13 +112,25 @@ def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run_on_loop(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[None]]) -> None:
+def run_on_loop(
+    name: str,
+    inboxes: tuple[str, ...],
+    main: Callable[[Worker], Awaitable[None]],
+    channels: type[Channel] = Channel,
+) -> None:
     """`run` for a worker that waits for several things: on a uvloop event loop."""
-    run(name, inboxes, lambda worker: uvloop.run(_as_coroutine(main, worker)))
+    run(name, inboxes, lambda worker: uvloop.run(_as_coroutine(main, worker)), channels)
 
 
-def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> None:
+def run(
+    name: str,
+    inboxes: tuple[str, ...],
+    main: Callable[[Worker], None],
+    channels: type[Channel] = Channel,
+) -> None:
     """Run a worker's `main` to its end.
+
+    `channels` is what it speaks through; only tests of faults want another one.
 
     An exception is reported to the supervisor as `Failed` and ends the process with status 1.
     """
@@ -130,7 +142,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
     _leave_with_parent(source, Path(spec.directory))
     plan, config = Plan.from_json(spec.plan), Config.parse(spec.config)
     with starting_prompt_threads():
-        channel = Channel(Path(spec.directory), inboxes, spec.routes)
+        channel = channels(Path(spec.directory), inboxes, spec.routes)
     with channel:
         try:
             worker = Worker(

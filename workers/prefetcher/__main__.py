@@ -6,7 +6,7 @@ import asyncio
 import mmap
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.ring.segments import ID, SLOT
 from pipeline.ring.timeline import ASKED, BEGUN, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
+from workers.prefetcher.backend import Backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.queues import open_queues
@@ -149,7 +150,8 @@ class Describer:
         return f"layer {layer}, neuron {neuron} from {self._path}"
 
 
-async def main(worker: Worker) -> None:
+async def main(worker: Worker, through: Callable[[Backend], Backend] = lambda queue: queue) -> None:
+    """`through` stands between the reader and its queues; only tests of faults want anything there."""
     be_prompt()
     settings = worker.config.prefetcher
     stride = worker.plan.stride
@@ -163,7 +165,13 @@ async def main(worker: Worker) -> None:
             settings.backend, file, settings.queue_depth, settings.readers, bundles
         )
         describe = Describer(path, worker.store.layout, worker.store.order())
-        pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
+        pool = ReaderPool(
+            [through(queue) for queue in queues],
+            settings.queue_depth,
+            file.size,
+            describe,
+            settings.in_flight,
+        )
         builder = RequestBuilder(
             base=bundles.ctypes.data,
             slots=bundles.shape[0],
