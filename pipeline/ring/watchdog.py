@@ -18,7 +18,7 @@ from pipeline.ring.messages import Stats
 from storage.errors import RingError
 
 LOOK_SECONDS = 10.0  # of silence before the workers are asked, and between one look and the next
-HUNG_LOOKS, STILL_LOOKS = 2, 3  # looks without an answer, or without any work, until that is an error
+HUNG_LOOKS, STILL_LOOKS = 3, 6  # looks without an answer, or without any work, until that is an error
 IDLE_SHARE = 0.03  # of a core: what waiting takes, all workers together
 
 

@@ -37,7 +37,7 @@ def main(
     picture: Picture = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Serve random prompts for a long time while clients leave and workers die; say what grew or was wrong."""
+    """Serve random prompts for a long time while clients leave and workers die; say what grew or is wrong."""
     arguments = [*(["--model", model] if model else []), "--context", "256", "--queue", "64"]
     for setting in settings or ("cache.share=0.25", "storage.verify=always", "compute.threads=1"):
         arguments += ["--set", setting]

@@ -17,6 +17,7 @@ from workers.lab.bench.soak.running import Running
 from workers.lab.pictures import picture
 
 MIB = 1 << 20
+SETTLED = 15.0  # seconds that a ring takes to load, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,10 @@ class Recorder:
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
             workers = self._server.workers()
-            if len(workers) == 4:  # between a death and the next ring there is nothing to compare
-                with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error):
+                # Between a death and the next ring, and while that loads, there is nothing to compare.
+                ages = [time.time() - one.create_time() for one in workers.values()]
+                if len(ages) == 4 and min(ages) > SETTLED:
                     self.taken.append(self._take(list(workers.values())))
 
     def _take(self, workers: Sequence[psutil.Process]) -> Vitals:
