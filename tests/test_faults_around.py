@@ -128,24 +128,30 @@ def test_a_store_on_tmpfs_under_an_odd_path(store: Store, text: ring.Outcome, od
     assert "direct I/O" in said or "through the page cache, because" in said
 
 
-READ_ONLY = """
-mount -t tmpfs tmpfs "$1" && cp -r "$2" "$1/store" && mount -o remount,ro "$1" || exit 77
-shift 2
-exec "$@"
-"""
+MOUNTS = {  # each puts the store $2 at $1/store, in a name space of its own
+    "read-only": 'mount -t tmpfs tmpfs "$1" && cp -r "$2" "$1/store" && mount -o remount,ro "$1"',
+    "overlay": 'mount -t tmpfs tmpfs "$1" && mkdir "$1/up" "$1/work" "$1/store" && '
+    'mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/up,workdir=$1/work" "$1/store"',
+    "full": 'mount -t tmpfs -o size=4m tmpfs "$1" && cp -r "$2" "$1/store" && '
+    '{ cat /dev/zero > "$1/filled" 2> /dev/null || true; }',
+}
 
 
 @pytest.mark.ring
-def test_a_store_on_a_read_only_file_system(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MOUNTS)
+def test_a_store_on_a_disk_that_is_read_only_full_or_an_overlay(
+    store: Store, tmp_path: Path, kind: str
+) -> None:
     place = tmp_path / "mount"
     place.mkdir()
     run = [sys.executable, str(ROOT / "run.py"), "--model", str(place / "store"), "--prompt", "Once"]
     run += ["--max-new-tokens", "4", "--ignore-eos", "--set", "compute.threads=1", "--json"]
+    script = f'{MOUNTS[kind]} || exit 77; shift 2; exec "$@"'
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("no unshare")
     done = subprocess.run(
-        [unshare, "--mount", "sh", "-c", READ_ONLY, "sh", str(place), str(store.path), *run],
+        [unshare, "--mount", "sh", "-c", script, "sh", str(place), str(store.path), *run],
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from pipeline.serving.warm_ring import WarmRing
 from storage.convert import NeuronOrder, convert
 from storage.errors import DamagedStore, RingError, StoreCorrupt, StoreError
 from storage.manifest import BUNDLES, CHECKSUMS, ORDER, RESIDENT
+from storage.predictors import check_sum, install
 from storage.repair import repair
 from storage.store import Store
+from storage.tensors import Tensors
 from workers.compute.weights import Vectors, Weights
 from workers.prefetcher.verifier import SAMPLE, Verifier
 
@@ -125,6 +128,20 @@ def test_resident_weights_are_compared_with_their_hash(store: Store) -> None:
             ):
                 kind(store, verified=True)
         flip(store.path / RESIDENT, offset, bit=0)
+
+
+def test_predictors_are_compared_with_their_hash(store: Store) -> None:
+    text = json.dumps(
+        {"__metadata__": {"kind": "lowrank"}, "a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}
+    )
+    file = store.path.parent / "trained.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(range(8)))
+    check_sum(Tensors(file))  # of an earlier version, without a hash
+    install(store, "default", file)
+    check_sum(Tensors(store.predictors("default")))
+    flip(store.predictors("default"), -3)
+    with pytest.raises(StoreCorrupt, match=r"does not match its own hash: run\.py train-predictor"):
+        check_sum(Tensors(store.predictors("default")))
 
 
 @pytest.mark.ring

@@ -8,19 +8,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipeline import program
 from pipeline.commands.options import JsonFile, Model, Picture, Settings
 from pipeline.console import say
-from pipeline.serving.client import Client
 from storage.errors import FlashringError
-from workers.lab.bench.soak.clients import TIMEOUT, Crowd, Question, Tally, pool
+from workers.lab.bench.soak.clients import TIMEOUT, Crowd, Tally, answers, pool, quantiles
 from workers.lab.bench.soak.running import WORKERS, Running, running
 from workers.lab.bench.soak.vitals import Recorder, draw, growth, not_flat
 
@@ -44,7 +42,7 @@ def main(
     tally, deaths = Tally(), list[float]()
     with tempfile.TemporaryDirectory(prefix="soak-") as name, running(Path(name), arguments) as server:
         questions = pool(seed)
-        right = _answers(server, questions)
+        right = answers(server, questions)
         ended = threading.Event()
         recorder = Recorder(server, Path(name), every)
         threads = Crowd(server, questions, right, tally, ended).start(CLIENTS)
@@ -55,7 +53,7 @@ def main(
             for thread in threads:
                 thread.join(TIMEOUT)
             recorder.end()
-        after = _answers(server, questions)
+        after = answers(server, questions)
         lines = server.lines
     left = [str(one) for one in Path(name).rglob("*")] if Path(name).exists() else []
     taken = recorder.taken
@@ -66,7 +64,7 @@ def main(
         "ends": dict(sorted(tally.ends.items())),
         "wrong": tally.wrong,
         "same_texts_afterwards": after == right,
-        "waiting_seconds": _quantiles(tally.waits),
+        "waiting_seconds": quantiles(tally.waits),
         "growth": found,
         "first": asdict(taken[0]) if taken else {},
         "last": asdict(taken[-1]) if taken else {},
@@ -88,12 +86,6 @@ def main(
         raise FlashringError("; ".join(problems))
 
 
-def _answers(server: Running, questions: Sequence[Question]) -> dict[Question, str]:
-    """The right text of each question, while nothing is wrong."""
-    with Client(server.endpoint, timeout=TIMEOUT) as client:
-        return {one: client.generate(one.prompt, **one.options()).read() for one in questions}
-
-
 def _run(server: Running, seconds: float, death: float, draw: random.Random, deaths: list[float]) -> None:
     """Wait, and kill a worker now and then. Raises FlashringError where the server ends."""
     begun = time.monotonic()
@@ -106,19 +98,6 @@ def _run(server: Running, seconds: float, death: float, draw: random.Random, dea
             if server.kill(draw.choice(WORKERS)):
                 deaths.append(passed / 60)
         time.sleep(0.5)
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, Any]:
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    return {
-        "answers": len(ordered),
-        **{
-            name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
-            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-        },
-    }
 
 
 def run() -> int:

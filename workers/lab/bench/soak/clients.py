@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -105,6 +105,25 @@ def pool(seed: int) -> list[Question]:
         )
         for _ in range(PROMPTS)
     ]
+
+
+def answers(server: Running, questions: Sequence[Question]) -> dict[Question, str]:
+    """The right text of each question, while nothing is wrong."""
+    with Client(server.endpoint, timeout=TIMEOUT) as client:
+        return {one: client.generate(one.prompt, **one.options()).read() for one in questions}
+
+
+def quantiles(values: Sequence[float]) -> dict[str, Any]:
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    return {
+        "answers": len(ordered),
+        **{
+            name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+        },
+    }
 
 
 class Tally:
