@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,9 @@ from storage.errors import ConfigError
 
 # How many of something: at most what every message between processes can carry.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+# Which units are compared with their checksums when they have been read: none, one of sixteen, or every one.
+Verify = Literal["off", "sample", "always"]
 
 # From the weights as they are to the fastest that a model has: pipeline/quality.py.
 Quality = Literal["exact", "high", "balanced", "fast", "small"]
@@ -107,6 +110,12 @@ class Prefetcher(Section):
     staging: Annotated[int, Field(ge=1, le=1 << 40)] = 16 << 20  # bytes of one staging half
 
 
+class Storage(Section):
+    """How far the store is trusted."""
+
+    verify: Verify = "sample"  # a damaged unit ends the run with its place and what mends it
+
+
 class Compute(Section):
     """How layers are computed."""
 
@@ -180,6 +189,7 @@ class Config(Section):
     predictor: Predictor = Predictor()
     cache: Cache = Cache()
     prefetcher: Prefetcher = Prefetcher()
+    storage: Storage = Storage()
     compute: Compute = Field(default_factory=Compute)
     drafts: Drafts = Drafts()
     experts: Experts = Experts()
@@ -234,6 +244,13 @@ class Config(Section):
             for section, keys in given.items()
             for key, value in keys.items()
         )
+
+
+def check_verify(word: str) -> str:
+    """Of the option `--verify`; empty where it is not given. Raises ConfigError."""
+    if word and word not in get_args(Verify):
+        raise ConfigError(f"--verify is one of {', '.join(get_args(Verify))}, not {word!r}")
+    return word
 
 
 def _read_tree(file: Path) -> dict[str, dict[str, Any]]:

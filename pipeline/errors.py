@@ -7,13 +7,14 @@ ServingError                   a request that a server refused or lost
 ├── ProtocolMismatch           client and server speak different versions
 └── ServerUnavailable          nobody answers, the connection was lost, or the server is stopping
 
-A wrong parameter is `UsageError`, a prompt that does not fit its kind `ContextExceeded`, and a dead ring
-`RingError` (storage/errors.py), in a client just as in the process that runs the ring.
+A wrong parameter is `UsageError`, a prompt that does not fit its kind `ContextExceeded`, a dead ring
+`RingError`, and a damaged store its kind `DamagedStore` (storage/errors.py), in a client just as in the
+process that runs the ring.
 """
 
 from __future__ import annotations
 
-from storage.errors import FlashringError, RingError, UsageError
+from storage.errors import DamagedStore, FlashringError, RingError, UsageError
 
 
 class ServingError(FlashringError):
@@ -50,7 +51,7 @@ class RingGaveUp(RingError):
 
 USAGE, FULL, DEADLINE, RING, VERSION = "usage", "queue-full", "deadline", "ring", "version"
 STOPPING, MALFORMED, HELLO, INTERNAL = "stopping", "malformed", "hello", "internal"
-SLOW, CONTEXT = "slow", "context"
+SLOW, CONTEXT, DAMAGED = "slow", "context", "damaged"
 
 # Code on the wire → exception in the client; any other code is a plain ServingError.
 BY_CODE: dict[str, type[FlashringError]] = {
@@ -58,6 +59,7 @@ BY_CODE: dict[str, type[FlashringError]] = {
     USAGE: UsageError,
     FULL: QueueFull,
     DEADLINE: DeadlineExceeded,
+    DAMAGED: DamagedStore,
     RING: RingError,
     VERSION: ProtocolMismatch,
     STOPPING: ServerUnavailable,

@@ -12,6 +12,7 @@ FlashringError                 anything this project raises on purpose: one clea
 ├── BudgetError                memory budget too small (exit code 2)
 ├── DiskFull                   no space left while writing
 └── RingError                  a worker died, timed out or reported a failure
+    └── DamagedStore           a worker met bytes of the store that are not what was written
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class DiskFull(FlashringError):
 
 
 class RingError(FlashringError):
+    pass
+
+
+class DamagedStore(RingError):
     pass
 
 

@@ -65,7 +65,7 @@ class Header:
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("metadata that are no text")
             places = {name: _place(_LENGTH.size + length, entry) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadHeader("has a damaged safetensors header") from error
         for name, place in places.items():
             if place.offset + place.bytes > size:

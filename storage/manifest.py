@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from storage import version1
 from storage.architecture import Architecture, Ffn, LongropeScaling, Rope
 from storage.codecs import CODECS
-from storage.errors import StoreError
+from storage.errors import StoreCorrupt, StoreError
 from storage.layout import ROLES, LayerLayout, Layout, Row, Unit, check_alignment
 from storage.records import of_type, read_record
 
@@ -28,6 +30,7 @@ PREDICTORS = "predictors"
 
 _BEYOND = 1 << 31  # that many heads, tokens or values no model has
 _LONGEST_NAME = 200  # characters of a file's name
+SEAL = "xxh3_128"  # the manifest's own hash, in it
 CHECKSUM_BYTES = 8  # of one unit in checksums.bin
 ORDER_BYTES = 4  # of one unit in order.bin
 
@@ -52,7 +55,8 @@ class Manifest:
     parameters: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """With its seal."""
+        data: dict[str, Any] = {
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "architecture": self.architecture.to_json(),
@@ -62,6 +66,7 @@ class Manifest:
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "parameters": self.parameters,
         }
+        return {**data, SEAL: seal(data)}
 
     @classmethod
     def from_json(cls, data: Any, where: Path) -> Manifest:
@@ -98,7 +103,15 @@ class Manifest:
             raise StoreError(f"{where} is damaged: it does not list {min(lacking)}")
         if flaw := _flaw(manifest):
             raise StoreError(f"{where} {flaw}")
+        if data.get(SEAL, "") not in ("", seal(data)):
+            raise StoreCorrupt(f"{where} is damaged: it does not match its own hash")
         return manifest
+
+
+def seal(data: Mapping[str, Any]) -> str:
+    """The hash of a manifest's other fields, whatever their order. FORMAT.md, "manifest.json"."""
+    rest = {name: value for name, value in data.items() if name != SEAL}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _file_name(name: str) -> str:

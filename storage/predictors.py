@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import xxhash
+
 from storage import files, shadow
-from storage.errors import StoreError, UsageError, reason
+from storage.bundles import BLOCK_BYTES
+from storage.errors import StoreCorrupt, StoreError, UsageError, reason
 from storage.store import Store
 from storage.tensors import Tensors
+
+SUM = "xxh3_128"  # in the metadata: the hash of all bytes behind the header
 
 
 def copy_all(source: Store, target: Store) -> list[str]:
@@ -45,11 +50,25 @@ def install(store: Store, name: str, file: Path) -> None:
         raise StoreError(f"{target} cannot be written: {reason(error)}") from error
 
 
+def check_sum(file: Tensors) -> None:
+    """Compare the tensors with the hash in the metadata, where there is one. Raises StoreCorrupt."""
+    said = file.metadata.get(SUM)
+    if said is None:  # of an earlier version
+        return
+    digest = xxhash.xxh3_128()
+    with file.path.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        for block in files.blocks(opened, BLOCK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != said:
+        raise StoreCorrupt(f"{file.path} does not match its own hash: run.py train-predictor makes it anew")
+
+
 def bound(identity: str, data: bytes) -> bytes:
-    """A predictors' file, safetensors, with the identity of their store in its metadata."""
+    """A predictors' file, safetensors, with its store's identity and its own hash in its metadata."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header["__metadata__"]["store"] = identity
+    header["__metadata__"] |= {"store": identity, SUM: xxhash.xxh3_128_hexdigest(data[start:])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[start:]

@@ -85,6 +85,17 @@ class Store:
         """What predictors are bound to: the hash of the bundles."""
         return self.manifest.files[BUNDLES].xxh3_128
 
+    def state(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Another value once a file of the manifest, or the manifest itself, has been written or replaced."""
+        found = []
+        for name in (MANIFEST, *self.manifest.files):
+            try:
+                status = (self.path / name).stat()
+            except OSError:
+                continue
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
     def predictors(self, name: str) -> Path:
         """The file of the predictors `name`, which need not be there. Raises UsageError for no file name."""
         if not name or "/" in name or "\0" in name or name.startswith("."):

@@ -17,7 +17,7 @@ import xxhash
 from storage import tokenizer
 from storage.errors import CheckpointError
 from storage.files import write_whole
-from storage.manifest import MANIFEST, FileEntry
+from storage.manifest import MANIFEST, SEAL, FileEntry, seal
 
 SOURCE = "source.json"
 
@@ -43,7 +43,10 @@ def renew(store: Path, checkpoint: Path) -> bool:
     for name, text in found.items():
         write_whole(store / name, text, shared=True)
         files[name] = asdict(FileEntry(len(text), xxhash.xxh3_128_hexdigest(text)))
-    write_whole(store / MANIFEST, json.dumps({**data, "files": files}, indent=2).encode(), shared=True)
+    renewed = {**data, "files": files}
+    if SEAL in data:
+        renewed[SEAL] = seal(renewed)
+    write_whole(store / MANIFEST, json.dumps(renewed, indent=2).encode(), shared=True)
     for name in gone:
         (store / name).unlink(missing_ok=True)
     record(store, str(checkpoint), now)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.errors import StoreError
+from storage.errors import StoreCorrupt, StoreError
 from storage.json_object import read_whole
 from storage.store import Store
+from storage.sums import check_small
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def load_tokenizer(store: Store) -> Tokenizer:
-    """The store's tokenizer. Raises StoreError when it has none, or a damaged one."""
+    """The store's tokenizer. Raises StoreError when it has none, StoreCorrupt for a text that was changed."""
     from tokenizers import Tokenizer
 
     path = store.path / TOKENIZER
@@ -40,6 +41,7 @@ def load_tokenizer(store: Store) -> Tokenizer:
         raise StoreError(
             f"the store {store.path} has no {TOKENIZER}; convert a checkpoint that has a tokenizer"
         )
+    check_texts(store)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -47,6 +49,21 @@ def load_tokenizer(store: Store) -> Tokenizer:
     tokenizer.no_padding()  # a store of an earlier version may have them
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_texts(store: Store) -> None:
+    """Compare tokenizer, templates and the like with their hashes. Raises StoreCorrupt.
+
+    Another process may have renewed them since the store was opened: then the manifest is new, too.
+    """
+    names = [name for name in store.manifest.files if is_text(name)]
+    try:
+        for name in names:
+            check_small(store, name)
+    except StoreCorrupt:
+        renewed = Store.open(store.path)
+        for name in filter(is_text, renewed.manifest.files):
+            check_small(renewed, name)
 
 
 def texts(checkpoint: Path) -> dict[str, bytes]:

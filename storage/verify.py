@@ -14,6 +14,7 @@ from storage.errors import StoreCorrupt, StoreError
 from storage.files import blocks, from_disk
 from storage.manifest import BUNDLES, CHECKSUM_BYTES, CHECKSUMS, ORDER
 from storage.store import Store
+from storage.sums import damaged_file, damaged_unit
 
 Progress = Callable[[str, int, int], None]  # (file name, bytes done, bytes in all)
 
@@ -44,7 +45,7 @@ def _verify_file(store: Store, name: str, report: Progress) -> None:
             done += len(block)
             report(name, done, entry.bytes)
     if digest.hexdigest() != entry.xxh3_128:
-        raise StoreCorrupt(f"{store.path / name} does not match its hash in the manifest")
+        raise StoreCorrupt(damaged_file(store, name))
 
 
 def _verify_order(store: Store) -> None:
@@ -67,16 +68,7 @@ def _verify_bundles(store: Store, report: Progress) -> None:
                 found = checksums(np.frombuffer(data, np.uint8).reshape(stop - start, part.unit.stride))
                 wrong = np.flatnonzero(found != expected[layer][start:stop])
                 if wrong.size:
-                    raise StoreCorrupt(_bad_bundle(store, layer, start + int(wrong[0])))
+                    raise StoreCorrupt(damaged_unit(store, layer, start + int(wrong[0])))
                 report(BUNDLES, layout.offset(layer, stop), layout.total_bytes)
     if digest.hexdigest() != store.identity:
-        raise StoreCorrupt(f"{store.path / BUNDLES} does not match its hash in the manifest")
-
-
-def _bad_bundle(store: Store, layer: int, position: int) -> str:
-    positions = store.positions()
-    neuron = position if positions is None else int(np.flatnonzero(positions[layer] == position)[0])
-    return (
-        f"{store.path / BUNDLES}: the bundle of layer {layer}, neuron {neuron}, at byte "
-        f"{store.layout.offset(layer, position):,}, does not match its checksum"
-    )
+        raise StoreCorrupt(damaged_file(store, BUNDLES))

@@ -63,6 +63,7 @@ def served(
     http: dict[str, Any] | None = None,
     defaults: Decoding | None = None,
     template: str = TEMPLATE,
+    state: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve what `open_session` gives until the block is left; then nothing may be left over."""
@@ -73,7 +74,7 @@ def served(
     extra = {"clock": clock} if clock else {}
 
     def start() -> None:
-        ring = WarmRing(open_session, ChatTemplate(template, {}), defaults, **extra)
+        ring = WarmRing(open_session, ChatTemplate(template, {}), defaults, state=state, **extra)
         observer = PrometheusObserver()
         found.scheduler = Scheduler(ring, queue_limit=queue_limit, observer=observer)
         observer.watch(found.scheduler)

@@ -35,7 +35,7 @@ FROZEN = ROOT / "tests" / "frozen"
 # Ring messages that are no longer those of version 0.1.0, each with the reason. The ring's protocol is spoken
 # within one version only, so they may change; PROTOCOL_VERSION then does, too.
 CHANGED: dict[str, str] = {
-    "Failed": "tells an impossible configuration from a failure",
+    "Failed": "tells an impossible configuration, and a damaged store, from a failure",
     "Finished": "tells why an answer of a given form cannot go on",
     "Generate": "carries the form of its answer",
     "HiddenReady": "carries its Step",

@@ -357,15 +357,23 @@ class Busy(Faulty):
 
 
 class Broken(Faulty):
-    """The sixth read meets a bad sector."""
+    """From the sixth read on a sector is bad."""
 
     def result(self, result: int) -> int:
         self.faults += 1
-        return -errno.EIO if self.faults == 6 else result
+        return -errno.EIO if self.faults >= 6 else result
+
+
+class Shaken(Faulty):
+    """Every fifth read fails, and is sound the next time."""
+
+    def result(self, result: int) -> int:
+        self.faults += 1
+        return -errno.EIO if self.faults % 5 == 0 else result
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("fault", [Short, Busy])
+@pytest.mark.parametrize("fault", [Short, Busy, Shaken])
 def test_short_and_refused_reads_are_resumed(store: Store, backend: str, fault: type[Faulty]) -> None:
     async def body(bench: Bench) -> None:
         await read_and_check(bench, store)

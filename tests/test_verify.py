@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from damage import flip
 
 from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
 from storage.errors import StoreCorrupt, StoreError, StoreMissing
-from storage.manifest import CHECKSUMS, MANIFEST
+from storage.manifest import CHECKSUMS, MANIFEST, SEAL
 from storage.store import Store
 from storage.verify import verify
 
@@ -21,14 +22,6 @@ from storage.verify import verify
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return convert(write_checkpoint(tmp_path / "model", "falcon-7b", "float16"), tmp_path / "store", name="x")
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
 
 
 def test_a_good_store(store: Store) -> None:
@@ -114,6 +107,7 @@ def test_a_wrong_path_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_checksums_that_are_not_there(store: Store) -> None:
     data = json.loads((store.path / MANIFEST).read_text(encoding="utf-8"))
     del data["files"][CHECKSUMS]
+    del data[SEAL]  # as earlier versions wrote it
     (store.path / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
     (store.path / CHECKSUMS).unlink()
     with pytest.raises(StoreError, match="a checksum for each unit"):

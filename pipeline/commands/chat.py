@@ -35,6 +35,7 @@ from pipeline.commands.options import (
     TopK,
     TopP,
     Verbose,
+    Verify,
 )
 from pipeline.config import Values
 from pipeline.console import say, write
@@ -72,6 +73,7 @@ def command(
     device_memory: DeviceMemory = "",
     bits: Bits = None,
     quality: Quality = "",
+    verify: Verify = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -95,6 +97,7 @@ def command(
     values: Values = {
         "model": {"bits": bits},
         "predictor": {"quality": quality or None},
+        "storage": {"verify": verify or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,
@@ -122,7 +125,7 @@ def command(
         session.reuse_prefix = True
         return session
 
-    ring = WarmRing(open_session, template, report.config.sampling, say=say)
+    ring = WarmRing(open_session, template, report.config.sampling, say=say, state=store.state)
 
     def figures() -> str:
         session = ring.session

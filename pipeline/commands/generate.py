@@ -27,6 +27,7 @@ from pipeline.commands.options import (
     TopK,
     TopP,
     Verbose,
+    Verify,
 )
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write, write_json
@@ -74,6 +75,7 @@ def command(
     device_memory: DeviceMemory = "",
     bits: Bits = None,
     quality: Quality = "",
+    verify: Verify = "",
     context_tokens: Context = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens. [default: 200]", show_default=False)
@@ -135,6 +137,7 @@ def command(
     values: Values = {
         "model": {"bits": bits},
         "predictor": {"quality": quality or None},
+        "storage": {"verify": verify or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context_tokens or None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.config import check_verify
 from pipeline.directories import check_writable
 from pipeline.quality import check_word
 
@@ -63,6 +64,16 @@ Quality = Annotated[
         metavar="WORD",
         show_default=False,
         callback=check_word,
+    ),
+]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help="Compare what is read with its checksums: off, sample (one unit of 16) or always. [default: the "
+        "configuration's, sample]",
+        metavar="WORD",
+        show_default=False,
+        callback=check_verify,
     ),
 ]
 Settings = Annotated[

@@ -19,6 +19,7 @@ from pipeline.commands.options import (
     Model,
     Quality,
     Settings,
+    Verify,
 )
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
@@ -64,6 +65,7 @@ def command(
     device_memory: DeviceMemory = "",
     bits: Bits = None,
     quality: Quality = "",
+    verify: Verify = "",
     context_tokens: Context = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
     deadline: Annotated[
@@ -120,6 +122,7 @@ def command(
         device,
         device_memory,
         quality,
+        verify,
     )
     options = ServingOptions(
         endpoint=address,

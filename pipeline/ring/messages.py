@@ -15,7 +15,7 @@ from typing import ClassVar
 from pipeline.ring.codec import Codec
 from pipeline.ring.codec import ProtocolError as ProtocolError  # noqa: PLC0414 - part of this protocol
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 EMBEDDING = -1  # as a layer: the new tokens' embedding, before any layer
 
 
@@ -72,6 +72,7 @@ class Failed(Message):
     name: str
     error: str  # one sentence
     usage: bool = False  # something impossible was asked for (UsageError); nothing is broken
+    damaged: bool = False  # the store cannot be read, or is not what was written (StoreError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from pipeline.ring.messages import PROTOCOL_VERSION, Failed, Unprepared, WorkerR
 from pipeline.ring.plan import Plan
 from pipeline.ring.promptness import starting_prompt_threads
 from pipeline.ring.timeline import Timeline
-from storage.errors import FlashringError, UsageError
+from storage.errors import FlashringError, StoreError, UsageError
 from storage.store import Store
 
 ORPHANED = 3  # exit status of a worker whose supervisor vanished
@@ -46,6 +46,7 @@ class WorkerSpec:
     name: str
     directory: str  # of the ring's sockets
     store: str
+    identity: str  # of that store's units: another in its place is refused
     config: dict[str, Any]
     plan: dict[str, Any]
     descriptors: dict[str, int]  # segment name → inherited file descriptor
@@ -111,13 +112,25 @@ def _leave_with_parent(stream: BinaryIO, directory: Path) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run_on_loop(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], Awaitable[None]]) -> None:
+def run_on_loop(
+    name: str,
+    inboxes: tuple[str, ...],
+    main: Callable[[Worker], Awaitable[None]],
+    channels: type[Channel] = Channel,
+) -> None:
     """`run` for a worker that waits for several things: on a uvloop event loop."""
-    run(name, inboxes, lambda worker: uvloop.run(_as_coroutine(main, worker)))
+    run(name, inboxes, lambda worker: uvloop.run(_as_coroutine(main, worker)), channels)
 
 
-def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> None:
+def run(
+    name: str,
+    inboxes: tuple[str, ...],
+    main: Callable[[Worker], None],
+    channels: type[Channel] = Channel,
+) -> None:
     """Run a worker's `main` to its end.
+
+    `channels` is what it speaks through; only tests of faults want another one.
 
     An exception is reported to the supervisor as `Failed` and ends the process with status 1.
     """
@@ -129,13 +142,13 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
     _leave_with_parent(source, Path(spec.directory))
     plan, config = Plan.from_json(spec.plan), Config.parse(spec.config)
     with starting_prompt_threads():
-        channel = Channel(Path(spec.directory), inboxes, spec.routes)
+        channel = channels(Path(spec.directory), inboxes, spec.routes)
     with channel:
         try:
             worker = Worker(
                 name=name,
                 channel=channel,
-                store=with_fewer(Store.open(Path(spec.store)), config),
+                store=with_fewer(_same_store(spec), config),
                 config=config,
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
@@ -149,8 +162,20 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
             if not known:
                 traceback.print_exc()
             sentence = str(error) if known else repr(error)
-            channel.send("supervisor", Failed(name, sentence, isinstance(error, UsageError)))
+            channel.send("supervisor", _failure(name, error, sentence))
             sys.exit(1)
+
+
+def _same_store(spec: WorkerSpec) -> Store:
+    """The store that the supervisor opened. Raises StoreError where another one lies there by now."""
+    store = Store.open(Path(spec.store))
+    if store.identity != spec.identity:
+        raise StoreError(f"{store.path} was replaced by another store while it was in use: start again")
+    return store
+
+
+def _failure(name: str, error: Exception, sentence: str) -> Failed:
+    return Failed(name, sentence, usage=isinstance(error, UsageError), damaged=isinstance(error, StoreError))
 
 
 async def _as_coroutine(main: Callable[[Worker], Awaitable[None]], worker: Worker) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from pipeline import dials, quality
 from pipeline.config import Config
+from pipeline.console import say
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.ring.plan import Plan
@@ -19,6 +20,7 @@ from pipeline.ring.request import Request
 from pipeline.ring.summary import MemoryUse, Summary
 from pipeline.ring.supervisor import Supervisor
 from pipeline.ring.text import AddedToken, Detokenizer, added_tokens
+from pipeline.ring.watchdog import Watchdog
 from storage.errors import RingError, UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -40,10 +42,12 @@ class Session:
         plan: Plan,
         routes: Mapping[str, str] | None = None,
         budget: int | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Starts the ring; raises RingError if it does not come up.
 
         `budget`: the bytes that the plan divides, for the summary; None where there was no budget.
+        `programs`: see `Supervisor`.
         """
         started = time.monotonic()
         self.store = store
@@ -59,7 +63,8 @@ class Session:
         self._live_due = 0.0
         self.reuse_prefix = False  # see PROTOCOL.md, "Reuse of a prompt's beginning", for its price
         self._run = 0
-        self.ring = Supervisor(store, config, plan, routes)
+        self.ring = Supervisor(store, config, plan, routes, programs)
+        self.watchdog = Watchdog(self.ring.pids, self.ring.ask_stats, say)
         self.load_seconds = time.monotonic() - started
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
@@ -107,6 +112,7 @@ class Session:
             raise UsageError("answers of a given form are switched off here: compute.structured is false")
         self._run += 1
         run = self._run
+        self.watchdog.heard()
         cached = self._cached(ids)
         generation = Generation(prompt=ids, cached=cached, before=self.ring.stats())
         self.last = generation
@@ -179,14 +185,21 @@ class Session:
         return self.token_seconds + PROMPT_TOKEN_SECONDS * awaited
 
     def _next(self, patience: float, cancelled: Callable[[], bool]) -> Message | None:
-        """The ring's next message, or None once `cancelled`. Raises RingError after `patience` seconds."""
-        deadline = time.monotonic() + patience
+        """The ring's next message, or None once `cancelled`.
+
+        Raises RingError for a worker that hangs, and after `patience` seconds without any but counters.
+        """
         while not cancelled():
             message = self.ring.receive(CANCEL_SECONDS)
             self._ask_for_live_stats()
-            if message is not None:
+            if isinstance(message, Stats):
+                self.watchdog.counted(message)
                 return message
-            if time.monotonic() >= deadline:
+            if message is not None:
+                self.watchdog.heard()
+                return message
+            self.watchdog.quiet(CANCEL_SECONDS)
+            if self.watchdog.silent >= patience:
                 raise RingError(f"the ring was silent for {patience:.0f} s")
         return None
 

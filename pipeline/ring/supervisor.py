@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -39,7 +39,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
-from storage.errors import RingError, UsageError
+from storage.errors import DamagedStore, RingError, UsageError
 from storage.manifest import RESIDENT
 from storage.store import Store
 
@@ -60,8 +60,14 @@ LONGEST_PARENT = 60  # bytes; a socket's whole path may have 107
 class WorkerProcess:
     """One worker: its process, and its standard error for last words."""
 
-    def __init__(self, name: str, descriptors: dict[str, int], settings: Mapping[str, str]) -> None:
-        """`settings` are added to the process's environment."""
+    def __init__(
+        self,
+        name: str,
+        descriptors: dict[str, int],
+        settings: Mapping[str, str],
+        program: Sequence[str] | None = None,
+    ) -> None:
+        """`settings` are added to the process's environment; `program` stands in for the worker's own."""
         self.name = name
         self._errors: IO[bytes] | None = None
         environment = {**module_environment(), **settings}
@@ -69,7 +75,7 @@ class WorkerProcess:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         try:
             self.process = subprocess.Popen(
-                module_command(f"workers.{name}"),
+                list(program or module_command(f"workers.{name}")),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
@@ -115,7 +121,12 @@ class Supervisor:
     """A running ring. Use as a context manager."""
 
     def __init__(
-        self, store: Store, config: Config, plan: Plan, routes: Mapping[str, str] | None = None
+        self,
+        store: Store,
+        config: Config,
+        plan: Plan,
+        routes: Mapping[str, str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Start the ring and wait until it is ready.
 
@@ -132,6 +143,7 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         sweep_stale_directories()
         self._routes = dict(routes or {})
+        self._programs = dict(programs or {})
         self._channel: Channel | None = None
         try:
             self._bring_up(store, config, plan, compiles=False)
@@ -168,7 +180,9 @@ class Supervisor:
         try:
             for name in WORKERS:
                 try:
-                    worker = WorkerProcess(name, descriptors, AWAKE if plan.whole else {})
+                    worker = WorkerProcess(
+                        name, descriptors, AWAKE if plan.whole else {}, self._programs.get(name)
+                    )
                 except OSError as error:
                     raise refused(error, f"a process for the {name} worker") from error
                 self._workers.append(worker)
@@ -176,6 +190,7 @@ class Supervisor:
                     name=name,
                     directory=str(self.directory),
                     store=str(store.path.resolve()),
+                    identity=store.identity,
                     config=config.model_dump(mode="json"),
                     plan=plan.to_json(),
                     descriptors=descriptors,
@@ -222,7 +237,8 @@ class Supervisor:
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message for the supervisor, or None after `timeout` seconds.
 
-        Raises RingError as soon as a worker has died or reported a failure, and UsageError where it says that
+        Raises RingError as soon as a worker has died or reported a failure, DamagedStore where that is about
+        what it read from the store, and UsageError where it says that
         something impossible was asked for: only workers know what the rooms of policies and scorers hold.
         """
         assert self._channel is not None
@@ -232,7 +248,8 @@ class Supervisor:
             if isinstance(message, Failed):
                 if message.usage:
                     raise UsageError(message.error)
-                raise RingError(f"the {message.name} worker failed: {explained(message.error)}")
+                kind = DamagedStore if message.damaged else RingError
+                raise kind(f"the {message.name} worker failed: {explained(message.error)}")
             if isinstance(message, Unprepared):
                 raise MissingKernels
             if message is not None:
@@ -248,10 +265,11 @@ class Supervisor:
             if worker.process.poll() is not None:
                 raise RingError(worker.epitaph())
 
-    def ask_stats(self) -> None:
-        """Ask every worker for its counters; they come as `Stats` among the other messages."""
+    def ask_stats(self) -> int:
+        """Ask every worker for its counters; they come as `Stats` of this serial among the other messages."""
         self._serial += 1
         self.broadcast(ReportStats(self._serial))
+        return self._serial
 
     def stats(self, timeout: float = 10.0) -> dict[str, dict[str, float]]:
         """Every worker's counters. Only between generations: what an interrupted run says is dropped."""

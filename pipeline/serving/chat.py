@@ -2,7 +2,8 @@
 
 The template is a Jinja program out of the checkpoint (`tokenizer_config.json` or
 `chat_template.jinja`), so it is not trusted: it runs in Jinja's sandbox, with the same filters and
-functions that Hugging Face's `apply_chat_template` gives it, and its output is bounded.
+functions that Hugging Face's `apply_chat_template` gives it, and its output and its work are bounded
+(`template_bounds.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.launch import SERVE_EXTRA
+from pipeline.serving import template_bounds
 from pipeline.serving.calls import CallForm, recognised
 from storage.errors import CheckpointError, UsageError, reason
 from storage.neighbours import Named, content
@@ -37,15 +39,16 @@ class ChatTemplate:
         Raises UsageError for a template that does not compile, or where Jinja is missing.
         """
         try:
-            import jinja2
             import jinja2.ext
-            import jinja2.sandbox
         except ImportError as error:
             raise UsageError(f"chat needs the package jinja2: {SERVE_EXTRA}") from error
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _generation_blocks()]
+        longest = max(len(source), len(with_tools))
+        if longest > template_bounds.LARGEST_SOURCE:
+            raise UsageError(f"the model's chat template has {longest:,} characters, which is too many")
+        environment, self._spending = template_bounds.environment(
+            [jinja2.ext.loopcontrols, _generation_blocks()]
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = template_bounds.bounded_filter("tojson", _to_json, self._spending)
         environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _namespaces()
         environment.globals["raise_exception"] = _raise
@@ -54,7 +57,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self._with_tools = environment.from_string(with_tools or source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # also what Python says of a program that is nested too deeply
             raise UsageError(f"the model's chat template does not compile: {error}") from error
 
     @classmethod
@@ -80,6 +83,7 @@ class ChatTemplate:
                 raise UsageError(f"a chat message needs a role ({', '.join(ROLES)}) and a content")
         pieces: list[str] = []
         length = 0
+        self._spending.begin()
         try:
             for piece in (self._with_tools if tools else self._template).generate(
                 messages=[_with_reasoning(message) for message in messages],

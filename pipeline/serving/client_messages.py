@@ -172,7 +172,7 @@ class Health(ClientMessage):
 
     TAG = 23
     request: int
-    status: str  # "ready", "busy", "restarting" (the ring), "stopping"
+    status: str  # "ready", "busy", "restarting" (the ring), "damaged" (the store), "stopping"
     waiting: int  # requests in the queue
 
 

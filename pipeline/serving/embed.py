@@ -105,7 +105,8 @@ class Pipeline:
         }
 
     def health(self) -> Health:
-        return Health(0, "ready" if self._ring.is_up else "restarting", 0)
+        status = "damaged" if self._ring.damage else "ready" if self._ring.is_up else "restarting"
+        return Health(0, status, 0)
 
     def close(self) -> None:
         """Cancel what runs and stop the ring."""

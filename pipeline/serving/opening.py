@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Values
+from pipeline.config import Values, check_verify
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
 from pipeline.quality import check_word, describe
@@ -40,6 +40,7 @@ def open_ring(
     device: str = "",
     device_memory: str = "",
     quality: str = "",
+    verify: str = "",
 ) -> OpenRing:
     """Find the model, divide the memory and start the ring; raises FlashringError.
 
@@ -48,6 +49,7 @@ def open_ring(
     values: Values = {
         "model": {"bits": bits},
         "predictor": {"quality": check_word(quality) or None},
+        "storage": {"verify": check_verify(verify) or None},
         "memory": {"budget": memory or None},
         "compute": {
             "context": context or None,
@@ -69,7 +71,7 @@ def open_ring(
         session.reuse_prefix = reuse_prefix
         return session
 
-    ring = WarmRing(open_session, template, report.config.sampling, say=say)
+    ring = WarmRing(open_session, template, report.config.sampling, say=say, state=store.state)
     return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)
 
 

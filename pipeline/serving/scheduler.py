@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from contextlib import closing
 
 from pipeline.errors import (
+    DAMAGED,
     DEADLINE,
     INTERNAL,
     RING,
@@ -29,7 +30,7 @@ from pipeline.serving.client_messages import CANCELLED, Done, Error, Submit, Tok
 from pipeline.serving.fair_queue import FairQueue
 from pipeline.serving.observer import Observer
 from pipeline.serving.warm_ring import WarmRing, allowed_seconds, deadline_passed
-from storage.errors import FlashringError, RingError
+from storage.errors import DamagedStore, FlashringError, RingError
 
 IDLE_SECONDS = 0.5  # how often an idle ring is looked at
 Event = Token | Done | Error
@@ -93,6 +94,8 @@ class Scheduler:
     def status(self) -> str:
         if self._stopping or self.failed.done():
             return "stopping"
+        if self.ring.damage:
+            return "damaged"
         if not self.ring.is_up:
             return "restarting"
         return "busy" if self.running is not None else "ready"
@@ -232,9 +235,14 @@ class Scheduler:
                 self._keep_warm()
 
     def _keep_warm(self) -> None:
-        """Look at the ring, and start it again if it has died. Raises RingGaveUp."""
+        """Look at the ring, and start it again if it has died. Raises RingGaveUp.
+
+        Of a damaged store only requests hear.
+        """
         try:
             self.ring.check()
+        except DamagedStore:
+            return
         except RingGaveUp:
             raise
         except RingError as error:
@@ -242,6 +250,8 @@ class Scheduler:
         while not self._stopping:
             try:
                 self.ring.revive()
+                return
+            except DamagedStore:
                 return
             except RingGaveUp:
                 raise
@@ -263,6 +273,8 @@ class Scheduler:
             with closing(self.ring.answer(job.submit, cancelled, queued, job.tools)) as events:
                 for event in events:
                     self._call(self._hand_over, job, event)
+        except DamagedStore as error:
+            self._call(self._hand_over, job, Error(request, DAMAGED, str(error)))
         except RingError as error:
             self._call(self._hand_over, job, Error(request, RING, str(error)))
             self._call(self.observer.ring_died, str(error))

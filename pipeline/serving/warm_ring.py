@@ -22,7 +22,7 @@ from pipeline.serving.calls import Tools
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.client_messages import CANCELLED, Done, Submit, SubmitStructured, Token
 from pipeline.serving.stopping import StopStrings
-from storage.errors import RingError, UsageError
+from storage.errors import DamagedStore, RingError, UsageError
 
 DEATHS, DEATHS_SECONDS = 3, 60.0  # this many deaths within this time, and the ring stays down
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop strings of one request, characters of each
@@ -60,12 +60,17 @@ class WarmRing:
         defaults: Decoding | None = None,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = lambda line: None,
+        state: Callable[[], object] = lambda: None,
     ) -> None:
         """Starts the ring; raises what `open_session` raises.
 
-        `defaults` fill what requests leave out; `say` gets a line for deaths and restarts.
+        `defaults` fill what requests leave out; `say` gets a line for deaths and restarts. `state` is another
+        value once somebody has written to the store: a damaged one is tried again then, and no sooner.
         """
         self._open = open_session
+        self._state = state
+        self._damaged_state: object = None
+        self.damage = ""  # what is wrong with the store, in a sentence
         self._clock = clock
         self._say = say
         self.template = template
@@ -101,7 +106,8 @@ class WarmRing:
 
         Leaving early, or `cancelled` turning true, frees the ring at the next token. Raises
         UsageError for a request that cannot be answered, and RingError when the ring dies: then the
-        next call starts it again. Raises RingGaveUp when that has happened too often.
+        next call starts it again. Raises RingGaveUp when that has happened too often, and DamagedStore when
+        the store is not what was written: then every call does, until somebody has mended it.
         """
         session = self.revive()
         session.live_seconds = self.live_seconds
@@ -171,8 +177,14 @@ class WarmRing:
     def revive(self) -> RunningSession:
         """The running session, started again if the ring has died.
 
-        Raises RingError when it does not come up, and RingGaveUp when it has died too often.
+        Raises RingError when it does not come up, DamagedStore where the store is why, and RingGaveUp when it
+        has died too often.
         """
+        if self.damage:
+            if self._state() == self._damaged_state:
+                raise DamagedStore(self.damage)
+            self.damage = ""
+            self._say("the store has been written to: the ring is started again")
         if len(self._recent) == DEATHS and self._recent[-1] - self._recent[0] <= DEATHS_SECONDS:
             raise RingGaveUp(self._epitaph)
         if self._session is None:
@@ -193,7 +205,15 @@ class WarmRing:
             raise self._died(error) from error
 
     def _died(self, error: RingError) -> RingError:
-        """Count a death and close what is left; the error to raise."""
+        """Count a death and close what is left; the error to raise.
+
+        A damaged store is no death: to start again would not help, and to end would not say why.
+        """
+        if isinstance(error, DamagedStore):
+            self.close()
+            self.damage, self._damaged_state = str(error), self._state()
+            self._say(f"{error}; until then requests are refused")
+            return error
         self.deaths += 1
         self._recent.append(self._clock())
         self.close()

@@ -8,26 +8,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from storage import resident
-from storage.bundles import assemble, checksums, spans
-from storage.codecs import Carrier
+from storage.bundles import checksums, spans
+from storage.convert import units
 from storage.convert.conversion import Conversion, NeuronOrder, check, same_parameters
 from storage.convert.journal import PROGRESS, Journal
 from storage.convert.opening import open_origin
 from storage.convert.recipe import AS_IT_IS, Recipe
-from storage.convert.rows import unit_rows
 from storage.errors import CheckpointError, DiskFull, StoreError, UsageError
-from storage.families.family import Source
 from storage.files import fsync_directory, write_whole
-from storage.layout import DEFAULT_ALIGNMENT, Layout, Role, Unit
+from storage.layout import DEFAULT_ALIGNMENT, Layout
 from storage.lock import locked
 from storage.manifest import (
     BUNDLES,
@@ -99,7 +96,7 @@ def convert_origin(
         return existing
     texts = origin.texts()  # before the weights, which take long: a tokenizer may be refused
     partial = out.with_name(out.name + ".partial")
-    with _writing(partial):
+    with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial, "conversion"):
             _write(conversion, texts, partial, name, progress or (lambda stage, done, total: None))
@@ -128,7 +125,7 @@ def _existing(out: Path, conversion: Conversion) -> Store | None:
 
 
 @contextmanager
-def _writing(partial: Path) -> Iterator[None]:
+def writing(partial: Path) -> Iterator[None]:
     """Turn the system's refusals into DiskFull or StoreError; what is written stays, and resumes."""
     try:
         yield
@@ -194,7 +191,7 @@ def _bundles(
         sums.seek(0, os.SEEK_END)
         for layer in range(done, len(layout.layers)):
             progress("bundles", layout.offset(layer, 0), layout.total_bytes)
-            for block in _layer(conversion, layer):
+            for block in units.of_layer(conversion, layer):
                 file.write(block.data)
                 digest.update(block.data)
                 sums.write(checksums(block).data)
@@ -228,27 +225,6 @@ def _rehash(
                 return layer, whole
             digest.update(block.data)
     return layers, digest
-
-
-def _layer(conversion: Conversion, layer: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """A layer's units in file order. Of neurons the whole layer is in memory, of experts one at a time."""
-    part = conversion.layout.layers[layer]
-    order = None if conversion.order is None else conversion.order.neurons[layer]
-    if conversion.architecture.layers[layer].ffn.router is not None:
-        for expert in range(part.units) if order is None else order.tolist():
-            rows = _rows(conversion, conversion.expert(layer, expert), part.unit)
-            yield from assemble(replace(part, units=1), rows, None)
-    elif part.units:
-        rows = _rows(conversion, conversion.family.ffn(conversion.architecture, layer), part.unit)
-        yield from assemble(part, rows, order)
-    conversion.checkpoint.release()
-
-
-def _rows(conversion: Conversion, sources: Mapping[Role, Source], unit: Unit) -> dict[Role, Carrier]:
-    return {
-        role: unit_rows(role, conversion.read(source), conversion.dtype(source), unit)
-        for role, source in sources.items()
-    }
 
 
 def _resident(conversion: Conversion, partial: Path, journal: Journal, progress: Progress) -> FileEntry:

@@ -44,7 +44,7 @@ def rope(config: Settings, given: Settings, head_dim: int, base: float) -> Rope:
     theta = real(given, "rope_theta", real(config, "rope_theta", base))
     if kind == "default":
         scaling = None
-    elif kind in SCALINGS:
+    elif isinstance(kind, str) and kind in SCALINGS:
         scaling = SCALINGS[kind](config, given, dims)
     else:
         raise UnsupportedModel(

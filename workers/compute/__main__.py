@@ -10,7 +10,6 @@ from typing import Any
 
 from pipeline.cores import thread_count
 from pipeline.planner.drafting import draft_store
-from pipeline.ring.channel import Channel
 from pipeline.ring.messages import Cancel, Generate, Message, ReportStats, Stats, Stop
 from pipeline.ring.plan import HOST
 from pipeline.ring.process import Worker, run_on_loop
@@ -52,7 +51,7 @@ class LayerLoop:
         self._threads = threads
         self._requests: queue.SimpleQueue[Generate | None] = queue.SimpleQueue()
         with starting_prompt_threads():
-            self._channel = Channel(worker.channel.directory, (NAME,), worker.channel.routes)
+            self._channel = type(worker.channel)(worker.channel.directory, (NAME,), worker.channel.routes)
         every = worker.config.compute.audit
         audit = Audit(worker.store, weights, every) if every and worker.store.architecture.sparse else None
         constraints = Constraints(worker.store)
@@ -116,8 +115,9 @@ async def main(worker: Worker) -> None:
     kernels.ACTIVATIONS.exact = worker.config.compute.activations == "exact"
     cache_codec = CODECS[worker.plan.cache_dtype]
     where = worker.config.compute.device
-    kind: Callable[[Store], Source] = Weights if where in HOST else Vectors.of
-    reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store)
+    kind: Callable[[Store, bool], Source] = Weights if where in HOST else Vectors.of
+    verified = worker.config.storage.verify != "off"
+    reading = asyncio.get_running_loop().run_in_executor(None, kind, worker.store, verified)
     drafting = draft_store(worker.config)
     for store in (worker.store, drafting) if drafting else (worker.store,):
         own = store is worker.store

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from storage.architecture import Architecture, layer
 from storage.codecs import CODECS, F32, Codec, widen
-from storage.errors import StoreError
+from storage.errors import StoreCorrupt, StoreError
 from storage.files import drop_cache, read_once
 from storage.header import Place
 from storage.layout import Rows
 from storage.manifest import RESIDENT
 from storage.store import Store
+from storage.sums import check_file, damaged_file
 from storage.tensors import Tensors
 
 _ALIGNMENT = 64  # bytes of a cache line; a vector load that crosses one counts twice
@@ -35,21 +37,29 @@ class Weights:
     A tied head is the embedding: one tensor, not two.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, verified: bool = False) -> None:
+        """With `verified`, what was read is compared with the file's hash. Raises StoreCorrupt, then."""
         self.architecture: Architecture = store.architecture
         self.layout = store.layout
         self._matrices: dict[str, Rows] = {}
         self._vectors: dict[str, F32] = {}
-        file = Tensors(store.path / RESIDENT)
+        file, digest = Tensors(store.path / RESIDENT), xxhash.xxh3_128()
         with open(file.path, "rb", buffering=0) as opened:
-            for name in file.names:
-                place = file.place(name)
+            places = {name: file.place(name) for name in file.names}  # in the order of their bytes
+            digest.update(opened.read(min((one.offset for one in places.values()), default=0)))
+            for name, place in places.items():
                 codec = CODECS[place.dtype]
-                array = _read(opened.fileno(), place).view(codec.carrier)
+                read = _read(opened.fileno(), place)
+                if verified:
+                    digest.update(read.data)
+                array = read.view(codec.carrier)
                 if len(place.shape) == 1:
                     self._vectors[name] = codec.widen(array)
                 else:
                     self._matrices[name] = Rows.of_matrix(array.reshape(place.shape), codec)
+
+        if verified and digest.hexdigest() != store.manifest.files[RESIDENT].xxh3_128:
+            raise StoreCorrupt(damaged_file(store, RESIDENT))
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +101,10 @@ class Vectors:
         self._vectors = {name: file.vector(name, file.place(name).shape) for name in names}
 
     @classmethod
-    def of(cls, store: Store) -> Vectors:
+    def of(cls, store: Store, verified: bool = False) -> Vectors:
+        """With `verified` the file is read and compared with its hash first. Raises StoreCorrupt."""
+        if verified:
+            check_file(store, RESIDENT)
         return cls(store, Tensors(store.path / RESIDENT))
 
     def has(self, name: str) -> bool:

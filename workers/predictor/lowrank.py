@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pipeline.ring.plan import Forecast
 from storage.codecs import FLOAT16
 from storage.errors import StoreError
+from storage.predictors import check_sum
 from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
@@ -160,6 +161,7 @@ def open_file(store: Store, name: str) -> Tensors:
         raise StoreError(f"{path} is not a file of low-rank predictors: {REMEDY}")
     if file.metadata.get("store") != store.identity:
         raise StoreError(f"{path} was trained for other weights than this store's: {REMEDY}")
+    check_sum(file)
     return file
 
 

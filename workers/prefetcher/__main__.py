@@ -6,7 +6,7 @@ import asyncio
 import mmap
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,22 @@ from pipeline.ring.segments import ID, SLOT
 from pipeline.ring.timeline import ASKED, BEGUN, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
+from workers.prefetcher.backend import Backend
 from workers.prefetcher.bundle_file import BundleFile
 from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import RequestBuilder, Requests
+from workers.prefetcher.verifier import I32, Verifier
 
 
 class Prefetcher:
     """Builds every part's reads, submits them and announces the part."""
 
-    def __init__(self, worker: Worker, pool: ReaderPool, builder: RequestBuilder) -> None:
+    def __init__(
+        self, worker: Worker, pool: ReaderPool, builder: RequestBuilder, verifier: Verifier | None = None
+    ) -> None:
         self._worker = worker
+        self._verifier = verifier
         self._pool = pool
         self._builder = builder
         self._positions = worker.store.positions()
@@ -62,10 +67,31 @@ class Prefetcher:
         positions = ids if self._positions is None else self._positions[message.layer][ids]
         by_halves = self._split and not message.step.every
         build = self._builder.build_halves if by_halves else self._builder.build
-        requests = build(message.layer, positions, table[SLOT, rows])
+        slots = table[SLOT, rows]
+        requests = build(message.layer, positions, slots)
         asked = time.monotonic()
-        self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
+        if self._verifier is None:
+            self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
+        else:
+            # Copies, because the table may be written anew before the last byte of a guess is there.
+            where = positions.copy(), slots.copy()
+            self._pool.submit(requests, lambda: self._verify(message, requests, asked, where), message.guess)
         self._mark(BEGUN, message)
+
+    def _verify(self, message: ReadBundles, requests: Requests, asked: float, where: tuple[I32, I32]) -> None:
+        """Announce a part whose units are what was written; read again, once, those that are not."""
+        verifier = self._verifier
+        assert verifier is not None
+        again = verifier.wrong(message.layer, *where)
+        if not again[0].size:
+            self._announce(message, requests, asked)
+            return
+
+        def once_more() -> None:
+            verifier.check(message.layer, *again)
+            self._announce(message, requests, asked)
+
+        self._pool.submit(self._builder.build(message.layer, *again), once_more, message.guess)
 
     def _mark(self, event: int, message: ReadBundles) -> None:
         if not message.guess:
@@ -104,6 +130,8 @@ class Prefetcher:
             "peak_in_flight": float(counters.peak_in_flight),
             "in_flight": float(counters.in_flight),
             "backlog": float(self._pool.backlog),
+            "verified": float(self._verifier.verified if self._verifier else 0),
+            "read_again": float(self._verifier.read_again if self._verifier else 0),
         }
 
 
@@ -122,7 +150,8 @@ class Describer:
         return f"layer {layer}, neuron {neuron} from {self._path}"
 
 
-async def main(worker: Worker) -> None:
+async def main(worker: Worker, through: Callable[[Backend], Backend] = lambda queue: queue) -> None:
+    """`through` stands between the reader and its queues; only tests of faults want anything there."""
     be_prompt()
     settings = worker.config.prefetcher
     stride = worker.plan.stride
@@ -136,7 +165,13 @@ async def main(worker: Worker) -> None:
             settings.backend, file, settings.queue_depth, settings.readers, bundles
         )
         describe = Describer(path, worker.store.layout, worker.store.order())
-        pool = ReaderPool(queues, settings.queue_depth, file.size, describe, settings.in_flight)
+        pool = ReaderPool(
+            [through(queue) for queue in queues],
+            settings.queue_depth,
+            file.size,
+            describe,
+            settings.in_flight,
+        )
         builder = RequestBuilder(
             base=bundles.ctypes.data,
             slots=bundles.shape[0],
@@ -147,8 +182,9 @@ async def main(worker: Worker) -> None:
             sink=sink.ctypes.data,
         )
         try:
-            note = f"{chosen}, {settings.readers} × {settings.queue_depth} deep, {file.note}"
-            await serve(worker, Prefetcher(worker, pool, builder), pool, note)
+            verifier, checked = Verifier.wanted(worker.config.storage.verify, worker.store, bundles)
+            note = f"{chosen}, {settings.readers} × {settings.queue_depth} deep, {file.note}, {checked}"
+            await serve(worker, Prefetcher(worker, pool, builder, verifier), pool, note)
         finally:
             await pool.close()
 

@@ -27,6 +27,7 @@ from workers.prefetcher.requests import Requests
 
 TRY_AGAIN = (errno.EAGAIN, errno.EINTR, errno.EBUSY)
 MAX_TRIES = 1000  # of one read that is refused, a millisecond apart
+ERROR_TRIES = 1  # of one read that failed: a cable, a path or a bus may have, and the disk not
 RETRY_SECONDS = 0.001
 SERIALS = 1 << 31  # then they begin again
 
@@ -227,7 +228,8 @@ class ReaderPool:
             (requests, tries), index = transfer.patched[row], 0
         offset = int(requests.offsets[index])
         if result < 0:
-            if -result not in TRY_AGAIN or tries >= MAX_TRIES:
+            most = MAX_TRIES if -result in TRY_AGAIN else ERROR_TRIES if -result == errno.EIO else 0
+            if tries >= most:
                 raise StoreError(f"reading {self._describe(offset)} failed: {os.strerror(-result)}")
             rest, tries = requests.remainder(index, 0), tries + 1
         else:

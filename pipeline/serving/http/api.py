@@ -77,6 +77,8 @@ class Api:
     async def health(self, request: Request) -> Response:
         status = self._scheduler.status
         body = {"status": status, "waiting": self._scheduler.waiting, "model": self._model}
+        if status == "damaged":
+            body["damage"] = self._scheduler.ring.damage
         return JSONResponse(body, 200 if status in ("ready", "busy") else 503)
 
     async def metrics(self, request: Request) -> Response:

@@ -6,10 +6,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from pipeline.errors import CONTEXT, DEADLINE, FULL, RING, STOPPING, USAGE
+from pipeline.errors import CONTEXT, DAMAGED, DEADLINE, FULL, RING, STOPPING, USAGE
 from pipeline.serving.client_messages import Submit
 
-STATUS = {USAGE: 400, CONTEXT: 400, FULL: 429, DEADLINE: 504, RING: 503, STOPPING: 503}
+STATUS = {USAGE: 400, CONTEXT: 400, FULL: 429, DEADLINE: 504, RING: 503, DAMAGED: 503, STOPPING: 503}
 KIND = {429: "rate_limit_error"}  # the others by their hundreds
 # Codes on which OpenAI's clients act: they shorten a prompt, or wait.
 OPENAI = {CONTEXT: "context_length_exceeded", FULL: "rate_limit_exceeded"}

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from storage.codecs import LARGEST_HALF
 from storage.files import replacing
 from storage.header import header_bytes
+from storage.predictors import SUM
 from storage.tensors import Tensors
 
 
@@ -82,8 +84,12 @@ _NAMES = {torch.float16: "float16", torch.float32: "float32"}
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; the same contents give the same bytes."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
     header = header_bytes(
-        ((name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()), metadata
+        ((name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
+        {**metadata, SUM: digest.hexdigest()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
