@@ -43,7 +43,7 @@ from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.manifest import BUNDLES
 from storage.store import Store
-from workers.lab.bench.reads import measure
+from workers.probe.reads import measure
 from workers.prefetcher import io_uring
 from workers.prefetcher.backend import Backend, BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile

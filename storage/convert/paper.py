@@ -16,7 +16,7 @@ import numpy as np
 
 from storage import resident
 from storage.checkpoint import HEAD_SOURCE
-from storage.codecs import Carrier
+from storage.codecs import CODECS, Carrier
 from storage.convert.conversion import check
 from storage.convert.recipe import Recipe
 from storage.families.registry import family_of
@@ -28,7 +28,15 @@ from storage.store import Store
 NOWHERE = Path("/nonexistent")  # a store's directory that is none
 
 
-def on_paper(name: str, config: Mapping[str, Any], dtype: str, bits: int | None = None) -> Store:
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """A store that is not there, and its resident tensors."""
+
+    store: Store
+    tensors: dict[str, tuple[str, int]]  # codec and bytes of each
+
+
+def on_paper(name: str, config: Mapping[str, Any], dtype: str, bits: int | None = None) -> Paper:
     """The store of a published checkpoint with this `config.json`, its weights in `dtype`.
 
     Only its architecture, layout and sizes can be asked for. Raises UnsupportedModel, and UsageError for bits
@@ -42,7 +50,11 @@ def on_paper(name: str, config: Mapping[str, Any], dtype: str, bits: int | None 
     manifest = Manifest(
         conversion.architecture, conversion.layout, "id", name, files, {"bits": bits} if bits else {}
     )
-    return Store(NOWHERE / name, manifest)
+    tensors = {
+        one.tensor.name: (one.dtype, CODECS[one.dtype].size(one.tensor.elements))
+        for one in conversion.residents
+    }
+    return Paper(Store(NOWHERE / name, manifest), tensors)
 
 
 class _Everything(Mapping[str, Entry]):
