@@ -13,7 +13,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Final
@@ -112,6 +112,19 @@ def rates(kept: Kept, device: str) -> Rates:
         disk=tuple((int(size), float(rate)) for size, rate in disk["rates"]),
         latency=float(disk["latency"]),
     )
+
+
+def known(place: Path) -> Rates | None:
+    """What was measured before of this machine and of the disk that holds `place`; None: nothing."""
+    kept, device = _read(), str(_device(place))
+    if kept.machine != machine() or not kept.whole or device not in kept.disks:
+        return None
+    return rates(kept, device)
+
+
+def to_json(found: Rates) -> dict[str, Any]:
+    """For programs."""
+    return asdict(found)
 
 
 def kept_at() -> Path:

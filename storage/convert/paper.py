@@ -2,7 +2,7 @@
 
 The checks of a real conversion run on a checkpoint of which every tensor is there in the shape that is asked
 for. So layout and sizes are those of the store that `convert --bits` makes of the published weights, byte for
-byte; no tensor can be read.
+byte. Only its architecture, layout and sizes can be asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from storage.convert.recipe import Recipe
 from storage.families.registry import family_of
 from storage.layout import DEFAULT_ALIGNMENT
 from storage.manifest import BUNDLES, RESIDENT, FileEntry, Manifest
-from storage.origin import Entry
+from storage.origin import Entry, Origin
 from storage.store import Store
 
 NOWHERE = Path("/nonexistent")  # a store's directory that is none
@@ -39,17 +39,19 @@ class Paper:
 def on_paper(name: str, config: Mapping[str, Any], dtype: str, bits: int | None = None) -> Paper:
     """The store of a published checkpoint with this `config.json`, its weights in `dtype`.
 
-    Only its architecture, layout and sizes can be asked for. Raises UnsupportedModel, and UsageError for bits
-    that are not offered.
+    Raises UnsupportedModel, and UsageError for bits that are not offered.
     """
-    conversion = check(PaperCheckpoint(name, dict(config), dtype), DEFAULT_ALIGNMENT, None, Recipe.of(bits))
+    return of_origin(PaperCheckpoint(name, dict(config), dtype), name, bits)
+
+
+def of_origin(origin: Origin, name: str, bits: int | None = None) -> Paper:
+    """The store of a checkpoint that is there, and was not converted yet. Raises as a conversion does."""
+    conversion = check(origin, DEFAULT_ALIGNMENT, None, Recipe.of(bits))
     files = {
         BUNDLES: FileEntry(conversion.layout.total_bytes, ""),
         RESIDENT: FileEntry(resident.size(conversion.residents), ""),
     }
-    manifest = Manifest(
-        conversion.architecture, conversion.layout, "id", name, files, {"bits": bits} if bits else {}
-    )
+    manifest = Manifest(conversion.architecture, conversion.layout, "id", name, files, conversion.parameters)
     tensors = {
         one.tensor.name: (one.dtype, CODECS[one.dtype].size(one.tensor.elements))
         for one in conversion.residents
