@@ -7,7 +7,8 @@ What one machine does are `Rates`, measured by a probe; what one token needs is 
 - A layer has a price of its own, whatever its size: LAUNCHES launches of threads (attention's, the FFN's two),
   and one more for a router; the head has one, and a choice among the vocabulary.
 - A layer whose units are asked for waits for HOPS messages and for its predictor. Where sets are foreseen from
-  the layer before (`ahead`), only what is longer than a layer.
+  the layer before (`ahead`), only what is longer than a layer. A layer that also reads costs RING hops, whatever
+  is foreseen: the ring's other processes need cores that the kernels have.
 - Missed units cost the disk their bytes ÷ its rate at the size of one read, and one read's latency a layer.
 - Of that time, what a kind of forecast cannot hide is waited for (`exposed`); and while reads are in flight,
   whoever takes them up takes a share of the cores (READER cores) from the kernels. Nothing hides more reading
@@ -29,6 +30,7 @@ from typing import Final
 
 LAUNCHES: Final = 3  # a layer
 HOPS: Final = 4  # messages, from a layer's announcement to when its units are known to be there
+RING: Final = 8  # the same, in hops, of a layer that reads: four processes take turns on the kernels' cores
 READER: Final = 0.4  # of a core, while reads are in flight: 1.7 to 4 µs a read at what a disk can do
 SERIAL: Final = 0.2  # of the shorter of reading and computing, where every unit is needed
 CHOICE: Final = 8e-9  # seconds a word of the vocabulary: its logit scaled, sorted and drawn
@@ -164,9 +166,13 @@ def _product(rates: Rates, sizes: Mapping[str, float]) -> float:
 
 def _asked(rates: Rates, work: Work, computing: float) -> float:
     """Seconds a token that layers wait for what they want to be known."""
+    scoring = work.scored * rates.cores / rates.read
+    if work.flash:
+        ring = work.layers * RING * rates.hop
+        return ring + (scoring if work.forecast in ("refined", "own") else 0.0)
     if work.forecast in ("whole", "every"):
         return 0.0
-    chain = work.layers * HOPS * rates.hop + work.scored * rates.cores / rates.read
+    chain = work.layers * HOPS * rates.hop + scoring
     return max(0.0, chain - computing) if work.forecast == "ahead" else chain
 
 

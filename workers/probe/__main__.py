@@ -23,9 +23,10 @@ from storage.errors import StoreError
 from workers.probe.reads import measure
 
 SIZES: Final = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
-SECONDS: Final = 0.35  # of each size
+SECONDS: Final = 0.2  # of each try
+PASSES: Final = 2
 ASSUMED: Final = 1e9  # bytes a second, to choose how many reads that is
-FEWEST, MOST = 24, 12_000  # reads
+FEWEST, MOST = 24, 8_000  # reads
 ALONE: Final = 300  # reads, one after another
 DEPTH: Final = 128  # reads in flight, and at most as many bytes as the configuration's default
 IN_FLIGHT: Final = 8 << 20
@@ -40,14 +41,14 @@ def disk(file: Path) -> dict[str, object]:
     if size < SIZES[-1] * FEWEST:
         raise StoreError(f"{file} is too small for a probe of its disk")
     uvloop.run(measure(file, SIZES[1], 1, DEPTH, FEWEST))  # the first reads find caches cold
-    rates = []
-    for request in SIZES:
+    best = dict.fromkeys(SIZES, 0.0)
+    for request in SIZES * PASSES:  # a shared disk stumbles now and then
         count = max(FEWEST, min(MOST, round(SECONDS * ASSUMED / request)))
         depth = max(1, min(DEPTH, IN_FLIGHT // request))
         found = uvloop.run(measure(file, request, 1, depth, count))
-        rates.append([request, float(found["bytes_per_second"])])
+        best[request] = max(best[request], float(found["bytes_per_second"]))
     alone = uvloop.run(measure(file, SIZES[1], 1, 1, ALONE))
-    return {"rates": rates, "latency": 1 / float(alone["reads_per_second"])}
+    return {"rates": list(best.items()), "latency": 1 / float(alone["reads_per_second"])}
 
 
 def memory(codecs: list[str], threads: int) -> dict[str, object]:
