@@ -7,7 +7,7 @@ One file per command stands in `commands/`; `commands/programs.py` lists those t
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import chat, convert, generate, plan, programs, serve, shadow, stores, verify
+from pipeline.commands import chat, convert, doctor, generate, plan, programs, serve, shadow, stores, verify
 from pipeline.ending import exit_status
 
 app = program.make()
@@ -16,6 +16,7 @@ app.command("chat")(chat.command)
 app.command("convert")(convert.command)
 app.command("shadow")(shadow.command)
 app.command("verify")(verify.command)
+app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("serve")(serve.command)
 app.add_typer(stores.app, name="stores")

@@ -58,7 +58,9 @@ def command(
         _tell_model(outlook(one, known), span(one, known), known, as_json=as_json)
         return
     if bits or quality or context_tokens or config_file or settings:
-        raise UsageError("--bits, --quality, --context, --config and --set are about one model: name it with --model")
+        raise UsageError(
+            "--bits, --quality, --context, --config and --set are about one model: name it with --model"
+        )
     known = rates.measured(renew=probe, say=say)
     budget = memory or f"{available_bytes()}B"
     found = list(fitting(known, budget))
@@ -66,7 +68,12 @@ def command(
     left_out = [one for one in found if isinstance(one, str)]
     if as_json:
         write_json(
-            {"memory": budget, "rates": rates.to_json(known), "models": [one.to_json() for one in fits], "left_out": left_out}
+            {
+                "memory": budget,
+                "rates": rates.to_json(known),
+                "models": [one.to_json() for one in fits],
+                "left_out": left_out,
+            }
         )
         return
     tables().print(_presets_table(fits))
@@ -83,7 +90,16 @@ def _presets_table(fits: Sequence[Outlook]) -> Table:
     from rich.table import Table
 
     table = Table()
-    for heading in ("model", "bits", "resident", "slots", "on flash", "MB a token", "tokens/s", "first answer"):
+    for heading in (
+        "model",
+        "bits",
+        "resident",
+        "slots",
+        "on flash",
+        "MB a token",
+        "tokens/s",
+        "first answer",
+    ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for one in fits:
         said = one.to_json()
@@ -150,4 +166,3 @@ def _range_lines(range_: Range) -> list[str]:
         f"beyond {size(range_.enough)} more does not help: {1e3 * at[range_.enough]:,.1f} ms a token",
         f"all of it in memory: {size(most.report.total)}, {1e3 * most.pace.total:,.1f} ms a token",
     ]
-

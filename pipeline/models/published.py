@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A published checkpoint's configuration and the dtype it is published in."""

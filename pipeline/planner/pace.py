@@ -6,9 +6,11 @@ What one machine does are `Rates`, measured by a probe; what one token needs is 
   dots of scattered rows and sums of scattered rows have rates of their own, by number format.
 - A layer has a price of its own, whatever its size: LAUNCHES launches of threads (attention's, the FFN's two),
   and one more for a router; the head has one, and a choice among the vocabulary.
-- A layer whose units are asked for waits for HOPS messages and for its predictor. Where sets are foreseen from
+- A layer whose units are asked for waits for HOPS messages. Where sets are foreseen from
   the layer before (`ahead`), only what is longer than a layer. A layer that also reads costs RING hops, whatever
   is foreseen: the ring's other processes need cores that the kernels have.
+- Where layers ask, the kernels of all of them are slowed by what the ring's other processes take of the cores
+  (BESIDE), and by the predictor's own time, which is waited for or taken from a core that the kernels have.
 - Missed units cost the disk their bytes ÷ its rate at the size of one read, and one read's latency a layer.
 - Of that time, what a kind of forecast cannot hide is waited for (`exposed`); and while reads are in flight,
   whoever takes them up takes a share of the cores (READER cores) from the kernels. Nothing hides more reading
@@ -31,6 +33,7 @@ from typing import Final
 LAUNCHES: Final = 3  # a layer
 HOPS: Final = 4  # messages, from a layer's announcement to when its units are known to be there
 RING: Final = 8  # the same, in hops, of a layer that reads: four processes take turns on the kernels' cores
+BESIDE: Final = 0.4  # of a core, for the ring's other processes, while layers ask for units
 READER: Final = 0.4  # of a core, while reads are in flight: 1.7 to 4 µs a read at what a disk can do
 SERIAL: Final = 0.2  # of the shorter of reading and computing, where every unit is needed
 CHOICE: Final = 8e-9  # seconds a word of the vocabulary: its logit scaled, sorted and drawn
@@ -60,6 +63,7 @@ class Rates:
     kernels: Mapping[str, Kernel]  # by codec
     launch: float  # seconds
     hop: float  # seconds of one message
+    scoring: float  # bytes a second of predictors' maps, by one thread
     arithmetic: float  # FLOP a second of a prompt's products
     disk: tuple[tuple[int, float], ...]  # bytes of one random read, bytes a second; ascending
     latency: float  # seconds of one read alone
@@ -93,7 +97,7 @@ class Work:
     sums: Mapping[str, float]  # of units' other rows
     vocabulary: int
     launches: int = LAUNCHES  # a layer
-    scored: float = 0.0  # of predictors, by one thread
+    scored: float = 0.0  # of predictors' maps
     forecast: str = "whole"  # whole: nobody is asked; every: all units; else a key of EXPOSED
     flash: float = 0.0  # read
     request: float = 1.0  # of one read
@@ -144,6 +148,9 @@ def pace(rates: Rates, work: Work) -> Pace:
     units += sum(size / rates.kernel(name).sums for name, size in work.sums.items())
     own = work.layers * work.launches * rates.launch
     head = _product(rates, work.head) + rates.launch + CHOICE * work.vocabulary
+    if work.forecast != "whole":
+        slower = 1 + BESIDE / rates.cores
+        memory, units, head = memory * slower, units * slower, head * slower
     computing = memory + units + own + head
     asked = _asked(rates, work, computing - head)
     reading = 0.0
@@ -166,14 +173,13 @@ def _product(rates: Rates, sizes: Mapping[str, float]) -> float:
 
 def _asked(rates: Rates, work: Work, computing: float) -> float:
     """Seconds a token that layers wait for what they want to be known."""
-    scoring = work.scored * rates.cores / rates.read
+    scoring = work.scored / rates.scoring
     if work.flash:
-        ring = work.layers * RING * rates.hop
-        return ring + (scoring if work.forecast in ("refined", "own") else 0.0)
+        return work.layers * RING * rates.hop + scoring
     if work.forecast in ("whole", "every"):
         return 0.0
-    chain = work.layers * HOPS * rates.hop + scoring
-    return max(0.0, chain - computing) if work.forecast == "ahead" else chain
+    chain = work.layers * HOPS * rates.hop
+    return scoring + (max(0.0, chain - computing) if work.forecast == "ahead" else chain)
 
 
 def _waited(rates: Rates, work: Work, computing: float, reading: float) -> float:

@@ -33,7 +33,7 @@ CODECS: Final = ("float16", "bfloat16", "q8", "q4")  # what presets have in 16, 
 PATIENCE: Final = 600.0  # seconds: kernels may have to be compiled
 LARGE: Final = 64 << 20  # bytes of a file that is worth reading
 WRITTEN: Final = 256 << 20  # bytes of one that is written where there is none
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 class ProbeFailed(FlashringError):
@@ -108,6 +108,7 @@ def rates(kept: Kept, device: str) -> Rates:
         kernels={name: Kernel(**one) for name, one in kept.kernels.items()},
         launch=float(kept.memory["launch"]),
         hop=float(kept.memory["hop"]),
+        scoring=float(kept.memory["scoring"]),
         arithmetic=float(kept.memory["arithmetic"]),
         disk=tuple((int(size), float(rate)) for size, rate in disk["rates"]),
         latency=float(disk["latency"]),
@@ -139,7 +140,7 @@ def _renewed(kept: Kept, device: str, place: Path, codecs: tuple[str, ...], *, d
     disks = {**kept.disks, **({device: found["disk"]} if disk_missing else {})}
     if not codecs:
         return Kept(kept.machine, kept.memory, kept.kernels, disks)
-    memory = {name: found[name] for name in ("read", "launch", "arithmetic", "hop")}
+    memory = {name: found[name] for name in ("read", "launch", "scoring", "arithmetic", "hop")}
     return Kept(kept.machine, memory, {**kept.kernels, **found["kinds"]}, disks)
 
 

@@ -116,9 +116,7 @@ def subject(
     found = _store(source)
     made = found is not None
     if found is None:
-        shape = PUBLISHED.get(name) or next(
-            (PUBLISHED[one] for one in PUBLISHED if one == source.name), None
-        )
+        shape = PUBLISHED.get(name) or next((PUBLISHED[one] for one in PUBLISHED if one == source.name), None)
         if source.hub_id and shape is not None:
             paper = on_paper(source.name, shape.config, shape.dtype, source.bits)
         else:
@@ -156,7 +154,9 @@ def _resolved(store: Store, config: Config, *, made: bool) -> tuple[Resolved, st
 
 def with_memory(one: Subject, budget: str) -> Subject:
     """The same under another budget, `memory.budget`'s words."""
-    config = one.resolved.config.replace(memory={"budget": budget}, cache={"share": None, "slots_per_layer": 0})
+    config = one.resolved.config.replace(
+        memory={"budget": budget}, cache={"share": None, "slots_per_layer": 0}
+    )
     return replace(one, resolved=replace(one.resolved, config=config))
 
 
@@ -173,7 +173,7 @@ def of_report(one: Subject, report: PlanReport, rates: pace.Rates, position: int
     scored = 0.0
     if plan.forecast.kind == "lowrank":
         own = one.resolved.predictor_bytes
-        scored = float(scored_bytes(one.store, config, waited=True)) if one.made else own
+        scored = float(scored_bytes(one.store, config)) if one.made else own
     needed = work(one.store, one.tensors, config, plan, sparsity, scored, position)
     rate = None
     if not plan.forecast.every and not plan.forecast.low:
@@ -208,4 +208,3 @@ def span(one: Subject, rates: pace.Rates) -> Range:
     found = [outlook(with_memory(one, f"{size}B"), rates) for size in sizes]
     curve = tuple((size, each.pace.total) for size, each in zip(sizes, found, strict=True))
     return Range(found[0], found[-1], curve, pace.worth_more(curve))
-

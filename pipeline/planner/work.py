@@ -59,7 +59,7 @@ def work(
     scored: float = 0.0,
     position: int = POSITION,
 ) -> pace.Work:
-    """One token's, at this position. `scored`: bytes of the maps that it waits for."""
+    """One token's, at this position. `scored`: bytes of its predictors' maps."""
     model, layout = store.architecture, store.layout
     matrices: Counter[str] = Counter()
     for index, name in itertools.product(range(plan.layers), MATRICES):
@@ -78,7 +78,9 @@ def work(
     values += sum(_values(one.ffn.router.top_k if one.ffn.router else one.ffn.units, part.unit)
                   for one, part in zip(model.layers, layout.layers, strict=True))  # fmt: skip
     whole = plan.forecast.low or (plan.forecast.shadowed and not sparsity.wanted)
-    prompt = 0.0 if whole else layout.total_bytes * (TOUCHED if plan.forecast.routed and not plan.whole else 1)
+    prompt = (
+        0.0 if whole else layout.total_bytes * (TOUCHED if plan.forecast.routed and not plan.whole else 1)
+    )
     return pace.Work(
         layers=plan.layers,
         matrices=matrices,
@@ -152,18 +154,11 @@ def _reported(store: Store, config: Config, forecast: Forecast) -> Sparsity:
     return Sparsity(shares[0], shares[1], measured="the predictors' report")
 
 
-def scored_bytes(store: Store, config: Config, *, waited: bool = False) -> int:
-    """Bytes of the predictors' maps that one token goes through; `waited`: those alone whose sets it waits for.
-
-    A map may use the in-layer one's matrices.
-    """
+def scored_bytes(store: Store, config: Config) -> int:
+    """Bytes of the maps that one token goes through; a map may use the in-layer one's matrices."""
     ahead = config.predictor.lookahead > 0
     own = config.predictor.refine or not ahead
-    used = [
-        prefix
-        for prefix, needed in (("layers", ahead and not (waited and own)), ("inlayer", own))
-        if needed
-    ]
+    used = [prefix for prefix, needed in (("layers", ahead), ("inlayer", own)) if needed]
     total = 0
     file = Tensors(store.predictors(config.model.predictor))
     for prefix, index, name in itertools.product(used, range(len(store.layout.layers)), ("down", "up")):

@@ -63,6 +63,7 @@ def memory(codecs: list[str], threads: int) -> dict[str, object]:
         "read": rates.plain(threads),
         "kinds": kinds,
         "launch": launch,
+        "scoring": rates.scoring(),
         "arithmetic": rates.arithmetic(threads),
         "hop": hops.hop(lambda: time.sleep(0.002)),
     }

@@ -32,7 +32,10 @@ def hop(between: Callable[[], object]) -> float:
 
     Raises RingError where the other process does not answer.
     """
-    with tempfile.TemporaryDirectory(prefix="flashring-hops-") as name, Channel(Path(name), (NEAR,)) as channel:
+    with (
+        tempfile.TemporaryDirectory(prefix="flashring-hops-") as name,
+        Channel(Path(name), (NEAR,)) as channel,
+    ):
         other = subprocess.Popen(
             module_command("workers.probe.hops", name), env=module_environment(), stdin=subprocess.DEVNULL
         )

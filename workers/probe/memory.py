@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
 
+import math
+import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -15,17 +17,18 @@ import numpy as np
 from numba import njit, prange
 from threadpoolctl import threadpool_limits
 
-from storage.codecs import CODECS, F32, Carrier, narrow
+from storage.codecs import CODECS, F32, FLOAT16, Carrier, narrow
 from storage.layout import Rows
 
 WIDTH = 4096  # elements of a row, as the largest models' hidden states
-SIZE: Final = 160 << 20  # bytes of a matrix: more than a processor's cache keeps
+SIZE: Final = 256 << 20  # bytes of a matrix: more than a processor's cache keeps
 ROUNDS: Final = 6
 SMALL: Final = 1 << 19  # bytes of a launch that is nearly nothing but a launch
 LAUNCHES: Final = 40
 REST: Final = 0.0003  # seconds before each: a layer's launches come when cores have had a rest
 PROMPT: Final = 128  # tokens of a product for prompts
 PRODUCTS: Final = 12
+RANK, MAPS = 96, 24  # of predictors: more maps than a core's cache keeps
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True, nogil=True)
@@ -74,24 +77,42 @@ def plain(threads: int) -> float:
 
 
 def products(name: str, threads: int) -> dict[str, float]:
-    """Bytes a second in the codec `name`: of a whole matrix's product, and of scattered rows' dots and sums."""
+    """Bytes a second in the codec `name`: of a whole matrix's product, and of scattered rows' dots and sums.
+
+    Rows lie in shared memory, as slots do: its pages are small, and that is slower.
+    """
     codec = CODECS[name]
     weights = matrix_of(SIZE, name)
-    matrix = Rows.of_matrix(weights, codec)
-    lines = weights.shape[0]
+    matrix, lines = Rows.of_matrix(weights, codec), weights.shape[0]
+    x, y = np.ones(WIDTH, np.float32), np.empty(lines, np.float32)
+    found = {"product": _usual(lambda: kernels.matvec(matrix, x, threads, out=y), weights.nbytes)}
     ids = np.arange(0, lines, 2, dtype=np.int32)
-    x, y, a = np.ones(WIDTH, np.float32), np.empty(lines, np.float32), np.ones(ids.size, np.float32)
-    total = np.zeros(WIDTH, np.float32)
-    some = y[: ids.size]
+    a, total, some = np.ones(ids.size, np.float32), np.zeros(WIDTH, np.float32), y[: ids.size]
+    slots = np.frombuffer(mmap.mmap(-1, weights.nbytes), weights.dtype).reshape(weights.shape)
+    slots[:] = weights
+    rows, half = Rows.of_matrix(slots, codec), weights.nbytes // 2
 
     def dots() -> None:
-        kernels.activate(matrix, ids, ids, x, kernels.NO_BIAS, "relu", threads, some)
+        kernels.activate(rows, ids, ids, x, kernels.NO_BIAS, "relu", threads, some)
 
-    return {
-        "product": _usual(lambda: kernels.matvec(matrix, x, threads, out=y), weights.nbytes),
-        "dots": _usual(dots, weights.nbytes // 2),
-        "sums": _usual(lambda: kernels.accumulate(matrix, ids, ids, a, total, threads), weights.nbytes // 2),
-    }
+    found["dots"] = _usual(dots, half)
+    found["sums"] = _usual(lambda: kernels.accumulate(rows, ids, ids, a, total, threads), half)
+    return found
+
+
+def scoring() -> float:
+    """Bytes a second of low-rank predictors' maps, by the one thread that they have."""
+    shapes = (MAPS, RANK, WIDTH), (MAPS, 4 * WIDTH, RANK)
+    down, up = (np.full(shape, 0x3C00, np.uint16) for shape in shapes)
+    bias, scores = np.zeros(4 * WIDTH, np.float32), np.zeros(4 * WIDTH, np.float32)
+    x, ids = np.ones(WIDTH, np.float32), np.empty(4 * WIDTH, np.intp)
+
+    def score() -> None:
+        for layer in range(MAPS):
+            kernels.score(FLOAT16, down[layer], up[layer], x, np.float32(1), bias, scores)
+            kernels.passing(scores, 0.0, math.inf, ids)
+
+    return _usual(score, down.nbytes + up.nbytes)
 
 
 def launch(threads: int, name: str, rate: float) -> float:

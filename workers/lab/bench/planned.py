@@ -33,7 +33,7 @@ from workers.lab.bench import job
 from workers.lab.bench.children import ChildFailed
 
 STEPS = {"least": 0.0, "half": 0.5, "most": 1.0}
-MIB = 1 << 20
+MIB, SLACK = 1 << 20, 2  # bytes, and so many more: the prompt may be some tokens longer
 WARM = 8  # first tokens, which are not counted: slots fill
 GOAL, BOUND = 0.15, 0.25  # of the measured time
 
@@ -61,7 +61,10 @@ class Line:
 def budgets(one: Subject, words: Sequence[str]) -> list[str]:
     """What the words stand for, as `--memory` takes it."""
     low, high = (found(one.store, one.resolved).total for found in (least_of, most_of))
-    return [f"{math.ceil((low + STEPS[word] * (high - low)) / MIB)}MiB" if word in STEPS else word for word in words]
+    return [
+        f"{math.ceil((low + STEPS[word] * (high - low)) / MIB) + SLACK}MiB" if word in STEPS else word
+        for word in words
+    ]
 
 
 def measure(one: Subject, budget: str, known: pace.Rates, settings: tuple[str, ...], tokens: int) -> Line:
@@ -107,7 +110,16 @@ def _line(planned: Outlook, milliseconds: float, read: float, parts: dict[str, f
 def table(lines: Sequence[Line]) -> Table:
     """For people."""
     found = Table()
-    for heading in ("model", "bits", "memory", "planned ms", "measured ms", "ratio", "planned MB", "measured MB"):
+    for heading in (
+        "model",
+        "bits",
+        "memory",
+        "planned ms",
+        "measured ms",
+        "ratio",
+        "planned MB",
+        "measured MB",
+    ):
         found.add_column(heading, justify="left" if heading == "model" else "right")
     for one in lines:
         found.add_row(
@@ -124,7 +136,9 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Presets, files and directories, with commas between.")] = "builtin",
+    models: Annotated[
+        str, typer.Option(help="Presets, files and directories, with commas between.")
+    ] = "builtin",
     memory: Annotated[
         str, typer.Option(help="Budgets: sizes, shares, least, half and most, with commas between.")
     ] = "least,half,most",
