@@ -7,7 +7,7 @@ One file per command stands in `commands/`; `commands/programs.py` lists those t
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import chat, convert, doctor, generate, plan, programs, serve, shadow, stores, verify
+from pipeline.commands import chat, convert, doctor, generate, plan, programs, serve, shadow, stores, tune, verify
 from pipeline.ending import exit_status
 
 app = program.make()
@@ -15,6 +15,7 @@ app.callback(invoke_without_command=True, help=generate.__doc__)(generate.comman
 app.command("chat")(chat.command)
 app.command("convert")(convert.command)
 app.command("shadow")(shadow.command)
+app.command("tune")(tune.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
