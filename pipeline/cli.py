@@ -7,7 +7,19 @@ One file per command stands in `commands/`; `commands/programs.py` lists those t
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import chat, convert, doctor, generate, plan, programs, serve, shadow, stores, tune, verify
+from pipeline.commands import (
+    chat,
+    convert,
+    doctor,
+    generate,
+    plan,
+    programs,
+    serve,
+    shadow,
+    stores,
+    tune,
+    verify,
+)
 from pipeline.ending import exit_status
 
 app = program.make()

@@ -48,6 +48,7 @@ def command(
     in medians stays as it was. Run it on a machine that does nothing else.
     """
     from pipeline.tuning import document, knobs, search, trial
+    from pipeline.tuning.show import Show
 
     _check(out, tokens, prompt)
     deadline = time.monotonic() + 60 * minutes
@@ -66,16 +67,14 @@ def command(
     if not tokens:
         text = text.within((deadline - time.monotonic()) / TRIALS)
 
-    def measure(chosen: knobs.Settings) -> float:
-        return trial.seconds(store, config, chosen, text)
+    beginning = knobs.start(report.config, found)
+    with Show(beginning, deadline) as show:
 
-    outcome = search.search(
-        found,
-        knobs.start(report.config, found),
-        measure,
-        lambda: deadline - time.monotonic(),
-        lambda one: say(document.line_of(one)),
-    )
+        def measure(chosen: knobs.Settings) -> float:
+            show.now(chosen)
+            return trial.seconds(store, config, chosen, text)
+
+        outcome = search.search(found, beginning, measure, lambda: deadline - time.monotonic(), show.tried)
     about = _about(store, config, report, len(text.answer), outcome.measured)
     write_whole(out, document.document(outcome, about).encode())
     say(document.verdict(outcome))

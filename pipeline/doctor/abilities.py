@@ -1,4 +1,4 @@
-"""What the workers find on this machine, asked in a process of their own: reads, instructions, compilation."""
+"""What the workers find on this machine, asked in a process of their own."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def findings() -> list[Finding]:
 
 def _system() -> Finding:
     words = f"{name_and_version()}, {platform.system()} {platform.release()} {platform.machine()}"
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return Finding("system", "fine", words)
     return Finding(
         "system",
@@ -159,7 +159,7 @@ def _shared() -> Finding:
 def _gpus() -> list[Finding]:
     found = []
     for kind, words in (("cuda", "NVIDIA GPU"), ("mps", "Metal GPU")):
-        if (kind == "mps") != (sys.platform == "darwin"):
+        if (kind == "mps") != (platform.system() == "Darwin"):
             continue
         try:
             one = probe(kind)

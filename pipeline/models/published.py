@@ -171,7 +171,7 @@ FACTOR_32: Final = {"tie_word_embeddings": True, "rope_scaling": {"factor": 32.0
 
 
 def _of_kind(kind: str, *shape: Any, **flags: Any) -> Shape:
-    """A model of Llama's form in another family."""
+    """A model of Llama's form in this family."""
     return llama(*shape, model_type=kind, **flags)
 
 
@@ -266,9 +266,9 @@ PUBLISHED: Final = {
         _gemma3("gemma-3-270m-it", 640, 2048, 18, (4, 1), 262144, 512),
         _gemma3("gemma-3-1b-it", 1152, 6912, 26, (4, 1), 262144, 512),
         _gemma3("gemma-3-4b-it", 2560, 10240, 34, (8, 4), 262208, 1024),
-        llama("smollm2-135m-instruct", 576, 1536, 30, (9, 3), 49152, **_TIED, **_8K),
-        llama("smollm2-360m-instruct", 960, 2560, 32, (15, 5), 49152, **_TIED, **_8K),
-        llama("smollm2-1.7b-instruct", 2048, 8192, 24, (32, 32), 49152, **_TIED, **_8K),
+        _of_kind("llama", "smollm2-135m-instruct", 576, 1536, 30, (9, 3), 49152, **_TIED, **_8K),
+        _of_kind("llama", "smollm2-360m-instruct", 960, 2560, 32, (15, 5), 49152, **_TIED, **_8K),
+        _of_kind("llama", "smollm2-1.7b-instruct", 2048, 8192, 24, (32, 32), 49152, **_TIED, **_8K),
         _of_kind("smollm3", "smollm3-3b", 2048, 11008, 36, (16, 4), 128256, **_TIED, **_32K),
         _of_kind("phi3", "phi-4-mini", 3072, 8192, 32, (24, 8), 200064, **_TIED, **_32K),
         _of_kind("olmo2", "olmo-2-7b", 4096, 11008, 32, (32, 32), 100352, max_position_embeddings=4096),

@@ -1,7 +1,7 @@
 """What a run has shown of a store: how many units a token wants, and how likely they are in a slot.
 
-`run.py` leaves it beside the caches after an answer of many tokens (`$FLASHRING_HOME/seen/STORE.json`), and the
-next plan counts with it instead of with published figures.
+`run.py` leaves it beside the caches after an answer of many tokens (`$FLASHRING_HOME/seen/STORE.json`),
+and the next plan counts with it instead of with published figures.
 """
 
 from __future__ import annotations

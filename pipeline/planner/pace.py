@@ -2,24 +2,26 @@
 
 What one machine does are `Rates`, measured by a probe; what one token needs is its `Work`. Assumptions:
 
-- The kernels of a token wait for the memory: bytes ÷ the rate of the kernel that reads them. Whole matrices,
-  dots of scattered rows and sums of scattered rows have rates of their own, by number format.
-- A layer has a price of its own, whatever its size: LAUNCHES launches of threads (attention's, the FFN's two),
-  and one more for a router; the head has one, and a choice among the vocabulary.
-- A layer whose units are asked for waits for HOPS messages. Where sets are foreseen from
-  the layer before (`ahead`), only what is longer than a layer. A layer that also reads costs RING hops, whatever
-  is foreseen: the ring's other processes need cores that the kernels have.
-- Where layers ask, the kernels of all of them are slowed by what the ring's other processes take of the cores
-  (BESIDE), and by the predictor's own time, which is waited for or taken from a core that the kernels have.
-- Missed units cost the disk their bytes ÷ its rate at the size of one read, and one read's latency a layer.
-- Of that time, what a kind of forecast cannot hide is waited for (`exposed`); and while reads are in flight,
-  whoever takes them up takes a share of the cores (READER cores) from the kernels. Nothing hides more reading
-  than there is computing.
-- Where every unit is needed, the longer of computing and reading decides, and a fifth of the shorter is added:
-  a layer's parts wait for each other at its beginning and at its end.
+- The kernels of a token wait for the memory: bytes ÷ the rate of the kernel that reads them. Whole
+  matrices, dots of scattered rows and sums of scattered rows have rates of their own, by number format.
+- A layer has a price of its own, whatever its size: LAUNCHES launches of threads (attention's, the FFN's
+  two), and one more for a router; the head has one, and a choice among the vocabulary.
+- A layer whose units are asked for waits for HOPS messages. Where sets are foreseen from the layer before
+  (`ahead`), only what is longer than a layer. A layer that also reads costs RING hops, whatever is
+  foreseen: the ring's other processes need cores that the kernels have.
+- Where layers ask, the kernels of all of them are slowed by what the ring's other processes take of the
+  cores (BESIDE), and by the predictor's own time, which is waited for or taken from a core that the
+  kernels have.
+- Missed units cost the disk their bytes ÷ its rate at the size of one read, and one read's latency a
+  layer.
+- Of that time, what a kind of forecast cannot hide is waited for (`exposed`); and while reads are in
+  flight, whoever takes them up takes a share of the cores (READER cores) from the kernels. Nothing hides
+  more reading than there is computing.
+- Where every unit is needed, the longer of computing and reading decides, and a fifth of the shorter is
+  added: a layer's parts wait for each other at its beginning and at its end.
 - A unit that is wanted is in a slot with a chance that rises with the share of slots: `missed`.
-- A prompt computes every weight once for each token, and reads what is not in memory yet; neither hides the
-  other.
+- A prompt computes every weight once for each token, and reads what is not in memory yet; neither hides
+  the other.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ class Pace:
 def missed(slots: float, wanted: float, locality: float = LOCALITY) -> float:
     """Of wanted units the share that is not in a slot.
 
-    `slots`: for which share of the units there are some; `wanted`: the share of the units that one token wants.
+    `slots`: for which share of the units there are some; `wanted`: the share that one token wants.
     Without slots nothing is kept, with all of them everything is.
     """
     if slots >= 1:
@@ -160,7 +162,7 @@ def pace(rates: Rates, work: Work) -> Pace:
 
 
 def first_answer(rates: Rates, work: Work, prompt: int, start: float) -> float:
-    """Seconds from the command to the first token: the ring's start, the weights' way into memory, a prompt."""
+    """Seconds from the command to the first token: the ring's start, the weights' loading, a prompt."""
     sequential = rates.reading(float(1 << 30))
     loading = work.load / sequential
     reading = work.prompt_flash / rates.reading(work.prompt_request)

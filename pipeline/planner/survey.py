@@ -1,7 +1,7 @@
 """What models would do on this machine: each on its store, or on paper where there is none yet.
 
-`subject` finds a model's sizes without fetching or converting anything; `outlook` divides the memory for it and
-asks the model of time (`pace.py`) what that means for a token.
+`subject` finds a model's sizes without fetching or converting anything; `outlook` divides the memory for
+it and asks the model of time (`pace.py`) what that means for a token.
 """
 
 from __future__ import annotations

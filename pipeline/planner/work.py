@@ -1,15 +1,15 @@
 """What one token of a plan needs: bytes of every kind, counted from a store's headers. See `pace.Work`.
 
-What cannot be counted before a run is assumed, or taken from what the store's own measurements say: the report
-in its predictors' file (`active`, `predicted`), a mixture's needs (`need.py`), and what an earlier run of the
-store has left (`locality.py`).
+What cannot be counted before a run is assumed, or taken from what the store's own measurements say: the
+report in its predictors' file (`active`, `predicted`), a mixture's needs (`need.py`), and what an earlier
+run of the store has left (`locality.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -168,10 +168,10 @@ def scored_bytes(store: Store, config: Config) -> int:
     return total
 
 
-def _touched(store: Store, plan: Plan, sparsity: Sparsity) -> tuple[Counter[str], Counter[str]]:
+def _touched(store: Store, plan: Plan, sparsity: Sparsity) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of units' rows that a token's kernels read: dots and sums."""
-    dots: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
+    dots: dict[str, float] = defaultdict(float)
+    sums: dict[str, float] = defaultdict(float)
     for index, part in enumerate(store.layout.layers):
         unit, ffn = part.unit, store.architecture.layers[index].ffn
         every = plan.forecast.every or index in plan.forecast.pinned

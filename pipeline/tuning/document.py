@@ -16,12 +16,18 @@ from pipeline.tuning.search import Compared, Outcome, Tried
 
 def document(outcome: Outcome, about: Sequence[str]) -> str:
     """TOML of `outcome.changes`; `about`: lines on what was measured where."""
-    lines = [f"# Written by `run.py tune` on {time.strftime('%Y-%m-%d %H:%M')}.", *(f"# {line}" for line in about)]
+    lines = [
+        f"# Written by `run.py tune` on {time.strftime('%Y-%m-%d %H:%M')}.",
+        *(f"# {line}" for line in about),
+    ]
     lines += ["#", f"# {verdict(outcome)}", ""]
     by_section = sorted((tuple(key.split(".")), value) for key, value in outcome.changes.items())
     for section, group in groupby(by_section, key=lambda one: one[0][0]):
         lines.append(f"[{section}]")
-        lines += [f"{key[1]} = {_toml(value)}  # was {_toml(outcome.beginning['.'.join(key)])}" for key, value in group]
+        lines += [
+            f"{key[1]} = {_toml(value)}  # was {_toml(outcome.beginning['.'.join(key)])}"
+            for key, value in group
+        ]
         lines.append("")
     lines.append("# What was tried, ms a token, medians of runs in turn:")
     lines += [f"# {line_of(one)}" for one in outcome.tried] or ["# nothing"]

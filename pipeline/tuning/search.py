@@ -1,9 +1,10 @@
 """Coordinate descent with paired measurements; what is measured, and how, is the caller's.
 
-From what is set, one knob after the other is turned to its neighbouring values, as far as that helps. A value is
-compared with what is best so far in pairs, in turn, so that a neighbour who disturbs for seconds disturbs both:
-one pair decides whether it is worth two more, and then the medians and most of the pairs decide. At the end the
-best found is held against the beginning in new pairs, and stays only if it is quicker there, too.
+From what is set, one knob after the other is turned to its neighbouring values, as far as that helps. A
+value is compared with what is best so far in pairs, in turn, so that a neighbour who disturbs for seconds
+disturbs both: one pair decides whether it is worth two more, and then the medians and most of the pairs
+decide. At the end the best found is held against the beginning in new pairs, and stays only if it is
+quicker there, too.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def search(
     left: Callable[[], float],
     tell: Callable[[Tried], None] = lambda _: None,
 ) -> Outcome:
-    """Turn knobs while there is time. `left`: seconds until the end, of which the last comparison keeps its own.
+    """Turn knobs while there is time. `left`: seconds to the end; the last comparison keeps its own.
 
     Raises FlashringError where the beginning itself cannot be measured.
     """

@@ -1,4 +1,4 @@
-"""One measurement: a ring is started, decodes forced tokens to warm its slots, and then again, which counts."""
+"""One measurement: a ring decodes forced tokens to warm its slots, and then again, which counts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Text:
 
 
 def own_text(store: Store, config: Config, prompt: str, tokens: int) -> Text:
-    """A prompt and what the model itself writes behind it, once. Raises UsageError for a prompt without tokens."""
+    """A prompt and what the model itself writes behind it, once. Raises UsageError for too few tokens."""
     report = plan(store, config)
     with Session(store, report.config, report.plan, budget=report.budget) as session:
         ids = session.encode(prompt)
@@ -45,7 +45,8 @@ def own_text(store: Store, config: Config, prompt: str, tokens: int) -> Text:
         spent = [later - earlier for earlier, later in pairwise(session.last.moments)]
     if len(answer) < FEWEST:
         raise UsageError(
-            f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, which needs {FEWEST}"
+            f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, "
+            f"which needs {FEWEST}"
         )
     return Text(tuple(ids), tuple(answer), statistics.median(spent))
 

@@ -1,9 +1,10 @@
-"""`python -m workers.lab.bench.planned --models builtin,STORE --memory 520MiB,60%`: what was planned, and came.
+"""`python -m workers.lab.bench.planned --models builtin,STORE --memory 520MiB,60%`: what was planned, and
+came.
 
-Each model is planned under each budget, and then its ring decodes the same forced tokens under it, in a memory
-cgroup where there can be one. Printed are a token's planned and measured milliseconds, and their ratio. A budget
-is a size, a share of the checkpoint as elsewhere, or `least`, `half` and `most` of the way from the smallest
-memory that works to all of the model.
+Each model is planned under each budget, and then its ring decodes the same forced tokens under it, in a
+memory cgroup where there can be one. Printed are a token's planned and measured milliseconds, and their
+ratio. A budget is a size, a share of the checkpoint as elsewhere, or `least`, `half` and `most` of the
+way from the smallest memory that works to all of the model.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from pipeline.models.published import PUBLISHED, Shape, llama, mixture
+from pipeline.models.published import PUBLISHED, llama, mixture
+from pipeline.models.published import Shape as Shape
 from storage.errors import UsageError
 
 
