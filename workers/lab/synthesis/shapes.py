@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from pipeline.models.published import PUBLISHED, llama, mixture
-from pipeline.models.published import Shape as Shape
+from pipeline.models.published import PUBLISHED, Shape, llama, mixture
 from storage.errors import UsageError
 
 
