@@ -8,7 +8,7 @@ What one machine does are `Rates`, measured by a probe; what one token needs is 
   two), and one more for a router; the head has one, and a choice among the vocabulary.
 - A layer whose units are asked for waits for HOPS messages. Where sets are foreseen from the layer before
   (`ahead`), only what is longer than a layer. A layer that also reads costs RING hops, whatever is
-  foreseen: the ring's other processes need cores that the kernels have.
+  foreseen: the ring's other processes need cores that the kernels have. A token costs TOKEN hops.
 - Where layers ask, the kernels of all of them are slowed by what the ring's other processes take of the
   cores (BESIDE), and by the predictor's own time, which is waited for or taken from a core that the
   kernels have.
@@ -35,6 +35,8 @@ from typing import Final
 LAUNCHES: Final = 3  # a layer
 HOPS: Final = 4  # messages, from a layer's announcement to when its units are known to be there
 RING: Final = 8  # the same, in hops, of a layer that reads: four processes take turns on the kernels' cores
+GUESS: Final = 2  # and more of them where guesses are read before
+TOKEN: Final = 4  # hops of a token: its text is made by another process
 BESIDE: Final = 0.4  # of a core, for the ring's other processes, while layers ask for units
 READER: Final = 0.4  # of a core, while reads are in flight: 1.7 to 4 µs a read at what a disk can do
 SERIAL: Final = 0.2  # of the shorter of reading and computing, where every unit is needed
@@ -44,7 +46,7 @@ CHOICE: Final = 8e-9  # seconds a word of the vocabulary: its logit scaled, sort
 EXPOSED: Final = {"refined": 0.5, "ahead": 0.25, "own": 1.0}
 IN_VAIN: Final = 1.2  # bytes read ÷ bytes missed, where guesses are read
 # How a wanted unit's chance to be in a slot rises (`missed`), as OPT's and Qwen3's published localities do.
-LOCALITY: Final = 0.7
+LOCALITY: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +133,20 @@ def missed(slots: float, wanted: float, locality: float = LOCALITY) -> float:
     `slots`: for which share of the units there are some; `wanted`: the share that one token wants.
     Without slots nothing is kept, with all of them everything is.
     """
-    if slots >= 1:
-        return 0.0
-    return (1 - slots) / (1 + locality * slots / max(wanted, 1e-9))
+    return max(0.0, 1 - slots) / (1 + locality * _held(slots, wanted))
 
 
 def locality(slots: float, wanted: float, misses: float) -> float:
     """The inverse of `missed`: the locality that a measured share of misses tells. Infinite without any."""
     if misses <= 0 or slots <= 0:
         return math.inf if misses <= 0 else LOCALITY
-    return max(0.0, ((1 - slots) / misses - 1) * wanted / slots)
+    return max(0.0, ((1 - slots) / misses - 1) / _held(slots, wanted))
+
+
+def _held(slots: float, wanted: float) -> float:
+    """How many tokens' sets the slots hold, in effect: of a single one most is gone before it comes again."""
+    sets = slots / max(wanted, 1e-9)
+    return sets * sets / (1 + sets)
 
 
 def pace(rates: Rates, work: Work) -> Pace:
@@ -154,11 +160,12 @@ def pace(rates: Rates, work: Work) -> Pace:
         slower = 1 + BESIDE / rates.cores
         memory, units, head = memory * slower, units * slower, head * slower
     computing = memory + units + own + head
-    asked = _asked(rates, work, computing - head)
+    asked = _asked(rates, work, computing - head) + TOKEN * rates.hop
     reading = 0.0
     if work.flash:
         reading = work.flash / rates.reading(work.request) + work.layers * rates.latency
-    return Pace(memory, units, own + asked, head, _waited(rates, work, computing + asked, reading), reading)
+    disk = _waited(rates, work, computing, asked, reading)
+    return Pace(memory, units, own + asked, head, disk, reading)
 
 
 def first_answer(rates: Rates, work: Work, prompt: int, start: float) -> float:
@@ -175,21 +182,25 @@ def _product(rates: Rates, sizes: Mapping[str, float]) -> float:
 
 def _asked(rates: Rates, work: Work, computing: float) -> float:
     """Seconds a token that layers wait for what they want to be known."""
-    scoring = work.scored / rates.scoring
-    if work.flash:
-        return work.layers * RING * rates.hop + scoring
-    if work.forecast in ("whole", "every"):
+    if work.forecast == "whole":
         return 0.0
     chain = work.layers * HOPS * rates.hop
-    return scoring + (max(0.0, chain - computing) if work.forecast == "ahead" else chain)
+    quiet = {"every": 0.0, "ahead": max(0.0, chain - computing)}.get(work.forecast, chain)
+    # The share of layers that read: where few units are missed, some layers miss none.
+    reads = 1 - math.exp(-work.flash / work.request / work.layers)
+    if work.forecast == "every":
+        reads = float(work.flash > 0)
+    ring = RING + (GUESS if work.forecast == "refined" else 0)
+    return work.scored / rates.scoring + reads * work.layers * ring * rates.hop + (1 - reads) * quiet
 
 
-def _waited(rates: Rates, work: Work, computing: float, reading: float) -> float:
-    """Seconds a token that reads add to computing."""
+def _waited(rates: Rates, work: Work, computing: float, asked: float, reading: float) -> float:
+    """Seconds a token that reads add to computing, and to asking for them."""
     if not reading:
         return 0.0
     if work.forecast == "every":
-        return max(0.0, reading - computing) + SERIAL * min(reading, computing)
+        busy = computing + asked
+        return max(0.0, reading - busy) + SERIAL * min(reading, busy)
     busy = min(1.0, READER / rates.cores)
     return max((EXPOSED[work.forecast] + busy) * reading, reading - computing)
 

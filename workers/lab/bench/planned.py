@@ -25,7 +25,7 @@ from pipeline import program
 from pipeline.commands.options import JsonFile, Settings
 from pipeline.console import say, size, tables
 from pipeline.models.names import configure
-from pipeline.planner import pace, rates
+from pipeline.planner import rates
 from pipeline.planner.divide import least_of, most_of
 from pipeline.planner.survey import Outlook, Subject, outlook, subject, with_memory
 from storage.errors import BudgetError, UsageError
@@ -35,6 +35,7 @@ from workers.lab.bench.children import ChildFailed
 
 STEPS = {"least": 0.0, "half": 0.5, "most": 1.0}
 MIB, SLACK = 1 << 20, 2  # bytes, and so many more: the prompt may be some tokens longer
+PROMPT = 32  # tokens
 WARM = 8  # first tokens, which are not counted: slots fill
 GOAL, BOUND = 0.15, 0.25  # of the measured time
 
@@ -68,12 +69,30 @@ def budgets(one: Subject, words: Sequence[str]) -> list[str]:
     ]
 
 
-def measure(one: Subject, budget: str, known: pace.Rates, settings: tuple[str, ...], tokens: int) -> Line:
-    """Plan, then run. Raises ChildFailed, BudgetError."""
+def _plans(
+    name: str, words: Sequence[str], settings: tuple[str, ...], tokens: int, *, probe: bool
+) -> list[tuple[str, Outlook]]:
+    """All of a model's before any of its rings, since a ring leaves what it has shown to the next plan."""
+    source, _ = configure(name, None, settings)
+    source.open_store()
+    one = subject(name, settings=[f"compute.context={PROMPT + tokens}", *settings])
+    codecs = tuple({*rates.CODECS, *one.codecs})
+    known = rates.measured(one.store.path, codecs, renew=probe, say=say)
+    found = []
+    for budget in budgets(one, words):
+        try:
+            found.append((budget, outlook(with_memory(one, budget), known, PROMPT + tokens // 2)))
+        except BudgetError as error:
+            say(f"{one.name} in {budget}: {error}")
+    return found
+
+
+def measure(planned: Outlook, budget: str, settings: tuple[str, ...], tokens: int) -> Line:
+    """Run what was planned. Raises ChildFailed."""
     with job.make_job(
-        one.store,
+        planned.subject.store,
         text=job.TEXT,
-        prompt_tokens=32,
+        prompt_tokens=PROMPT,
         count=tokens,
         budget=budget,
         repeats=1,
@@ -82,16 +101,20 @@ def measure(one: Subject, budget: str, known: pace.Rates, settings: tuple[str, .
         settings=settings,
         say=say,
     ) as made:
-        planned = outlook(with_memory(one, budget), known, 32 + tokens // 2)
         series = made.ring("planned", budget=budget)
         row = series.again()
         if row.error:
             raise ChildFailed(row.error)
         times = series.runs[0].result["token_seconds"][WARM:]
-    return _line(planned, 1e3 * statistics.fmean(times), row.bytes_per_token, {
-        "io": row.io_ms, "prediction": row.prediction_ms, "compute": row.compute_ms,
-        "waiting": row.waiting_ms, "other": row.other_ms, "hits": row.hit_rate,
-    })  # fmt: skip
+    parts = {
+        "io": row.io_ms,
+        "prediction": row.prediction_ms,
+        "compute": row.compute_ms,
+        "waiting": row.waiting_ms,
+        "other": row.other_ms,
+        "hits": row.hit_rate,
+    }
+    return _line(planned, 1e3 * statistics.fmean(times), row.bytes_per_token, parts)
 
 
 def _line(planned: Outlook, milliseconds: float, read: float, parts: dict[str, float]) -> Line:
@@ -152,16 +175,12 @@ def main(
     fixed = tuple(settings or ())
     lines: list[Line] = []
     for number, name in enumerate(models.split(",")):
-        source, _ = configure(name, None, fixed)
-        source.open_store()
-        one = subject(name, settings=[f"compute.context={32 + tokens}", *fixed])
-        codecs = tuple({*rates.CODECS, *one.codecs})
-        known = rates.measured(one.store.path, codecs, renew=probe and not number, say=say)
-        for budget in budgets(one, memory.split(",")):
+        plans = _plans(name, memory.split(","), fixed, tokens, probe=probe and not number)
+        for budget, planned in plans:
             try:
-                lines.append(measure(one, budget, known, fixed, tokens))
-            except (ChildFailed, BudgetError) as error:
-                say(f"{one.name} in {budget}: {error}")
+                lines.append(measure(planned, budget, fixed, tokens))
+            except ChildFailed as error:
+                say(f"{planned.subject.name} in {budget}: {error}")
                 continue
             say(f"{lines[-1].model} {size(lines[-1].memory)}: ratio {lines[-1].ratio:.2f}")
     if not lines:
