@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from workers.probe.reads import measure
 
 SIZES: Final = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
 SECONDS: Final = 0.2  # of each try
-PASSES: Final = 2
+PASSES: Final = 3
 ASSUMED: Final = 1e9  # bytes a second, to choose how many reads that is
 FEWEST, MOST = 24, 8_000  # reads
 ALONE: Final = 300  # reads, one after another
@@ -41,14 +42,15 @@ def disk(file: Path) -> dict[str, object]:
     if size < SIZES[-1] * FEWEST:
         raise StoreError(f"{file} is too small for a probe of its disk")
     uvloop.run(measure(file, SIZES[1], 1, DEPTH, FEWEST))  # the first reads find caches cold
-    best = dict.fromkeys(SIZES, 0.0)
-    for request in SIZES * PASSES:  # a shared disk stumbles now and then
+    found: dict[int, list[float]] = {request: [] for request in SIZES}
+    for request in SIZES * PASSES:  # in turn: a shared disk changes within seconds
         count = max(FEWEST, min(MOST, round(SECONDS * ASSUMED / request)))
         depth = max(1, min(DEPTH, IN_FLIGHT // request))
-        found = uvloop.run(measure(file, request, 1, depth, count))
-        best[request] = max(best[request], float(found["bytes_per_second"]))
+        done = uvloop.run(measure(file, request, 1, depth, count))
+        found[request].append(float(done["bytes_per_second"]))
     alone = uvloop.run(measure(file, SIZES[1], 1, 1, ALONE))
-    return {"rates": list(best.items()), "latency": 1 / float(alone["reads_per_second"])}
+    rates = [[request, statistics.median(several)] for request, several in found.items()]
+    return {"rates": rates, "latency": 1 / float(alone["reads_per_second"])}
 
 
 def memory(codecs: list[str], threads: int) -> dict[str, object]:
