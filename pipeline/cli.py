@@ -7,7 +7,20 @@ One file per command stands in `commands/`; `commands/programs.py` lists those t
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import chat, convert, generate, programs, repair, serve, shadow, stores, verify
+from pipeline.commands import (
+    chat,
+    convert,
+    doctor,
+    generate,
+    plan,
+    programs,
+    repair,
+    serve,
+    shadow,
+    stores,
+    tune,
+    verify,
+)
 from pipeline.ending import exit_status
 
 app = program.make()
@@ -15,8 +28,11 @@ app.callback(invoke_without_command=True, help=generate.__doc__)(generate.comman
 app.command("chat")(chat.command)
 app.command("convert")(convert.command)
 app.command("shadow")(shadow.command)
+app.command("tune")(tune.command)
 app.command("verify")(verify.command)
 app.command("repair")(repair.command)
+app.command("doctor")(doctor.command)
+app.command("plan")(plan.command)
 app.command("serve")(serve.command)
 app.add_typer(stores.app, name="stores")
 programs.add_to(app)

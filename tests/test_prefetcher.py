@@ -43,7 +43,6 @@ from pipeline.ring.segments import ID, SLOT
 from storage.errors import ConfigError, StoreCorrupt, StoreError
 from storage.manifest import BUNDLES
 from storage.store import Store
-from workers.lab.bench.reads import measure
 from workers.prefetcher import io_uring
 from workers.prefetcher.backend import Backend, BackendUnavailable, Completed
 from workers.prefetcher.bundle_file import BundleFile
@@ -52,6 +51,7 @@ from workers.prefetcher.pool import ReaderPool
 from workers.prefetcher.queues import open_queues
 from workers.prefetcher.requests import RequestBuilder, Requests
 from workers.prefetcher.threads import Threads
+from workers.probe.reads import measure
 
 BACKENDS = ("io_uring", "threads", "aiofiles")
 LINUX = tuple(int(part) for part in os.uname().release.split(".")[:2])

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from pipeline.models.published import Shape
 from storage.checkpoint import Checkpoint
 from storage.codecs import narrow, widen
 from storage.convert import convert
@@ -33,7 +34,7 @@ from workers.lab.synthesis.activity import new_per_token, union_size
 from workers.lab.synthesis.checkpoint import Request, synthesize
 from workers.lab.synthesis.measure import measure, summary
 from workers.lab.synthesis.planting import Planting
-from workers.lab.synthesis.shapes import SHAPES, Shape, find_shape
+from workers.lab.synthesis.shapes import SHAPES, find_shape
 from workers.lab.synthesis.sources import open_weights
 
 LAYERS, VOCABULARY, TOKENS = 3, 512, 160

@@ -16,6 +16,7 @@ from checkpoints import write_checkpoint
 from decoding import LocalDecoder
 
 from pipeline.launch import module_command, module_environment
+from pipeline.models.published import Shape
 from storage.codecs import CODECS
 from storage.convert import convert
 from storage.errors import UsageError
@@ -28,7 +29,7 @@ from workers.lab.synthesis.mixture.create import MixtureRequest, create
 from workers.lab.synthesis.mixture.dense import DenseMixture, routed
 from workers.lab.synthesis.mixture.planting import MixturePlanting
 from workers.lab.synthesis.mixture.routing_table import print_table
-from workers.lab.synthesis.shapes import MIXTURES, SHAPES, Shape
+from workers.lab.synthesis.shapes import MIXTURES, SHAPES
 from workers.lab.synthesis.sources import StoreWeights
 
 BUILTIN = Path(__file__).parent.parent / "storage" / "builtin"  # has a tokenizer

@@ -33,6 +33,8 @@ from pipeline.config import Config, Values
 from pipeline.console import say, size, write, write_json
 from pipeline.ending import asked_to_end
 from pipeline.models.names import configure, find_source
+from pipeline.planner import locality
+from pipeline.planner.afterwards import planned_beside
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
 from pipeline.planner.probe import probe_rate, why_dense
@@ -169,6 +171,9 @@ def command(
     if verbose:
         for note in summary.notes:
             say(note)
+        for line in planned_beside(store, report, summary):
+            say(line)
+    locality.keep(store, report.plan, summary)
     if as_json:
         write_json(summary.to_json())
     else:

@@ -116,7 +116,11 @@ def plan(store: Store, config: Config, available: int | None = None) -> PlanRepo
     ConfigError for what cannot be.
     """
     check_draft_model(store, config)
-    resolved = resolve(store, config)
+    return divide(store, resolve(store, config), available)
+
+
+def divide(store: Store, resolved: Resolved, available: int | None = None) -> PlanReport:
+    """`plan`, of a configuration that was resolved before: as a store on paper's must be."""
     config, store = resolved.config, with_fewer(store, resolved.config)
     resolved = replace(resolved, device_bytes=devices.limit(store, config))
     budget = parse_budget(config.memory.budget, store)
@@ -191,14 +195,23 @@ def _by_need(store: Store, resolved: Resolved, alike: PlanReport) -> PlanReport:
 
 def least(store: Store, config: Config) -> PlanReport:
     """The smallest plan there is for a configuration, whatever its budget. Raises ConfigError."""
-    resolved = resolve(store, config)
+    return least_of(store, resolve(store, config))
+
+
+def least_of(store: Store, resolved: Resolved) -> PlanReport:
+    """`least`, of a configuration that was resolved before."""
     config, store = resolved.config, with_fewer(store, resolved.config)
     return _report(store, resolved, _least_slots(store, config), None)
 
 
 def most(store: Store, config: Config) -> PlanReport:
     """The plan that holds every neuron, whatever the budget. Raises ConfigError."""
-    return _report(store, resolve(store, config), store.layout.units, None)
+    return most_of(store, resolve(store, config))
+
+
+def most_of(store: Store, resolved: Resolved) -> PlanReport:
+    """`most`, of a configuration that was resolved before."""
+    return _report(store, resolved, store.layout.units, None)
 
 
 def _floor(store: Store) -> list[int]:
@@ -248,7 +261,7 @@ def _report(store: Store, resolved: Resolved, slots: Sequence[int], budget: int 
     )
     if held:
         held["mirror"] = divided.mirrored * divided.stride
-    parts = _parts(store, config, divided, held)
+    parts = _parts(store, resolved, divided, held)
     bus = devices.bus_bytes(store, divided) if held else 0
     return PlanReport(divided, config, parts, budget, device=held, bus_bytes=bus)
 
@@ -261,8 +274,9 @@ def staging_slots(size_bytes: int, stride: int, most: int) -> int:
     return min(count, most)
 
 
-def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int]) -> dict[str, int]:
+def _parts(store: Store, resolved: Resolved, divided: Plan, device: Mapping[str, int]) -> dict[str, int]:
     """In host memory. `device`: what lies in that of a torch device."""
+    config = resolved.config
     drafting = draft_store(config)
     shared = segments.sizes(divided)
     resident = store.manifest.files[RESIDENT].bytes
@@ -278,7 +292,7 @@ def _parts(store: Store, config: Config, divided: Plan, device: Mapping[str, int
         own["activations"] = _activation_bytes(store, config, divided)
     return {
         **own,
-        "predictors": _held_by_predictor(store, config, divided),
+        "predictors": _held_by_predictor(store, resolved, divided),
         **({"shadow": copy} if divided.forecast.shadowed else {}),
         "slots": shared.pop("bundles") - staging,
         "staging": staging,
@@ -338,17 +352,9 @@ def _constraint_bytes(store: Store) -> int:
     return GRAMMAR + TOKEN * store.architecture.vocabulary
 
 
-def predictor_bytes(store: Store, config: Config) -> int:
-    """Size of the chosen predictors' file; 0 when there is none."""
-    try:
-        return store.predictors(config.model.predictor).stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _held_by_predictor(store: Store, config: Config, divided: Plan) -> int:
+def _held_by_predictor(store: Store, resolved: Resolved, divided: Plan) -> int:
     if divided.forecast.kind == "lowrank":
-        return predictor_bytes(store, config)
+        return resolved.predictor_bytes
     if divided.forecast.kind == "router":  # as compute has them, with the scales of guesses
         routed = (layer.ffn for layer in store.architecture.layers if layer.ffn.router)
         return sum((ffn.units + 1) * store.architecture.d_model * F32 for ffn in routed)

@@ -7,7 +7,7 @@ import os
 import time
 
 from pipeline.config import Config
-from pipeline.planner.divide import predictor_bytes
+from pipeline.planner.resolve import predictor_bytes
 from storage.files import open_direct
 from storage.manifest import BUNDLES
 from storage.store import Store

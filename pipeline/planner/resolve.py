@@ -22,6 +22,7 @@ class Resolved:
 
     config: Config  # with decided kind, refine, context and sampling: what is written beside results
     forecast: Forecast
+    predictor_bytes: int = 0  # of the chosen predictors' file; 0 without one
     device_bytes: int | None = None  # that may be taken of a torch device's memory; None: as few as will do
 
 
@@ -35,7 +36,16 @@ def resolve(store: Store, config: Config) -> Resolved:
     forecast = _forecast(store, config)
     decided = {"kind": forecast.kind, "refine": forecast.refine}
     config = decoding.fill(store, config)
-    return Resolved(config.replace(predictor=decided, compute={"context": context}), forecast)
+    decided_config = config.replace(predictor=decided, compute={"context": context})
+    return Resolved(decided_config, forecast, predictor_bytes(store, config))
+
+
+def predictor_bytes(store: Store, config: Config) -> int:
+    """Size of the chosen predictors' file; 0 when there is none."""
+    try:
+        return store.predictors(config.model.predictor).stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _forecast(store: Store, config: Config) -> Forecast:

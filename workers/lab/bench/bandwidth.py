@@ -13,43 +13,17 @@ import json
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 from torch.nn import functional
 
 from pipeline.cores import thread_count
-from storage.codecs import CODECS, F32, FLOAT32, FLOATS, Carrier, narrow
+from storage.codecs import CODECS, FLOAT32, FLOATS
 from storage.layout import Rows
+from workers.probe.memory import WIDTH, best_rate, matrix_of, read_rate
 
 PROMPT = 128  # tokens
-WIDTH = 4096  # elements of a row, as the largest models' hidden states
-
-
-@njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True, nogil=True)
-def _sum(words: Any, pieces: Any, out: Any) -> None:
-    """Sums of equal pieces of words: one load and one addition each, the least that a read can do."""
-    step = words.shape[0] // pieces
-    for piece in prange(pieces):
-        part = words[piece * step : (piece + 1) * step]
-        total = np.float32(0)
-        for j in range(part.shape[0]):
-            total += part[j]
-        out[piece] = total
-
-
-def read_rate(words: F32, threads: int) -> float:
-    """Bytes a second of one plain read of all words."""
-    out = np.zeros(threads, np.float32)
-    numba.set_num_threads(threads)
-    started = time.perf_counter()
-    _sum(words, threads, out)
-    return words.nbytes / (time.perf_counter() - started)
 
 
 def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, float]:
@@ -57,38 +31,24 @@ def measure(size: int, threads: int, seconds: float, dtype: str) -> dict[str, fl
 
     And FLOP a second of matrix products, in `dtype`, where it is one of floats, and in float32.
     """
-    weights = _weights(size, dtype)
+    weights = matrix_of(size, dtype)
     words = weights.reshape(-1).view(np.float32)
-    out = np.zeros(threads, np.float32)
     x = np.ones(WIDTH, np.float32)
     y = np.empty(weights.shape[0], np.float32)
     kernels.warm(CODECS[dtype])
     matrix = Rows.of_matrix(weights, CODECS[dtype])
 
-    def reading(count: int) -> Callable[[], object]:
-        def read() -> None:
-            numba.set_num_threads(count)
-            _sum(words, count, out)
-
-        return read
-
     found = {
-        "read": _rate(reading(threads), weights.nbytes, seconds),
-        "matvec": _rate(lambda: kernels.matvec(matrix, x, threads, out=y), weights.nbytes, seconds),
+        "read": best_rate(lambda: read_rate(words, threads), weights.nbytes, seconds),
+        "matvec": best_rate(lambda: kernels.matvec(matrix, x, threads, out=y), weights.nbytes, seconds),
     }
     if threads > 1:
-        found["read_one_thread"] = _rate(reading(1), weights.nbytes, seconds)
-        one = _rate(lambda: kernels.matvec(matrix, x, 1, out=y), weights.nbytes, seconds)
+        found["read_one_thread"] = best_rate(lambda: read_rate(words, 1), weights.nbytes, seconds)
+        one = best_rate(lambda: kernels.matvec(matrix, x, 1, out=y), weights.nbytes, seconds)
         found["matvec_one_thread"] = one
     found["matmul"] = products(threads, seconds, dtype if dtype in FLOATS else FLOAT32.name)
     found["matmul_float32"] = products(threads, seconds, FLOAT32.name)
     return found
-
-
-def _weights(size: int, dtype: str) -> Carrier:
-    """A matrix of about `size` bytes in `dtype`, with rows of WIDTH values."""
-    row = np.random.default_rng(0).standard_normal(WIDTH, np.float32)  # no denormals: those are slow
-    return np.tile(narrow(row, dtype), (size // CODECS[dtype].size(WIDTH), 1))
 
 
 def products(threads: int, seconds: float, dtype: str) -> float:
@@ -96,23 +56,12 @@ def products(threads: int, seconds: float, dtype: str) -> float:
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     x, weights = torch.randn(PROMPT, WIDTH).to(kind), torch.randn(WIDTH, WIDTH).to(kind)
-    return _rate(lambda: functional.linear(x, weights), 2 * PROMPT * WIDTH * WIDTH, seconds)
-
-
-def _rate(work: Callable[[], object], size: int, seconds: float) -> float:
-    """`size` a second: the best of several rounds: what disturbs one is not the memory."""
-    work()
-    best, ends = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < ends:
-        started = time.perf_counter()
-        work()
-        best = max(best, size / (time.perf_counter() - started))
-    return best
+    return best_rate(lambda: functional.linear(x, weights), 2 * PROMPT * WIDTH * WIDTH, seconds)
 
 
 def load(size: int, threads: int, dtype: str) -> None:
     """Keep the kernels and the memory busy until standard input ends."""
-    weights = _weights(size, dtype)
+    weights = matrix_of(size, dtype)
     matrix = Rows.of_matrix(weights, CODECS[dtype])
     x, y = np.ones(WIDTH, np.float32), np.empty(weights.shape[0], np.float32)
     kernels.matvec(matrix, x, threads, out=y)

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.cores import thread_count
 from storage.codecs import CODECS, Codec
 from storage.layout import Rows
-from workers.lab.bench.bandwidth import read_rate
+from workers.probe.memory import read_rate
 
 WIDTH = 4096  # values of a row
 FORMATS = ("float16", "q8", "q8g128", "q4", "q4g128", "q4s")

@@ -23,16 +23,17 @@ from pipeline import ending
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
+from pipeline.planner.work import MATRICES, kept_values
 from pipeline.ring.counters import KEPT
 from pipeline.ring.generation import Generation, GenerationParams
 from pipeline.ring.session import Session
-from storage.architecture import Layer, layer
+from storage.architecture import layer
 from storage.codecs import CODECS
 from storage.manifest import RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
-from workers.lab.bench.bandwidth import read_rate
 from workers.lab.bench.job import TEXT
+from workers.probe.memory import read_rate
 
 _READ = 256 << 20  # bytes of one plain read
 _READS = 9
@@ -74,7 +75,7 @@ def of_generation(store: Store, done: Generation, rate: float, cache_itemsize: i
     attention, ffn, waiting, head = (spent(phase) for phase in ("attention", "ffn", "waiting", "head"))
     position = len(done.prompt) + len(done.tokens) / 2
     size = _resident_bytes(store) + _touched_bytes(store, done, count)
-    size += sum(_kept_bytes(one, position) * cache_itemsize for one in store.architecture.layers)
+    size += sum(kept_values(one, position) * cache_itemsize for one in store.architecture.layers)
     return Price(
         tokens=count,
         token=token,
@@ -92,11 +93,8 @@ def of_generation(store: Store, done: Generation, rate: float, cache_itemsize: i
 def _resident_bytes(store: Store) -> int:
     """Of all layers' matrices that are not units."""
     file = Tensors(store.path / RESIDENT)
-    names = (layer(index, f"{one}.weight") for index in range(len(store.layout.layers)) for one in _MATRICES)
+    names = (layer(index, f"{one}.weight") for index in range(len(store.layout.layers)) for one in MATRICES)
     return sum(file.place(name).bytes for name in names if name in file)
-
-
-_MATRICES = ("qkv", "out", "router", "shared_gate", "shared_up", "shared_down", "shared_switch")
 
 
 def _touched_bytes(store: Store, done: Generation, count: int) -> float:
@@ -108,12 +106,6 @@ def _touched_bytes(store: Store, done: Generation, count: int) -> float:
     active = done.delta("compute", "active") / count / together
     deciding = unit.row_bytes(unit.rows[0].role)
     return units * deciding + active * (unit.bytes - deciding)
-
-
-def _kept_bytes(described: Layer, position: float) -> float:
-    """Keys and values that a token at `position` sees, in values."""
-    seen = position if described.attention.window is None else min(position, described.attention.window)
-    return 2 * seen * described.attention.kv_heads * described.attention.head_dim
 
 
 def measure(model: str, settings: list[str], prompt_tokens: int, tokens: int) -> Price:

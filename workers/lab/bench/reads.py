@@ -1,125 +1,21 @@
-"""The prefetcher alone: random reads of one size from one file, by the code that the ring uses.
+"""`python -m workers.lab.bench.reads FILE --bytes 16384 --readers 1 --depth 128`: random reads of one size.
 
-`python -m workers.lab.bench.reads FILE --bytes 16384 --readers 1 --depth 128` prints one JSON
-object. The file should be larger than a disk's cache; nothing is written.
+Prints one JSON object. `workers/probe/reads.py` reads, by the prefetcher's own code.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import mmap
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import uvloop
 
 from pipeline.ending import exit_status
 from pipeline.ring.promptness import be_prompt
 from storage.errors import UsageError
-from workers.prefetcher.bundle_file import BundleFile
-from workers.prefetcher.pool import ReaderPool
-from workers.prefetcher.queues import open_queues
-from workers.prefetcher.requests import Requests
-
-BUFFER_BYTES = 64 << 20  # of destinations, used in turn
-
-
-async def measure(
-    path: Path,
-    request_bytes: int,
-    readers: int,
-    depth: int,
-    count: int,
-    backend: str = "auto",
-    seed: int = 0,
-    part: int = 0,
-    ahead: int = 2,
-    sequential: bool = False,
-    direct: bool = True,
-    buffers: int = 0,
-) -> dict[str, float | str]:
-    """Read `count` blocks of `path` at random places (or one after another) and say how it went.
-
-    `depth` is each reader's. Reads fill `buffers` in turn, by default BUFFER_BYTES of them: more than a
-    processor's cache keeps, as a ring's slots are. With `part`, reads are asked for in parts of that
-    many, `ahead` parts at a time, as the ring does; otherwise all at once. CPU time is this process's,
-    user and system. Raises StoreError when the file cannot be read, UsageError when it is smaller than
-    one read, and ConfigError for a backend that is not there.
-    """
-    slots = buffers or max(BUFFER_BYTES // request_bytes, 1)
-    with BundleFile.open(path, request_bytes, direct) as file:
-        blocks = file.size // request_bytes
-        if blocks == 0:
-            raise UsageError(f"{path} is smaller than one read of {request_bytes:,} bytes")
-        with mmap.mmap(-1, slots * request_bytes) as memory:
-            view = np.frombuffer(memory, np.uint8)
-            view[:] = 1  # the kernel must not have to find pages while it is measured
-            chosen = np.arange(count) % blocks
-            if not sequential:
-                chosen = np.random.default_rng(seed).integers(0, blocks, count)
-            parts = [
-                _requests(chosen[at : at + (part or count)], at, view.ctypes.data, slots, request_bytes)
-                for at in range(0, count, part or count)
-            ]
-            queues, chosen_backend = await open_queues(backend, file, depth, readers, view)
-            pool = ReaderPool(queues, depth, file.size, lambda at: f"{path} at {at}")
-            serving = asyncio.ensure_future(pool.run())
-            try:
-                started, spent = time.perf_counter(), time.process_time()
-                await _read_all(pool, parts, ahead, serving)
-                seconds, spent = time.perf_counter() - started, time.process_time() - spent
-            finally:
-                serving.cancel()
-                await asyncio.gather(serving, return_exceptions=True)
-                await pool.close()
-            del view
-    return {
-        "bytes_per_second": count * request_bytes / seconds,
-        "reads_per_second": count / seconds,
-        "cpu_us_per_read": 1e6 * spent / count,
-        "seconds": seconds,
-        "reads_per_wake": count / max(pool.counters.wakes, 1),
-        "peak_in_flight": float(pool.counters.peak_in_flight),
-        "retries": float(pool.counters.retries),
-        "note": f"{chosen_backend}, {file.note}",
-    }
-
-
-def _requests(
-    blocks: np.ndarray[tuple[int], np.dtype[np.int64]], at: int, base: int, slots: int, size: int
-) -> Requests:
-    iovecs = np.empty((blocks.size, 2), np.int64)
-    iovecs[:, 0] = base + (np.arange(at, at + blocks.size) % slots) * size
-    iovecs[:, 1] = size
-    return Requests.scatter(blocks * size, np.arange(blocks.size + 1), iovecs, bundles=blocks.size)
-
-
-async def _read_all(
-    pool: ReaderPool, parts: list[Requests], ahead: int, serving: asyncio.Future[None]
-) -> None:
-    """Keep `ahead` parts under way. Raises what the pool raises."""
-    waiting = iter(parts)
-    left = len(parts)
-    ended = asyncio.get_running_loop().create_future()
-
-    def advance() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            ended.set_result(None)
-        following = next(waiting, None)
-        if following is not None:
-            pool.submit(following, advance)
-
-    for _ in range(min(ahead, len(parts))):
-        pool.submit(next(waiting), advance)
-    await asyncio.wait({ended, serving}, return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
+from workers.probe.reads import measure
 
 
 def main() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.planner.budget import checkpoint_bytes
+from pipeline.planner.work import scored_bytes
 from pipeline.ring.plan import HOST
 from storage.architecture import EMBED, POSITIONS
 from storage.manifest import RESIDENT
 from storage.shadow import Shadow
-from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.bench import children
 from workers.lab.bench.ceilings import Ceilings
@@ -110,27 +108,10 @@ def memory_bytes(job: BenchJob, row: Row) -> float:
     own = job.resolved(row.settings)
     predictors = 0
     if own.predictor.kind == "lowrank" and job.device in HOST:
-        predictors = predictor_bytes(job.store, own)
+        predictors = scored_bytes(job.store, own)
     elif own.predictor.kind == "shadow":
         predictors = Shadow.open(job.store).bytes
     return resident_bytes(job) + predictors + row.touched_bytes
-
-
-def predictor_bytes(store: Store, config: Config) -> int:
-    """Bytes of the maps that one token goes through; a map may use the in-layer one's matrices."""
-    ahead = config.predictor.lookahead > 0
-    used = [
-        prefix
-        for prefix, needed in (("layers", ahead), ("inlayer", config.predictor.refine or not ahead))
-        if needed
-    ]
-    total = 0
-    file = Tensors(store.predictors(config.model.predictor))
-    for prefix, layer, name in itertools.product(used, range(len(store.layout.layers)), ("down", "up")):
-        names = [f"{one}.{layer}.{name}" for one in (prefix, "inlayer", "layers")]
-        found = next((one for one in names if one in file), None)
-        total += file.place(found).bytes if found else 0
-    return total
 
 
 def bandwidth(job: BenchJob) -> dict[str, float]:

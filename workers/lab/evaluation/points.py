@@ -16,7 +16,8 @@ import numpy.typing as npt
 from rich.table import Table
 
 from pipeline.config import Config
-from pipeline.planner.divide import plan, predictor_bytes
+from pipeline.planner.divide import plan
+from pipeline.planner.resolve import predictor_bytes
 from storage.errors import UsageError
 from workers.cache.policies import make_policy
 from workers.lab.evaluation.report import compare_text

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.models.published import Shape
 from storage import architecture as canonical
 from storage import tokenizer as tokenizers
 from storage.architecture import Architecture
@@ -34,7 +35,6 @@ from workers.lab.synthesis.embeddings import first_names, first_tensor
 from workers.lab.synthesis.generate import make_attention, make_ffn
 from workers.lab.synthesis.planting import Planting
 from workers.lab.synthesis.recipe import SynthesisRecipe, calibration_tokens
-from workers.lab.synthesis.shapes import Shape
 from workers.lab.synthesis.space import check_space
 
 MARK = "synthetic"  # key of config.json that says how the checkpoint was made

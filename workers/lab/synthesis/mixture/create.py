@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.models.published import Shape
 from storage import tokenizer as tokenizers
 from storage.convert.write import convert_origin
 from storage.errors import CheckpointError, UsageError
@@ -14,7 +15,6 @@ from storage.store import Store
 from workers.lab.synthesis.mixture.origin import SyntheticMixture
 from workers.lab.synthesis.mixture.planting import MixturePlanting
 from workers.lab.synthesis.mixture.tensors import EXPERTS, Tensors
-from workers.lab.synthesis.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)

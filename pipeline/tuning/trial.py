@@ -1,0 +1,70 @@
+"""One measurement: a ring decodes forced tokens to warm its slots, and then again, which counts."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from pipeline.config import Config
+from pipeline.planner.divide import plan
+from pipeline.ring.generation import GenerationParams
+from pipeline.ring.sampling import Sampling
+from pipeline.ring.session import Session
+from pipeline.tuning.knobs import Settings, changed
+from storage.errors import UsageError
+from storage.store import Store
+
+FEWEST = 6  # tokens of a trial
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What every trial decodes: the prompt's tokens, and the model's own answer."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    seconds: float  # of one token, as it was written
+
+    def within(self, seconds: float) -> Text:
+        """As many of its tokens as a trial can decode in that time, twice; at least FEWEST."""
+        return replace(self, answer=self.answer[: max(FEWEST, int(seconds / (2 * self.seconds)))])
+
+
+def own_text(store: Store, config: Config, prompt: str, tokens: int) -> Text:
+    """A prompt and what the model itself writes behind it, once. Raises UsageError for too few tokens."""
+    report = plan(store, config)
+    with Session(store, report.config, report.plan, budget=report.budget) as session:
+        ids = session.encode(prompt)
+        params = GenerationParams(tokens, sampling=Sampling(0.0, 0, 1.0, 0), ignore_eos=True)
+        with contextlib.closing(session.pieces(ids, params)) as pieces:
+            answer = [piece.token for piece in pieces if piece.token is not None]
+        assert session.last is not None
+        spent = [later - earlier for earlier, later in pairwise(session.last.moments)]
+    if len(answer) < FEWEST:
+        raise UsageError(
+            f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, "
+            f"which needs {FEWEST}"
+        )
+    return Text(tuple(ids), tuple(answer), statistics.median(spent))
+
+
+def seconds(store: Store, config: Config, settings: Settings, text: Text) -> float:
+    """Of one token, the median of a trial's, under a configuration with these settings.
+
+    Raises ConfigError and BudgetError for what cannot be, RingError for a ring that dies.
+    """
+    report = plan(store, changed(config, settings))
+    with Session(store, report.config, report.plan, budget=report.budget) as session:
+        for _ in range(2):
+            _decode(session, text.prompt, text.answer)
+        assert session.last is not None
+        return statistics.median(later - earlier for earlier, later in pairwise(session.last.moments))
+
+
+def _decode(session: Session, prompt: Sequence[int], answer: tuple[int, ...]) -> None:
+    params = GenerationParams(len(answer), ignore_eos=True, forced=answer)
+    for _ in session.pieces(prompt, params):
+        pass
