@@ -7,7 +7,7 @@ One file per command stands in `commands/`; `commands/programs.py` lists those t
 from __future__ import annotations
 
 from pipeline import launch, program
-from pipeline.commands import chat, convert, generate, programs, serve, shadow, stores, verify
+from pipeline.commands import chat, convert, generate, programs, serve, shadow, stores, timeline, verify
 from pipeline.ending import exit_status
 
 app = program.make()
@@ -17,6 +17,7 @@ app.command("convert")(convert.command)
 app.command("shadow")(shadow.command)
 app.command("verify")(verify.command)
 app.command("serve")(serve.command)
+app.command("timeline")(timeline.command)
 app.add_typer(stores.app, name="stores")
 programs.add_to(app)
 

@@ -32,6 +32,7 @@ from pipeline.commands.options import (
     Seed,
     Settings,
     Temperature,
+    TimelineFile,
     TopK,
     TopP,
     Verbose,
@@ -48,6 +49,7 @@ from pipeline.serving.answer import RequestOptions
 from pipeline.serving.chat import require_template
 from pipeline.serving.dialogue import Dialogue
 from pipeline.serving.warm_ring import WarmRing
+from pipeline.tracing.recording import Recording
 from storage import files
 from storage.errors import FlashringError, UsageError
 
@@ -88,6 +90,7 @@ def command(
     json_schema: JsonSchema = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
+    timeline: TimelineFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Converse with a model; Ctrl-C ends an answer, /help lists what else there is."""
@@ -122,8 +125,6 @@ def command(
         session.reuse_prefix = True
         return session
 
-    ring = WarmRing(open_session, template, report.config.sampling, say=say)
-
     def figures() -> str:
         session = ring.session
         return describe(session.summary()) if isinstance(session, Session) else ""
@@ -135,13 +136,16 @@ def command(
         "max_new_tokens": context if whole else None,
         "json_schema": schema,
     }
-    dialogue = Dialogue(ring, template, context, options)
-    try:
-        with _abandoned_when_asked_to_end(ring):
-            dialogue.instruct(system)
-            Talk(dialogue, ring.abandon, figures, chatty=verbose).run(store.manifest.name)
-    finally:
-        ring.close()
+    with Recording(timeline, say) as recording:
+        recording.of(store, report.plan)
+        ring = WarmRing(open_session, template, report.config.sampling, say=say)
+        dialogue = Dialogue(ring, template, context, options)
+        try:
+            with _abandoned_when_asked_to_end(ring):
+                dialogue.instruct(system)
+                Talk(dialogue, ring.abandon, figures, chatty=verbose).run(store.manifest.name)
+        finally:
+            ring.close()
 
 
 class Talk:

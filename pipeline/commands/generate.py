@@ -24,6 +24,7 @@ from pipeline.commands.options import (
     Seed,
     Settings,
     Temperature,
+    TimelineFile,
     TopK,
     TopP,
     Verbose,
@@ -39,6 +40,7 @@ from pipeline.quality import describe as describe_quality
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
+from pipeline.tracing.recording import Recording
 from pipeline.version import name_and_version
 from storage.errors import UsageError
 from storage.rounding import read_cost
@@ -115,6 +117,7 @@ def command(
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
+    timeline: TimelineFile = None,
     verbose: Verbose = False,
     version: Annotated[
         bool,
@@ -162,7 +165,9 @@ def command(
     request = _request(prompt, template, params, store, report)
     tell_plan(store, config, report, verbose=verbose)
     shown = prompt if template is None else ""
-    summary = _generate(store, report, shown, request, quiet=as_json)
+    with Recording(timeline, say) as recording:
+        recording.of(store, report.plan)
+        summary = _generate(store, report, shown, request, quiet=as_json)
     if verbose:
         for note in summary.notes:
             say(note)

@@ -104,3 +104,13 @@ Picture = Annotated[Path | None, typer.Option(help="Write a PNG.", metavar="FILE
 JsonFile = Annotated[
     Path | None, typer.Option(help="Write everything there too.", metavar="FILE", callback=_writable)
 ]
+TimelineFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--timeline",
+        help="Write what every process did and when, for Perfetto and run.py timeline; .gz compresses it.",
+        metavar="FILE",
+        callback=_writable,
+        show_default=False,
+    ),
+]

@@ -130,6 +130,7 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
     plan, config = Plan.from_json(spec.plan), Config.parse(spec.config)
     with starting_prompt_threads():
         channel = Channel(Path(spec.directory), inboxes, spec.routes)
+    timeline = Timeline.wanted(Path(spec.directory).name, name)
     with channel:
         try:
             worker = Worker(
@@ -139,11 +140,10 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
                 config=config,
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
-                timeline=Timeline.wanted(),
+                timeline=timeline,
                 compiles=spec.compiles,
             )
             main(worker)
-            worker.timeline.write(name)
         except Exception as error:
             known = isinstance(error, FlashringError)
             if not known:
@@ -151,6 +151,8 @@ def run(name: str, inboxes: tuple[str, ...], main: Callable[[Worker], None]) -> 
             sentence = str(error) if known else repr(error)
             channel.send("supervisor", Failed(name, sentence, isinstance(error, UsageError)))
             sys.exit(1)
+        finally:
+            timeline.write()
 
 
 async def _as_coroutine(main: Callable[[Worker], Awaitable[None]], worker: Worker) -> None:

@@ -25,6 +25,7 @@ class OpenRing:
     ring: WarmRing
     name: str
     plan: Plan
+    store: Store
 
 
 def open_ring(
@@ -70,7 +71,7 @@ def open_ring(
         return session
 
     ring = WarmRing(open_session, template, report.config.sampling, say=say)
-    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan, store=store)
 
 
 def _template(store: Store, override: Path | None, say: Callable[[str], None]) -> ChatTemplate | None:

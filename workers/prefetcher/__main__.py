@@ -17,7 +17,7 @@ from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats,
 from pipeline.ring.process import Worker
 from pipeline.ring.promptness import be_prompt
 from pipeline.ring.segments import ID, SLOT
-from pipeline.ring.timeline import ASKED, BEGUN, READ
+from pipeline.ring.timeline import ASKED, BEGUN, GUESS_ASKED, GUESS_READ, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.bundle_file import BundleFile
@@ -54,7 +54,7 @@ class Prefetcher:
 
     def _read(self, message: ReadBundles) -> None:
         assert message.part >= 1, "part 0 is the cache's"
-        self._mark(ASKED, message)
+        self._mark(GUESS_ASKED if message.guess else ASKED, message, message.count)
         rows = slice(message.start, message.start + message.count)
         table = self._worker.segments.reads[message.layer]
         ids = table[ID, rows]
@@ -65,15 +65,15 @@ class Prefetcher:
         requests = build(message.layer, positions, table[SLOT, rows])
         asked = time.monotonic()
         self._pool.submit(requests, lambda: self._announce(message, requests, asked), message.guess)
-        self._mark(BEGUN, message)
-
-    def _mark(self, event: int, message: ReadBundles) -> None:
         if not message.guess:
-            self._worker.timeline.mark(event, message.step.number, message.layer)
+            self._mark(BEGUN, message)
+
+    def _mark(self, event: int, message: ReadBundles, value: int = 0) -> None:
+        self._worker.timeline.mark(event, message.step.number, message.layer, message.part, value)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
         part = LayerPart(message.run, message.step.number, message.layer, message.part, (), (), False)
-        self._mark(READ, message)
+        self._mark(GUESS_READ if message.guess else READ, message, requests.total_bytes)
         self._worker.channel.send("compute", part)
         kind = "stream" if message.step.every else "decode"
         self._values[f"{kind}_bytes"] += requests.total_bytes
