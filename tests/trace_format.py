@@ -52,38 +52,32 @@ def _of_event(event: Any) -> list[str]:
     needed = {"ph", "pid", "tid", "name"} | REQUIRED[phase]
     found = [f"{name} is missing" for name in sorted(needed - set(event))]
     found += [f"{name} is not allowed" for name in sorted(set(event) - needed - ALLOWED.get(phase, set()))]
-    if found:
-        return found
-    for name in ("pid", "tid"):
-        if type(event[name]) is not int or event[name] < 0:
-            found.append(f"{name} is no whole number")
-    for name in {"ts", "dur"} & set(event):
-        value = event[name]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value < 0
-        ):
-            found.append(f"{name} is no time")
-    for name in {"name", "cat"} & set(event):
-        if not isinstance(event[name], str) or not event[name]:
-            found.append(f"{name} is no text")
-    if "id" in event and not isinstance(event["id"], int | str):
-        found.append("id is neither number nor text")
-    if "args" in event and not isinstance(event["args"], dict):
-        found.append("args is no object")
-    elif phase == "C":
-        values = event["args"].values()
-        if not values or not all(isinstance(value, int | float) for value in values):
-            found.append("a counter without numbers")
-    elif phase == "M":
+    return found or [f"{name} is {event[name]!r}" for name in event if not _fits(name, event[name], event)]
+
+
+def _fits(name: str, value: Any, event: dict[str, Any]) -> bool:
+    """Whether a field has a value that it may have."""
+    if name in ("pid", "tid"):
+        return type(value) is int and value >= 0
+    if name in ("ts", "dur"):
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    if name in ("name", "cat"):
+        return isinstance(value, str) and value != ""
+    if name == "id":
+        return type(value) in (int, str)
+    if name == "args":
+        return isinstance(value, dict) and _fit(value, event)
+    return name == "ph" or value == "e"
+
+
+def _fit(args: dict[str, Any], event: dict[str, Any]) -> bool:
+    """Whether a counter has numbers, and metadata what their name asks for."""
+    if event["ph"] == "C":
+        return bool(args) and all(type(value) in (int, float) for value in args.values())
+    if event["ph"] == "M":
         name, kind = METADATA.get(event["name"], ("", object))
-        if not name or not isinstance(event["args"].get(name), kind):
-            found.append("unknown metadata")
-    if event.get("bp", "e") != "e":
-        found.append("bp is not e")
-    return found
+        return isinstance(args.get(name), kind)
+    return True
 
 
 def _slices(events: list[dict[str, Any]]) -> dict[tuple[int, int], list[tuple[float, float, str]]]:

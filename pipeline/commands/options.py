@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.console import be_quiet
 from pipeline.directories import check_writable
 from pipeline.quality import check_word
 
@@ -88,6 +89,24 @@ JsonSchema = Annotated[
     typer.Option("--json-schema", help="An answer is JSON of the schema in this file.", metavar="FILE"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def _be_quiet(asked: bool) -> bool:
+    if asked:
+        be_quiet()
+    return asked
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Write nothing but the text and errors.", callback=_be_quiet),
+]
+Watch = Annotated[
+    bool,
+    typer.Option(
+        "--watch", help="Show the ring at work on standard error: workers, reads, hits by layer, memory."
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
 ]

@@ -18,6 +18,7 @@ from pipeline.commands.options import (
     Memory,
     Model,
     Quality,
+    Quiet,
     Settings,
     TimelineFile,
 )
@@ -89,6 +90,7 @@ def command(
     config_file: ConfigFile = None,
     settings: Settings = None,
     timeline: TimelineFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Keep one ring warm, and answer clients until interrupted; see SECURITY.md for who may connect."""
     if make_keys_in is not None:

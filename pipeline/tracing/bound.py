@@ -125,8 +125,8 @@ def table(reading: Reading) -> str:
         f"{'sum of the parts':<38}" + _row([p.sum_ms for _, p in columns], [p.ms for _, p in columns])
     )
     lines.append(f"{'measured from end to end':<38}" + "".join(f"{p.ms:>12.3f}{'':>6}" for _, p in columns))
-    counts = ", ".join(f"{p.count} {'tokens' if name == 'a token' else 'prompts'}" for name, p in columns)
-    return "\n".join([*lines, f"means over {counts}"])
+    counts = ", ".join(f"{p.count} × {name[2:]}" for name, p in columns)
+    return "\n".join([*lines, f"means of {counts}"])
 
 
 def _row(values: Sequence[float], wholes: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.ring.counters import KEPT, of_layer
+from pipeline.ring.counters import KEPT, NOW_LAYER, NOW_WAITS, PROMPT_LAYERS, of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, NeuronsPredicted, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
@@ -293,9 +293,12 @@ class RingUnits:
         """The layer's parts, counting the time spent waiting."""
         phase = "prefill_waiting" if self._step.every else "waiting"
         parts = self._parts.of(self._step.number, index)
+        self.counts[NOW_LAYER] = index
         while True:
             started = time.perf_counter()
+            self.counts[NOW_WAITS] = 1
             part = next(parts, None)
+            self.counts[NOW_WAITS] = 0
             self._spend(phase, started)
             if part is None:
                 return
@@ -311,6 +314,8 @@ class RingUnits:
             self._timeline.mark(event, self._step.number, index, part)
 
     def _finish(self, index: int) -> None:
+        if self._step.every:
+            self.counts[PROMPT_LAYERS] += 1
         self._done = self._step.number * self._plan.layers + index
 
     def _drain(self, index: int) -> None:
