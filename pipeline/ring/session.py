@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from pipeline import dials, quality
 from pipeline.config import Config
+from pipeline.ring.counters import PROMPT_LAYERS
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.ring.plan import Plan
@@ -204,6 +205,27 @@ class Session:
         if every and now >= self._live_due:
             self._live_due = now + every
             self.ring.ask_stats()
+
+    def view(self) -> dict[str, float | None]:
+        """For people: the most memory so far, its budget, and how much of a running prompt is done.
+
+        `prompt` is a share, or None where no prompt is being read. May be called from any thread.
+        """
+        last = self.last
+        reading = last is not None and not last.tokens and last.finished is None
+        return {
+            "memory_bytes": self.ring.memory.bytes,
+            "budget_bytes": self.budget,
+            "prompt": self.prompt_done if reading else None,
+        }
+
+    @property
+    def prompt_done(self) -> float:
+        """How much of the last prompt is done, as a share of the layers, by the latest counters."""
+        assert self.last is not None
+        before = self.last.before.get("compute", {}).get(PROMPT_LAYERS, 0.0)
+        done = self.live.get("compute", {}).get(PROMPT_LAYERS, 0.0) - before
+        return min(1.0, max(0.0, done / self.plan.layers))
 
     @property
     def silent_seconds(self) -> float:

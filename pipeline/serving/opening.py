@@ -66,7 +66,7 @@ def open_ring(
     template = _template(store, chat_template, say)
 
     def open_session() -> Session:
-        session = Session(store, report.config, report.plan)
+        session = Session(store, report.config, report.plan, budget=report.budget)
         session.reuse_prefix = reuse_prefix
         return session
 

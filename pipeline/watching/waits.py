@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pipeline.console import write
-from pipeline.ring.counters import NOW_LAYER, NOW_WAITS, PROMPT_LAYERS
+from pipeline.ring.counters import NOW_LAYER, NOW_WAITS
 from pipeline.ring.generation import Generation
 from pipeline.ring.session import Session
 from pipeline.status import Status, duration, remaining
@@ -63,10 +63,8 @@ class Waits:
         seconds, layers = session.silent_seconds, session.plan.layers
         compute = session.live.get("compute", {})
         if not generation.tokens:
-            before = generation.before.get("compute", {}).get(PROMPT_LAYERS, 0.0)
-            done = compute.get(PROMPT_LAYERS, 0.0) - before
             tokens = len(generation.prompt) - generation.cached
-            return f"[prompt of {tokens:,} tokens: {remaining(done, layers, seconds)}]"
+            return f"[prompt of {tokens:,} tokens: {remaining(session.prompt_done, 1.0, seconds)}]"
         what = "waits for" if compute.get(NOW_WAITS) else "computes"
         layer = int(compute.get(NOW_LAYER, 0.0))
         return f"[the next token: {duration(seconds)} so far, {what} layer {layer + 1} of {layers}]"
