@@ -43,4 +43,4 @@ if __name__ == "__main__":
         from pipeline.cli import main
 
         sys.exit(main())
-    sys.exit(importlib.import_module(program).run())
+    sys.exit(importlib.import_module(f"{program}.__main__").run())

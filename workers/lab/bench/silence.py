@@ -1,8 +1,8 @@
 """How long a command says nothing: `python -m workers.lab.bench.silence -- run.py convert MODEL STORE`.
 
-The command runs twice, in a pipe and on a terminal of its own, and whatever it writes to either stream counts
-as a sign of life. A long command should be silent for five seconds at most. Arguments that begin with `run.py`
-or `-m MODULE` get this interpreter.
+The command runs twice, in a pipe and on a terminal of its own, and whatever it writes to either stream is a
+sign of life. A long command should be silent for five seconds at most. A command that begins with `run.py` or
+`-m MODULE` gets this interpreter.
 """
 
 from __future__ import annotations
