@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import webdriver
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 
@@ -25,6 +24,7 @@ from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
 from storage.store import Store
+from workers.lab import webdriver
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"

@@ -1,8 +1,8 @@
 """What a timeline costs: `python -m workers.lab.bench.stamping --model STORE`.
 
 Two rings of one store, of which one keeps stamps, decode the same tokens in turns. Told are the median times
-of a token without and with a timeline, and the median of the ratios of neighbouring turns, which the machine's
-other work disturbs least.
+of a token without and with a timeline, and the median of the ratios of neighbouring turns, which other work
+on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -43,17 +43,20 @@ class Cost:
     off_ms: float
     on_ms: float
     ratio: float  # median of each turn's on / off
+    ratio_quartiles: tuple[float, float]
     stamps_a_token: float
 
     @classmethod
     def of(cls, off: Sequence[float], on: Sequence[float], stamps_a_token: float) -> Cost:
         """`off` and `on`: seconds a token of each turn."""
         ratios = [with_it / without for without, with_it in zip(off, on, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (*ratios, 0.0, *ratios)
         return cls(
             len(off),
             1e3 * statistics.median(off),
             1e3 * statistics.median(on),
             statistics.median(ratios),
+            (low, high),
             stamps_a_token,
         )
 
@@ -114,7 +117,8 @@ def main(
     else:
         print(
             f"{cost.turns} turns of {tokens} tokens: {cost.off_ms:.3f} ms a token without a timeline, "
-            f"{cost.on_ms:.3f} with; {cost.ratio - 1:+.1%} by the median of turns, "
+            f"{cost.on_ms:.3f} with; {cost.ratio - 1:+.1%} by the median of turns "
+            f"(half of them {cost.ratio_quartiles[0] - 1:+.1%} to {cost.ratio_quartiles[1] - 1:+.1%}), "
             f"{cost.stamps_a_token:.0f} stamps a token"
         )
 
