@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from checkpoints import write_checkpoint
 from rich.console import Console
+from ring import config, plan_for
 
+from pipeline import console
+from pipeline.ring.generation import Generation, GenerationParams
+from pipeline.ring.session import Session
+from pipeline.status import Status
 from pipeline.watching import display
 from pipeline.watching.figures import Figures, Look, figures
+from pipeline.watching.waits import Waits
+from pipeline.watching.watch import Watch
+from storage.convert import convert
 
 START = {
     "compute": {"waiting_seconds": 5.0, "prompt_layers": 8.0},
@@ -85,3 +98,107 @@ def test_a_terminal_shows_a_line_a_worker_and_a_strip():
 def test_of_a_long_text_the_end_is_shown():
     assert display.tail("abcdef", 2) == "ab\ncd\nef"
     assert display.tail("\n".join("abcdefghijkl"), 80) == "\n".join("efghijkl")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Pipe(io.StringIO):
+    def isatty(self) -> bool:
+        return False
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def session(**changes: Any) -> Any:
+    """As far as a viewer looks at one."""
+    found = {
+        "last": Generation(prompt=tuple(range(512)), before=START),
+        "live": NOW.stats,
+        "plan": SimpleNamespace(layers=3),
+        "silent_seconds": 12.0,
+        "prompt_done": 0.5,
+        "ring": SimpleNamespace(memory=SimpleNamespace(bytes=1 << 30)),
+        "budget": None,
+        "live_seconds": 0.0,
+    }
+    return SimpleNamespace(**found | changes)
+
+
+def test_a_long_prompt_tells_percent_and_remaining_time(monkeypatch):
+    monkeypatch.delenv(console.QUIET, raising=False)
+    stream, clock = Pipe(), Clock()
+    monkeypatch.setattr(sys, "stderr", stream)
+    one = session()
+    waits = Waits(one, Status(clock, terminal=False))
+    waits()
+    clock.now += 4
+    waits()
+    one.last.tokens.append(7)
+    clock.now += 4
+    waits()
+    assert stream.getvalue().splitlines() == [
+        "[prompt of 512 tokens: 50 %, 12 s left]",
+        "[the next token: 12 s so far, waits for layer 2 of 3]",
+    ]
+
+
+def test_without_a_terminal_watch_says_lines_and_the_text_stays_clean(monkeypatch):
+    monkeypatch.delenv(console.QUIET, raising=False)
+    out, err, clock = Pipe(), Pipe(), Clock()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    watch = Watch(session(), 3e6, clock)
+    watch()
+    watch.piece("the ")
+    clock.now += 4
+    watch()
+    watch.piece("text")
+    watch.end()
+    assert out.getvalue() == "the text"
+    assert err.getvalue().startswith("[watch: tokens prompt: ")
+    assert err.getvalue().count("\n") == 1
+
+
+def test_on_a_terminal_the_text_is_whole_in_the_end(monkeypatch):
+    monkeypatch.delenv(console.QUIET, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out, err, clock = Terminal(), Terminal(), Clock()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    watch = Watch(session(), 3e6, clock)
+    watch()
+    watch.piece("the ")
+    clock.now += 4
+    watch()
+    watch.piece("text")
+    assert out.getvalue() == ""  # it would be drawn over
+    watch.end()
+    assert out.getvalue() == "the text"
+    assert "compute" in err.getvalue()
+    assert "the " in err.getvalue()
+
+
+@pytest.mark.ring
+def test_a_ring_tells_how_far_its_prompt_is(tmp_path: Path):
+    store = convert(write_checkpoint(tmp_path / "checkpoint", "opt", "float16"), tmp_path / "store", name="t")
+    chosen = config()
+    with Session(store, chosen, plan_for(store, chosen)) as one:
+        looks: list[float | None] = []
+        one.look = lambda: looks.append(one.view()["prompt"])
+        one.live_seconds = 0.001
+        for _ in one.generate([2, 17, 40], GenerationParams(4, ignore_eos=True)):
+            pass
+        assert one.prompt_done == 1
+        assert one.view()["prompt"] is None  # it is over
+        assert {look for look in looks if look is not None} <= {0, 1 / 3, 2 / 3, 1}
+        assert None in looks  # while tokens came
+        assert (one.view()["memory_bytes"] or 0) > 0
