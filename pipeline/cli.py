@@ -18,6 +18,7 @@ from pipeline.commands import (
     serve,
     shadow,
     stores,
+    timeline,
     tune,
     verify,
 )
@@ -34,6 +35,7 @@ app.command("repair")(repair.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("serve")(serve.command)
+app.command("timeline")(timeline.command)
 app.add_typer(stores.app, name="stores")
 programs.add_to(app)
 

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+ERASE = "\x1b[K"  # a terminal: from the cursor to the end of its line
+QUIET = "FLASHRING_QUIET"  # of the environment
 FILE_WIDTH = 160  # columns of a table in a file or a pipe, where a terminal's 80 would cut words
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
+def be_quiet() -> None:
+    """From now on nothing but text and errors is written, also by programs that this one starts."""
+    os.environ[QUIET] = "1"
+
+
+def is_quiet() -> bool:
+    return bool(os.environ.get(QUIET))
+
+
 def say(sentence: str) -> None:
-    """One line on standard error. Where that cannot be written, work goes on without it."""
+    """One line on standard error, unless it is quiet. Where it cannot be written, work goes on without it."""
+    if not is_quiet():
+        always_say(sentence)
+
+
+def always_say(sentence: str) -> None:
+    """`say` for what went wrong, which is said also where it is quiet."""
     with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+        rest = ERASE if sys.stderr.isatty() else ""  # of a line that a Status shows
+        print(rest + sentence, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

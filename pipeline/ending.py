@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from pipeline.console import say, write
+from pipeline.console import always_say, write
 from storage.errors import FlashringError, reason
 
 FAILED = 1
@@ -81,7 +81,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _refuse(sentence: str, status: int) -> int:
-    say(f"flashring: {' '.join(sentence.split())}")
+    always_say(f"flashring: {' '.join(sentence.split())}")
     return status
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.status import TICK_SECONDS, Status
 from storage.errors import UsageError
 
 PROGRAM = "FLASHRING_PROGRAM"  # in a program's environment: its name, as the user typed it
+STARTED = "FLASHRING_STARTED"  # and a descriptor that it closes when its modules are imported
 SERVE_EXTRA = "pip install -c constraints.txt -e '.[serve]'"  # in flashring's own directory
 ROOT = Path(__file__).resolve().parent.parent  # where `pipeline`, `storage` and `workers` stand
 
@@ -43,12 +46,34 @@ def run_module(module: str, name: str, arguments: Sequence[str]) -> int:
 
     Ctrl-C reaches the child as well, which ends by itself; it is only waited for.
     """
-    environment = module_environment() | {PROGRAM: name}
-    with subprocess.Popen(module_command(module, *arguments), env=environment) as process:
+    read_end, write_end = os.pipe()
+    environment = module_environment() | {PROGRAM: name, STARTED: str(write_end)}
+    with subprocess.Popen(
+        module_command(module, *arguments), env=environment, pass_fds=(write_end,)
+    ) as process:
+        os.close(write_end)
         try:
+            _tell_until_started(read_end, name)
             status = process.wait()
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
             raise
+        finally:
+            os.close(read_end)
     return status if status >= 0 else 128 - status
+
+
+def _tell_until_started(read_end: int, name: str) -> None:
+    """While a program imports what it needs, which takes torch many seconds from a cold disk."""
+    status = Status()
+    while not select.select([read_end], [], [], TICK_SECONDS)[0]:
+        status.tell(lambda: f"{name} is starting")
+    status.clear()
+
+
+def tell_started() -> None:
+    """A program that `run_module` started is about to begin."""
+    descriptor = os.environ.pop(STARTED, None)
+    if descriptor is not None:
+        os.close(int(descriptor))

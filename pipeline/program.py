@@ -12,7 +12,7 @@ from collections.abc import Callable
 import typer
 
 from pipeline.ending import exit_status
-from pipeline.launch import PROGRAM
+from pipeline.launch import PROGRAM, tell_started
 
 
 def make() -> typer.Typer:
@@ -29,5 +29,6 @@ def single(main: Callable[..., None]) -> int:
 
 def run(app: typer.Typer) -> int:
     """Run it on the process's arguments; returns the exit status."""
+    tell_started()
     name = os.environ.pop(PROGRAM, None)  # None: as the interpreter was told, run.py or python -m MODULE
     return exit_status(lambda: app(standalone_mode=False, prog_name=name))

@@ -47,6 +47,9 @@ class FastSession:
         self.closed = False
         self.runs = 0
 
+    def view(self) -> dict[str, float | None]:
+        return {"memory_bytes": 5000, "budget_bytes": None, "prompt": None}
+
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
         return list(prompt.encode())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -360,3 +361,22 @@ def test_the_async_official_client_shares_the_ring(server):
             return [answer.choices[0].text for answer in answers]
 
     assert asyncio.run(talk()) == [text_of(f"p{number}", max_new_tokens=4, seed=0) for number in range(6)]
+
+
+def test_the_page_takes_nothing_from_elsewhere(server):
+    status, page = call(server.url, "/")
+    assert status == 200
+    assert re.findall(r"https?://|src=|@import|url\(|<link", page) == []
+
+
+def test_what_the_page_calls_is_there(server):
+    _, page = call(server.url, "/")
+    called = set(re.findall(r'(?:fetch|stream)\("([^"]+)"', page))
+    assert called == {"ring", "v1/completions", "v1/chat/completions"}
+    status, ring = call(server.url, "/ring")
+    assert status == 200
+    assert {"status", "model", "chat", "waiting", "time", "disk_ceiling", "memory_bytes", "prompt"} <= set(
+        ring
+    )
+    for path in called - {"ring"}:
+        assert call(server.url, f"/{path}", {})[0] == 400  # it is there, and says what is missing

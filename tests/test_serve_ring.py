@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import webdriver
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 
@@ -25,6 +24,7 @@ from pipeline.ring.session import Session
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
 from storage.store import Store
+from workers.lab import webdriver
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
@@ -244,30 +244,120 @@ def test_serve_refuses_what_cannot_work(store, tmp_path):
 ROWS = (
     "return [...document.querySelectorAll('#layers tr')].map(row => [...row.cells].map(c => c.textContent))"
 )
+SAID = (
+    "return [...document.querySelectorAll('.message')].map("
+    "box => [box.classList[1], box.querySelector('.content').textContent])"
+)
+NOTED = (
+    "return !document.getElementById('go').disabled"
+    " && document.getElementById('note').textContent.includes('tokens in')"
+)
+in_browser = pytest.mark.skipif(
+    webdriver.browser() is None, reason="no Chromium with ChromeDriver on this machine"
+)
 
 
-@pytest.mark.skipif(webdriver.browser() is None, reason="no Chromium with ChromeDriver on this machine")
+def severe(page: webdriver.Browser) -> list[str]:
+    """What the browser's console holds against the page."""
+    problems = page.ask("POST", "/se/log", {"type": "browser"})
+    return [problem["message"] for problem in problems if problem["level"] == "SEVERE"]
+
+
+def opened(page: webdriver.Browser, url: str) -> None:
+    page.open(url)
+    page.until("return document.getElementById('model').textContent === 'small'")
+    page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.write("#tokens", "40")
+    page.write("#temperature", "0")
+
+
+@in_browser
 @pytest.mark.ring
 def test_the_page_in_a_real_browser(store, tmp_path):
     with serving(store, tmp_path) as server, webdriver.window(tmp_path / "profile") as page:
-        page.open(server.url)
-        page.until("return document.getElementById('model').textContent === 'small'")
+        opened(page, server.url)
+        page.click("#mode-text")
         page.write("#prompt", "Once upon a time")
-        page.write("#tokens", "40")
-        page.write("#temperature", "0")
         page.click("#go")
-        page.until("return document.getElementById('note').textContent.includes('tokens in')")
+        page.until(NOTED)
         text = page.run("return document.getElementById('text').textContent")
         layers = page.until("return document.getElementById('layers').rows.length")
         rows = page.run(ROWS)
         tiles = page.run("return [...document.querySelectorAll('.tile b')].map(b => b.textContent)")
-        problems = page.ask("POST", "/se/log", {"type": "browser"})
+        workers = page.run(
+            "return [...document.querySelectorAll('#workers tr')].map(r => r.cells[0].textContent)"
+        )
+        strip = page.run("return document.getElementById('strip').children.length")
         if picture := os.environ.get("FLASHRING_SCREENSHOT"):
             page.screenshot(Path(picture))
         with Client(server.endpoint) as client:
             assert text == client.generate("Once upon a time", max_new_tokens=40).read()
-    assert layers == 3
+        assert severe(page) == []
+    assert layers == strip == 3
     assert all(int(row[1]) > 0 for row in rows)  # hits
     assert all(int(row[4]) >= int(row[5]) > 0 for row in rows)  # predicted and active neurons a token
     assert float(tiles[0]) > 0
-    assert [problem for problem in problems if problem["level"] == "SEVERE"] == []
+    assert workers == ["predictor", "cache", "prefetcher", "compute"]
+    assert tiles[5].endswith("MB")  # memory
+
+
+@in_browser
+@pytest.mark.ring
+def test_the_page_converses_and_is_readable_on_a_phone(store, tmp_path):
+    with serving(store, tmp_path) as server, webdriver.window(tmp_path / "profile") as page:
+        opened(page, server.url)
+        page.write("#prompt", "one two")
+        page.click("#go")
+        page.until(NOTED)
+        first = page.run(SAID)
+        page.write("#prompt", "three")
+        page.click("#go")
+        page.until("return document.querySelectorAll('.message').length === 4")
+        page.until(NOTED)
+        second = page.run(SAID)
+
+        page.click("#again")  # the last answer once more: the same, at temperature 0
+        page.until(NOTED)
+        assert page.run(SAID) == second
+        with Client(server.endpoint) as client:
+            asked = [{"role": role, "content": said} for role, said in second[:3]]
+            assert client.chat(asked, max_new_tokens=40, temperature=0).read() == second[3][1]
+
+        page.click(".message.assistant .copy")
+        page.until("return document.querySelector('.message.assistant .copy').textContent === 'Copied'")
+        page.open(server.url)  # the conversation is there when the page comes again
+        page.until("return document.querySelectorAll('.message').length === 4")
+        assert page.run(SAID) == second
+
+        page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+        page.write("#tokens", "100000")
+        page.write("#prompt", "go on")
+        page.click("#go")
+        page.until("return document.getElementById('text') && document.getElementById('text').textContent")
+        page.click("#stop")
+        page.until("return document.getElementById('stop').disabled")
+        page.click("#clear")
+        assert page.run(SAID) == []
+
+        page.ask("POST", "/goog/cdp/execute", {
+            "cmd": "Emulation.setDeviceMetricsOverride",
+            "params": {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+        })  # fmt: skip
+        page.ask("POST", "/goog/cdp/execute", {
+            "cmd": "Emulation.setEmulatedMedia",
+            "params": {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+        })  # fmt: skip
+        assert page.run("return document.documentElement.scrollWidth <= 360")  # nothing beyond the edge
+        background, ink = page.run(
+            "const style = getComputedStyle(document.getElementById('prompt'));"
+            "return [style.backgroundColor, style.color]"
+        )
+        assert brightness(ink) - brightness(background) > 100
+        assert severe(page) == []
+    assert [role for role, _ in second] == ["user", "assistant", "user", "assistant"]
+    assert second[:2] == first
+
+
+def brightness(color: str) -> float:
+    """Of CSS's rgb(…), 0 to 255."""
+    return sum(float(part) for part in re.findall(r"[\d.]+", color)[:3]) / 3

@@ -31,7 +31,7 @@ from workers.lab.bench import layers
 
 def stamps(*rows: tuple[int, int, int, int]) -> np.ndarray:
     """Of (event, step, layer, microseconds)."""
-    return np.array([(event, step, layer, 1000 * at) for event, step, layer, at in rows], np.int64)
+    return np.array([(event, step, layer, 0, 0, 1000 * at) for event, step, layer, at in rows], np.int64)
 
 
 # Layer 1 of step 4, foreseen from layer 0, and layer 0, foreseen from the embedding.
@@ -78,11 +78,28 @@ def test_stamps_are_kept_only_where_they_are_wanted(tmp_path: Path, monkeypatch:
     for wanted in (False, True):
         if wanted:
             monkeypatch.setenv(timeline.DIRECTORY, str(tmp_path))
-        one = Timeline.wanted()
-        one.mark(READ, 3, 2)
-        one.write("prefetcher")
-        assert [file.name for file in tmp_path.iterdir()] == ["prefetcher.npy"] * wanted
-    assert timeline.read(tmp_path)[:, :3].tolist() == [[READ, 3, 2]]
+        one = Timeline.wanted("ring", "prefetcher")
+        one.mark(READ, 3, 2, 1, 4096)
+        one.write()
+        assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.stamps")] == [
+            "ring/prefetcher.stamps"
+        ] * wanted
+    assert timeline.read(tmp_path)[:, :5].tolist() == [[READ, 3, 2, 1, 4096]]
+
+
+def test_a_timeline_ends_at_its_limit_and_its_owner_goes_on(tmp_path: Path):
+    one = Timeline(tmp_path / "x.stamps", most=5)
+    for step in range(4):
+        one.mark(READ, step, 0)
+    one.write()
+    for step in range(4, 9):
+        one.mark(READ, step, 0)
+    one.write()
+    one.mark(READ, 99, 0)
+    one.write()
+    kept = np.fromfile(tmp_path / "x.stamps", np.int64).reshape(-1, timeline.COLUMNS)
+    assert kept[:, timeline.STEP].tolist() == [0, 1, 2, 3, 4]
+    assert not one.on
 
 
 @pytest.mark.ring
@@ -94,7 +111,7 @@ def test_a_ring_stamps_every_layer_that_it_streams(tmp_path: Path, monkeypatch: 
     with Session(store, chosen, plan_for(store, chosen, slots=4)) as session:
         found = layers.measure(session, [2, 17, 40], [9, 77, 31, 5])
     taken = timeline.read(tmp_path / "stamps")
-    last = int(taken[:, 1].max())
+    last = int(taken[:, timeline.STEP].max())
     of_layers = layers.layers_of(taken, session.plan.forecast, last - 2, last)
     assert len(of_layers) == 3 * session.plan.layers
     assert all(one[ANNOUNCED] < one[ANSWERED] < one[COMPUTED] for one in of_layers)

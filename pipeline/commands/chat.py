@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.generate import describe, tell_plan
+from pipeline.commands.generate import describe, tell_plan, viewer_of
 from pipeline.commands.options import (
     Bits,
     ChatTemplateFile,
@@ -29,16 +29,19 @@ from pipeline.commands.options import (
     Memory,
     Model,
     Quality,
+    Quiet,
     Seed,
     Settings,
     Temperature,
+    TimelineFile,
     TopK,
     TopP,
     Verbose,
     Verify,
+    Watch,
 )
 from pipeline.config import Values
-from pipeline.console import say, write
+from pipeline.console import always_say, say, write
 from pipeline.directories import check_writable
 from pipeline.ending import asked_to_end
 from pipeline.errors import RingGaveUp
@@ -49,6 +52,9 @@ from pipeline.serving.answer import RequestOptions
 from pipeline.serving.chat import require_template
 from pipeline.serving.dialogue import Dialogue
 from pipeline.serving.warm_ring import WarmRing
+from pipeline.tracing.recording import Recording
+from pipeline.watching.waits import Plain, Viewer
+from pipeline.watching.watch import FRAME_SECONDS
 from storage import files
 from storage.errors import FlashringError, UsageError
 
@@ -90,6 +96,9 @@ def command(
     json_schema: JsonSchema = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
+    timeline: TimelineFile = None,
+    watch: Watch = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Converse with a model; Ctrl-C ends an answer, /help lists what else there is."""
@@ -120,12 +129,13 @@ def command(
 
     from pipeline.ring.session import Session
 
+    viewers: list[Viewer] = []
+
     def open_session() -> Session:
         session = Session(store, report.config, report.plan, budget=report.budget)
         session.reuse_prefix = True
+        viewers[:] = [viewer_of(session, store, watch=watch)]
         return session
-
-    ring = WarmRing(open_session, template, report.config.sampling, say=say, state=store.state)
 
     def figures() -> str:
         session = ring.session
@@ -138,13 +148,18 @@ def command(
         "max_new_tokens": context if whole else None,
         "json_schema": schema,
     }
-    dialogue = Dialogue(ring, template, context, options)
-    try:
-        with _abandoned_when_asked_to_end(ring):
-            dialogue.instruct(system)
-            Talk(dialogue, ring.abandon, figures, chatty=verbose).run(store.manifest.name)
-    finally:
-        ring.close()
+    with Recording(timeline, say) as recording:
+        recording.of(store, report.plan)
+        ring = WarmRing(open_session, template, report.config.sampling, say=say, state=store.state)
+        ring.live_seconds = FRAME_SECONDS if watch else 0.0
+        dialogue = Dialogue(ring, template, context, options)
+        try:
+            with _abandoned_when_asked_to_end(ring):
+                dialogue.instruct(system)
+                talk = Talk(dialogue, ring.abandon, figures, lambda: viewers[-1], chatty=verbose)
+                talk.run(store.manifest.name)
+        finally:
+            ring.close()
 
 
 class Talk:
@@ -155,13 +170,18 @@ class Talk:
         dialogue: Dialogue,
         abandon: Callable[[], None],
         figures: Callable[[], str],
+        viewer: Callable[[], Viewer] = Plain,
         *,
         chatty: bool = False,
     ) -> None:
-        """`abandon`: called before the program ends in mid-answer; `chatty`: figures after every answer."""
+        """`abandon`: called before the program ends in mid-answer; `chatty`: figures after every answer.
+
+        `viewer`: of the session that answers, which lets the text through.
+        """
         self._dialogue = dialogue
         self._abandon = abandon
         self._figures = figures
+        self._viewer = viewer
         self._chatty = chatty
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
 
@@ -181,7 +201,7 @@ class Talk:
             except FlashringError as error:
                 if not self._interactive:
                     raise
-                say(str(error))
+                always_say(str(error))
 
     def _obey(self, command: str, text: str = "") -> bool:
         """Do what a command says; whether to go on. Raises UsageError for one that is none."""
@@ -200,8 +220,8 @@ class Talk:
                 self._tell_figures()
             case "/help":
                 for name, meaning in COMMANDS.items():
-                    say(f"{name:<14}{meaning}")
-                say("A message that begins with a slash is written with two.")
+                    always_say(f"{name:<14}{meaning}")
+                always_say("A message that begins with a slash is written with two.")
             case _:
                 known = ", ".join(name.split()[0] for name in COMMANDS)
                 raise UsageError(f"there is no {command}, only {known}; write // for a message with a slash")
@@ -214,8 +234,9 @@ class Talk:
                 with contextlib.closing(self._dialogue.ask(question, lambda: interrupts.seen)) as pieces:
                     for piece in pieces:
                         empty = empty and not piece
-                        write(piece)
+                        self._viewer().piece(piece)
             finally:
+                self._viewer().end()
                 if not empty:
                     write("\n")
         if interrupts.seen:

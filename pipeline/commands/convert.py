@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import Bits
+from pipeline.commands.options import Bits, Quiet
 from pipeline.commands.shadow import make
 from pipeline.console import say
 from pipeline.models import builtin
@@ -55,6 +55,7 @@ def command(
             metavar="STORE",
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
     source, trained = find_source(model), None if predictors_of is None else Store.open(predictors_of)

@@ -21,13 +21,16 @@ from pipeline.commands.options import (
     Memory,
     Model,
     Quality,
+    Quiet,
     Seed,
     Settings,
     Temperature,
+    TimelineFile,
     TopK,
     TopP,
     Verbose,
     Verify,
+    Watch,
 )
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write, write_json
@@ -42,7 +45,10 @@ from pipeline.quality import describe as describe_quality
 from pipeline.ring.audit import AUDIT_EVERY
 from pipeline.ring.grammar import Grammar, read_schema
 from pipeline.serving.chat import has_template, require_template
+from pipeline.tracing.recording import Recording
 from pipeline.version import name_and_version
+from pipeline.watching.waits import Viewer, Waits
+from pipeline.watching.watch import Watch as Watcher
 from storage.errors import UsageError
 from storage.rounding import read_cost
 
@@ -119,6 +125,9 @@ def command(
     audit_sets: Annotated[
         bool, typer.Option("--audit", help="Check predicted sets against the true ones; --json shows them.")
     ] = False,
+    timeline: TimelineFile = None,
+    watch: Watch = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
     version: Annotated[
         bool,
@@ -167,7 +176,9 @@ def command(
     request = _request(prompt, template, params, store, report)
     tell_plan(store, config, report, verbose=verbose)
     shown = prompt if template is None else ""
-    summary = _generate(store, report, shown, request, quiet=as_json)
+    with Recording(timeline, say) as recording:
+        recording.of(store, report.plan)
+        summary = _generate(store, report, shown, request, silent=as_json, watch=watch)
     if verbose:
         for note in summary.notes:
             say(note)
@@ -195,9 +206,10 @@ def _generate(
     shown: str,
     request: Request,
     *,
-    quiet: bool,
+    silent: bool,
+    watch: bool,
 ) -> Summary:
-    """Run one generation, streaming its text unless `quiet`; returns the session's summary.
+    """Run one generation, streaming its text unless `silent`; returns the session's summary.
 
     A terminal shows the text after `shown`, the prompt that it continues.
     """
@@ -205,14 +217,26 @@ def _generate(
 
     with Session(store, report.config, report.plan, budget=report.budget) as session:
         _abandon_when_interrupted(session)
-        if sys.stdout.isatty() and not quiet:
-            write(shown)  # for people; a pipe gets the continuation alone
-        for piece in session.texts(request):
-            if not quiet:
-                write(piece)
-        if not quiet:
+        viewer = viewer_of(session, store, watch=watch)
+        if sys.stdout.isatty() and not silent:
+            viewer.piece(shown)  # for people; a pipe gets the continuation alone
+        try:
+            for piece in session.texts(request):
+                if not silent:
+                    viewer.piece(piece)
+        finally:
+            viewer.end()
+        if not silent:
             write("\n")
         return session.summary()
+
+
+def viewer_of(session: Session, store: Store, *, watch: bool) -> Viewer:
+    """What looks at the session's generations from now on."""
+    ceiling = probe_rate(store) if watch and not session.plan.whole else 0.0
+    viewer: Viewer = Watcher(session, ceiling) if watch else Waits(session)
+    session.look = viewer
+    return viewer
 
 
 def _abandon_when_interrupted(session: Session) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.config import check_verify
+from pipeline.console import be_quiet
 from pipeline.directories import check_writable
 from pipeline.quality import check_word
 
@@ -99,6 +100,24 @@ JsonSchema = Annotated[
     typer.Option("--json-schema", help="An answer is JSON of the schema in this file.", metavar="FILE"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def _be_quiet(asked: bool) -> bool:
+    if asked:
+        be_quiet()
+    return asked
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Write nothing but the text and errors.", callback=_be_quiet),
+]
+Watch = Annotated[
+    bool,
+    typer.Option(
+        "--watch", help="Show the ring at work on standard error: workers, reads, hits by layer, memory."
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
 ]
@@ -114,4 +133,14 @@ def _writable(file: Path | None) -> Path | None:
 Picture = Annotated[Path | None, typer.Option(help="Write a PNG.", metavar="FILE", callback=_writable)]
 JsonFile = Annotated[
     Path | None, typer.Option(help="Write everything there too.", metavar="FILE", callback=_writable)
+]
+TimelineFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--timeline",
+        help="Write what every process did and when, for Perfetto and run.py timeline; .gz compresses it.",
+        metavar="FILE",
+        callback=_writable,
+        show_default=False,
+    ),
 ]

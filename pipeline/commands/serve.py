@@ -18,11 +18,14 @@ from pipeline.commands.options import (
     Memory,
     Model,
     Quality,
+    Quiet,
     Settings,
+    TimelineFile,
     Verify,
 )
 from pipeline.console import say
 from pipeline.serving.endpoint import CurveKeys, check_endpoint, check_http, default_endpoint, make_keys
+from pipeline.tracing.recording import Recording
 from storage.errors import UsageError, reason
 
 Endpoint = Annotated[
@@ -88,6 +91,8 @@ def command(
     api_key_file: ApiKeyFile = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
+    timeline: TimelineFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Keep one ring warm, and answer clients until interrupted; see SECURITY.md for who may connect."""
     if make_keys_in is not None:
@@ -109,21 +114,6 @@ def command(
         check_http(http, api_key)
         check_http_packages()
     check_endpoint(address, keys)  # all before anything is loaded
-    opened = open_ring(
-        model,
-        memory,
-        context_tokens,
-        config_file,
-        settings or (),
-        chat_template,
-        reuse_prefix,
-        say,
-        bits,
-        device,
-        device_memory,
-        quality,
-        verify,
-    )
     options = ServingOptions(
         endpoint=address,
         http=http,
@@ -133,10 +123,27 @@ def command(
         longest=deadline,
         max_message=max_message,
     )
-    try:
-        uvloop.run(serve(opened, options, say))
-    finally:
-        opened.ring.close()
+    with Recording(timeline, say) as recording:
+        opened = open_ring(
+            model,
+            memory,
+            context_tokens,
+            config_file,
+            settings or (),
+            chat_template,
+            reuse_prefix,
+            say,
+            bits,
+            device,
+            device_memory,
+            quality,
+            verify,
+        )
+        recording.of(opened.store, opened.plan)
+        try:
+            uvloop.run(serve(opened, options, say))
+        finally:
+            opened.ring.close()
 
 
 def _curve_keys(directory: Path | None) -> CurveKeys | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import Quiet
 from pipeline.console import say, size
 from pipeline.models.names import find_source
 from storage import shadow
@@ -18,6 +19,7 @@ def command(
         str, typer.Argument(help="A store's directory, or whatever else --model takes.", metavar="STORE")
     ],
     bits: Annotated[int, typer.Option(help="Of a weight: 4 or 8.")] = 4,
+    quiet: Quiet = False,
 ) -> None:
     """Make a store's shadow: its FFNs in few bits, which --quality high, balanced, fast and small need."""
     make(find_source(model).open_store(), bits)

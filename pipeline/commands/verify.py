@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import Quiet
 from pipeline.console import say
 
 
 def command(
     store: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
+    quiet: Quiet = False,
 ) -> None:
     """Read a whole store again and compare every byte with its checksums."""
     from pipeline.progress import Progress

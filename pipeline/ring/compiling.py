@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.launch import module_command, module_environment
 from pipeline.ring.memory import proportional_bytes
 from pipeline.ring.plan import Plan
+from pipeline.status import waiting
 from storage.store import Store
 
 COMPILER = "workers.compute.compiling"
@@ -33,7 +34,8 @@ def compile_kernels(store: Store, config: Config, plan: Plan) -> int:
     if config.drafts.kind == "model":
         devices[Path(config.drafts.model)] = "cpu"
     choices = (plan.cache_dtype, config.compute.activations, plan.forecast.kind)
-    return max(_compile(path.resolve(), (*choices, device)) for path, device in devices.items())
+    with waiting("compiling kernels for this machine, once"):
+        return max(_compile(path.resolve(), (*choices, device)) for path, device in devices.items())
 
 
 def _compile(store: Path, choices: tuple[str, ...]) -> int:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 _PREFIX = "layer."
 KEPT = "kept"  # compute's: units of decode that it did not have to ask for
+PROMPT_LAYERS = "prompt_layers"  # compute's: layers that prompts have passed
+# Compute's, and no totals: the layer at hand, and 1 while compute waits for a part of it.
+NOW_LAYER, NOW_WAITS = "now_layer", "now_waits"
 STEPS, DRAFTED, ACCEPTED = "steps", "drafted", "accepted"  # compute's: steps of decode, and its drafts
 
 

@@ -143,6 +143,7 @@ def run(
     plan, config = Plan.from_json(spec.plan), Config.parse(spec.config)
     with starting_prompt_threads():
         channel = channels(Path(spec.directory), inboxes, spec.routes)
+    timeline = Timeline.wanted(Path(spec.directory).name, name)
     with channel:
         try:
             worker = Worker(
@@ -152,11 +153,10 @@ def run(
                 config=config,
                 plan=plan,
                 segments=segments.attach(plan, spec.descriptors),
-                timeline=Timeline.wanted(),
+                timeline=timeline,
                 compiles=spec.compiles,
             )
             main(worker)
-            worker.timeline.write(name)
         except Exception as error:
             known = isinstance(error, FlashringError)
             if not known:
@@ -164,6 +164,8 @@ def run(
             sentence = str(error) if known else repr(error)
             channel.send("supervisor", _failure(name, error, sentence))
             sys.exit(1)
+        finally:
+            timeline.write()
 
 
 def _same_store(spec: WorkerSpec) -> Store:

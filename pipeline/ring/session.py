@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pipeline import dials, quality
 from pipeline.config import Config
 from pipeline.console import say
+from pipeline.ring.counters import PROMPT_LAYERS
 from pipeline.ring.generation import Generation, GenerationParams, Piece
 from pipeline.ring.messages import Cancel, Finished, Generate, Message, Stats, TokenReady
 from pipeline.ring.plan import Plan
@@ -26,6 +27,7 @@ from storage.store import Store
 from storage.tokenizer import load_tokenizer
 
 CANCEL_SECONDS = 0.1  # how often a silent ring's `cancelled` is asked
+ASK_SECONDS = 1.0  # of silence, after which who looks gets fresh counters this often
 TOKEN_SECONDS = 600.0  # the longest silence before a token, after which the ring counts as hung
 # More of it for each token of a prompt, since compute says nothing before the answer's first one: a 40B
 # model's 80 GFLOP at the 20 GFLOP/s of a slow machine.
@@ -61,6 +63,8 @@ class Session:
         self.live: dict[str, dict[str, float]] = {}  # every worker's latest counters
         self.live_seconds = 0.0  # renew `live` this often in mid-generation; 0: only at its end
         self._live_due = 0.0
+        self.look: Callable[[], None] | None = None  # called about ten times a second in mid-generation
+        self._since = 0.0  # when the ring gave its last sign of life: time.monotonic seconds
         self.reuse_prefix = False  # see PROTOCOL.md, "Reuse of a prompt's beginning", for its price
         self._run = 0
         self.ring = Supervisor(store, config, plan, routes, programs)
@@ -115,6 +119,7 @@ class Session:
         self.watchdog.heard()
         cached = self._cached(ids)
         generation = Generation(prompt=ids, cached=cached, before=self.ring.stats())
+        self.live, self._since = dict(generation.before), time.monotonic()
         self.last = generation
         room = self.plan.context - len(ids)
         self.ring.send(
@@ -145,6 +150,7 @@ class Session:
                     generation.tokens.append(message.token)
                     generation.logprobs.append(message.logprob)
                     generation.moments.append(time.monotonic())
+                    self._since = generation.moments[-1]
                     completed = text.push(message.token)
                     generation.text += completed
                     yield Piece(message.token, completed, message.logprob)
@@ -192,6 +198,8 @@ class Session:
         while not cancelled():
             message = self.ring.receive(CANCEL_SECONDS)
             self._ask_for_live_stats()
+            if self.look is not None:
+                self.look()
             if isinstance(message, Stats):
                 self.watchdog.counted(message)
                 return message
@@ -205,9 +213,37 @@ class Session:
 
     def _ask_for_live_stats(self) -> None:
         now = time.monotonic()
-        if self.live_seconds and now >= self._live_due:
-            self._live_due = now + self.live_seconds
+        curious = self.look is not None and now - self._since >= ASK_SECONDS
+        every = self.live_seconds or (ASK_SECONDS if curious else 0.0)
+        if every and now >= self._live_due:
+            self._live_due = now + every
             self.ring.ask_stats()
+
+    def view(self) -> dict[str, float | None]:
+        """For people: the most memory so far, its budget, and how much of a running prompt is done.
+
+        `prompt` is a share, or None where no prompt is being read. May be called from any thread.
+        """
+        last = self.last
+        reading = last is not None and not last.tokens and last.finished is None
+        return {
+            "memory_bytes": self.ring.memory.bytes,
+            "budget_bytes": self.budget,
+            "prompt": self.prompt_done if reading else None,
+        }
+
+    @property
+    def prompt_done(self) -> float:
+        """How much of the last prompt is done, as a share of the layers, by the latest counters."""
+        assert self.last is not None
+        before = self.last.before.get("compute", {}).get(PROMPT_LAYERS, 0.0)
+        done = self.live.get("compute", {}).get(PROMPT_LAYERS, 0.0) - before
+        return min(1.0, max(0.0, done / self.plan.layers))
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the running generation began, or since its last token."""
+        return time.monotonic() - self._since
 
     def check(self) -> None:
         """Raises RingError if a worker has died. Only between generations."""

@@ -39,6 +39,7 @@ from pipeline.ring.messages import (
 )
 from pipeline.ring.plan import Plan
 from pipeline.ring.process import WorkerSpec
+from pipeline.status import waiting
 from storage.errors import DamagedStore, RingError, UsageError
 from storage.manifest import RESIDENT
 from storage.store import Store
@@ -163,7 +164,8 @@ class Supervisor:
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
             loading = store.manifest.files[RESIDENT].bytes / SLOW_DISK
             loading += plan.total_slots * plan.stride / SLOW_PAGES
-            self._handshake(HANDSHAKE_SECONDS + loading)
+            with waiting(f"the ring of {store.manifest.name} is starting"):
+                self._handshake(HANDSHAKE_SECONDS + loading)
         except BaseException:
             self.stop()
             raise

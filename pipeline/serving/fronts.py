@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.ending import asked_to_end
 from pipeline.launch import SERVE_EXTRA
+from pipeline.planner.probe import probe_rate
 from pipeline.serving.endpoint import CurveKeys
 from pipeline.serving.observer import Observer
 from pipeline.serving.opening import OpenRing
@@ -119,6 +120,7 @@ class _Fronts:
                     context=context,
                     api_key=options.api_key,
                     max_body=options.max_message,
+                    disk_ceiling=0.0 if self._opened.plan.whole else probe_rate(self._opened.store),
                 )
             except BaseException:
                 self._zmq.close()

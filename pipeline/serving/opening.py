@@ -25,6 +25,7 @@ class OpenRing:
     ring: WarmRing
     name: str
     plan: Plan
+    store: Store
 
 
 def open_ring(
@@ -67,12 +68,12 @@ def open_ring(
     template = _template(store, chat_template, say)
 
     def open_session() -> Session:
-        session = Session(store, report.config, report.plan)
+        session = Session(store, report.config, report.plan, budget=report.budget)
         session.reuse_prefix = reuse_prefix
         return session
 
     ring = WarmRing(open_session, template, report.config.sampling, say=say, state=store.state)
-    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan)
+    return OpenRing(ring=ring, name=store.manifest.name, plan=report.plan, store=store)
 
 
 def _template(store: Store, override: Path | None, say: Callable[[str], None]) -> ChatTemplate | None:

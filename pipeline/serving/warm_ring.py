@@ -1,7 +1,7 @@
 """One ring kept warm: answers requests one after the other, and starts again after a death.
 
 This is what serving (`scheduler.py`) and embedding (`embed.py`) have in common. All methods belong
-to one thread, except `stats`, `abandon` and `live_seconds`.
+to one thread, except `stats`, `view`, `abandon` and `live_seconds`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class RunningSession(Protocol):
     ) -> Generator[Piece, None, None]: ...
 
     def check(self) -> None: ...
+
+    def view(self) -> dict[str, float | None]: ...
 
     def close(self) -> None: ...
 
@@ -94,6 +96,11 @@ class WarmRing:
         """Every worker's latest counters; may be called from any thread."""
         session = self._session
         return dict(session.live) if session is not None else {}
+
+    def view(self) -> dict[str, float | None]:
+        """`Session.view` of the session that runs; may be called from any thread."""
+        session = self._session
+        return session.view() if session is not None else {}
 
     def answer(
         self,

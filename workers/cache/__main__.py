@@ -27,9 +27,12 @@ def answering(worker: Worker, cache: LayerCache, recording: Recording) -> Callab
         if isinstance(message, NeuronsPredicted) and not message.step.every:
             cache.decode_seconds += time.perf_counter() - started
 
+    timeline = worker.timeline
+
     def mark(message: NeuronsPredicted, event: int) -> None:
-        if not message.guess:
-            worker.timeline.mark(event, message.step.number, message.layer)
+        if timeline.on and not message.guess:
+            held = cache.layers[message.layer].residency.resident if event == ANSWERED else 0
+            timeline.mark(event, message.step.number, message.layer, value=held)
 
     def answer(message: Message) -> None:
         match message:

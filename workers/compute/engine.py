@@ -193,6 +193,7 @@ class Engine:
             self._channel.send(
                 "supervisor", TokenReady(request.run, index, token, log_probability(logits, token))
             )
+            self._units.told(index)
             self.counts["tokens"] += 1
             if constraint is not None and self._take(constraint, token):
                 return "stop"  # nothing can follow: an end token would only cost another step
@@ -217,6 +218,7 @@ class Engine:
 
     def _forward(self, run_number: int, tokens: Sequence[int], first: int, every: bool) -> Any:
         """The last layer's output [rows, d_model] for tokens of which the first has position `first`."""
+        self._units.embedding(every, len(tokens))
         self._device.begin(first, len(tokens), every)
         x = self._device.embed(np.array(tokens))
         self._units.begin(run_number, first, every, x)

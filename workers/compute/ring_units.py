@@ -10,11 +10,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.ring.counters import KEPT, of_layer
+from pipeline.ring.counters import KEPT, NOW_LAYER, NOW_WAITS, PROMPT_LAYERS, of_layer
 from pipeline.ring.messages import EMBEDDING, HiddenReady, Message, NeuronsPredicted, PartDone, Step
 from pipeline.ring.plan import Plan
 from pipeline.ring.segments import ID, SLOT, Segments
-from pipeline.ring.timeline import ANNOUNCED, COMPLETE, COMPUTED, KNOWN, NEEDED, Timeline
+from pipeline.ring.timeline import (
+    ADDED,
+    ANNOUNCED,
+    BEGAN,
+    CHOOSING,
+    COMPLETE,
+    COMPUTED,
+    EMBEDDED,
+    KNOWN,
+    LOOKED,
+    NEEDED,
+    PROMPTED,
+    RESTING,
+    TOLD,
+    Timeline,
+)
 from workers.compute.audit import Audit
 from workers.compute.device import I32, ApartFfn, Device, LayerFfn
 from workers.compute.parts import Part, Parts
@@ -91,6 +106,14 @@ class RingUnits:
         self.seconds: dict[str, float] = defaultdict(float)  # per phase, since the start
         self.counts: dict[str, float] = defaultdict(float)
 
+    def embedding(self, every: bool, count: int) -> None:
+        """The next step's `count` tokens are about to be embedded."""
+        self._timeline.mark(PROMPTED if every else BEGAN, self._step.number + 1, EMBEDDING, value=count)
+
+    def told(self, index: int) -> None:
+        """A token has been sent to the supervisor."""
+        self._timeline.mark(TOLD, self._step.number, EMBEDDING, value=index)
+
     def begin(self, run: int, first: int, every: bool, x: Any) -> None:
         """A step of this run begins with the residual stream x before layer 0, [rows, d_model].
 
@@ -101,6 +124,7 @@ class RingUnits:
         if self._audit is not None and not every:
             self._audit.next_token()
         self._asks = len(self._kept) < self._plan.layers
+        self._stamp(EMBEDDED, EMBEDDING)
         self.announce(EMBEDDING, x)
         self._mark = time.perf_counter()
 
@@ -121,6 +145,7 @@ class RingUnits:
         if index == EMBEDDING:
             return
         whole = index in self._plan.forecast.pinned
+        self._stamp(CHOOSING, index)
         started = time.perf_counter()
         choice = Choice(NOTHING, NOTHING) if whole else shadow.choose(index, hidden)
         self._spend("shadow", started)
@@ -171,6 +196,7 @@ class RingUnits:
         if not self._step.every:
             self._spend("attention", self._mark)
         if not self._asks:
+            self._stamp(NEEDED, index)
             return self._resident(index, self._device.ffn(index, ffn_input))
         if self._plan.forecast.low:
             return self._low(index, ffn_input)
@@ -185,7 +211,7 @@ class RingUnits:
         for part in parts:
             if part.number == 0:
                 self._stamp(KNOWN, index)
-            self._stamp(COMPLETE, index)
+            self._stamp(COMPLETE, index, part.number)
             which = slice(part.start, part.start + part.count)
             neurons += part.count
             started = time.perf_counter()
@@ -195,6 +221,7 @@ class RingUnits:
             if not self._step.every:
                 self._spend("ffn", started)
             self._answer(index, part)
+            self._stamp(ADDED, index, part.number)
         if self._plan.whole:
             self._kept[index] = table[ID, :neurons].copy(), table[SLOT, :neurons].copy()
         started = time.perf_counter()
@@ -244,6 +271,7 @@ class RingUnits:
         started = time.perf_counter()
         self._audit.look(self._device.host(ffn_input)[0], ids, self._device.host(output)[0], self.counts)
         self._spend("audit", started)
+        self._stamp(LOOKED, index)
 
     def _settled_by_cache(self, index: int) -> bool:
         """Whether a token's units of this layer are those that come, not those that were chosen."""
@@ -252,7 +280,9 @@ class RingUnits:
 
     def _settle(self, index: int, parts: Iterator[Part]) -> Iterator[Part]:
         """Wait for the schedule, after which the table tells the token's units; the same parts."""
+        self._stamp(NEEDED, index)
         first = next(parts)
+        self._stamp(KNOWN, index)
         ids = np.sort(self._segments.wanted[index, ID, : first.whole]).astype(np.intp)
         if self._shadow is None:
             self._device.settle(index, ids[None])
@@ -264,6 +294,7 @@ class RingUnits:
         """What a token's units add that it does not want in full, while those are read; None: all are."""
         if self._shadow is None or self._step.every or index in self._plan.forecast.pinned:
             return None
+        self._stamp(RESTING, index)
         started = time.perf_counter()
         rest = self._shadow.rest()
         self._spend("shadow", started)
@@ -272,8 +303,10 @@ class RingUnits:
     def _low(self, index: int, ffn_input: Any) -> Any:
         """The output of a layer that nothing is read for."""
         assert self._shadow is not None
+        self._stamp(NEEDED, index)
         started = time.perf_counter()
         output = self._shadow.ffn(index, ffn_input, self._step.every)
+        self._stamp(COMPUTED, index)
         self._finish(index)
         if not self._step.every:
             self._spend("ffn", started)
@@ -288,6 +321,7 @@ class RingUnits:
         ffn.add(*self._kept[index], self._segments.bundles)
         ffn.close()
         output = ffn.finish()
+        self._stamp(COMPUTED, index)
         self._finish(index)
         if self._step.every:
             if self._cancelled(self._run):
@@ -304,9 +338,12 @@ class RingUnits:
         """The layer's parts, counting the time spent waiting."""
         phase = "prefill_waiting" if self._step.every else "waiting"
         parts = self._parts.of(self._step.number, index)
+        self.counts[NOW_LAYER] = index
         while True:
             started = time.perf_counter()
+            self.counts[NOW_WAITS] = 1
             part = next(parts, None)
+            self.counts[NOW_WAITS] = 0
             self._spend(phase, started)
             if part is None:
                 return
@@ -317,10 +354,13 @@ class RingUnits:
         if part.staged and part.closes:
             self._channel.send("cache", PartDone(self._run, self._step.number, index, part.number))
 
-    def _stamp(self, event: int, index: int) -> None:
-        self._timeline.mark(event, self._step.number, index)
+    def _stamp(self, event: int, index: int, part: int = 0) -> None:
+        if self._timeline.on:
+            self._timeline.mark(event, self._step.number, index, part)
 
     def _finish(self, index: int) -> None:
+        if self._step.every:
+            self.counts[PROMPT_LAYERS] += 1
         self._done = self._step.number * self._plan.layers + index
 
     def _drain(self, index: int) -> None:

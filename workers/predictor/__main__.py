@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pipeline.ring.messages import HiddenReady, Message, RingReady
 from pipeline.ring.process import Worker, run
-from pipeline.ring.timeline import HEARD, PREDICTED
+from pipeline.ring.timeline import GUESSED, HEARD, PREDICTED
 from workers.compute import compiling
 from workers.loop import serve
 from workers.predictor.prediction import Prediction
@@ -24,8 +24,8 @@ def answering(worker: Worker, prediction: Prediction) -> Callable[[Message], Non
             case HiddenReady():
                 timeline.mark(HEARD, message.step.number, message.layer)
                 for answer in prediction.handle(message):
-                    if not answer.guess:
-                        timeline.mark(PREDICTED, answer.step.number, answer.layer)
+                    event = GUESSED if answer.guess else PREDICTED
+                    timeline.mark(event, answer.step.number, answer.layer)
                     worker.channel.send("cache", answer)
             case RingReady():
                 return

@@ -17,7 +17,7 @@ from pipeline.ring.messages import LayerPart, Message, ReadBundles, ReportStats,
 from pipeline.ring.process import Worker
 from pipeline.ring.promptness import be_prompt
 from pipeline.ring.segments import ID, SLOT
-from pipeline.ring.timeline import ASKED, BEGUN, READ
+from pipeline.ring.timeline import ASKED, BEGUN, GUESS_ASKED, GUESS_READ, READ
 from storage.layout import Layout
 from storage.manifest import BUNDLES
 from workers.prefetcher.backend import Backend
@@ -59,7 +59,7 @@ class Prefetcher:
 
     def _read(self, message: ReadBundles) -> None:
         assert message.part >= 1, "part 0 is the cache's"
-        self._mark(ASKED, message)
+        self._mark(GUESS_ASKED if message.guess else ASKED, message, message.count)
         rows = slice(message.start, message.start + message.count)
         table = self._worker.segments.reads[message.layer]
         ids = table[ID, rows]
@@ -76,7 +76,8 @@ class Prefetcher:
             # Copies, because the table may be written anew before the last byte of a guess is there.
             where = positions.copy(), slots.copy()
             self._pool.submit(requests, lambda: self._verify(message, requests, asked, where), message.guess)
-        self._mark(BEGUN, message)
+        if not message.guess:
+            self._mark(BEGUN, message)
 
     def _verify(self, message: ReadBundles, requests: Requests, asked: float, where: tuple[I32, I32]) -> None:
         """Announce a part whose units are what was written; read again, once, those that are not."""
@@ -93,13 +94,12 @@ class Prefetcher:
 
         self._pool.submit(self._builder.build(message.layer, *again), once_more, message.guess)
 
-    def _mark(self, event: int, message: ReadBundles) -> None:
-        if not message.guess:
-            self._worker.timeline.mark(event, message.step.number, message.layer)
+    def _mark(self, event: int, message: ReadBundles, value: int = 0) -> None:
+        self._worker.timeline.mark(event, message.step.number, message.layer, message.part, value)
 
     def _announce(self, message: ReadBundles, requests: Requests, asked: float) -> None:
         part = LayerPart(message.run, message.step.number, message.layer, message.part, (), (), False)
-        self._mark(READ, message)
+        self._mark(GUESS_READ if message.guess else READ, message, requests.total_bytes)
         self._worker.channel.send("compute", part)
         kind = "stream" if message.step.every else "decode"
         self._values[f"{kind}_bytes"] += requests.total_bytes

@@ -47,9 +47,11 @@ class Api:
         context: int,
         max_body: int = MAX_BODY,
         keep_alive: float = KEEP_ALIVE,
+        disk_ceiling: float = 0.0,
     ) -> None:
         self._scheduler = scheduler
         self._keep_alive = keep_alive
+        self._disk_ceiling = disk_ceiling
         self._model = model
         self._context = context
         self._max_body = max_body
@@ -88,7 +90,7 @@ class Api:
         return Response(observer.page(), headers={"Content-Type": CONTENT_TYPE})
 
     async def ring(self, request: Request) -> Response:
-        """The workers' counters, for the page; asking makes them fresh for the next few seconds."""
+        """The workers' counters, memory and disk, for the page; asking makes them fresh for a few seconds."""
         scheduler = self._scheduler
         self._watched_until = time.monotonic() + WATCHED_SECONDS
         scheduler.ring.live_seconds = LIVE_SECONDS
@@ -101,6 +103,8 @@ class Api:
             "waiting": scheduler.waiting,
             "time": time.monotonic(),
             "generated_tokens": scheduler.observer.generated_tokens,
+            "disk_ceiling": self._disk_ceiling,
+            **scheduler.ring.view(),
             "workers": scheduler.ring.stats(),
         }
         return JSONResponse(body)

@@ -39,14 +39,24 @@ class HttpServer:
         api_key: str = "",
         max_body: int = MAX_BODY,
         keep_alive: float = KEEP_ALIVE,
+        disk_ceiling: float = 0.0,
     ) -> None:
-        """Raises UsageError for an address that may not be used, OSError when it cannot be."""
+        """`disk_ceiling`: bytes a second that the disk delivers, for the page; 0: not known.
+
+        Raises UsageError for an address that may not be used, OSError when it cannot be."""
         host, port = check_http(address, api_key)
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.port}"
-        api = Api(scheduler, model=model, context=context, max_body=max_body, keep_alive=keep_alive)
+        api = Api(
+            scheduler,
+            model=model,
+            context=context,
+            max_body=max_body,
+            keep_alive=keep_alive,
+            disk_ceiling=disk_ceiling,
+        )
         app = Guard(Starlette(routes=api.routes()), loopback=is_loopback(host), api_key=api_key)
         config = uvicorn.Config(
             app,

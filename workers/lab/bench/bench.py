@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.directories import check_writable
+from pipeline.status import waiting
 from storage import files
 from storage.store import Store
 from workers.lab.bench import ablation, conditions, curve, disk, peers, plots, prefill, roofline, table
@@ -181,7 +182,7 @@ def measure(
     for part, take in _PARTS.items():
         if part in parts:
             say(f"== {part}")
-            with _told(bench, part):
+            with _told(bench, part), waiting(f"measuring {part}"):
                 take(bench)
             bench.write()
     return bench
@@ -207,6 +208,11 @@ def _half_memory(bench: Bench) -> None:
 
 def _measure(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     bench.job.say(f"measuring {series.name}")
+    with waiting(f"measuring {series.name}"):
+        _measure_once(bench, series, rows)
+
+
+def _measure_once(bench: Bench, series: Series, rows: dict[str, Row]) -> None:
     job, _ = bench.of(series.name)
     roofed = "roofline" in bench.parts and _has_roof(job, series)
     before = _ceilings(bench, series) if roofed else None

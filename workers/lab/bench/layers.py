@@ -25,8 +25,18 @@ import numpy as np
 import typer
 
 from pipeline import program
-from pipeline.commands.options import Bits, ConfigFile, Device, DeviceMemory, Memory, Model, Settings
+from pipeline.commands.options import (
+    Bits,
+    ConfigFile,
+    Device,
+    DeviceMemory,
+    Memory,
+    Model,
+    Settings,
+    TimelineFile,
+)
 from pipeline.config import Values
+from pipeline.console import say
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan as divide
 from pipeline.ring import timeline
@@ -34,6 +44,7 @@ from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import EMBEDDING
 from pipeline.ring.plan import Forecast
 from pipeline.ring.session import Session
+from pipeline.tracing.recording import write as write_trace
 from storage.errors import UsageError
 from workers.lab.bench.job import TEXT
 
@@ -174,8 +185,9 @@ def layers_of(stamps: timeline.Stamps, forecast: Forecast, first: int, last: int
     """The layers of steps `first` .. `last` whose sets were predicted from a layer, each with its stamps."""
     ahead = 0 if forecast.from_own_input else forecast.lookahead
     found: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
-    for event, step, layer, at in stamps[stamps[:, 3].argsort(kind="stable")].tolist():
-        if not first <= step <= last:
+    ordered = stamps[stamps[:, timeline.AT].argsort(kind="stable")]
+    for event, step, layer, _, _, at in ordered.tolist():
+        if not first <= step <= last or event > timeline.COMPUTED:
             continue
         of_source = event in (timeline.ANNOUNCED, timeline.HEARD)
         if of_source and layer == EMBEDDING:
@@ -242,6 +254,7 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens decoded, twice; the second time counts.", min=2)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    timeline_file: TimelineFile = None,
 ) -> None:
     """Say where a layer's time goes in a ring, stage by stage and process by process."""
     values: Values = {
@@ -261,7 +274,9 @@ def main(
         with Session(store, report.config, report.plan, budget=report.budget) as session:
             found = measure(session, *_tokens(session, prompt_tokens, tokens))
         stamps = timeline.read(Path(directory))
-    last = int(stamps[:, 1].max())
+        if timeline_file is not None:
+            write_trace(timeline_file, Path(directory), store, report.plan, say)
+    last = int(stamps[:, timeline.STEP].max())
     layers = layers_of(stamps, report.plan.forecast, last - tokens + 2, last)
     found = replace(found, stages_us=stages_of(layers))
     print(json.dumps(asdict(found), indent=2) if as_json else found.table())

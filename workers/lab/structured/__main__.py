@@ -14,6 +14,7 @@ from pipeline.config import Values
 from pipeline.console import say
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
+from pipeline.status import waiting
 from storage.errors import FlashringError
 
 
@@ -45,7 +46,7 @@ def main(
     source, config = configure(model, None, settings or (), values)
     store = source.open_store()
     report = plan(store, config)
-    with Session(store, report.config, report.plan, budget=report.budget) as session:
+    with Session(store, report.config, report.plan, budget=report.budget) as session, waiting("answering"):
         result = measure(
             session,
             answers=answers,

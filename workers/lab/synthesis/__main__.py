@@ -156,8 +156,8 @@ def measure(
     ids = _tokens(text, tokenizer or model, tokens, weights)
     rank = min(rank or max(8, weights.architecture.d_model // 32), weights.architecture.d_model)
     layers = len(weights.architecture.layers)
-    with Progress(f"measuring {model.name}") as progress:
-        reports = measuring.measure(weights, ids, rank, lambda done: progress("layers", done, layers))
+    with Progress(f"measuring {model.name}", "layers") as progress:
+        reports = measuring.measure(weights, ids, rank, lambda done: progress("activity", done, layers))
     summary = measuring.summary(reports)
     print_table(weights, len(ids), rank, reports, summary)
     if json is not None:
@@ -170,8 +170,8 @@ def _measure_routing(
 ) -> None:
     store, count = weights.store, layers or len(weights.architecture.layers)
     ids = _tokens(text, tokenizer, tokens, weights)
-    with Progress(f"measuring {weights.name}") as progress:
-        reports = routing.measure(store, ids, count, lambda done: progress("layers", done, count))
+    with Progress(f"measuring {weights.name}", "layers") as progress:
+        reports = routing.measure(store, ids, count, lambda done: progress("routing", done, count))
     routing_table.print_table(weights, len(ids), reports)
     if json is not None:
         document = {

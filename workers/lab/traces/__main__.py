@@ -12,17 +12,16 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from pipeline import program
 from pipeline.commands.options import ConfigFile, Model, Picture, Settings
 from pipeline.config import Cache
-from pipeline.console import tables
+from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from pipeline.models.names import configure
 from pipeline.planner.resolve import resolve
+from pipeline.progress import Progress
 from storage.errors import UsageError
 from storage.files import replacing
 from storage.store import Store
@@ -77,12 +76,8 @@ def record_command(
         raise UsageError("a mixture's trace is of what its routers choose: leave out predictor.kind")
     some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("tokens", total=some.size)
-
-        def progress(done: int, total: int) -> None:
-            bars.update(bar, completed=done)
-
+    with Progress("recording", "tokens") as bars:
+        progress = bars.counting("trace")
         if store.architecture.mixture:
             trace = ring.record(store, config, some, meta, progress)
         else:
@@ -91,7 +86,7 @@ def record_command(
                 trace = record.record(dense, chooser, some, meta, progress)
     trace.save(out)
     rows_of = f"{len(some)} rows of {some.shape[1]}" if len(some) > 1 else "one row"
-    print(f"{out}: {trace.tokens:,} tokens ({rows_of}), {trace.layers} layers", file=sys.stderr)
+    say(f"{out}: {trace.tokens:,} tokens ({rows_of}), {trace.layers} layers")
 
 
 @app.command("replay")
@@ -130,12 +125,11 @@ def replay_command(
     lengths = [round(window) for window in _numbers(windows)]
     made = comparison.runs(trace, calibration, lengths, _numbers(half_lives), warm_up)
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("policies", total=len(shares) * len(made))
+    with Progress("replaying", "runs") as bars:
         for capacity in shares:
             for name, run_with in made.items():
                 results.append(report.Result(name, capacity, run_with(round(capacity * trace.d_ff))))
-                bars.advance(bar)
+                bars("policies", len(results), len(shares) * len(made))
     counted = count_windows(trace, LONGEST_WINDOW)
     if as_json:
         print(json.dumps(report.to_json(results, counted, trace)))
@@ -177,7 +171,7 @@ def needs_command(
     if trace.meta.get("store") != store.identity:
         raise UsageError(f"{file} is no trace of {model}")
     path = pool.needs(trace, store.layout.units, store.identity).write(store)
-    print(f"{path}: {trace.layers} layers, by {trace.tokens:,} tokens", file=sys.stderr)
+    say(f"{path}: {trace.layers} layers, by {trace.tokens:,} tokens")
 
 
 @app.command("order")

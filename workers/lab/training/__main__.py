@@ -21,14 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from pipeline import program
 from pipeline.config import Predictor
-from pipeline.console import tables
+from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
+from pipeline.progress import Progress
 from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
@@ -234,10 +233,8 @@ def main(
     rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.training-{name}")
-    console = Console(stderr=True)
     place.mkdir(parents=True, exist_ok=True)
-    with locked(place, "training"), Progress(console=console, transient=True) as bar:
-        stages = {what: bar.add_task(what, total=None) for what in ("activations", "predictors")}
+    with locked(place, "training"), Progress(f"training {name}", "maps or layers") as progress:
         reports = make(
             store,
             np.concatenate([rows, more]),
@@ -246,18 +243,16 @@ def main(
             name,
             place,
             thread_count(threads),
-            lambda what, done, total: bar.update(stages[what], completed=done, total=total),
+            progress,
         )
         if work is None:
             shutil.rmtree(place)
     tables().print(report.table(reports))
     settings = [f"model.predictor={name}"] if name != "default" else []
     settings += [f"predictor.lookahead={lookahead}"] if lookahead != Predictor().lookahead else []
-    console.print(
+    say(
         f"saved {store.predictors(name)}; to use them: run.py "
-        + " ".join(["--model", str(store.path), *(f"--set {one}" for one in settings)]),
-        soft_wrap=True,
-        highlight=False,
+        + " ".join(["--model", str(store.path), *(f"--set {one}" for one in settings)])
     )
 
 

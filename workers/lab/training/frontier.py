@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from pipeline import program
 from pipeline.commands.options import Picture
 from pipeline.console import tables
 from pipeline.cores import thread_count
+from pipeline.progress import Progress
 from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
@@ -181,14 +180,13 @@ def main(
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.frontier")
     place.mkdir(parents=True, exist_ok=True)
-    with locked(place, "measurement"), Progress(console=Console(stderr=True), transient=True) as bars:
-        recording, fitting = bars.add_task("activations", total=None), bars.add_task("maps", total=None)
+    with locked(place, "measurement"), Progress("measuring", "done") as progress:
         recorded = activations.record(
             store,
             np.concatenate([rows, more]),
             place / "activations",
             torch.get_num_threads(),
-            lambda done, total: bars.update(recording, completed=done, total=total),
+            progress.counting("activations"),
         )
         curves = measure(
             store,
@@ -196,7 +194,7 @@ def main(
             split,
             jobs,
             wanted,
-            lambda done, total: bars.update(fitting, completed=done, total=total),
+            progress.counting("maps"),
         )
         if work is None:
             shutil.rmtree(place)

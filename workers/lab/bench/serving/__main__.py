@@ -10,6 +10,7 @@ import typer
 
 from pipeline import program
 from pipeline.commands.options import Memory, Model, Settings
+from pipeline.status import waiting
 from storage.errors import FlashringError
 
 
@@ -25,9 +26,10 @@ def main(
     """Measure what serving costs a token over run.py's own generation; prints one JSON object."""
     from workers.lab.bench.serving.measure import measure
 
-    result = measure(
-        model, memory, settings or (), tokens=tokens, rounds=rounds, clients=clients, requests=requests
-    )
+    with waiting("measuring"):
+        result = measure(
+            model, memory, settings or (), tokens=tokens, rounds=rounds, clients=clients, requests=requests
+        )
     print(json.dumps(result, indent=2))
     if not result["concurrent"]["equal"]:
         raise FlashringError("concurrent clients got other texts than lone runs")

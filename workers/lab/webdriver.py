@@ -1,4 +1,4 @@
-"""The few commands of the WebDriver protocol that the page's test needs, over ChromeDriver."""
+"""The few commands of the WebDriver protocol that the page's test and its picture need, over ChromeDriver."""
 
 from __future__ import annotations
 
