@@ -31,6 +31,7 @@ from pipeline.commands.options import (
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write, write_json
 from pipeline.ending import asked_to_end
+from pipeline.first_dial import prepared
 from pipeline.models.names import configure, find_source
 from pipeline.planner.decoding import describe as describe_sampling
 from pipeline.planner.divide import PlanReport, plan
@@ -153,6 +154,7 @@ def command(
     }
     source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
+    config = prepared(source, store, config)
     report = plan(store, config)
     params = _params(report.config, seed, ignore_eos, forced, grammar)
     template = require_template(store, chat_template) if chat or chat_template else None

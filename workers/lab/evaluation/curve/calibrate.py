@@ -128,6 +128,9 @@ def main(
     limit: Annotated[int, typer.Option(help="Items of each task; 0: all.", min=0)] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    shown_tables: Annotated[
+        bool, typer.Option("--tables/--no-tables", help="Print what was measured.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Decide which neurons of a model without zeros get their true rows, at each quality of its dial."""
@@ -175,7 +178,7 @@ def main(
         say(f"stores cannot hold {copy}: the dial was measured, and is not kept")
     if as_json:
         print(json.dumps({"model": store.manifest.name, "default": decided.default, **asdict(report)}))
-    else:
+    elif shown_tables:
         _print(report, decided.default, [one.name for one in shown])
 
 
