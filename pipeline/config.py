@@ -65,7 +65,7 @@ class Predictor(Section):
     # at equal recall, but the text then depends on what is resident.
     cache_aware: bool = False
     # Of a mixture: experts that are read for a layer before its router has chosen, at most; they wait for all
-    # reads that somebody waits for. 0: none.
+    # reads that somebody waits for. 0: none, also none of kind shadow, which asks for all that it foresees.
     guesses: Annotated[int, Field(ge=0, le=4096)] = 2
     # Whether the first use of a model without zeros makes its shadow and dial, where tokens read from flash.
     calibrate: bool = True

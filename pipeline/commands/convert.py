@@ -52,7 +52,8 @@ def command(
     dial: Annotated[
         bool,
         typer.Option(
-            "--dial", help="Also make shadow and dial of a model without zeros, as its first use by name does."
+            "--dial",
+            help="Also make shadow and dial of a model without zeros, as its first use by name does.",
         ),
     ] = False,
     predictors_of: Annotated[
