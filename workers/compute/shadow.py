@@ -2,8 +2,8 @@
 
 Of a token's layer, `choose` comes first, as soon as there is an FFN input; then maybe `settle`; then `rest`,
 while the full rows are read; then maybe `foresee` of the next layer (`look_ahead.py`). The chosen units' full
-rows are added by `Device.ffn` as ever, so the layer's output is that of the chosen units in full, plus the rest
-in few bits. It depends on the set alone.
+rows are added by `Device.ffn` as ever, so the layer's output is that of the chosen units in full, plus the
+rest in few bits. It depends on the set alone.
 """
 
 from __future__ import annotations

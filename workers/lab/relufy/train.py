@@ -22,6 +22,7 @@ from workers.lab.relufy.network import Network
 
 STATE, LOG, RECIPE = "last.pt", "log.jsonl", "recipe.json"
 TOKENS_PER_PASS = 2048  # whose activations exist at once
+FASTEST = 0.2  # change of a penalty's log-weight per step and per unit of log-share error
 FIRST_SHARE = 0.25  # of activations not zero, that the penalty begins at
 
 Progress = Callable[[int, Terms, list[float]], None]  # steps done, terms, shares not zero of each layer
@@ -50,6 +51,11 @@ class Recipe:
         """Of the rate: a twentieth of the steps to rise, the last three tenths to fall."""
         rise, fall = max(1, self.steps // 20), max(1, round(0.3 * self.steps))
         return min((step + 1) / rise, 1.0, (self.steps - step) / fall)
+
+    @property
+    def speed(self) -> float:
+        """Of the penalty's steering: a short run has to find its weights in few steps."""
+        return min(FASTEST, max(SparsitySteering.SPEED, 50 / self.steps))
 
     def wanted_share(self, step: int) -> float:
         """Of activations not zero: falls geometrically over three fifths of the steps."""
@@ -114,7 +120,7 @@ def train(
         lora.adapt(student.decoder, recipe.lora)
     parameters = [one for one in student.model.parameters() if one.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    state = _State(student, optimiser, SparsitySteering(len(student.ffns)))
+    state = _State(student, optimiser, SparsitySteering(len(student.ffns), recipe.speed))
     for step in range(state.resume(out / STATE), recipe.steps):
         terms, shares = _step(state, original, rows, recipe, step, device)
         with (out / LOG).open("a", encoding="utf-8") as log:
