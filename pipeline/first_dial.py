@@ -124,7 +124,7 @@ class _Effort:
     minutes: float  # on this machine, roughly
 
 
-def _effort(store: Store, threads: int) -> _Effort:
+def _effort(store: Store) -> _Effort:
     """As many tokens as there is time for."""
     rate, layers = _rate(), store.layout.layers
     weights = sum(part.units * part.unit.width * part.unit.d_model * len(part.unit.rows) for part in layers)
@@ -148,7 +148,7 @@ def _rate() -> float:
 
 def _measure(store: Store, config: Config) -> bool:
     threads = thread_count(config.compute.threads)
-    effort = _effort(store, threads)
+    effort = _effort(store)
     budget = parse_budget(config.memory.budget, store) or int(FITS * available_bytes())
     say(
         f"measuring the dial of {store.manifest.name}, once, in about {max(1, round(effort.minutes))} min "
