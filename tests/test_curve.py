@@ -341,7 +341,7 @@ def test_a_budget_for_one_layer_is_enough(passes: Passes) -> None:
     with pytest.raises(BudgetError, match=r"measuring .* takes .* and the budget is 1.00 GiB"):
         Passes(store, [COPY], 1, 1 << 30)
     small = Passes(
-        store, [COPY], 1, (1 << 30) + store.manifest.files["resident.safetensors"].bytes + (600 << 10)
+        store, [COPY], 1, (3 << 29) + store.manifest.files["resident.safetensors"].bytes + (600 << 10)
     )
     assert small.layer(0) is not small.layer(0)
     assert passes.layer(0) is passes.layer(0)

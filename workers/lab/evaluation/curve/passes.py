@@ -29,7 +29,7 @@ from workers.lab.evaluation.curve.variant import Variant
 
 _KEPT = 6 << 30  # bytes of widened rows that stay in memory from one pass to the next
 _VALUES = 1 << 24  # activations of a layer that exist at once, in each of several tables
-_OWN = 1 << 30  # bytes: the program, torch, and those tables
+_OWN = 3 << 29  # bytes: the program, torch, residual streams, and those tables
 Progress = Callable[[str, int, int], None]
 # Gets a layer's index, the variant, the layer, its inputs, and the neurons chosen for each row [n, neurons].
 See = Callable[[int, Variant, LayerFfn, Inputs, Tensor], None]
