@@ -71,8 +71,10 @@ class Predictor(Section):
     # at equal recall, but the text then depends on what is resident.
     cache_aware: bool = False
     # Of a mixture: experts that are read for a layer before its router has chosen, at most; they wait for all
-    # reads that somebody waits for. 0: none.
+    # reads that somebody waits for. 0: none, also none of kind shadow, which asks for all that it foresees.
     guesses: Annotated[int, Field(ge=0, le=4096)] = 2
+    # Whether the first use of a model without zeros makes its shadow and dial, where tokens read from flash.
+    calibrate: bool = True
     # Of kind shadow: the share of a layer's neurons whose full rows a token has. 0: nothing is read, not even
     # by a prompt.
     full_rows: Annotated[float, Field(ge=0, le=1)] = 0.1

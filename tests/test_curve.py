@@ -12,18 +12,21 @@ import torch
 from checkpoints import write_checkpoint
 
 from pipeline import cli
+from storage import shadow as shadows
 from storage.architecture import Ffn
 from storage.codecs import CODECS
 from storage.convert import convert
 from storage.dial import DIAL, read_dial
-from storage.errors import StoreError, UsageError
+from storage.errors import BudgetError, StoreError, UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import evaluate
+from workers.lab.evaluation.curve import journal as journals
 from workers.lab.evaluation.curve import questions
 from workers.lab.evaluation.curve.__main__ import run
 from workers.lab.evaluation.curve.calibration import Mode, calibrate, centre, centres_of
 from workers.lab.evaluation.curve.copies import Copy
+from workers.lab.evaluation.curve.journal import Journal
 from workers.lab.evaluation.curve.layer import FfnRows, Inputs, LayerFfn, best
 from workers.lab.evaluation.curve.measure import copy_bytes, measure, recall, row_bytes
 from workers.lab.evaluation.curve.passes import Passes
@@ -295,6 +298,65 @@ def test_a_layer_by_itself_begins_with_the_exact_stream(passes: Passes, tokens: 
         exact, *others = passes.run(tokens, [DENSE, *low], see=see)
     assert seen == {"exact": [256] * 3, "0": [0, 256, 256], "2": [0]}
     assert all(not torch.equal(exact, one) for one in others)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_measurement_goes_on_at_its_layer(
+    passes: Passes, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same figures; of other tokens, or with other thresholds, it begins anew."""
+    monkeypatch.setattr(journals, "EVERY", 0.0)
+    journal, half = Journal(tmp_path / "partial"), Variant("half", 0.5, scored="own", others="low", copy=COPY)
+    expected, load, loaded = measure(passes, tokens, [half], None, 0), passes.layer, list[int]()
+
+    def stopping(index: int) -> LayerFfn:
+        if index == 2:
+            raise Stopped
+        return load(index)
+
+    monkeypatch.setattr(passes, "layer", stopping)
+    with pytest.raises(Stopped):
+        measure(passes, tokens, [half], None, 0, stage=journal.stage("settings"))
+
+    def watched(index: int) -> LayerFfn:
+        loaded.append(index)
+        return load(index)
+
+    monkeypatch.setattr(passes, "layer", watched)
+    assert measure(passes, tokens, [half], None, 0, stage=journal.stage("settings")) == expected
+    assert loaded == [2]
+    assert measure(passes, tokens, [half], None, 0, stage=journal.stage("settings")) == expected
+    assert loaded == [2]  # it had ended
+    measure(passes, tokens[:2], [half], None, 0, stage=journal.stage("settings"))
+    assert loaded == [2, 0, 1, 2]
+    journal.close()
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_budget_for_one_layer_is_enough(passes: Passes) -> None:
+    store = passes.store
+    with pytest.raises(BudgetError, match=r"measuring .* takes .* and the budget is 1.00 GiB"):
+        Passes(store, [COPY], 1, 1 << 30)
+    small = Passes(
+        store, [COPY], 1, (3 << 29) + store.manifest.files["resident.safetensors"].bytes + (600 << 10)
+    )
+    assert small.layer(0) is not small.layer(0)
+    assert passes.layer(0) is passes.layer(0)
+
+
+def test_a_shadows_rows_are_the_copys(stores: dict[str, Store], tmp_path: Path) -> None:
+    """What a ring computes with is what is measured, without rounding again."""
+    for name, store in stores.items():
+        other = convert(store.path.with_name(name), tmp_path / name, name=name)
+        rounded = Passes(other, [COPY], 1).layer(1).copies[COPY]
+        shadows.write(other, 4)
+        read = Passes(other, [COPY], 1).layer(1).copies[COPY]
+        assert torch.equal(read.up, rounded.up)
+        assert torch.equal(read.down, rounded.down)
+        assert (read.gate is None) == (rounded.gate is None)
 
 
 def test_the_greedy_path() -> None:

@@ -45,6 +45,7 @@ from pipeline.console import always_say, say, write
 from pipeline.directories import check_writable
 from pipeline.ending import asked_to_end
 from pipeline.errors import RingGaveUp
+from pipeline.first_dial import prepared
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
 from pipeline.ring.grammar import read_schema
@@ -123,6 +124,7 @@ def command(
     }
     source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
+    config = prepared(source, store, config)
     report = plan(store, config)
     template = require_template(store, chat_template)
     tell_plan(store, config, report, verbose=verbose)

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from pipeline import first_dial
 from pipeline.commands.options import Bits, Quiet
 from pipeline.commands.shadow import make
+from pipeline.config import Config
 from pipeline.console import say
 from pipeline.models import builtin
 from pipeline.models.names import find_source
@@ -47,6 +49,13 @@ def command(
             help="Also make the store's shadow, in 4 or 8 bits: see run.py shadow.", show_default=False
         ),
     ] = None,
+    dial: Annotated[
+        bool,
+        typer.Option(
+            "--dial",
+            help="Also make shadow and dial of a model without zeros, as its first use by name does.",
+        ),
+    ] = False,
     predictors_of: Annotated[
         Path | None,
         typer.Option(
@@ -68,4 +77,6 @@ def command(
         copy_all(trained, Store.open(out))
     if shadow is not None:
         make(Store.open(out), shadow)
+    if dial and (why := first_dial.make(Store.open(out), Config())):
+        say(f"{out} has no dial: {why}")
     say(f"{out} is ready: run.py --model {out}")

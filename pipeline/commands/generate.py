@@ -35,6 +35,7 @@ from pipeline.commands.options import (
 from pipeline.config import Config, Values
 from pipeline.console import say, size, write, write_json
 from pipeline.ending import asked_to_end
+from pipeline.first_dial import prepared
 from pipeline.models.names import configure, find_source
 from pipeline.planner import locality
 from pipeline.planner.afterwards import planned_beside
@@ -167,6 +168,7 @@ def command(
     }
     source, config = configure(model, config_file, settings or (), values)
     store = source.open_store()
+    config = prepared(source, store, config)
     report = plan(store, config)
     params = _params(report.config, seed, ignore_eos, forced, grammar)
     template = require_template(store, chat_template) if chat or chat_template else None

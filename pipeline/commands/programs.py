@@ -28,6 +28,10 @@ PROGRAMS = {
         "workers.lab.evaluation.curve.calibrate",
         "Measure the dial of a model without zeros, and keep it in its store",
     ),
+    "relufy": (
+        "workers.lab.relufy",
+        "Swap a checkpoint's smooth activation for ReLU, and distil it against itself",
+    ),
     "trace": ("workers.lab.traces", "Record which neurons a text uses, and replay it against cache policies"),
     "synthesize": ("workers.lab.synthesis", "Write or measure a synthetic checkpoint"),
 }

@@ -103,6 +103,7 @@ def _shadowed(store: Store, config: Config) -> Forecast:
         False,
         pinned,
         wanted.cache_aware,
+        guesses=None if wanted.guesses else 0,
         full_rows=wanted.full_rows,
         thresholds=() if point is None else point.thresholds,
     )

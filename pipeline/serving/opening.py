@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Values, check_verify
+from pipeline.first_dial import prepared
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
 from pipeline.quality import check_word, describe
@@ -62,6 +63,7 @@ def open_ring(
     if "structured" not in config.compute.model_fields_set:  # whoever asks may ask for a form
         config = config.replace(compute={"structured": True})
     store = source.open_store()
+    config = prepared(source, store, config)
     report = plan(store, config)
     if line := describe(store, report.config):
         say(line)

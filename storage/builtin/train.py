@@ -95,7 +95,8 @@ class SparsitySteering:
     SPEED = 0.05  # change of log-weight per step and per unit of log-share error
     START, LEAST, MOST = 1e-2, 1e-4, 20.0
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, speed: float = SPEED) -> None:
+        self._speed = speed
         self.log_weight = torch.full((layers,), math.log(self.START))
 
     def slopes(self, activations_per_layer: int) -> Tensor:
@@ -104,7 +105,7 @@ class SparsitySteering:
 
     def update(self, shares: Tensor, wanted: float) -> None:
         error = (shares.clamp_min(1e-4) / wanted).log()
-        moved = self.log_weight + self.SPEED * error.clamp(-2, 2)
+        moved = self.log_weight + self._speed * error.clamp(-2, 2)
         self.log_weight = moved.clamp(math.log(self.LEAST), math.log(self.MOST))
 
 

@@ -32,6 +32,7 @@ from pipeline.ring.timeline import (
 )
 from workers.compute.audit import Audit
 from workers.compute.device import I32, ApartFfn, Device, LayerFfn
+from workers.compute.look_ahead import LookAhead
 from workers.compute.parts import Part, Parts
 from workers.compute.seen import Seen, Sight
 from workers.compute.shadow import Choice, Shadow
@@ -91,6 +92,7 @@ class RingUnits:
         self._cancelled = cancelled
         self._timeline = timeline
         self._parts = Parts(self._receive)
+        self._ahead_of_reads = LookAhead(shadow, plan, segments, channel)
         self._run = 0
         self._step = Step(-1, 0, 0, every=False)
         self._asks = True
@@ -204,7 +206,8 @@ class RingUnits:
         parts = self._arriving(index)
         if self._settled_by_cache(index):
             parts = self._settle(index, parts)
-        rest = self._rest(index)
+        rest, waited = self._rest(index), self.seconds["waiting"]
+        parts = self._look_ahead(index, ffn_input, parts)
         ffn = self._device.ffn(index, ffn_input)
         early = self._early(index, ffn)
         self._stamp(NEEDED, index)
@@ -232,6 +235,7 @@ class RingUnits:
         self._look(index, ffn_input, table[ID, :neurons], output)
         self._finish(index)
         if not self._step.every:
+            self._ahead_of_reads.waited(self.seconds["waiting"] - waited)
             self.counts[self._active_names[index]] += ffn.active
             self.counts["active"] += ffn.active
         elif self._cancelled(self._run):
@@ -299,6 +303,17 @@ class RingUnits:
         rest = self._shadow.rest()
         self._spend("shadow", started)
         return rest
+
+    def _look_ahead(self, index: int, ffn_input: Any, parts: Iterator[Part]) -> Iterator[Part]:
+        """Guess the next layer's units while this one's are read; the same parts."""
+        if not self._ahead_of_reads.wanted(index + 1, self._step.every):
+            return parts
+        first = next(parts)
+        if not first.closes:  # others are being read
+            started = time.perf_counter()
+            self._ahead_of_reads.guess(self._run, self._step, index + 1, ffn_input, self._done)
+            self._spend("guesses", started)
+        return chain((first,), parts)
 
     def _low(self, index: int, ffn_input: Any) -> Any:
         """The output of a layer that nothing is read for."""

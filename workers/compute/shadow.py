@@ -1,8 +1,9 @@
 """What compute asks of a shadow: the FFN in few bits, and which units' full rows a token deserves.
 
 Of a token's layer, `choose` comes first, as soon as there is an FFN input; then maybe `settle`; then `rest`,
-while the full rows are read. The chosen units' full rows are added by `Device.ffn` as ever, so the layer's
-output is that of the chosen units in full, plus the rest in few bits. It depends on the set alone.
+while the full rows are read; then maybe `foresee` of the next layer (`look_ahead.py`). The chosen units' full
+rows are added by `Device.ffn` as ever, so the layer's output is that of the chosen units in full, plus the
+rest in few bits. It depends on the set alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ class Shadow(Protocol[Hidden]):
 
     def rest(self) -> Hidden:
         """What the other units of the last choice's layer add, [1, d_model], without the layer's bias."""
+
+    def foresees(self, index: int) -> bool:
+        """Whether the layer before can tell what layer `index` will want, earlier than that does itself."""
+
+    def foresee(self, index: int, x: Hidden) -> Ids:
+        """Units that layer `index` will probably want in full, ascending; x is the FFN input before it."""
 
     def ffn(self, index: int, x: Hidden, every: bool) -> Hidden:
         """The whole FFN in few bits, of x [rows, d_model]; `every` as of the step."""

@@ -13,7 +13,7 @@ from storage.files import drop_cache
 from storage.layout import Rows, Unit
 from storage.shadow import Shadow as ShadowFile
 from workers import kernels
-from workers.compute.bound import BoundModel, Source
+from workers.compute.bound import BoundModel, BoundNorm, Source
 from workers.compute.cpu.batch import BatchFfn
 from workers.compute.cpu.pool import Pool
 from workers.compute.cpu.token import TokenFfn, activate
@@ -34,6 +34,25 @@ class Layer:
     unit: Unit
     memory: Bytes  # [units, stride]
     lengths: F32  # [neurons]: of the full down rows
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """From the FFN input of one layer to what the same stream would be behind the next layer's norm."""
+
+    scale: F32  # [d_model]
+    shift: F32  # [d_model], or 0
+
+    @classmethod
+    def of(cls, before: BoundNorm, after: BoundNorm) -> Bridge:
+        was, will = (one.weight + np.float32(one.norm.offset) for one in (before, after))
+        scale: F32 = will / np.where(was == 0, np.float32(1), was)
+        shift: F32 = np.zeros(1, np.float32)
+        if before.bias.size:
+            shift = shift - before.bias * scale
+        if after.bias.size:
+            shift = shift + after.bias
+        return cls(scale, shift)
 
 
 def read(file: ShadowFile) -> list[Layer]:
@@ -62,16 +81,40 @@ class CpuShadow:
         self._activations = np.empty(neurons, np.float32)  # of the layer at hand
         self._index = 0  # the layer of the last choice
         self._chosen: Ids = NOTHING
+        self._bridges = [self._bridge(index) for index in range(len(layers))]
 
     def choose(self, index: int, x: F32) -> Choice:
-        layer = self._layers[index]
         self._index = index
-        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
-        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
-        activate(ffn, bound, rows, ids, ids, x[0], self._threads, activations)
-        choice = self._graded(np.abs(activations) * layer.lengths, index)
+        choice = self._graded(self._scores(index, x[0]), index)
         self._chosen = choice.certain
         return choice
+
+    def _scores(self, index: int, x: F32) -> F32:
+        """How much each neuron can add, [neurons]; its activation stays in `_activations`."""
+        layer = self._layers[index]
+        activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
+        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
+        activate(ffn, bound, rows, ids, ids, x, self._threads, activations)
+        scores: F32 = np.abs(activations) * layer.lengths
+        return scores
+
+    def foresees(self, index: int) -> bool:
+        return self._bridges[index] is not None
+
+    def foresee(self, index: int, x: F32) -> Ids:
+        bridge = self._bridges[index]
+        assert bridge is not None
+        return self._graded(self._scores(index, x[0] * bridge.scale + bridge.shift), index).certain
+
+    def _bridge(self, index: int) -> Bridge | None:
+        """None where the layer is the first, or parallel: that one knows its input early enough."""
+        layers = self._architecture.layers
+        if index == 0 or layers[index].parallel:
+            return None
+        before, after = (self._bound[one].norms.get("ffn_input") for one in (index - 1, index))
+        if before is None or after is None or "ffn_input" not in layers[index - 1].norms:
+            return None
+        return Bridge.of(before, after)
 
     def _of(self, index: int) -> dict[str, Rows]:
         """A layer's rows, by role."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from storage.dial import Others
-from workers.lab.evaluation.curve.layer import Inputs, LayerFfn, best
+from workers.lab.evaluation.curve.journal import Stage
+from workers.lab.evaluation.curve.layer import Inputs, Known, LayerFfn, best
 from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.variant import DENSE, Reads, Scored, Variant
 
@@ -25,7 +26,7 @@ from workers.lab.evaluation.curve.variant import DENSE, Reads, Scored, Variant
 Centre: TypeAlias = Literal["mean", "median", "rest"]
 _CHOSEN = 0.3  # share of the best, for `rest`
 _SCORES = 1 << 22  # of a layer, that quantiles are taken of
-_ERRORS = 1024  # tokens that a layer's errors are taken of
+ERRORS = 1024  # tokens that a layer's errors are taken of
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,36 +111,54 @@ def calibrate(
     modes: Sequence[Mode],
     centres: list[Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stage: Stage | None = None,
+    errors_of: int = ERRORS,
 ) -> Calibration:
-    """Thresholds and errors of every mode for every share of neurons, on `tokens` [sequences, length]."""
-    rows: dict[Mode, list[tuple[list[float], list[float], list[float]]]] = {mode: [] for mode in modes}
+    """Thresholds and errors of every mode for every share of neurons, on `tokens` [sequences, length].
 
-    norms, biases = list[Tensor](), list[Tensor]()
+    Errors are taken of `errors_of` tokens.
+    """
+    stage = stage or Stage()
 
     def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: Tensor) -> None:
-        norms.append(ffn.norm)
-        biases.append(centres[index] @ ffn.rows.down)
-        few = inputs.every(max(1, len(inputs.own) // _ERRORS))
-        none = torch.zeros(len(few.own), dtype=torch.bool)
-        exact, _ = ffn.output(DENSE, index, few, centres[index], none)
-        size = float(exact.square().sum())
-        for mode in modes:
-            thresholds = _thresholds(ffn, mode, inputs, centres[index], shares, mode.scored)
-            guesses = _thresholds(ffn, mode, inputs, centres[index], shares, "early")
-            errors = []
-            for threshold in thresholds:
-                one = mode.variant("", [threshold] * (index + 1))
-                output, _ = ffn.output(one, index, few, centres[index], none)
-                errors.append(float((output - exact).square().sum()) / size)
-            rows[mode].append((thresholds, guesses, errors))
+        few = inputs.every(max(1, len(inputs.own) // errors_of))
+        known: Known = {}
+        learned = [_learned(ffn, mode, index, inputs, few, centres[index], shares, known) for mode in modes]
+        bias = centres[index] @ ffn.rows.down
+        stage.notes.append({"norm": ffn.norm.tolist(), "bias": bias.tolist(), "modes": learned})
 
     with torch.no_grad():
-        passes.run(tokens, [DENSE], see=see, progress=progress)
+        passes.run(tokens, [DENSE], see=see, progress=progress, stage=stage)
     tables = {
-        mode: Table(*(np.array(column) for column in zip(*found, strict=True)))
-        for mode, found in rows.items()
+        mode: Table(*(np.array([one["modes"][number][part] for one in stage.notes]) for part in range(3)))
+        for number, mode in enumerate(modes)
     }
+    norms, biases = ([torch.tensor(one[name]) for one in stage.notes] for name in ("norm", "bias"))
     return Calibration(tuple(shares), centres, norms, biases, tables)
+
+
+def _learned(
+    ffn: LayerFfn,
+    mode: Mode,
+    index: int,
+    inputs: Inputs,
+    few: Inputs,
+    centre: Tensor,
+    shares: Sequence[float],
+    known: Known,
+) -> list[list[float]]:
+    """Of one layer and mode: thresholds, those of guesses, and errors on `few`, one for each share."""
+    some = inputs.every(max(1, inputs.own.shape[0] * ffn.norm.numel() // _SCORES))
+    thresholds = _thresholds(ffn, mode, some, centre, shares, mode.scored)
+    guesses = _thresholds(ffn, mode, some, centre, shares, "early")
+    none = torch.zeros(len(few.own), dtype=torch.bool)
+    exact, _ = ffn.output(DENSE, index, few, centre, none, known)
+    size, errors = float(exact.square().sum()), []
+    for threshold in thresholds:
+        one = mode.variant("", [threshold] * (index + 1))
+        output, _ = ffn.output(one, index, few, centre, none, known)
+        errors.append(float((output - exact).square().sum()) / size)
+    return [thresholds, guesses, errors]
 
 
 def _thresholds(
@@ -148,7 +167,7 @@ def _thresholds(
     """What the scores of these shares of neurons exceed; infinity for none, minus infinity for all."""
     rows = ffn.rows if scored == "true" else ffn.copies[mode.copy]
     scores = ffn.scores(ffn.activations(rows, inputs.of(scored)), centre if mode.centred else None).flatten()
-    scores = scores[:: max(1, scores.numel() // _SCORES)].sort().values
+    scores = scores.sort().values
     found = []
     for share in shares:
         place = round((1 - share) * scores.numel())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from storage import dial
 from storage.layout import ROLES
 from storage.store import Store
-from workers.lab.evaluation.curve.calibration import Calibration, Mode, calibrate, centres_of
+from workers.lab.evaluation.curve.calibration import ERRORS, Calibration, Mode, calibrate, centres_of
+from workers.lab.evaluation.curve.journal import Journal
 from workers.lab.evaluation.curve.measure import Measured, measure, read_roles
 from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.points import (
@@ -27,7 +31,22 @@ from workers.lab.evaluation.curve.points import (
 )
 
 Tokens = npt.NDArray[np.int64]  # [chunks, length]
-_WEIGHED = 2  # chunks that the layers' weights are measured on
+Ways: TypeAlias = Literal["low", "down", "mean"]
+WAYS: tuple[Ways, ...] = get_args(Ways)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured."""
+
+    ways: tuple[Ways, ...] = ("low",)  # the first is the one that a ring runs, and points are of
+    settings: tuple[float, ...] = MEASURED  # means of layers, along the path
+    errors: int = ERRORS  # tokens that each layer's errors are taken of
+    weighed: int = 1024  # tokens that the layers' weights are measured on
+
+
+USUAL = Effort()
+QUICK = Effort(settings=(0.0, 0.03, 0.08, 0.2, 0.45), errors=128, weighed=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +72,10 @@ class Decided:
         return DEFAULT if DEFAULT in self.points else "exact"
 
 
-def modes(copy: str) -> tuple[Mode, ...]:
-    """What points are chosen from: low bits for the others, or their mean where no down rows are held."""
-    return Mode(copy, "low"), Mode(copy, "low", "down"), Mode(copy, "mean")
+def modes(copy: str, ways: Sequence[Ways] = WAYS) -> tuple[Mode, ...]:
+    """Low bits for the others, with all true rows of the chosen or their down rows alone; or their mean."""
+    every = {"low": Mode(copy, "low"), "down": Mode(copy, "low", "down"), "mean": Mode(copy, "mean")}
+    return tuple(every[way] for way in WAYS if way in ways)
 
 
 def decide(
@@ -65,24 +85,58 @@ def decide(
     copy: str,
     seed: int,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    effort: Effort = USUAL,
+    journal: Journal | None = None,
 ) -> Decided:
-    """Learn from one text, choose by another."""
+    """Learn from one text, choose by another.
+
+    Every way is measured; points are chosen among settings of the first, which a ring runs.
+    """
+
+    journal = journal or Journal()
 
     def told(stage: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(stage, done, total)
 
-    centres = centres_of(passes, learned, progress=told("centres"))
-    known = calibrate(passes, learned, SHARES, modes(copy), centres, told("thresholds"))
-    loss = weights(passes, learned[:_WEIGHED], known, modes(copy)[0], told("layers"))
-    settings = [one for mode in modes(copy) for one in along(passes, known, mode, loss, MEASURED)]
-    found = measure(passes, held_out, variants(known, settings), centres, seed, told("settings"))[1:]
-    named = choose(found, settings, BUDGETS)
+    known = calibrate(
+        passes,
+        learned,
+        SHARES,
+        ways := modes(copy, effort.ways),
+        _centres(passes, learned, effort, told("centres")),
+        told("thresholds"),
+        journal.stage("thresholds"),
+        effort.errors,
+    )
+    weighed = learned[: max(1, effort.weighed // learned.shape[1]), : effort.weighed]
+    loss = weights(passes, weighed, known, ways[0], told("layers"), journal.stage("layers"))
+    settings = [one for way in ways for one in along(passes, known, way, loss, effort.settings)]
+    found = measure(
+        passes,
+        held_out,
+        variants(known, settings),
+        known.centres,
+        seed,
+        told("settings"),
+        journal.stage("settings"),
+    )[1:]
+    runnable = [pair for pair in zip(found, settings, strict=True) if pair[1].mode == ways[0]]
+    named = choose([result for result, _ in runnable], [setting for _, setting in runnable], BUDGETS)
     results = {id(setting): result for setting, result in zip(settings, found, strict=True)}
     points = {
         name: Point(setting, replace(one := results[id(setting)], variant=replace(one.variant, name=name)))
         for name, setting in named.items()
     }
     return Decided(copy, known, points, found)
+
+
+def _centres(
+    passes: Passes, learned: Tokens, effort: Effort, progress: Callable[[int, int], None]
+) -> list[Tensor]:
+    """Zeros where nothing is served by its mean: that saves a pass."""
+    if "mean" in effort.ways:
+        return centres_of(passes, learned, progress=progress)
+    return [torch.zeros(layer.ffn.neurons) for layer in passes.store.architecture.layers]
 
 
 def described(store: Store, decided: Decided, text: str, learned: int, held_out: int) -> dial.Dial:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from storage.architecture import Ffn
-from storage.layout import Role
+from storage.layout import Role, Unit
+from storage.shadow import Shadow, path_of
 from storage.store import Store
 from workers.compute.bound import BoundLayer
 from workers.compute.torch.ffn import activated, gated
 from workers.lab.evaluation.curve.copies import Copy
 from workers.lab.evaluation.curve.variant import Scored, Variant
+
+Known: TypeAlias = dict[tuple[int, int], Tensor]  # activations by the ids of rows and input
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,12 @@ class Inputs:
     early: Tensor
     previous: Tensor
 
+    def some(self, rows: slice) -> Inputs:
+        return Inputs(self.own[rows], self.early[rows], self.previous[rows])
+
     def every(self, step: int) -> Inputs:
         """One row of so many."""
-        return Inputs(self.own[::step], self.early[::step], self.previous[::step])
+        return self.some(slice(None, None, step))
 
     def of(self, scored: Scored) -> Tensor:
         return self.own if scored == "true" else getattr(self, scored)
@@ -59,7 +68,13 @@ class LayerFfn:
     def load(cls, store: Store, index: int, bound: BoundLayer, names: Iterable[str]) -> LayerFfn:
         """Of the store's rows, with copies in these formats."""
         ffn, rows = store.architecture.layers[index].ffn, _true(store, index)
-        copies = {name: _copy(ffn, rows, Copy.of(name)) for name in names}
+        shadow = _shadow(store)
+        copies = {
+            name: _shadowed(shadow, index)
+            if shadow is not None and shadow.codec == name
+            else _copy(ffn, rows, Copy.of(name))
+            for name in names
+        }
         gate, up, down = (torch.from_numpy(one) for one in (bound.gate_bias, bound.up_bias, bound.down_bias))
         return cls(ffn, rows, copies, gate, up, down, norm=rows.down.norm(dim=1))
 
@@ -76,21 +91,29 @@ class LayerFfn:
         return (a if centre is None else a - centre).abs() * self.norm
 
     def output(
-        self, variant: Variant, index: int, inputs: Inputs, centre: Tensor, whole: Tensor
+        self,
+        variant: Variant,
+        index: int,
+        inputs: Inputs,
+        centre: Tensor,
+        whole: Tensor,
+        known: Known | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The FFN's output [n, d_model] and the chosen neurons [n, neurons] bool.
 
-        Rows of `whole` [n] bool have all their neurons, in true rows.
+        Rows of `whole` [n] bool have all their neurons, in true rows. `known` keeps activations for further
+        calls with the same inputs.
         """
-        a = self._lazily(self.rows, inputs.own)
-        low = self._lazily(self.copies[variant.copy], inputs.own) if variant.copy else a
+        known = {} if known is None else known
+        a = self._lazily(self.rows, inputs.own, known)
+        low = self._lazily(self.copies[variant.copy], inputs.own, known) if variant.copy else a
         if variant.scored == "true":
             scored = a
         elif variant.scored == "own":
             scored = low
         else:
             assert variant.copy is not None
-            scored = self._lazily(self.copies[variant.copy], inputs.of(variant.scored))
+            scored = self._lazily(self.copies[variant.copy], inputs.of(variant.scored), known)
         chosen = self._choose(variant, index, scored, centre, len(whole))
         chosen[whole] = True
         values = a() if variant.reads == "all" else torch.where(whole[:, None], a(), low())
@@ -105,14 +128,14 @@ class LayerFfn:
                 output = torch.addmm(output, low() * ~chosen, self.copies[variant.copy].down)
         return torch.addmm(output, values * chosen, self.rows.down), chosen
 
-    def _lazily(self, rows: FfnRows, x: Tensor) -> Callable[[], Tensor]:
+    def _lazily(self, rows: FfnRows, x: Tensor, known: Known) -> Callable[[], Tensor]:
         """Activations that are computed once, when they are first asked for."""
-        found: list[Tensor] = []
 
         def get() -> Tensor:
-            if not found:
-                found.append(self.activations(rows, x))
-            return found[0]
+            key = id(rows), id(x)
+            if key not in known:
+                known[key] = self.activations(rows, x)
+            return known[key]
 
         return get
 
@@ -137,7 +160,11 @@ def best(scores: Tensor, share: float) -> Tensor:
 
 
 def _true(store: Store, index: int) -> FfnRows:
-    units, unit = store.read_layer(index), store.layout.layers[index].unit
+    return _widened(store.read_layer(index), store.layout.layers[index].unit)
+
+
+def _widened(units: npt.NDArray[np.uint8], unit: Unit) -> FfnRows:
+    """Of units [units, stride] as they lie."""
 
     def rows(role: Role) -> Tensor:
         found = torch.from_numpy(unit.view(units, role).widened())
@@ -145,8 +172,20 @@ def _true(store: Store, index: int) -> FfnRows:
             return found.view(len(units), -1, unit.width).transpose(1, 2).flatten(0, 1).contiguous()
         return found
 
-    gate = rows("gate") if store.architecture.layers[index].ffn.kind == "gated" else None
+    gate = rows("gate") if any(row.role == "gate" for row in unit.rows) else None
     return FfnRows(gate, rows("up"), rows("down"))
+
+
+def _shadow(store: Store) -> Shadow | None:
+    """The store's own low-bit copy, where it has one: what a ring will compute with, rounded already."""
+    return Shadow.open(store) if path_of(store).is_file() else None
+
+
+def _shadowed(shadow: Shadow, index: int) -> FfnRows:
+    unit = shadow.unit(index)
+    memory = np.empty((shadow.units(index), unit.stride), np.uint8)
+    shadow.read(index, memory)
+    return _widened(memory, unit)
 
 
 def _copy(ffn: Ffn, rows: FfnRows, copy: Copy) -> FfnRows:

@@ -14,6 +14,7 @@ from storage.architecture import Ffn
 from storage.layout import LayerLayout, Role
 from storage.store import Store
 from workers.lab.evaluation.curve.copies import Copy
+from workers.lab.evaluation.curve.journal import Stage
 from workers.lab.evaluation.curve.layer import Inputs, LayerFfn
 from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.variant import DENSE, Variant
@@ -40,14 +41,6 @@ class Measured:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Of one variant, layer by layer."""
-
-    shares: list[float] = field(default_factory=list)
-    recalls: list[float] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Scores:
     """Of one variant on a text."""
 
@@ -63,28 +56,28 @@ def measure(
     centres: Sequence[Tensor] | None,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stage: Stage | None = None,
 ) -> list[Measured]:
     """Every variant on the tokens `rows` [chunks, length], beside the exact model."""
-    every = [DENSE, *variants]
-    tallies = [_Tally() for _ in every]
+    every, stage = [DENSE, *variants], stage or Stage()
     decoded = torch.ones(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
     decoded[:, 0] = False  # the first token's neurons are all there
     numbers = {id(one): number for number, one in enumerate(every)}
 
     def see(index: int, variant: Variant, ffn: LayerFfn, inputs: Inputs, chosen: Tensor) -> None:
         some = chosen[decoded.flatten()]
-        tally = tallies[numbers[id(variant)]]
-        tally.shares.append(float(some.float().mean()))
-        if variant.scored != "true" and 0 < tally.shares[-1] < 1:
-            tally.recalls.append(recall(ffn, inputs.own[decoded.flatten()], some))
+        share, found = float(some.float().mean()), None
+        if variant.scored != "true" and 0 < share < 1:
+            found = recall(ffn, inputs.own[decoded.flatten()], some)
+        stage.notes.append([numbers[id(variant)], index, share, found])
 
     with torch.no_grad():
-        outputs = passes.run(rows[:, :-1], every, centres, see, progress)
+        outputs = passes.run(rows[:, :-1], every, centres, see, progress, stage)
         scores = score(passes, outputs, rows[:, 1:])
     counts = np.full(len(rows), rows.shape[1] - 1)
     return [
-        _summed(passes.store, one, tally, found, scores[0], counts, seed)
-        for one, tally, found in zip(every, tallies, scores, strict=True)
+        _summed(passes.store, one, _seen(stage, number), found, scores[0], counts, seed)
+        for number, (one, found) in enumerate(zip(every, scores, strict=True))
     ]
 
 
@@ -128,14 +121,14 @@ def score(passes: Passes, outputs: Sequence[Tensor], targets: npt.NDArray[np.int
 def _summed(
     store: Store,
     variant: Variant,
-    tally: _Tally,
+    seen: Sequence[tuple[int, float, float | None]],
     one: _Scores,
     base: _Scores,
     counts: npt.NDArray[np.int64],
     seed: int,
 ) -> Measured:
     nats, divergences = np.array(one.nats), np.concatenate(one.divergences)
-    shares = tally.shares
+    shares, recalls = [share for _, share, _ in seen], [one for _, _, one in seen if one is not None]
     return Measured(
         variant=variant,
         perplexity=float(np.exp(nats.sum() / counts.sum())),
@@ -144,10 +137,15 @@ def _summed(
         divergence_p99=float(np.quantile(divergences, 0.99)),
         agreement=proportion(one.agreeing, int(counts.sum())),
         share=float(np.mean(shares)),
-        recall=float(np.mean(tally.recalls)) if tally.recalls else 1.0,
-        bytes_per_token=sum(share * row_bytes(store, index, variant) for index, share in enumerate(shares)),
+        recall=float(np.mean(recalls)) if recalls else 1.0,
+        bytes_per_token=sum(share * row_bytes(store, index, variant) for index, share, _ in seen),
         memory=copy_bytes(store, variant),
     )
+
+
+def _seen(stage: Stage, number: int) -> list[tuple[int, float, float | None]]:
+    """What a pass noted of one variant: layers, shares chosen, recalls."""
+    return [(index, share, found) for which, index, share, found in stage.notes if which == number]
 
 
 def row_bytes(store: Store, index: int, variant: Variant) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.lab.evaluation.curve.calibration import Calibration, Mode, Table
+from workers.lab.evaluation.curve.journal import Stage
 from workers.lab.evaluation.curve.measure import Measured, measure, row_bytes
 from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.variant import Variant
@@ -50,6 +51,7 @@ def weights(
     calibration: Calibration,
     mode: Mode,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stage: Stage | None = None,
 ) -> F64:
     """Of each layer, the divergence on `rows` [chunks, length] for each unit of its output's error."""
     table = calibration.tables[mode]
@@ -57,7 +59,7 @@ def weights(
     layers = len(passes.store.architecture.layers)
     thresholds = [float(one) for one in table.thresholds[:, place]]
     variants = [mode.variant(f"layer {layer}", thresholds, only=layer) for layer in range(layers)]
-    found = measure(passes, rows, variants, calibration.centres, 0, progress)[1:]
+    found = measure(passes, rows, variants, calibration.centres, 0, progress, stage)[1:]
     divergences = np.array([max(one.divergence_mean, 0.0) for one in found])
     return divergences / np.maximum(table.errors[:, place], 1e-30)
 
