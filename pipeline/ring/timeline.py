@@ -43,7 +43,7 @@ EVENTS: Final = (
     "added",  # a part has been added
     "looked",  # the audit has looked at the layer
     "choosing",  # compute asks its shadow for a layer's units
-    "resting",  # and adds what the shadow has of the others
+    "resting",  # and computes what it has meanwhile: the shadow's share, or experts where they lay before
     "told",  # a token is sent to the supervisor; step and layer: of the step before; value: its index
     # Guesses, which nobody waits for yet.
     "guessed",  # the predictor sends one

@@ -31,10 +31,10 @@ from pipeline.ring.timeline import (
     Timeline,
 )
 from workers.compute.audit import Audit
-from workers.compute.device import I32, ApartFfn, Device, LayerFfn
+from workers.compute.device import I32, Device, LayerFfn
 from workers.compute.look_ahead import LookAhead
 from workers.compute.parts import Part, Parts
-from workers.compute.seen import Seen, Sight
+from workers.compute.seen import HeadStart
 from workers.compute.shadow import Choice, Shadow
 from workers.predictor.scorer import NOTHING
 from workers.routing import Ids, by_use
@@ -99,7 +99,7 @@ class RingUnits:
         self._rows = 0  # hidden rows of the last announcement
         self._ahead = False  # a mixture's prompt has asked for all of the next layer's experts
         self._done = -1  # tick of the last finished FFN
-        self._seen = Seen(plan) if hits_first and plan.forecast.routed else None
+        self._head_start = HeadStart(plan) if hits_first and plan.forecast.routed else None
         self._chosen: Ids | None = None  # a token's experts of this layer, of which compute told the cache
         self._mark = 0.0  # when the last FFN was finished, or the token embedded
         self._kept: dict[int, tuple[I32, I32]] = {}  # ids and slots of layers that have arrived for good
@@ -209,7 +209,7 @@ class RingUnits:
         rest, waited = self._rest(index), self.seconds["waiting"]
         parts = self._look_ahead(index, ffn_input, parts)
         ffn = self._device.ffn(index, ffn_input)
-        early = self._early(index, ffn)
+        self._begin_early(index, ffn)
         self._stamp(NEEDED, index)
         for part in parts:
             if part.number == 0:
@@ -218,7 +218,7 @@ class RingUnits:
             which = slice(part.start, part.start + part.count)
             neurons += part.count
             started = time.perf_counter()
-            self._add(index, ffn, table[ID, which], table[SLOT, which], early if part.number == 0 else None)
+            self._add(index, part.number, ffn, table[ID, which], table[SLOT, which])
             if part.closes:
                 ffn.close()
             if not self._step.every:
@@ -244,29 +244,22 @@ class RingUnits:
         self._mark = time.perf_counter()
         return output
 
-    def _early(self, index: int, ffn: LayerFfn[Any]) -> Sight | None:
-        """Add the token's experts where they were last seen, before the cache has answered; None: no such."""
+    def _begin_early(self, index: int, ffn: LayerFfn[Any]) -> None:
+        """Compute a token's experts where they were last seen, before the cache has answered."""
         chosen, self._chosen = self._chosen, None
-        if chosen is None or self._seen is None or not isinstance(ffn, ApartFfn):
-            return None
+        if chosen is None or self._head_start is None:
+            return
+        self._stamp(RESTING, index)
         started = time.perf_counter()
-        sight = self._seen.of(index, chosen)
-        ffn.add(sight.ids, sight.slots, self._segments.bundles)
+        self._head_start.begin(index, chosen, ffn, self._segments.bundles)
         self._spend("ffn", started)
-        return sight
 
-    def _add(self, index: int, ffn: LayerFfn[Any], ids: I32, slots: I32, early: Sight | None) -> None:
-        """Add a part's units; of hits, which confirm what was added `early`, those that were not."""
-        if early is not None:
-            wrong, rest = early.confirmed(ids, slots)
-            ids, slots = ids[rest], slots[rest]
-            if wrong.size:
-                assert isinstance(ffn, ApartFfn)
-                ffn.forget(early.ids[wrong])
-                self.counts["mistaken"] += wrong.size
+    def _add(self, index: int, number: int, ffn: LayerFfn[Any], ids: I32, slots: I32) -> None:
+        """Add what is new in a part."""
+        if self._head_start is not None:
+            ids, slots = self._head_start.rest(index, number, ids, slots)
+            self.counts["mistaken"] = self._head_start.mistaken
         ffn.add(ids, slots, self._segments.bundles)
-        if self._seen is not None and ids.size:
-            self._seen.note(index, ids, slots)
 
     def _look(self, index: int, ffn_input: Any, ids: I32, output: Any) -> None:
         """Show the audit a token's layer, if it is that one's turn."""

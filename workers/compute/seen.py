@@ -9,11 +9,12 @@ only for a read, and what is read in this step is no hit. Others are forgotten, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.ring.plan import Plan
-from workers.compute.device import I32
+from workers.compute.device import I32, ApartFfn, Bytes, LayerFfn
 from workers.routing import Ids
 
 _NOWHERE = -1
@@ -64,3 +65,33 @@ class Seen:
         left = of_layer[ids]
         self._owners[left[left != _NOWHERE]] = _NOWHERE
         of_layer[ids], self._owners[slots] = slots, ids
+
+
+class HeadStart:
+    """A ring's tokens' experts, computed before the cache has answered, and set right afterwards."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._seen = Seen(plan)
+        self._sight: tuple[Sight, ApartFfn[Any]] | None = None  # of the layer at hand, until its part 0
+        self.mistaken = 0  # experts that lay elsewhere, since the start
+
+    def begin(self, layer: int, ids: Ids, ffn: LayerFfn[Any], memory: Bytes) -> None:
+        """Add those of the units `ids`, ascending, that have been seen, if `ffn` can forget them."""
+        if not isinstance(ffn, ApartFfn):
+            return
+        sight = self._seen.of(layer, ids)
+        ffn.add(sight.ids, sight.slots, memory)
+        self._sight = sight, ffn
+
+    def rest(self, layer: int, number: int, ids: I32, slots: I32) -> tuple[I32, I32]:
+        """Of the layer's part of this number what is to be added yet; what lay elsewhere is forgotten."""
+        if number == 0 and self._sight is not None:
+            (sight, ffn_of_sight), self._sight = self._sight, None
+            wrong, rest = sight.confirmed(ids, slots)
+            ids, slots = ids[rest], slots[rest]
+            if wrong.size:
+                ffn_of_sight.forget(sight.ids[wrong])
+                self.mistaken += wrong.size
+        if ids.size:
+            self._seen.note(layer, ids, slots)
+        return ids, slots
