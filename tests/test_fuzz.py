@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage.errors import FlashringError
 from workers.lab.fuzz.__main__ import run_for
 from workers.lab.fuzz.targets import Target, targets
 
@@ -44,3 +45,41 @@ def test_what_is_no_sentence_of_ours_is_found(tmp_path: Path) -> None:
     count, _, problem = run_for(target, 60.0, examples=100)
     assert count > 0
     assert "ZeroDivisionError" in problem
+
+
+# What was found by the command: the decoder, and the least input that showed it.
+FOUND = {
+    "brackets without end in a header": (
+        "header",
+        (300_000).to_bytes(8, "little") + b"[" * 300_000 + b"\0" * 64,
+    ),
+    "an infinite extent": (
+        "header",
+        (61).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}'
+        + b"\0" * 64,
+    ),
+    "a rope type that is no text": (
+        "checkpoint-config",
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 99,
+            "max_position_embeddings": 256,
+            "sliding_window": 8,
+            "rope_scaling": {"rope_type": {}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_a_sentence_now(every: dict[str, Target], name: str) -> None:
+    decoder, given = FOUND[name]
+    with pytest.raises(FlashringError):
+        every[decoder].decode(given)

@@ -55,7 +55,7 @@ def test_a_template_takes_bounded_time_and_memory(name: str) -> None:
 def test_what_is_spent_is_spent_once() -> None:
     """A template that works hard works as hard the next time."""
     template = ChatTemplate("{% for a in range(90000) %}{% endfor %}{{ messages[0].content }}", {})
-    assert [template.render(SAID) for _ in range(30)] == ["a question"] * 30
+    assert [template.render(SAID) for _ in range(12)] == ["a question"] * 12
 
 
 @pytest.mark.parametrize(

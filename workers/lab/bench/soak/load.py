@@ -1,7 +1,7 @@
 """`python -m workers.lab.bench.soak.load --clients 200`: everybody asks at once, on a queue that holds fewer.
 
-Each client asks one question; who is refused because the queue is full asks again, a little later, until it
-is answered. Prints one JSON object: refusals, wrong answers, and how long clients waited for a first piece.
+Each client asks one question; who is refused because the queue is full asks again until it is answered.
+Prints one JSON object: refusals, wrong answers, and how long clients waited for their first piece.
 """
 
 from __future__ import annotations
