@@ -26,7 +26,8 @@ from pipeline.ring.timeline import (
     Timeline,
 )
 from storage.convert import convert
-from workers.lab.bench import layers
+from workers.lab import screens
+from workers.lab.bench import layers, stamping
 
 
 def stamps(*rows: tuple[int, int, int, int]) -> np.ndarray:
@@ -117,3 +118,18 @@ def test_a_ring_stamps_every_layer_that_it_streams(tmp_path: Path, monkeypatch: 
     assert all(one[ANNOUNCED] < one[ANSWERED] < one[COMPUTED] for one in of_layers)
     assert found.layer_us > 0
     assert {name.split()[0] for name in found.cores} == {"predictor", "cache", "prefetcher", "compute"}
+
+
+def test_what_stamps_cost_is_told_by_turns():
+    cost = stamping.Cost.of([0.010, 0.020, 0.040], [0.011, 0.020, 0.042], 125.0)
+    assert (cost.off_ms, cost.on_ms) == (20, 20)
+    assert cost.ratio == pytest.approx(1.05)
+    assert cost.ratio_quartiles == pytest.approx((1.0, 1.1))
+
+
+def test_a_picture_of_a_terminal_fetches_nothing(tmp_path: Path):
+    screens.draw(tmp_path / "x.svg", "run.py timeline", "a line")
+    svg = (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert "a&#160;line" in svg
+    assert "@font-face" not in svg
+    assert "url(http" not in svg

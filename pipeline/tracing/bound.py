@@ -59,7 +59,7 @@ def _bound(parts: Parts, disk: Disk | None) -> str:
     """What bounds decode, with its figure."""
     if parts.waited_ms < LITTLE * parts.ms:
         part, ms = max(parts.work_ms.items(), key=lambda item: item[1])
-        return f"compute bounds the run: {ms:.3g} of {parts.ms:.3g} ms a token are {NAMES[part]}"
+        return f"compute bounds the run: {_ms(ms)} of {_ms(parts.ms)} ms a token are {NAMES[part]}"
     what = max(parts.wait_ms, key=lambda name: parts.wait_ms[name])
     if what != FETCH or disk is None:
         share = parts.wait_ms[what] / parts.ms
@@ -81,18 +81,23 @@ def _bound(parts: Parts, disk: Disk | None) -> str:
     )
 
 
+def _ms(value: float) -> str:
+    """Three digits of it: `31`, `1.42`, `1,150`."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def _waits(parts: Parts) -> str:
     """How long compute waits, and in which layers most of it."""
     waited = parts.waited_ms
     if waited < 0.01 * parts.ms:
         return "compute waits for nothing"
     first, last = busiest(parts.wait_by_layer_ms)
-    whole = f"compute waits {waited:.3g} ms a token"
+    whole = f"compute waits {_ms(waited)} ms a token"
     if 2 * (last - first + 1) > len(parts.wait_by_layer_ms):
         return f"{whole}, spread over the layers"
     inside = sum(parts.wait_by_layer_ms[first : last + 1])
     where = f"layer {first}" if first == last else f"layers {first}–{last}"
-    return f"{whole}, {inside:.3g} of them in {where}"
+    return f"{whole}, {_ms(inside)} of them in {where}"
 
 
 def busiest(values: Sequence[float]) -> tuple[int, int]:
