@@ -22,6 +22,7 @@ from pipeline.planner.budget import parse_budget
 from pipeline.planner.divide import FITS, plan
 from pipeline.planner.machine import available_bytes
 from storage import shadow
+from storage.codecs import FLOATS
 from storage.dial import read_dial
 from storage.errors import BudgetError, StoreError, UsageError
 from storage.store import Store
@@ -61,6 +62,8 @@ def _concerns(store: Store, config: Config) -> bool:
     wanted, architecture = config.predictor, store.architecture
     if architecture.sparse or architecture.mixture or config.compute.device != "cpu":
         return False
+    if any(row.codec not in FLOATS for row in store.layout.unit.rows):
+        return False  # few bits already
     return wanted.calibrate and wanted.kind == "auto" and wanted.quality != "exact"
 
 

@@ -95,9 +95,9 @@ class SparsitySteering:
     SPEED = 0.05  # change of log-weight per step and per unit of log-share error
     START, LEAST, MOST = 1e-2, 1e-4, 20.0
 
-    def __init__(self, layers: int, speed: float = SPEED) -> None:
+    def __init__(self, layers: int, speed: float = SPEED, start: float = START) -> None:
         self._speed = speed
-        self.log_weight = torch.full((layers,), math.log(self.START))
+        self.log_weight = torch.full((layers,), math.log(start))
 
     def slopes(self, activations_per_layer: int) -> Tensor:
         """Gradient of (weight × mean activation) by one activation, per layer."""

@@ -14,9 +14,9 @@ class Adapted(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.down = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        weight = linear.weight
+        self.down = nn.Parameter(weight.new_empty((rank, linear.in_features)))
+        self.up = nn.Parameter(weight.new_zeros((linear.out_features, rank)))
         nn.init.normal_(self.down, std=linear.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:

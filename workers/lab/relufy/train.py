@@ -23,6 +23,7 @@ from workers.lab.relufy.network import Network
 STATE, LOG, RECIPE = "last.pt", "log.jsonl", "recipe.json"
 TOKENS_PER_PASS = 2048  # whose activations exist at once
 FASTEST = 0.2  # change of a penalty's log-weight per step and per unit of log-share error
+START = 1.0  # a penalty's first weight: the model is trained, and moves little for less
 FIRST_SHARE = 0.25  # of activations not zero, that the penalty begins at
 
 Progress = Callable[[int, Terms, list[float]], None]  # steps done, terms, shares not zero of each layer
@@ -120,7 +121,7 @@ def train(
         lora.adapt(student.decoder, recipe.lora)
     parameters = [one for one in student.model.parameters() if one.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    state = _State(student, optimiser, SparsitySteering(len(student.ffns), recipe.speed))
+    state = _State(student, optimiser, SparsitySteering(len(student.ffns), recipe.speed, START))
     for step in range(state.resume(out / STATE), recipe.steps):
         terms, shares = _step(state, original, rows, recipe, step, device)
         with (out / LOG).open("a", encoding="utf-8") as log:
