@@ -46,7 +46,8 @@ class Bridge:
     @classmethod
     def of(cls, before: BoundNorm, after: BoundNorm) -> Bridge:
         was, will = (one.weight + np.float32(one.norm.offset) for one in (before, after))
-        scale: F32 = will / np.where(was == 0, np.float32(1), was)
+        divisor: F32 = np.where(was == 0, np.float32(1), was)
+        scale: F32 = will / divisor
         shift: F32 = np.zeros(1, np.float32)
         if before.bias.size:
             shift = shift - before.bias * scale
