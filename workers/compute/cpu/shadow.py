@@ -47,7 +47,7 @@ class Bridge:
     def of(cls, before: BoundNorm, after: BoundNorm) -> Bridge:
         was, will = (one.weight + np.float32(one.norm.offset) for one in (before, after))
         divisor: F32 = np.where(was == 0, np.float32(1), was)
-        scale: F32 = will / divisor
+        scale: F32 = np.divide(will, divisor, dtype=np.float32)
         shift: F32 = np.zeros(1, np.float32)
         if before.bias.size:
             shift = shift - before.bias * scale

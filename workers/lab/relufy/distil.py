@@ -63,7 +63,7 @@ def backward(student: Network, original: Network, rows: Tensor, weights: Weights
     share = len(targets) / total
     error = torch.stack([_apart(a, b) for a, b in zip(found, wanted, strict=True)]).mean() * share
     nats, divergence = nats / total, divergence / total
-    (nats + weights.kl * divergence + weights.layers * error).backward()
+    (nats + weights.kl * divergence + weights.layers * error).backward()  # type: ignore[no-untyped-call]
     return Terms(nats.item(), divergence.item(), error.item())
 
 

@@ -161,9 +161,10 @@ def _read(checkpoint: Path, device: str) -> Any:
         from transformers.utils import logging
     except ImportError:
         raise UsageError('relufy needs transformers: pip install -c constraints.txt -e ".[dev]"') from None
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        return model.to(device).eval()  # eval: no dropout; gradients are taken all the same
+        nn.Module.to(model, device)
+        return model.eval()  # eval: no dropout; gradients are taken all the same
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot read {checkpoint}: {reason(error)}") from error

@@ -165,7 +165,7 @@ def _step(
         activation.reset()
         activation.slope = slope.to(device) / (total * _neurons(ffn))
     weights, terms = Weights(recipe.kl, recipe.layers), Terms(0.0, 0.0, 0.0)
-    for part in batch.split(max(1, TOKENS_PER_PASS // (batch.shape[1] - 1))):
+    for part in torch.split(batch, max(1, TOKENS_PER_PASS // (batch.shape[1] - 1))):
         terms += backward(state.network, original, part, weights, total)
     nn.utils.clip_grad_norm_([p for p in state.network.model.parameters() if p.requires_grad], 1.0)
     for group in state.optimiser.param_groups:
@@ -180,7 +180,7 @@ def _step(
 
 def _neurons(ffn: Any) -> int:
     """Of an FFN: the longest side of its matrices that is not the model's width, or that width."""
-    return max(max(one.shape) for one in ffn.parameters() if one.ndim == 2)
+    return max(int(max(one.shape)) for one in ffn.parameters() if one.ndim == 2)
 
 
 def _batch(rows: npt.NDArray[np.int64], recipe: Recipe, step: int) -> npt.NDArray[np.int64]:
