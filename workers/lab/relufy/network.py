@@ -165,6 +165,6 @@ def _read(checkpoint: Path, device: str) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         nn.Module.to(model, device)
-        return model.eval()  # eval: no dropout; gradients are taken all the same
+        return model.train(False)  # no dropout; gradients are taken all the same
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot read {checkpoint}: {reason(error)}") from error
