@@ -38,10 +38,14 @@ class ScriptedRing:
         self.script: deque[Message | float | Callable[[], None]] = deque()
         self.sent: list[Message] = []
         self.now = 0.0  # the session's clock, seconds
+        self.pids: dict[str, int] = {}
         self.memory = SimpleNamespace(sample=lambda now: None)
 
     def send(self, worker: str, message: Message) -> None:
         self.sent.append(message)
+
+    def ask_stats(self) -> int:
+        return 0
 
     def stats(self) -> dict[str, dict[str, float]]:
         return {}

@@ -193,8 +193,9 @@ class Session:
     def _next(self, patience: float, cancelled: Callable[[], bool]) -> Message | None:
         """The ring's next message, or None once `cancelled`.
 
-        Raises RingError for a worker that hangs, and after `patience` seconds without any but counters.
+        Raises RingError for a worker that hangs, and after `patience` seconds without any.
         """
+        deadline = time.monotonic() + patience
         while not cancelled():
             message = self.ring.receive(CANCEL_SECONDS)
             self._ask_for_live_stats()
@@ -207,7 +208,7 @@ class Session:
                 self.watchdog.heard()
                 return message
             self.watchdog.quiet(CANCEL_SECONDS)
-            if self.watchdog.silent >= patience:
+            if time.monotonic() >= deadline:
                 raise RingError(f"the ring was silent for {patience:.0f} s")
         return None
 

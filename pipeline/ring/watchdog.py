@@ -55,7 +55,7 @@ class Watchdog:
     def quiet(self, seconds: float) -> None:
         """Nothing came for so long. Raises RingError where a worker hangs, or the ring stands still."""
         self.silent += seconds
-        if self.silent < self._next:
+        if self.silent < self._next or not self._pids:
             return
         self._next += self.look_seconds
         if self._serial:
