@@ -32,7 +32,7 @@ from storage.convert import convert
 from storage.convert.recipe import Recipe, chosen, unit_width
 from storage.errors import ConfigError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import RESIDENT
-from storage.predictors import copy_all
+from storage.predictors import SUM, check_sum, copy_all
 from storage.store import Store
 from storage.tensors import Tensors
 from storage.verify import verify
@@ -405,7 +405,8 @@ def test_a_store_takes_the_predictors_of_another_of_its_checkpoint(
     store = Store.open(out)
     for name in ("default", "early"):
         taken, given = Tensors(store.predictors(name)), Tensors(whole.predictors(name))
-        assert taken.metadata == {**given.metadata, "store": store.identity}
+        assert taken.metadata == {**given.metadata, "store": store.identity, SUM: taken.metadata[SUM]}
+        check_sum(taken)
         for tensor in given.names:
             assert (taken.read(tensor) == given.read(tensor)).all()
     forecast = Forecast("lowrank", 1, refine=False)

@@ -83,7 +83,14 @@ def driven(
     directory.mkdir()
     descriptors = segments.create(plan)
     spec = WorkerSpec(
-        name, str(directory), str(store.path), config.model_dump(), plan.to_json(), descriptors, routes={}
+        name,
+        str(directory),
+        str(store.path),
+        store.identity,
+        config.model_dump(),
+        plan.to_json(),
+        descriptors,
+        routes={},
     )
     with Channel(directory, ("supervisor", *inboxes)) as channel:
         process = subprocess.Popen(

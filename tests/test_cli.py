@@ -144,7 +144,7 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path, here: Here) -> 
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
-        ("tokenizer.json", lambda data: b"?" + data[1:], "tokenizer.json is damaged"),
+        ("tokenizer.json", lambda data: b"?" + data[1:], "tokenizer.json does not match its hash"),
         pytest.param(
             "resident.safetensors",
             lambda data: data[:20] + b"?" * 20 + data[40:],
@@ -181,7 +181,7 @@ def test_weights_that_are_no_numbers_end_the_answer(store: Path, tmp_path: Path)
     shutil.copytree(store, damaged)
     bundles = damaged / "bundles.bin"
     bundles.write_bytes(b"\xff" * bundles.stat().st_size)  # float16's NaN everywhere
-    done = run("--prompt", "x", "--model", damaged, "--set", "predictor.kind=all")
+    done = run("--prompt", "x", "--model", damaged, "--verify", "off", "--set", "predictor.kind=all")
     assert (done.returncode, done.stdout) == (1, "")
     assert "the logits are not finite: the weights are damaged" in done.stderr.splitlines()[-1]
 

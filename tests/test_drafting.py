@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from checkpoints import write_checkpoint
 from decoding import LocalDecoder
 from hypothesis import given
@@ -20,6 +22,7 @@ from pipeline.ring.sampling import Sampling
 from storage.codecs import FLOAT32
 from storage.convert import convert
 from storage.errors import ConfigError
+from storage.manifest import MANIFEST, SEAL
 from storage.store import Store
 from workers.compute.drafts.lookup import LONGEST, Lookup
 from workers.compute.drafts.model import ModelDrafts
@@ -185,6 +188,15 @@ def test_a_mixtures_tokens_come_one_by_one(tmp_path: Path) -> None:
         make_plan(mixture, config(**asked, drafts={"kind": "lookup"}))
 
 
+def _list_again(store: Store, file: Path) -> None:
+    """Enter a changed file into the manifest, which then has no seal."""
+    path, data = store.path / MANIFEST, file.read_bytes()
+    manifest = json.loads(path.read_text())
+    manifest["files"][file.name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    del manifest[SEAL]
+    path.write_text(json.dumps(manifest))
+
+
 @PLANNED
 def test_a_draft_model_has_the_same_tokens_and_a_place_in_the_plan(tmp_path: Path) -> None:
     big, small = made(tmp_path / "big", "falcon-7b"), made(tmp_path / "small", "llama")
@@ -201,5 +213,6 @@ def test_a_draft_model_has_the_same_tokens_and_a_place_in_the_plan(tmp_path: Pat
     tokenizer = small.path / "tokenizer.json"
     words = tokenizer.read_text().replace('"A":', '"?":').replace('"B":', '"A":').replace('"?":', '"B":')
     tokenizer.write_text(words)
+    _list_again(small, tokenizer)
     with pytest.raises(ConfigError, match="their tokenizers differ"):
         make_plan(big, chosen)

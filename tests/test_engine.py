@@ -25,6 +25,7 @@ from pipeline.ring.messages import (
     HiddenReady,
     LayerPart,
     Message,
+    NeuronsPredicted,
     PartDone,
     TokenReady,
 )
@@ -430,7 +431,13 @@ def test_a_mixture_announces_its_choice(mixture: Store, tmp_path: Path) -> None:
     with ring(mixture, tmp_path, kind="router", spare=1) as fake:
         generate(fake, count=2)
         layers = fake.plan.layers
-    assert len(fake.announced) == 2 * (1 + layers)
+    assert len(fake.announced) == (1 + layers) + layers, (
+        "behind a token's last layer there is nothing to guess"
+    )
+    sets = [one for one in fake.results if isinstance(one, NeuronsPredicted)]
+    assert [(one.layer, one.certain, one.guess) for one in sets] == [
+        (layer, 3, False) for layer in range(layers)
+    ]
     for one in fake.announced:
         assert bool(one.chosen) == (one.layer != EMBEDDING)
         assert 3 * bool(one.chosen) <= one.kept <= len(one.chosen), "three a token"

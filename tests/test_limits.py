@@ -61,7 +61,7 @@ def test_processes_that_cannot_be_started(number: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(supervisor.segments, "create", no_plan)
     monkeypatch.setattr(supervisor.subprocess, "Popen", refuse)
     ring = Supervisor.__new__(Supervisor)
-    ring._workers, ring._routes = [], {}
+    ring._workers, ring._routes, ring._programs = [], {}, {}
 
     class Plan:
         whole = False

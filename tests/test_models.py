@@ -25,6 +25,7 @@ from pipeline.models.stores import Source
 from storage import files, texts
 from storage.errors import CheckpointError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import BUNDLES, PREDICTORS, RESIDENT
+from storage.predictors import SUM, check_sum
 from storage.rounding import read_cost, write_cost
 from storage.tensors import Tensors
 from storage.verify import verify
@@ -438,7 +439,12 @@ def test_the_builtin_models_predictors_follow_it(builtin: Path) -> None:
         save_file(trained, builtin / builtin_model.PREDICTORS, {"store": "of 16 bits", "kind": "lowrank"})
         store = source.open_store()
         installed = Tensors(store.predictors("default"))
-        assert installed.metadata == {"store": store.identity, "kind": "lowrank"}
+        assert installed.metadata == {
+            "store": store.identity,
+            "kind": "lowrank",
+            SUM: installed.metadata[SUM],
+        }
+        check_sum(installed)
         assert (installed.vector("x", (3,)) == value).all()
         assert [file.name for file in (store.path / PREDICTORS).iterdir()] == ["default.safetensors"]
     assert len(list(store.path.parent.glob("builtin-*/"))) == 1

@@ -365,11 +365,11 @@ class Broken(Faulty):
 
 
 class Shaken(Faulty):
-    """Every fifth read fails, and is sound the next time."""
+    """The fifth read fails, and is sound the next time."""
 
     def result(self, result: int) -> int:
         self.faults += 1
-        return -errno.EIO if self.faults % 5 == 0 else result
+        return -errno.EIO if self.faults == 5 else result
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -555,6 +555,7 @@ def ring(store: Store, directory: Path, **settings: Any) -> Iterator[Ring]:
                 name="prefetcher",
                 directory=str(directory),
                 store=str(store.path),
+                identity=store.identity,
                 config=config.model_dump(mode="json"),
                 plan=plan.to_json(),
                 descriptors=descriptors,

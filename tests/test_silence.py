@@ -47,8 +47,8 @@ def commands(place: Path, out: Path) -> dict[str, Slow]:
     train = ["--store", sparse, "--text", str(place / "text"), "--method", "svd", "--rank", "4"]
     return {
         "convert": Slow(
-            "storage.convert.write",
-            "_layer",
+            "storage.convert.units",
+            "of_layer",
             "run.py",
             ("convert", str(place / "sparse"), str(out / "converted")),
             "converting ",

@@ -287,6 +287,19 @@ class Supervisor:
 
     def stop(self) -> None:
         """End all workers within the bounds above and remove everything they shared."""
+        try:
+            self._end()
+        finally:  # also where a second interrupt cuts the waiting short: workers leave with their supervisor
+            for worker in self._workers:
+                worker.close()
+            self._workers.clear()
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end(self) -> None:
+        """Ask all workers to end, each time with more force, and wait."""
         if self._channel is not None:
             with contextlib.suppress(Exception):
                 self.broadcast(Stop())
@@ -296,13 +309,6 @@ class Supervisor:
                 if worker.process.poll() is None:
                     worker.process.send_signal(ask)
             self._wait(seconds)
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
