@@ -10,7 +10,7 @@ from pipeline import launch, program
 from pipeline.commands import chat, convert, generate, programs, serve, shadow, stores, verify
 from pipeline.ending import exit_status
 
-app = program.make()
+app = program.make(completion=True)
 app.callback(invoke_without_command=True, help=generate.__doc__)(generate.command)
 app.command("chat")(chat.command)
 app.command("convert")(convert.command)

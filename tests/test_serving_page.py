@@ -1,4 +1,4 @@
-"""README's examples of serving and embedding, run as they are printed, on the built-in model."""
+"""The examples of docs/serving.md, run as they are printed, on the built-in model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 pytestmark = pytest.mark.ring
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def snippet(name: str) -> str:
     """The code block below the comment of that name."""
-    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None, name
     return found.group(1)
 
