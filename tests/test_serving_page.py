@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def snippet(name: str) -> str:
+def snippet(name: str, page: str = PAGE) -> str:
     """The code block below the comment of that name."""
-    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", PAGE, re.DOTALL)
+    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert found is not None, name
     return found.group(1)
 
@@ -71,6 +71,12 @@ def test_in_process_example_is_as_a_script_without_a_guard(text, tmp_path):
 @pytest.mark.usefixtures("server")
 def test_client_example(text, tmp_path):
     assert run([sys.executable, "-c", snippet("client example")], tmp_path) == text
+
+
+@pytest.mark.usefixtures("server")
+def test_openais_own_client(text, tmp_path):
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    assert run([sys.executable, "-c", snippet("openai example", page)], tmp_path) + "\n" in (text, text + "\n")
 
 
 @pytest.mark.usefixtures("server")

@@ -31,7 +31,7 @@ class RingOptions:
         """What an actor with this ring asks Ray for. A percentage is of a checkpoint: Ray is not told of it."""
         wanted: dict[str, Any] = {"num_cpus": cpus}
         if self.memory and "%" not in self.memory:
-            wanted["memory"] = parse_size(self.memory)
+            wanted["memory"] = parse_size(self.memory, "--memory", lambda: 0)
         return wanted
 
 

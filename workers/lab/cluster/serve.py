@@ -9,7 +9,6 @@ give a request to the replica that has least to do.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -20,7 +19,6 @@ import typer
 from pipeline import program
 from pipeline.commands.options import Context, Memory, Model, Settings
 from pipeline.console import say
-from pipeline.ending import asked_to_end
 from pipeline.serving.endpoint import check_http
 from pipeline.serving.fronts import check_http_packages
 from workers.lab.cluster.ring import Cpus, RingOptions, start_ray
@@ -75,7 +73,6 @@ def main(
     import ray
     from ray import serve
 
-    asked_to_end()
     try:
         serve.start(http_options={"host": host, "port": port})
         deployment = serve.deployment(
