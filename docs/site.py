@@ -1,6 +1,6 @@
 """Hook of MkDocs: documents that stand beside the code become pages, and links follow them.
 
-On GitHub and in an editor every link leads to the file itself; on the site to its page. A link to a file that is no
+On GitHub and in an editor every link leads to the file itself, on the site to its page. A link to what is no
 page, such as a Python file, becomes its name.
 """
 
@@ -40,7 +40,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the repository into links between pages."""
-    origin = {there: here for here, there in PAGES.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    origin = {there: here for here, there in PAGES.items()}.get(
+        page.file.src_uri, f"docs/{page.file.src_uri}"
+    )
 
     def follow(link: re.Match[str]) -> str:
         mark, text, path, anchor = link.groups(default="")

@@ -16,7 +16,7 @@ from pipeline.launch import PROGRAM
 
 
 def make(*, completion: bool = False) -> typer.Typer:
-    """A program without commands yet. `completion`: whether it has the options that make a shell complete it."""
+    """A program without commands yet. `completion`: with the options that make a shell complete it."""
     return typer.Typer(add_completion=completion, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 

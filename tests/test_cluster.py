@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -17,7 +16,8 @@ import pytest
 
 from pipeline import Pipeline
 from pipeline.planner.budget import parse_size
-from storage.errors import ConfigError
+from storage.errors import ConfigError, UsageError
+from workers.lab.cluster.prompts import read
 from workers.lab.cluster.ring import RingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,15 +47,14 @@ def texts() -> Iterator[list[str]]:
 
 @pytest.mark.ring
 def test_a_file_of_prompts_through_two_rings(texts: list[str], tmp_path: Path) -> None:
-    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers"
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     options = ["--rings", 2, "--max-new-tokens", 12, *SMALL]
     with start("workers.lab.cluster.prompts", prompts, answers, *options) as process:
         _, told = process.communicate(timeout=250)
     assert process.returncode == 0, told
-    rows = [json.loads(line) for file in sorted(answers.iterdir()) for line in file.read_text().splitlines()]
-    found = {row["name"]: row["text"] for row in rows}
-    assert found == {str(row["name"]): text for row, text in zip(PROMPTS, texts, strict=True)}
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert rows == [{**row, "text": text} for row, text in zip(PROMPTS, texts, strict=True)]
 
 
 @pytest.mark.ring
@@ -98,9 +97,17 @@ def test_a_percentage_is_of_the_whole() -> None:
     assert parse_size("50%+1KiB", "it", lambda: 4096) == 3072
 
 
-def test_prompts_are_looked_for_before_ray_starts(tmp_path: Path) -> None:
-    with start("workers.lab.cluster.prompts", tmp_path / "gone.jsonl", tmp_path / "out") as process:
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "gone.jsonl is no file" in told
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("no", "line 2 of .* is no JSON"),
+        ("[]", 'line 2 of .* has no text "prompt"'),
+        ('{"prompt": 3}', 'line 2 of .* has no text "prompt"'),
+        ('{"prompt": "x", "seed": 0.5}', 'the "seed" in line 2 of .* is no whole number'),
+    ],
+)
+def test_lines_that_are_no_prompts(line: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(PROMPTS[0]) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=words):
+        read(file)

@@ -76,7 +76,10 @@ def test_client_example(text, tmp_path):
 @pytest.mark.usefixtures("server")
 def test_openais_own_client(text, tmp_path):
     page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
-    assert run([sys.executable, "-c", snippet("openai example", page)], tmp_path) + "\n" in (text, text + "\n")
+    assert run([sys.executable, "-c", snippet("openai example", page)], tmp_path) + "\n" in (
+        text,
+        text + "\n",
+    )
 
 
 @pytest.mark.usefixtures("server")

@@ -1,13 +1,14 @@
 """A file of prompts through many rings, by Ray Data.
 
-    python -m workers.lab.cluster.prompts prompts.jsonl answers --model opt-6.7b --memory 7GiB --rings 4
+    python -m workers.lab.cluster.prompts prompts.jsonl answers.jsonl --model opt-6.7b --memory 7GiB --rings 4
 
-Each line of the file is a JSON object with a `prompt`, and perhaps a `seed`. Each line of the answers has what the
-prompt's line had, and a `text`. A text does not depend on the ring that wrote it.
+Each line of the file is a JSON object with a `prompt`, and perhaps a `seed`. The answers have what the
+lines had, and a `text`. A text does not depend on the ring that wrote it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +18,13 @@ import typer
 from pipeline import Pipeline, program
 from pipeline.commands.options import Context, Memory, Model, Settings
 from pipeline.console import say
+from pipeline.directories import check_writable
 from storage.errors import UsageError
+from storage.files import replacing
 from workers.lab.cluster.ring import Cpus, RingOptions, start_ray
 
 BLOCKS = 4  # for each ring: so many times it gets new prompts
+TOLD = 100  # answers between two lines of progress
 
 
 class Ring:
@@ -32,16 +36,38 @@ class Ring:
         )
         self._max_new_tokens = max_new_tokens
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """`line`: what a line of prompts says; back comes the `line` of its answer."""
+        asked = json.loads(row["line"])
         answer = self._pipeline.generate(
-            row["prompt"], max_new_tokens=self._max_new_tokens, seed=int(row.get("seed") or 0)
+            asked["prompt"], max_new_tokens=self._max_new_tokens, seed=asked.get("seed", 0)
         )
-        return {**row, "text": "".join(answer)}
+        return {"line": json.dumps({**asked, "text": "".join(answer)}, ensure_ascii=False)}
+
+    def __del__(self) -> None:
+        """Ray Data has no other word for the end of an actor."""
+        self._pipeline.close()
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    """The lines of a file of prompts, checked. Raises UsageError for one that is no prompt."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            asked = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"line {number} of {file} is no JSON: {error}") from error
+        if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+            raise UsageError(f'line {number} of {file} has no text "prompt"')
+        if type(asked.get("seed", 0)) is not int:
+            raise UsageError(f'the "seed" in line {number} of {file} is no whole number')
+        rows.append({"line": line})
+    return rows
 
 
 def main(
     prompts: Annotated[Path, typer.Argument(help="A JSON-lines file.", metavar="FILE")],
-    answers: Annotated[Path, typer.Argument(help="The directory of the answers.", metavar="DIR")],
+    answers: Annotated[Path, typer.Argument(help="The file of the answers.", metavar="ANSWERS")],
     model: Model = "",
     memory: Memory = "",
     context_tokens: Context = 0,
@@ -51,27 +77,28 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Stop each text after this many tokens.", min=1)] = 200,
 ) -> None:
     """Continue every prompt of a file, by many rings at once."""
-    if not prompts.is_file():
-        raise UsageError(f"{prompts} is no file")
-    if answers.exists() and any(answers.iterdir()):
-        raise UsageError(f"{answers} has files already")
+    rows = read(prompts)
+    check_writable(answers)
     options = RingOptions(model, memory, context_tokens, tuple(settings or ()))
     resources = options.resources(cpus)
     start_ray()
     import ray
 
     try:
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
-        rows = ray.data.read_json(str(prompts), lines=True).repartition(BLOCKS * rings)
-        if "prompt" not in (rows.columns() or ()):
-            raise UsageError(f"the lines of {prompts} have no prompt")
-        texts = rows.map(
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        texts = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS * rings)).map(
             Ring,
             fn_constructor_args=(options, max_new_tokens),
             compute=ray.data.ActorPoolStrategy(size=rings),
             **resources,
         )
-        texts.write_json(str(answers))
+        with replacing(answers) as file:
+            for done, row in enumerate(texts.iter_rows(), 1):
+                file.write(row["line"].encode() + b"\n")
+                if done % TOLD == 0:
+                    say(f"{done} of {len(rows)} prompts are answered")
         say(f"wrote {answers}")
     finally:
         ray.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from pipeline.planner.budget import parse_size
 from storage.errors import UsageError
 
 RAY_EXTRA = "pip install -c constraints.txt -e '.[ray]'"  # in flashring's own directory
+OBJECTS = 100 << 20  # bytes of a local Ray's object store: prompts and texts are small
 
 Cpus = Annotated[float, typer.Option(help="Processors that one ring asks Ray for.", min=0.001)]
 
@@ -28,7 +30,7 @@ class RingOptions:
     settings: tuple[str, ...]
 
     def resources(self, cpus: float) -> dict[str, Any]:
-        """What an actor with this ring asks Ray for. A percentage is of a checkpoint: Ray is not told of it."""
+        """What an actor with this ring asks Ray for. Ray is not told of percentages."""
         wanted: dict[str, Any] = {"num_cpus": cpus}
         if self.memory and "%" not in self.memory:
             wanted["memory"] = parse_size(self.memory, "--memory", lambda: 0)
@@ -42,13 +44,12 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.init(
         address=os.environ.get("RAY_ADDRESS"),
         include_dashboard=False,
         log_to_driver=False,
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
         object_store_memory=None if "RAY_ADDRESS" in os.environ else OBJECTS,
     )
-
-
-OBJECTS = 100 << 20  # bytes of a local Ray's object store: prompts and texts are small

@@ -2,7 +2,7 @@
 
     python -m workers.lab.cluster.serve --model opt-6.7b --memory 7GiB --replicas 4
 
-Every replica is an actor with a ring, a queue and the endpoints of `pipeline/serving/http/api.py`; Serve's proxies
+Every replica is an actor with a ring, a queue and the endpoints of `pipeline/serving/http/api.py`. Proxies
 give a request to the replica that has least to do.
 """
 

@@ -1,4 +1,4 @@
-"""The reference of all configuration keys: types and bounds from pydantic's schema, meanings from the comments.
+"""The reference of all configuration keys: types from pydantic's schema, meanings from the comments.
 
 The comments of `pipeline/config.py` are the only place where a key's meaning stands: those above a key, and
 that at its line's end.
@@ -17,10 +17,10 @@ from pipeline import config
 
 HEAD = """# Configuration
 
-<!-- Made by `python -m workers.lab.documents` from pipeline/config.py. -->
+<!-- Made by `python -m workers.lab.documents` from the schema. -->
 
-Four sources, each over the one before: defaults, the model's file in `configs/`, `--config FILE`, `--set`. The files are
-TOML:
+Four sources, each over the one before: defaults, the model's file in `configs/`, `--config FILE`, `--set`.
+The files are TOML:
 
 ```toml
 [cache]
@@ -29,8 +29,9 @@ share = 0.25
 queue_depth = 128
 ```
 
-The same on a command line is `--set cache.share=0.25 --set prefetcher.queue_depth=128`. An unknown key is an error that
-names the nearest known one. A default of *left out* means that flashring decides, as the key's line says.
+On a command line the same is `--set cache.share=0.25 --set prefetcher.queue_depth=128`.
+An unknown key is an error that names the nearest known one. A default of *left out* means
+that flashring decides, as the key's line says.
 """
 
 
@@ -52,7 +53,7 @@ def page() -> str:
 
 
 def comments(source: str) -> dict[tuple[str, str], str]:
-    """What the comments say of each key of each class: the lines right above it, then those at its own lines' end."""
+    """What the comments say of each key of each class: those right above it, then those behind it."""
     alone, beside = _comments(source)
     found = {}
     for section in ast.parse(source).body:
@@ -60,7 +61,7 @@ def comments(source: str) -> dict[tuple[str, str], str]:
             continue
         for node in section.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                said = []
+                said: list[str] = []
                 line = node.lineno - 1
                 while line in alone:
                     said.insert(0, alone[line])
@@ -76,7 +77,8 @@ def _end(node: ast.AnnAssign) -> int:
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     """Comments by line: those that stand alone, and those behind code."""
-    alone, beside = {}, {}
+    alone: dict[int, str] = {}
+    beside: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ")
