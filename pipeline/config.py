@@ -136,7 +136,7 @@ class Drafts(Section):
 
 
 class Experts(Section):
-    """Lossy dials of a mixture of experts, all off. `pipeline/dials.py` says more; docs/quality.md, what they cost."""
+    """Lossy dials of a mixture of experts, all off. docs/quality.md says what they cost."""
 
     per_token: Count = 0  # experts of a token; 0: as many as the model's routers choose
     # What an expert in a slot has above others when a token's are chosen: a share of the distance from the

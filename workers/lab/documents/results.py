@@ -10,10 +10,10 @@ HEAD = """# Results
 
 <!-- Made by `python -m workers.lab.documents` from the reports in docs/results. -->
 
-Every report has its command, its machine and its conditions at the top, and beside it a
-`results.json` with all figures. [bench.md](bench.md#results-so-far) and [lowbits.md](lowbits.md) say what they
-mean. *Quickest* is the row with the least milliseconds a token (median), *slowest* the one with the most. A mark in *synthetic*
-says that no published weights were read, only a model of that shape.
+Every report has its command, its machine and its conditions at the top. Beside it lies a `results.json` with
+all figures. [bench.md](bench.md#results-so-far) and [lowbits.md](lowbits.md) say what they mean. *Quickest*
+is the row with the least milliseconds a token (median), *slowest* the one with the most. A mark in
+*synthetic* says that no published weights were read, only a model of that shape.
 
 | report | model | synthetic | memory | machine | day | rows | quickest | slowest |
 |---|---|---|---|---|---|---|---|---|
