@@ -24,7 +24,7 @@ from pipeline.commands import (
 )
 from pipeline.ending import exit_status
 
-app = program.make()
+app = program.make(completion=True)
 app.callback(invoke_without_command=True, help=generate.__doc__)(generate.command)
 app.command("chat")(chat.command)
 app.command("convert")(convert.command)

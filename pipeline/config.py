@@ -102,7 +102,9 @@ class Prefetcher(Section):
 
     readers: Annotated[int, Field(ge=1, le=64)] = 1  # queues; more cost processor time and bring no bandwidth
     queue_depth: Annotated[int, Field(ge=1, le=4096)] = 128  # reads in flight per queue
-    backend: Literal["auto", "io_uring", "threads", "aiofiles"] = "auto"
+    backend: Literal["auto", "io_uring", "threads", "aiofiles"] = (
+        "auto"  # auto: io_uring where it is, or threads
+    )
     direct: bool = True  # O_DIRECT; false: through the page cache
     # Bytes in flight in all queues: of long reads, more only delay the first of them.
     in_flight: Annotated[int, Field(ge=4096, le=1 << 40)] = 8 << 20
@@ -151,7 +153,7 @@ class Drafts(Section):
 
 
 class Experts(Section):
-    """Lossy dials of a mixture of experts, all off. `dials.py` says more; docs/quality.md, what they cost."""
+    """Lossy dials of a mixture of experts, all off. docs/quality.md says what they cost."""
 
     per_token: Count = 0  # experts of a token; 0: as many as the model's routers choose
     # What an expert in a slot has above others when a token's are chosen: a share of the distance from the
@@ -165,13 +167,13 @@ class Experts(Section):
 class Decoding(Section):
     """How to decode where the command line, or a request, does not say: how to sample, and how long.
 
-    What is left out here, the model's `generation_config.json` decides (`planner/decoding.py`).
+    What is left out here, the model's `generation_config.json` decides (`pipeline/planner/decoding.py`).
     """
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: always the likeliest token
     top_k: Count = 0  # 0: no limit
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: no limit
-    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 200
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 200  # of an answer, at most
 
     def with_seed(self, seed: int) -> Sampling:
         """How to sample, as the ring is told."""

@@ -15,9 +15,9 @@ from pipeline.ending import exit_status
 from pipeline.launch import PROGRAM, tell_started
 
 
-def make() -> typer.Typer:
-    """A program without commands yet."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+def make(*, completion: bool = False) -> typer.Typer:
+    """A program without commands yet. `completion`: with the options that make a shell complete it."""
+    return typer.Typer(add_completion=completion, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def single(main: Callable[..., None]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 from storage.errors import ConfigError
 from storage.manifest import RESIDENT
@@ -18,15 +19,18 @@ _UNITS = {
 
 def parse_budget(text: str, store: Store, key: str = "memory.budget") -> int | None:
     """Bytes of `7GiB`, `50%` (of the checkpoint) or a sum such as `50%+1GiB`; None for ''. `key` says it."""
-    if not text.strip():
-        return None
+    return parse_size(text, key, lambda: checkpoint_bytes(store)) if text.strip() else None
+
+
+def parse_size(text: str, key: str, whole: Callable[[], int]) -> int:
+    """Bytes of a size; a percentage is of `whole`. Raises ConfigError, which names `key`."""
     total = 0.0
     for term in text.split("+"):
         match = _SIZE.fullmatch(term.strip())
         if match is None:
             raise ConfigError(f"{key} takes a size such as 7GiB or 50%, not {text!r}")
         number, unit = float(match[1]), match[2].upper()
-        total += number / 100 * checkpoint_bytes(store) if unit == "%" else number * _UNITS[unit]
+        total += number / 100 * whole() if unit == "%" else number * _UNITS[unit]
     if not math.isfinite(total):
         raise ConfigError(f"{key} cannot be as large as {text[:20]}…")
     return int(total)

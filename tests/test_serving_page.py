@@ -1,4 +1,4 @@
-"""README's examples of serving and embedding, run as they are printed, on the built-in model."""
+"""The examples of docs/serving.md, run as they are printed, on the built-in model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 pytestmark = pytest.mark.ring
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def snippet(name: str) -> str:
+def snippet(name: str, page: str = PAGE) -> str:
     """The code block below the comment of that name."""
-    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    found = re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert found is not None, name
     return found.group(1)
 
@@ -71,6 +71,15 @@ def test_in_process_example_is_as_a_script_without_a_guard(text, tmp_path):
 @pytest.mark.usefixtures("server")
 def test_client_example(text, tmp_path):
     assert run([sys.executable, "-c", snippet("client example")], tmp_path) == text
+
+
+@pytest.mark.usefixtures("server")
+def test_openais_own_client(text, tmp_path):
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    assert run([sys.executable, "-c", snippet("openai example", page)], tmp_path) + "\n" in (
+        text,
+        text + "\n",
+    )
 
 
 @pytest.mark.usefixtures("server")
