@@ -21,7 +21,7 @@ from pipeline.console import say
 from pipeline.directories import check_writable
 from storage.errors import UsageError
 from storage.files import replacing
-from workers.lab.cluster.ring import Cpus, RingOptions, start_ray
+from workers.lab.cluster.ring import Cpus, RingOptions, start_ray, stop_ray
 
 BLOCKS = 4  # for each ring: so many times it gets new prompts
 TOLD = 100  # answers between two lines of progress
@@ -101,7 +101,7 @@ def main(
                     say(f"{done} of {len(rows)} prompts are answered")
         say(f"wrote {answers}")
     finally:
-        ray.shutdown()
+        stop_ray()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import typer
 
 from pipeline.launch import ROOT
 from pipeline.planner.budget import parse_size
+from pipeline.ring.supervisor import sweep_stale_directories
 from storage.errors import UsageError
 
 RAY_EXTRA = "pip install -c constraints.txt -e '.[ray]'"  # in flashring's own directory
@@ -53,3 +54,11 @@ def start_ray() -> None:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
         object_store_memory=None if "RAY_ADDRESS" in os.environ else OBJECTS,
     )
+
+
+def stop_ray() -> None:
+    """Leave Ray. It ends actors and their rings by SIGKILL: what those shared is removed here."""
+    import ray
+
+    ray.shutdown()
+    sweep_stale_directories()

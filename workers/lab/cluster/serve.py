@@ -21,7 +21,7 @@ from pipeline.commands.options import Context, Memory, Model, Settings
 from pipeline.console import say
 from pipeline.serving.endpoint import check_http
 from pipeline.serving.fronts import check_http_packages
-from workers.lab.cluster.ring import Cpus, RingOptions, start_ray
+from workers.lab.cluster.ring import Cpus, RingOptions, start_ray, stop_ray
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -70,7 +70,6 @@ def main(
     host, port = check_http(http, "")
     check_http_packages()
     start_ray()
-    import ray
     from ray import serve
 
     try:
@@ -86,7 +85,7 @@ def main(
         threading.Event().wait()
     finally:
         serve.shutdown()
-        ray.shutdown()
+        stop_ray()
 
 
 if __name__ == "__main__":
