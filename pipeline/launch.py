@@ -41,6 +41,19 @@ def module_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
 
 
+def ask_module(module: str, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end for what it prints. Raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        module_command(module, *arguments),
+        env=module_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
 def run_module(module: str, name: str, arguments: Sequence[str]) -> int:
     """Run a module to its end on this terminal; returns its exit status. `name`: what its help calls it.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.doctor.finding import Finding
-from pipeline.launch import module_command, module_environment
+from pipeline.launch import ask_module
 
 ABILITIES: Final = "workers.probe.abilities"
 PATIENCE: Final = 180.0  # seconds: a kernel may have to be compiled
@@ -18,15 +18,7 @@ PATIENCE: Final = 180.0  # seconds: a kernel may have to be compiled
 def ask(directory: Path) -> dict[str, Any]:
     """What the program says; {"failed": why} where it does not."""
     try:
-        done = subprocess.run(
-            module_command(ABILITIES, str(directory)),
-            env=module_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = ask_module(ABILITIES, str(directory), seconds=PATIENCE)
         found: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"failed": f"no answer within {PATIENCE:.0f} s"}

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from pipeline import directories
 from pipeline.cores import cores
-from pipeline.launch import module_command, module_environment
+from pipeline.launch import ask_module
 from pipeline.models import shelf
 from pipeline.planner.pace import Kernel, Rates
 from pipeline.version import version
@@ -146,15 +146,7 @@ def _renewed(kept: Kept, device: str, place: Path, codecs: tuple[str, ...], *, d
 
 def _run(line: list[str]) -> dict[str, Any]:
     try:
-        done = subprocess.run(
-            module_command(PROBE, *line),
-            env=module_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = ask_module(PROBE, *line, seconds=PATIENCE)
         found: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise ProbeFailed(f"this machine could not be measured within {PATIENCE:.0f} s") from error

@@ -96,8 +96,12 @@ class LayerCache:
 
     def _is_late(self, guess: NeuronsPredicted) -> bool:
         """Whether the guess comes after its set, which a mixture's compute sends by another way."""
-        layer, tick = self.layers[guess.layer], guess.step.number * self._plan.layers + guess.layer
+        layer, tick = self.layers[guess.layer], self._tick(guess)
         return layer.tick > tick or (layer.tick == tick and layer.settled)
+
+    def _tick(self, message: NeuronsPredicted) -> int:
+        """The message's place in the order of all steps' layers."""
+        return message.step.number * self._plan.layers + message.layer
 
     def _all(self, layer: int) -> Ids:
         """Every neuron of a layer."""
@@ -115,8 +119,7 @@ class LayerCache:
     def _turn(self, message: NeuronsPredicted) -> _Layer:
         """The message's layer, moved on to the message's step."""
         layer = self.layers[message.layer]
-        step = message.step.number
-        tick = step * self._plan.layers + message.layer
+        step, tick = message.step.number, self._tick(message)
         if layer.tick != tick:
             assert tick > layer.tick, f"step {step} of layer {message.layer} is over"
             assert layer.tick <= self._done, f"layer {message.layer} is still in use"

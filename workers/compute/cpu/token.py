@@ -88,7 +88,7 @@ class TokenOperations:
 
     def route(self, index: int, x: F32) -> Ids:
         ffn, bound = self.architecture.layers[index].ffn, self.model.layers[index]
-        self._routing = routed(ffn, bound, x, self._router_product)
+        self._routing = routed(ffn, bound, x, self._product)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
@@ -115,9 +115,6 @@ class TokenOperations:
         if self.model.project_out is not None:
             row = self._product(self.model.project_out, row)
         return finished(self.architecture, self._product(self.model.head, row)[None])
-
-    def _router_product(self, linear: Linear, x: F32) -> F32:
-        return kernels.matvec(linear.weight, x, self.threads, linear.bias)
 
     def _product(self, linear: Linear, x: F32) -> F32:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)

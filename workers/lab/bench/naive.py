@@ -75,9 +75,6 @@ class StreamedOperations(TokenOperations):
         )
         return self._product(bound.out, mixed)[None]
 
-    def _router_product(self, linear: Linear, x: F32) -> F32:
-        return self._product(linear, x)
-
     def _product(self, linear: Linear, x: F32) -> F32:
         place = self.vectors.file.place(linear.name)
         if linear.name == PROJECT_IN:  # before the token's stream begins
