@@ -212,6 +212,11 @@ class Layer:
     parallel: bool = False
     branch_scale: float = 1.0  # of both sub-layers' outputs; in sequence only
 
+    @property
+    def plain(self) -> bool:
+        """Whether the FFN reads ffn_input(x + s · A(attention_input(x))): attention's output has no norm."""
+        return not self.parallel and not {"attention_output", "attention_sum"} & self.norms.keys()
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:

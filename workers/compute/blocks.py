@@ -30,6 +30,13 @@ class Units(Protocol[Hidden]):
         """Give layer `index`'s FFN its units (`Device.ffn`); returns its output."""
 
 
+class Operations(Protocol[Hidden]):
+    """What of a device `onward` needs."""
+
+    def norm(self, index: int, place: NormPlace, x: Hidden) -> Hidden: ...
+    def attention(self, index: int, x: Hidden) -> Hidden: ...
+
+
 def run(
     architecture: Architecture, device: Device[Hidden], x: Hidden, units: Units[Hidden], early: bool = False
 ) -> Hidden:
@@ -73,7 +80,7 @@ def before_ffn(
     """
 
     def norm(place: NormPlace, x: Hidden) -> Hidden:
-        return device.norm(index, place, x) if place in layer.norms else x
+        return _normed(layer, device, index, place, x)
 
     def tell(hidden: Hidden) -> None:
         announce(hidden)
@@ -84,20 +91,29 @@ def before_ffn(
     from_layer_input = router is not None and router.reads == "layer_input"
     if from_layer_input:
         tell(x)
-    attention_input = norm("attention_input", x)
     if layer.parallel:
+        attention_input = norm("attention_input", x)
         ffn_input = norm("ffn_input", x) if "ffn_input" in layer.norms else attention_input
         if not from_layer_input:
             tell(ffn_input)
         return x + device.attention(index, attention_input), ffn_input
     if early:
         announce(norm("ffn_input", norm("attention_sum", x)))
-    branch = norm("attention_output", device.attention(index, attention_input))
-    x = norm("attention_sum", x + _scaled(layer, branch))
-    ffn_input = norm("ffn_input", x)
+    x, ffn_input = device.onward(index, x) if layer.plain else onward(layer, device, index, x)
     if not early and not from_layer_input:
         tell(ffn_input)
     return x, ffn_input
+
+
+def onward(layer: Layer, device: Operations[Hidden], index: int, x: Hidden) -> tuple[Hidden, Hidden]:
+    """The residual stream behind attention, and the FFN's input, of a layer whose sub-layers are in sequence.
+
+    `Device.onward`, step by step.
+    """
+    branch = device.attention(index, _normed(layer, device, index, "attention_input", x))
+    branch = _normed(layer, device, index, "attention_output", branch)
+    x = _normed(layer, device, index, "attention_sum", x + _scaled(layer, branch))
+    return x, _normed(layer, device, index, "ffn_input", x)
 
 
 def after_ffn(layer: Layer, device: Device[Hidden], index: int, residual: Hidden, ffn: Hidden) -> Hidden:
@@ -111,3 +127,8 @@ def after_ffn(layer: Layer, device: Device[Hidden], index: int, residual: Hidden
 def _scaled(layer: Layer, branch: Hidden) -> Hidden:
     scaled: Hidden = branch if layer.branch_scale == 1 else branch * layer.branch_scale
     return scaled
+
+
+def _normed(layer: Layer, device: Operations[Hidden], index: int, place: NormPlace, x: Hidden) -> Hidden:
+    """The norm that a layer may have at `place`."""
+    return device.norm(index, place, x) if place in layer.norms else x

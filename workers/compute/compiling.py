@@ -35,7 +35,9 @@ def of_compute(store: Store, cache: str, kind: str, device: str = "cpu") -> list
     weights = [("weights", name) for name in sorted(found)]
     if device != "cpu":
         return [*weights] if store.architecture.mixture else []
-    attention = [("attention", qkv.name, out.name, cache) for qkv, out in attention_codecs(store)]
+    attention = [
+        ("attention", qkv.name, out.name, cache, router.name) for qkv, out, router in attention_codecs(store)
+    ]
     experts = [("experts", *(codec.name for codec in three)) for three in expert_codecs(store)]
     return [*weights, *attention, *experts]
 

@@ -71,6 +71,12 @@ class Device(Protocol[Hidden]):
     def attention(self, index: int, x: Hidden) -> Hidden:
         """Layer `index`'s attention with its projections, keeping keys and values."""
 
+    def onward(self, index: int, x: Hidden) -> tuple[Hidden, Hidden]:
+        """The residual stream behind layer `index`'s attention, and the FFN's input, from that before it.
+
+        Of layers that are `plain`; `blocks.onward`, if the device has no better way.
+        """
+
     def route(self, index: int, x: Hidden) -> Ids:
         """Choose each row's experts, with weights, for layer `index`'s FFN; x is what its router reads.
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from storage.architecture import Architecture, layer
-from storage.codecs import CODECS, F32, Codec, widen
+from storage.codecs import CODECS, F32, FLOAT32, Codec, widen
 from storage.errors import StoreCorrupt, StoreError
 from storage.files import drop_cache, read_once
 from storage.header import Place
@@ -147,13 +147,17 @@ def codecs(store: Store) -> tuple[Codec, ...]:
     return tuple(CODECS[name] for name in sorted(found))
 
 
-def attention_codecs(store: Store) -> tuple[tuple[Codec, Codec], ...]:
-    """Of the matrices before and behind attention, each pair once; nothing but headers is read."""
-    file, layers = Tensors(store.path / RESIDENT), range(len(store.layout.layers))
-    pairs = {
-        tuple(file.place(layer(index, f"{one}.weight")).dtype for one in ("qkv", "out")) for index in layers
-    }
-    return tuple((CODECS[qkv], CODECS[out]) for qkv, out in sorted(pairs))
+def attention_codecs(store: Store) -> tuple[tuple[Codec, ...], ...]:
+    """Of the matrices before and behind attention and of the router, float32 without one, each three once.
+
+    Nothing but headers is read.
+    """
+    file, found = Tensors(store.path / RESIDENT), set()
+    for index in range(len(store.layout.layers)):
+        qkv, out, router = (layer(index, f"{one}.weight") for one in ("qkv", "out", "router"))
+        last = file.dtype(router) if router in file else FLOAT32.name
+        found.add((file.dtype(qkv), file.dtype(out), last))
+    return tuple(tuple(CODECS[name] for name in names) for names in sorted(found))
 
 
 def expert_codecs(store: Store) -> tuple[tuple[Codec, ...], ...]:

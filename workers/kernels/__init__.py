@@ -31,7 +31,7 @@ os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache()[0])
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from workers.kernels.attention import Attending, attend
+from workers.kernels.attention import Around, Attending, attend
 from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
@@ -46,6 +46,7 @@ from workers.kernels.warming import warm, warm_attention, warm_experts, warm_sco
 __all__ = [
     "ACTIVATIONS",
     "NO_BIAS",
+    "Around",
     "Attending",
     "accumulate",
     "activate",

@@ -1,20 +1,22 @@
 """Attention of one token: rotate it, keep its keys and values, attend to all that are kept.
 
 With its projections it is one launch (`Attending`), whose stages are the product that makes queries, keys and
-values, their keeping, the heads, and the product that makes the output. `attend` is what lies between the
-products alone.
+values, their keeping, the heads, and the product that makes the output. Where the block allows, the launch
+begins with the norm before it, and goes on to the residual stream, the FFN's norm and the router's product.
+`attend` is what lies between the products alone.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from numba import njit, prange
 
 from storage.architecture import Attention, Norm
-from storage.codecs import F32, Carrier, Codec
+from storage.codecs import F32, FLOAT32, Carrier, Codec
 from storage.layout import Rows
 from workers.kernels.codecs import scalars
 from workers.kernels.dense import share_of_product
@@ -22,9 +24,13 @@ from workers.kernels.launch import FAST, chunks_of, rows_ahead, stages, take, te
 from workers.kernels.norms import norm_layer, norm_rms
 from workers.kernels.rows import add_four, add_one, dots, four, loops
 
-_NO_SINKS = np.zeros(0, np.float32)
-_NORMS = {"rms": 1, "layer": 2}  # 0: queries and keys have none
-_PROJECTED, _KEPT, _MIXED, _OUT = range(4)  # stages
+Placed: TypeAlias = "tuple[Norm | None, F32, F32]"  # a norm, its weight and its bias, or none and no numbers
+
+_NOTHING = np.zeros(0, np.float32)
+_NO_NORM: Placed = (None, _NOTHING, _NOTHING)
+_NO_ROUTER = Rows.of_matrix(np.zeros((0, 1), np.float32), FLOAT32)
+_NORMS = {"rms": 1, "layer": 2}  # 0: there is none
+_PROJECTED, _KEPT, _MIXED, _OUT, _ADDED, _ROUTED = range(6)  # stages
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -47,14 +53,23 @@ def put(codec: Any, vectors: Any, position: Any, cache: Any) -> None:
 
 
 @njit(nogil=True)
-def _norm(kind: Any, vectors: Any, width: Any, weight: Any, bias: Any, offset: Any, epsilon: Any) -> None:
+def _norm(norm: Any, x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """The norm of x, which may be `out`."""
+    kind, offset, epsilon = norm
+    if kind == 1:
+        norm_rms(x, weight, offset, epsilon, out)
+    elif kind == 2:
+        norm_layer(x, weight, bias, epsilon, out)
+    else:
+        out[:] = x
+
+
+@njit(nogil=True)
+def _norm_each(norm: Any, vectors: Any, width: Any, weight: Any, bias: Any) -> None:
     """The norm of every `width` values, in place."""
     for start in range(0, vectors.shape[0], width):
         some = vectors[start : start + width]
-        if kind == 1:
-            norm_rms(some, weight, offset, epsilon, some)
-        else:
-            norm_layer(some, weight, bias, epsilon, some)
+        _norm(norm, some, weight, bias, some)
 
 
 @njit(nogil=True)
@@ -202,22 +217,38 @@ def _project_and_attend(
     bias: Any,
     sinks: Any,
     scores: Any,
+    before: Any,
+    before_weight: Any,
+    before_bias: Any,
+    after: Any,
+    after_weight: Any,
+    after_bias: Any,
+    share: Any,
+    router: Any,
+    router_memory: Any,
+    router_place: Any,
+    router_bias: Any,
     x: Any,
     position: Any,
     y: Any,
+    fed: Any,
+    logits: Any,
     threads: Any,
 ) -> None:
     qkv_first, qkv_step, qkv_ahead = qkv_place
     out_first, out_step, out_ahead = out_place
-    norm_kind, norm_offset, norm_epsilon = norm
+    router_first, router_step, router_ahead = router_place
+    norm_kind, _, _ = norm
     heads, width = scores.shape[0], keys.shape[2]
     queried, known = heads * width, (heads + keys.shape[0]) * width
     projected = np.empty(known + keys.shape[0] * width, np.float32)
     mixed = np.empty(queried, np.float32)
     length = position + 1
     first = max(0, length - window)
-    given = qkv.prepare(x)
-    progress = stages(4)
+    seen = np.empty(x.shape[0], np.float32)
+    _norm(before, x, before_weight, before_bias, seen)
+    given = qkv.prepare(seen)
+    progress = stages(6)
     for _ in prange(threads):
         share_of_product(
             progress, _PROJECTED, qkv, qkv_memory, qkv_first, qkv_step, given, qkv_bias, projected, qkv_ahead
@@ -226,8 +257,8 @@ def _project_and_attend(
         if take(progress, _KEPT) == 0:
             if norm_kind:
                 own, q, k = norm_width, projected[:queried], projected[queried:known]
-                _norm(norm_kind, q, own or queried, q_weight, q_bias, norm_offset, norm_epsilon)
-                _norm(norm_kind, k, own or known - queried, k_weight, k_bias, norm_offset, norm_epsilon)
+                _norm_each(norm, q, own or queried, q_weight, q_bias)
+                _norm_each(norm, k, own or known - queried, k_weight, k_bias)
             _keep(codec, projected, heads, cosines[position], sines[position], keys, values, position)
             tell(progress, _KEPT)
         wait(progress, _KEPT, 1)
@@ -260,6 +291,41 @@ def _project_and_attend(
             y,
             out_ahead,
         )
+        if fed.shape[0] > 0:
+            wait(progress, _OUT, chunks_of(y.shape[0]))
+            if take(progress, _ADDED) == 0:
+                for j in range(y.shape[0]):
+                    y[j] = x[j] + share * y[j]
+                _norm(after, y, after_weight, after_bias, fed)
+                tell(progress, _ADDED)
+            if logits.shape[0] > 0:
+                wait(progress, _ADDED, 1)
+                share_of_product(
+                    progress,
+                    _ROUTED,
+                    router,
+                    router_memory,
+                    router_first,
+                    router_step,
+                    router.prepare(fed),
+                    router_bias,
+                    logits,
+                    router_ahead,
+                )
+
+
+_launch: Any = _project_and_attend  # called with tuples of what does not change
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a block does with one token before and behind attention, up to its FFN."""
+
+    before: Placed = _NO_NORM  # of attention's input
+    after: Placed = _NO_NORM  # of the FFN's input
+    share: float = 1.0  # of attention's output that is added to the residual stream
+    router: Rows = field(default=_NO_ROUTER)  # no rows: none
+    router_bias: F32 = field(default_factory=lambda: _NOTHING)
 
 
 class Attending:
@@ -279,22 +345,25 @@ class Attending:
         codec: Codec,
         scores: F32,
         threads: int,
-        sinks: F32 = _NO_SINKS,
+        sinks: F32 = _NOTHING,
+        around: Around | None = None,
     ) -> None:
         """`norms`: weights and biases of the queries' norm and of the keys', empty where there is none.
 
         `angles`: cos and sin of every position, as `attend` takes one's; `cache`: keys and values, in the
-        carrier of `codec`; bias, scores and sinks as for `attend`.
+        carrier of `codec`; bias, scores and sinks as for `attend`. `around`: for `onward`.
         """
         norm = None if attention.qk_norm is None else attention.qk_norm.norm
         whole = attention.qk_norm is not None and attention.qk_norm.over == "whole"
         keys, values = cache
+        around = around or Around()
         self._token_bytes = 2 * attention.heads * attention.head_dim * keys.itemsize
         self._weight_bytes = qkv.memory.nbytes + out.memory.nbytes
         self._window = attention.window or keys.shape[1]
         self._width = out.memory.shape[0]
+        self._experts = around.router.memory.shape[0]
         self._threads = threads
-        self._bound = (
+        bound = (
             *_matrix(qkv),
             qkv_bias,
             *_matrix(out),
@@ -313,14 +382,42 @@ class Attending:
             sinks,
             scores,
         )
+        self._alone = (*bound, *_bound(Around(router=around.router)))
+        self._onward = (*bound, *_bound(around))
 
     def __call__(self, x: F32, position: int) -> F32:
         """Attention's output [d_model] for the token at `position`, from its input x [d_model]."""
+        return self._launch(self._alone, x, position, _NOTHING, _NOTHING)
+
+    def onward(self, x: F32, position: int) -> tuple[F32, F32, F32]:
+        """What a block does up to its FFN, from the residual stream x [d_model].
+
+        Returns the residual stream behind attention and the FFN's input, both [d_model], and the router's
+        logits [experts].
+        """
+        fed, logits = np.empty(self._width, np.float32), np.empty(self._experts, np.float32)
+        return self._launch(self._onward, x, position, fed, logits), fed, logits
+
+    def _launch(self, bound: tuple[Any, ...], x: F32, position: int, fed: F32, logits: F32) -> F32:
         y = np.empty(self._width, np.float32)
         seen = min(position + 1, self._window)
         launched = use_threads(self._threads, self._weight_bytes + seen * self._token_bytes)
-        _project_and_attend(*self._bound, x, position, y, launched)
+        _launch(*bound, x, position, y, fed, logits, launched)
         return y
+
+
+def _bound(around: Around) -> tuple[Any, ...]:
+    """As compiled code takes it."""
+    before, after = around.before, around.after
+    return (
+        _described(before[0]),
+        *before[1:],
+        _described(after[0]),
+        *after[1:],
+        np.float32(around.share),
+        *_matrix(around.router),
+        around.router_bias,
+    )
 
 
 def _matrix(rows: Rows) -> tuple[Any, Carrier, tuple[int, int, int]]:
@@ -350,7 +447,7 @@ def attend(
     threads: int,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: F32 = _NO_SINKS,
+    sinks: F32 = _NOTHING,
 ) -> F32:
     """Attention of the token at `position`; returns [heads · head_dim].
 

@@ -7,7 +7,7 @@ import numpy as np
 from storage.architecture import Architecture, Attention, Ffn, Router
 from storage.codecs import FLOAT16, Codec
 from storage.layout import Rows
-from workers.kernels.attention import Attending
+from workers.kernels.attention import Around, Attending
 from workers.kernels.dense import NO_BIAS, matvec
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
@@ -65,8 +65,11 @@ def warm_experts(gate: Codec, up: Codec, down: Codec) -> None:
     choose(Router(1), x[None])
 
 
-def warm_attention(qkv: Codec, out: Codec, cache: Codec) -> None:
-    """The same for attention, with its matrices in these codecs, keys and values in `cache`."""
+def warm_attention(qkv: Codec, out: Codec, cache: Codec, router: Codec) -> None:
+    """The same for attention, with its matrices in these codecs, keys and values in `cache`.
+
+    `router` is that of the layers' routers, float32 without any.
+    """
     attention = Attention(heads=2, kv_heads=1, head_dim=_WIDTH // 2, scale=1.0)
     qkv_rows, out_rows = (
         Rows.of_matrix(np.zeros((lines, codec.elements(_WIDTH)), codec.carrier), codec)
@@ -87,6 +90,7 @@ def warm_attention(qkv: Codec, out: Codec, cache: Codec) -> None:
         cache,
         np.zeros((2, 1), np.float32),
         1,
+        around=Around(router=Rows.of_matrix(np.zeros((1, router.elements(_WIDTH)), router.carrier), router)),
     )
     attending(np.zeros(_WIDTH, np.float32), 0)
 

@@ -22,6 +22,7 @@ from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
 from storage.layout import Role, Unit, neurons_of
 from workers import kernels
+from workers.compute import blocks
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed, row_product
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
@@ -78,6 +79,9 @@ class BatchOperations:
         if before is not None:
             keys, values = (np.concatenate(pair, axis=1) for pair in zip(before, (keys, values), strict=True))
         return self._linear(bound.out, self._mixed(index, queries, keys, values))
+
+    def onward(self, index: int, x: F32) -> tuple[F32, F32]:
+        return blocks.onward(self.architecture.layers[index], self, index, x)
 
     def _mixed(self, index: int, queries: F32, keys: F32, values: F32) -> F32:
         """Causal attention, [tokens, heads · head_dim]; some tokens of a head at a time."""

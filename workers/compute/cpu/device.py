@@ -64,6 +64,9 @@ class CpuDevice:
     def attention(self, index: int, x: F32) -> F32:
         return self._now.attention(index, x)
 
+    def onward(self, index: int, x: F32) -> tuple[F32, F32]:
+        return self._now.onward(index, x)
+
     def route(self, index: int, x: F32) -> Ids:
         return self._now.route(index, x)
 

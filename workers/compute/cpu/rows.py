@@ -36,6 +36,10 @@ class RowsOperations:
         """Each row sees the keys and values of those before it, and none behind it."""
         return self._by_row(lambda row: self._token.attention(index, x[row : row + 1]), len(x))
 
+    def onward(self, index: int, x: F32) -> tuple[F32, F32]:
+        both = self._by_row(lambda row: np.stack(self._token.onward(index, x[row : row + 1]), 1), len(x))
+        return both[:, 0], both[:, 1]
+
     def route(self, index: int, x: F32) -> Ids:
         raise AssertionError("a mixture's tokens come one by one")
 

@@ -45,6 +45,7 @@ class TokenOperations:
         context = cache.keys[0].shape[1]
         heads = max(layer.attention.heads for layer in layers)
         self.scores = np.empty((heads, context), np.float32)  # of one layer
+        self._routed = kernels.NO_BIAS, kernels.NO_BIAS  # the last FFN's input, and its router's logits
         self._attending = [self._bound_attention(index) for index in range(len(layers))]
 
     def _bound_attention(self, index: int) -> kernels.Attending:
@@ -68,7 +69,22 @@ class TokenOperations:
             self.scores[: described.heads],
             self.threads,
             bound.sinks,
+            self._around(index),
         )
+
+    def _around(self, index: int) -> kernels.Around | None:
+        """What the launch does beside attention; None: nothing."""
+        described, bound = self.architecture.layers[index], self.model.layers[index]
+        if not described.plain:
+            return None
+        before, after = (
+            (placed.norm, placed.weight, placed.bias) if placed else (None, kernels.NO_BIAS, kernels.NO_BIAS)
+            for placed in (bound.norms.get("attention_input"), bound.norms.get("ffn_input"))
+        )
+        router, reads = bound.router, described.ffn.router
+        if router is None or reads is None or reads.reads == "layer_input":
+            return kernels.Around(before, after, described.branch_scale)
+        return kernels.Around(before, after, described.branch_scale, router.weight, router.bias)
 
     def embed(self, tokens: npt.NDArray[np.integer[Any]]) -> F32:
         x: F32 = self.source.lines(EMBED, tokens)[0]
@@ -86,9 +102,19 @@ class TokenOperations:
     def attention(self, index: int, x: F32) -> F32:
         return self._attending[index](x[0], self.first)[None]
 
+    def onward(self, index: int, x: F32) -> tuple[F32, F32]:
+        x, fed, logits = self._attending[index].onward(x[0], self.first)
+        self._routed = fed, logits
+        return x[None], fed[None]
+
     def route(self, index: int, x: F32) -> Ids:
         ffn, bound = self.architecture.layers[index].ffn, self.model.layers[index]
-        self._routing = routed(ffn, bound, x, self._product)
+        fed, logits = self._routed
+        if x.base is fed and logits.size:  # the launch that made x has multiplied it, too
+            assert ffn.router is not None
+            self._routing = kernels.choose(ffn.router, logits[None])
+        else:
+            self._routing = routed(ffn, bound, x, self._product)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:

@@ -18,6 +18,7 @@ from pipeline.ring.counters import of_layer
 from storage.architecture import Attention, Ffn, NormPlace
 from storage.codecs import F32, FLOAT32, Codec
 from workers import kernels
+from workers.compute import blocks
 from workers.compute.bound import Linear, Source
 from workers.compute.device import Mask
 from workers.compute.logits import finished
@@ -97,6 +98,9 @@ class TorchDevice:
             queries = _normed_heads(a, placed.q_norm, queries)
             keys = _normed_heads(a, placed.k_norm, keys)
         return placed.out(self._attending(index, queries, keys, values, placed.sinks))
+
+    def onward(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return blocks.onward(self.architecture.layers[index], self, index, x)
 
     def route(self, index: int, x: Tensor) -> Ids:
         """One row after the other, by the kernel that the predictor chooses with: the bits are the same."""

@@ -33,6 +33,7 @@ from storage.manifest import BUNDLES, RESIDENT
 from storage.store import Store
 from storage.tensors import Tensors
 from workers import kernels
+from workers.compute import blocks
 from workers.compute.blocks import run
 from workers.compute.bound import Linear
 from workers.compute.cpu.device import CpuDevice
@@ -74,6 +75,9 @@ class StreamedOperations(TokenOperations):
             bound.sinks,
         )
         return self._product(bound.out, mixed)[None]
+
+    def onward(self, index: int, x: F32) -> tuple[F32, F32]:
+        return blocks.onward(self.architecture.layers[index], self, index, x)
 
     def _product(self, linear: Linear, x: F32) -> F32:
         place = self.vectors.file.place(linear.name)
