@@ -42,7 +42,7 @@ def test_a_decoder_gives_a_value_or_a_sentence(every: dict[str, Target], name: s
 
 def test_what_is_no_sentence_of_ours_is_found(tmp_path: Path) -> None:
     target = Target("bad", st.just(3), lambda value: 1 // (value - 3))
-    count, _, problem = run_for(target, 60.0, examples=100)
+    count, _, _, problem = run_for(target, 60.0, examples=100)
     assert count > 0
     assert "ZeroDivisionError" in problem
 

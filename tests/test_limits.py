@@ -92,10 +92,10 @@ def test_a_system_that_forbids_memfd_gets_a_file_without_a_name(
     monkeypatch.setattr(segments.os, "memfd_create", refuse)
     if not shared:
         monkeypatch.setattr(segments, "SHARED_MEMORY", str(tmp_path / "absent"))
-    descriptor = segments._nameless("x")
+    descriptor = segments._nameless("x", 4096)
     try:
-        os.ftruncate(descriptor, 4096)
         assert os.fstat(descriptor).st_nlink == 0
+        assert os.fstat(descriptor).st_size == 4096
     finally:
         os.close(descriptor)
 
@@ -106,4 +106,4 @@ def test_a_memfd_beyond_the_limit_of_descriptors_stays_an_error(monkeypatch: pyt
 
     monkeypatch.setattr(segments.os, "memfd_create", refuse)
     with pytest.raises(OSError, match="Too many open files"):
-        segments._nameless("x")
+        segments._nameless("x", 4096)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import resource
+from pathlib import Path
 
 from storage.errors import RingError, reason
 
@@ -15,6 +17,7 @@ LIMITS = {
     errno.EMFILE: DESCRIPTORS,
     errno.ENFILE: "the system has no more open files to give: see fs.file-max",
     errno.ENOMEM: MEMORY,
+    errno.ENOSPC: "there is no room left: see `df /dev/shm`, and TMPDIR",
 }
 SAID = {
     "can't start new thread": PROCESSES,
@@ -25,6 +28,31 @@ SAID = {
     "Cannot allocate memory": MEMORY,
     "failed to map segment from shared object": MEMORY,
 }
+
+OPEN_FILES = 64  # that each process of a ring may have; 48 were enough for one reader
+VMSTAT = Path("/proc/vmstat")
+
+
+def check_open_files() -> None:
+    """Raises RingError where fewer may be open than a ring needs.
+
+    ZeroMQ does not say that it had no more: a message would only not come.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < OPEN_FILES:
+        raise RingError(
+            f"each process of a ring needs {OPEN_FILES} open files, and {allowed} are allowed: "
+            "see `ulimit -n`"
+        )
+
+
+def kills_for_memory() -> int:
+    """How often the kernel has ended a process because memory, or a cgroup's, was used up."""
+    try:
+        counters = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+        return int(counters.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def refused(error: OSError, what: str) -> RingError:

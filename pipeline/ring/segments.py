@@ -7,6 +7,7 @@ reader is done with it, because rows are per layer and a layer has one set in fl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -56,14 +57,13 @@ def sizes(plan: Plan) -> dict[str, int]:
 def create(plan: Plan) -> dict[str, int]:
     """Make all segments; returns a file descriptor for each name, owned by the caller.
 
-    Raises OSError where there are no descriptors left, or for a size beyond the system's limits. Memory is
+    Raises OSError where there are no descriptors left, or for a size beyond the system's limits. A memfd is
     not reserved: a page is taken when it is first written, or registered for reads.
     """
     descriptors: dict[str, int] = {}
     try:
         for name, size in sizes(plan).items():
-            descriptors[name] = _nameless(f"flashring-{name}")
-            os.ftruncate(descriptors[name], size)
+            descriptors[name] = _nameless(f"flashring-{name}", size)
     except OSError:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -71,16 +71,33 @@ def create(plan: Plan) -> dict[str, int]:
     return descriptors
 
 
-def _nameless(label: str) -> int:
+def _nameless(label: str, size: int) -> int:
     """A memfd; where the system forbids it, a file without a name, in shared memory or on disk."""
-    if hasattr(os, "memfd_create"):
-        try:
-            return os.memfd_create(label)
-        except OSError as error:
-            if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EACCES}:
-                raise
-    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    try:
+        descriptor = os.memfd_create(label)
+    except OSError as error:
+        if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EACCES}:
+            raise
+        return _unnamed_file(size)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unnamed_file(size: int) -> int:
+    """On the first file system with the room, and reserved: who writes a page that is not there is killed."""
+    if os.access(SHARED_MEMORY, os.W_OK):
+        with contextlib.suppress(OSError):
+            return _reserved(SHARED_MEMORY, size)
+    return _reserved(None, size)
+
+
+def _reserved(place: str | None, size: int) -> int:
     with tempfile.TemporaryFile(dir=place) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
         return os.dup(file.fileno())
 
 

@@ -24,7 +24,7 @@ from pipeline.launch import module_command, module_environment
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.compiling import MissingKernels, compile_kernels
-from pipeline.ring.limits import explained, refused
+from pipeline.ring.limits import check_open_files, explained, kills_for_memory, refused
 from pipeline.ring.memory import PeakMemory
 from pipeline.ring.messages import (
     PROTOCOL_VERSION,
@@ -54,6 +54,9 @@ WATCH_SECONDS = 0.05  # how often the processes are looked at while waiting for 
 # Where nobody else needs the cores, threads look for their next work for some time before they sleep: a
 # token of SmolLM2-135M then takes 13 instead of 16.5 ms. Elsewhere they would take them from the readers.
 AWAKE = {"GOMP_SPINCOUNT": "8000"}
+OUT_OF_MEMORY = (
+    "the kernel has ended a process for want of memory meanwhile; give --memory less, or the cgroup more"
+)
 DIRECTORY_PREFIX = "flashring-"
 LONGEST_PARENT = 60  # bytes; a socket's whole path may have 107
 
@@ -70,6 +73,7 @@ class WorkerProcess:
     ) -> None:
         """`settings` are added to the process's environment; `program` stands in for the worker's own."""
         self.name = name
+        self._kills = kills_for_memory()
         self._errors: IO[bytes] | None = None
         environment = {**module_environment(), **settings}
         if not os.environ.get("FLASHRING_DEBUG"):
@@ -99,6 +103,8 @@ class WorkerProcess:
         how = (
             f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         )
+        if status == -signal.SIGKILL and kills_for_memory() > self._kills:
+            how += f": {OUT_OF_MEMORY}"
         words = self._last_words()
         return f"the {self.name} worker (pid {self.process.pid}) {how}" + (
             f": {explained(words)}" if words else ""
@@ -135,6 +141,7 @@ class Supervisor:
         Raises RingError when a worker dies, fails or stays silent, or when processes or shared memory
         cannot be had.
         """
+        check_open_files()
         cache, why = kernel_cache()
         if why:
             say(f"{why}: compiled kernels are kept in {cache}")

@@ -23,7 +23,10 @@ AT_ONCE = 2000  # examples between two looks at the clock
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Decoders; all without.", metavar="NAME")] = None,
-    minutes: Annotated[float, typer.Option(help="Of each.", min=0.01)] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Of processor time, for each.", min=0.01)] = 10.0,
+    first_seed: Annotated[
+        int, typer.Option("--seed", help="Of the first round; each later one has the next.")
+    ] = 1,
 ) -> None:
     """Give decoders changed and random input; anything but a sentence of ours is a failure."""
     failed = []
@@ -34,9 +37,10 @@ def main(
             raise UsageError(f"there is no decoder {min(unknown)}; known are {', '.join(known)}")
         for target in every:
             if not names or target.name in names:
-                count, slowest, problem = run_for(target, minutes * 60)
+                count, slowest, last, problem = run_for(target, minutes * 60, first=first_seed)
                 end = "; FAILED" if problem else ""
-                say(f"{target.name}: {count:,} inputs, the slowest took {slowest:.2f} s{end}")
+                seeds = f"seeds {first_seed} to {last}"
+                say(f"{target.name}: {count:,} inputs, {seeds}, the slowest took {slowest:.2f} s{end}")
                 if problem:
                     say(problem)
                     failed.append(target.name)
@@ -44,11 +48,16 @@ def main(
         raise FlashringError(f"these decoders failed: {', '.join(failed)}")
 
 
-def run_for(target: Target, seconds: float, examples: int = AT_ONCE) -> tuple[int, float, str]:
-    """Inputs, the longest time of one in seconds, and the first failure with its least input."""
-    count, slowest, round_ = 0, 0.0, 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def run_for(
+    target: Target, seconds: float, examples: int = AT_ONCE, first: int = 1
+) -> tuple[int, float, int, str]:
+    """Inputs, the longest of one in seconds, the last round's seed, and the first failure with its least input.
+
+    Seconds are the processor's: a process that others stop for minutes has tried nothing meanwhile.
+    """
+    count, slowest, round_ = 0, 0.0, first - 1
+    end = time.process_time() + seconds
+    while time.process_time() < end:
         round_ += 1
 
         @seed(round_)
@@ -58,21 +67,21 @@ def run_for(target: Target, seconds: float, examples: int = AT_ONCE) -> tuple[in
         @given(target.inputs)
         def attempt(value: Any) -> None:
             nonlocal count, slowest
-            if time.monotonic() >= end:
+            if time.process_time() >= end:
                 return
-            begun = time.monotonic()
+            begun = time.process_time()
             try:
                 target.check(value)
             finally:
-                count, slowest = count + 1, max(slowest, time.monotonic() - begun)
+                count, slowest = count + 1, max(slowest, time.process_time() - begun)
 
         try:
             attempt()
         except HypothesisException:
             raise
         except Exception as error:
-            return count, slowest, "".join(traceback.format_exception(error))
-    return count, slowest, ""
+            return count, slowest, round_, "".join(traceback.format_exception(error))
+    return count, slowest, round_, ""
 
 
 def run() -> int:
