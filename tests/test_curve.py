@@ -26,7 +26,7 @@ from workers.lab.evaluation.curve import questions
 from workers.lab.evaluation.curve.__main__ import run
 from workers.lab.evaluation.curve.calibration import Mode, calibrate, centre, centres_of
 from workers.lab.evaluation.curve.copies import Copy
-from workers.lab.evaluation.curve.journal import Journal
+from workers.lab.evaluation.curve.journal import Journal, Stage
 from workers.lab.evaluation.curve.layer import FfnRows, Inputs, LayerFfn, best
 from workers.lab.evaluation.curve.measure import copy_bytes, measure, recall, row_bytes
 from workers.lab.evaluation.curve.passes import Passes
@@ -492,3 +492,50 @@ def test_questions_are_answered_as_the_evaluation_does(
     for one, other, dense_one in zip(exact, low, scores, strict=True):
         assert one == (pytest.approx(dense_one[0], abs=1e-4), dense_one[1])
         assert abs(other[0] - one[0]) > 0
+
+
+def test_what_choices_share_changes_no_answer(passes: Passes) -> None:
+    """Beside every pair by itself; a choice that another begins with, and one question twice."""
+    contexts = ([5, 9, 11], [5, 9, 12, 40, 41], [5, 9, 11])
+    pairs = [(one, two) for one in contexts for two in ([7, 30], [7], [7, 30, 31, 8], [60, 61])]
+    whole = Variant("some", thresholds=(0.02,) * 3, scored="own", others="low", copy=COPY)
+    variants = [DENSE, plain(COPY), whole]
+    centres = [torch.zeros(256)] * 3
+    together = questions.continuations(passes, pairs, variants, centres)
+    for number, pair in enumerate(pairs):
+        alone = questions.continuations(passes, [pair], variants, centres)
+        for many, (one,) in zip(together, alone, strict=True):
+            assert many[number] == (pytest.approx(one[0], abs=1e-5), one[1])
+
+
+def test_the_first_with_the_same_text() -> None:
+    tokens = np.array([[5, 6, 7, 0], [5, 6, 7, 8], [5, 7, 7, 8], [6, 6, 0, 0]])
+    found = questions.first_alike(tokens, [3, 4, 4, 2])
+    assert found.view(4, 4).tolist() == [[0, 1, 2, 0], [0, 1, 2, 7], [0, 9, 10, 11], [12, 13, 0, 0]]
+
+
+def test_stopped_questions_go_on(passes: Passes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [{"query": f"word {n}", "choices": ["cat", "a dog"], "gold": n % 2} for n in range(6)]
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.setattr(questions, "_TOGETHER", 2)
+    monkeypatch.setattr(journals, "EVERY", 0.0)
+    tokenizer, every = load_tokenizer(passes.store), [plain(COPY)]
+
+    def asked(stage: Stage | None) -> object:
+        centres = [torch.zeros(256)] * 3
+        return questions.ask(passes, tokenizer, "arc_easy", tmp_path, 0, every, centres, stage=stage)
+
+    expected, real, rounds = asked(None), questions.continuations, list[int]()
+
+    def stopping(*given: object) -> object:
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(questions, "continuations", stopping)
+    journal = Journal(tmp_path / "partial")
+    with pytest.raises(KeyboardInterrupt):
+        asked(journal.stage("arc_easy"))
+    assert asked(journal.stage("arc_easy")) == expected
+    assert len(rounds) == 4  # the first round of three is not computed again

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
+from rich.table import Table
 
 from pipeline import program
 from pipeline.commands.options import Bits, Memory, Model
@@ -35,7 +36,8 @@ from workers.lab.evaluation.curve.passes import Passes
 from workers.lab.evaluation.curve.questions import ask
 from workers.lab.evaluation.curve.table import measured_table
 from workers.lab.evaluation.curve.variant import Variant, plain
-from workers.lab.evaluation.report import TaskReport, task_table
+from workers.lab.evaluation.report import TaskReport
+from workers.lab.evaluation.statistics import Estimate
 from workers.lab.evaluation.tasks import TASKS
 from workers.lab.training.texts import rows
 
@@ -156,30 +158,46 @@ def main(
         points = [point.result for point in decided.points.values()]
         if copy in CODECS:
             write_dial(store, described(store, decided, text.name, learned.size, behind.size))
-        journal.close()
         report = _Report(decided.path, points)
+        if told := shown_tables and not as_json:  # each as soon as it is there: tasks take their time
+            tables().print(measured_table(f"held out; default: {decided.default}", points))
         shown = [one.variant for one in points] + [plain(name) for name in others]
         once = list({_alike(one): one for one in shown}.values())  # points may be one and the same
         centres = decided.calibration.centres
         if test is not None:
             some = rows(test, store, test_tokens, longest=sizes.length)
-            found = measure(passes, some, once, centres, seed, lambda *at: bars.tell("test", *at))
+            found = measure(
+                passes, some, once, centres, seed, lambda *at: bars.tell("test", *at), journal.stage("test")
+            )
             report.test = [
                 found[0],
                 *(replace(one, variant=variant) for variant, one in _each(shown, once, found[1:])),
             ]
+            if told:
+                tables().print(measured_table("test", report.test))
         for name in names:
             assert data is not None
-            told = ask(passes, load_tokenizer(store), name, data, limit, once, centres, bars.tell)
-            report.tasks[name] = [one for _, one in _each(shown, once, told)]
+            answered = ask(
+                passes,
+                load_tokenizer(store),
+                name,
+                data,
+                limit,
+                once,
+                centres,
+                bars.tell,
+                journal.stage(name),
+            )
+            report.tasks[name] = [one for _, one in _each(shown, once, answered)]
+            if told:
+                tables().print(_answers(report.tasks[name], [one.name for one in shown]))
+    journal.close()
     if copy in CODECS:
         say(f"the dial lies in {store.path / DIAL}; its default is {decided.default}")
     else:
         say(f"stores cannot hold {copy}: the dial was measured, and is not kept")
     if as_json:
         print(json.dumps({"model": store.manifest.name, "default": decided.default, **asdict(report)}))
-    elif shown_tables:
-        _print(report, decided.default, [one.name for one in shown])
 
 
 def _alike(variant: Variant) -> Variant:
@@ -197,15 +215,18 @@ def _each(
     return ((variant, known[_alike(variant)]) for variant in shown)
 
 
-def _print(report: _Report, default: str, names: Sequence[str]) -> None:
-    console = tables()
-    console.print(measured_table(f"held out; default: {default}", report.points))
-    if report.test:
-        console.print(measured_table("test", report.test))
-    for found in report.tasks.values():
-        for name, one in zip(names, found, strict=True):
-            console.print(name)
-            console.print(task_table([one]))
+def _answers(found: Sequence[TaskReport], names: Sequence[str]) -> Table:
+    """One task, a variant a row, below the exact model."""
+    first = found[0]
+    shown = Table(f"{first.task}, {first.items:,} items", "right", "apart from exact", "right, per byte")
+    shown.add_row("exact", first.dense.percent(), "", _percent(first.dense_normalised))
+    for name, one in zip(names, found, strict=True):
+        shown.add_row(name, one.sparse.percent(), one.difference.percent(), _percent(one.sparse_normalised))
+    return shown
+
+
+def _percent(share: Estimate | None) -> str:
+    return "–" if share is None else share.percent()
 
 
 def run() -> int:

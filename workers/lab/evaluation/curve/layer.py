@@ -41,7 +41,7 @@ class Inputs:
     early: Tensor
     previous: Tensor
 
-    def some(self, rows: slice) -> Inputs:
+    def some(self, rows: slice | Tensor) -> Inputs:
         return Inputs(self.own[rows], self.early[rows], self.previous[rows])
 
     def every(self, step: int) -> Inputs:
@@ -104,7 +104,7 @@ class LayerFfn:
         Rows of `whole` [n] bool have all their neurons, in true rows. `known` keeps activations for further
         calls with the same inputs.
         """
-        known = {} if known is None else known
+        several, known = known is not None, {} if known is None else known
         a = self._lazily(self.rows, inputs.own, known)
         low = self._lazily(self.copies[variant.copy], inputs.own, known) if variant.copy else a
         if variant.scored == "true":
@@ -116,17 +116,24 @@ class LayerFfn:
             scored = self._lazily(self.copies[variant.copy], inputs.of(variant.scored), known)
         chosen = self._choose(variant, index, scored, centre, len(whole))
         chosen[whole] = True
-        values = a() if variant.reads == "all" else torch.where(whole[:, None], a(), low())
         output = torch.zeros_like(inputs.own)
         if self.down_bias.numel():
             output += self.down_bias
-        match variant.others:
-            case "mean":
-                return torch.addmm(output, torch.where(chosen, values, centre), self.rows.down), chosen
-            case "low":
-                assert variant.copy is not None
-                output = torch.addmm(output, low() * ~chosen, self.copies[variant.copy].down)
-        return torch.addmm(output, values * chosen, self.rows.down), chosen
+        if variant.others == "mean":
+            values = a() if variant.reads == "all" else torch.where(whole[:, None], a(), low())
+            return torch.addmm(output, torch.where(chosen, values, centre), self.rows.down), chosen
+        if variant.others == "low" and not chosen.all():
+            assert variant.copy is not None
+            output = torch.addmm(output, low() * ~chosen, self.copies[variant.copy].down)
+        some = chosen.any(dim=1).nonzero()[:, 0]  # where no neuron is chosen no true rows are needed
+        if len(some) == len(chosen) or several or (variant.scored == "true" and variant.share != 0):
+            values = a()[some]
+        else:
+            values = self.activations(self.rows, inputs.own[some])
+        if variant.reads == "down":
+            values = torch.where(whole[some, None], values, low()[some])
+        output[some] = torch.addmm(output[some], values * chosen[some], self.rows.down)
+        return output, chosen
 
     def _lazily(self, rows: FfnRows, x: Tensor, known: Known) -> Callable[[], Tensor]:
         """Activations that are computed once, when they are first asked for."""

@@ -97,12 +97,14 @@ class Passes:
         see: See | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         stage: Stage | None = None,
+        first_alike: Tensor | None = None,
     ) -> list[Tensor]:
         """The last layer's output of every variant, [sequences, tokens, d_model], of equally long sequences.
 
         The first variant must touch every layer: it is what the others are until the one layer that they
         touch. `centres` [neurons] of each layer; None: zeros. `see` is told of every FFN, but for those that
-        `stage` has kept from an earlier run.
+        `stage` has kept from an earlier run. `first_alike` [sequences · tokens]: of each token the first one
+        with the same text so far, which has the same FFN's output; None: they are all different.
         """
         device, layers = self._device, self.store.architecture.layers
         assert variants[0].only is None
@@ -113,7 +115,8 @@ class Passes:
         }
         whole = torch.zeros(tokens.shape, dtype=torch.bool)
         whole[:, 0] = True
-        whole = whole.flatten()
+        alike = None if first_alike is None else first_alike.unique(return_inverse=True)
+        whole = whole.flatten() if alike is None else whole.flatten()[alike[0]]
         stage = stage or Stage()
         first, kept = stage.resume(self._about(tokens, variants))
         states |= {number: _State(*one) for number, one in kept.items()}
@@ -126,7 +129,11 @@ class Passes:
             for number in sorted(states, reverse=True):  # the first at last: others begin with its state
                 one = variants[number] if variants[number].touches(index) else variants[0]
                 residual, inputs = self._before(index, layer, states[number])
+                if alike is not None:
+                    inputs = inputs.some(alike[0])
                 output, chosen = _output(ffn, one, index, inputs, centre, whole)
+                if alike is not None:
+                    output = output[alike[1]]
                 if see is not None:
                     see(index, variants[number], ffn, inputs, chosen)
                 states[number] = _State(after_ffn(layer, device, index, residual, output), residual)
