@@ -12,12 +12,19 @@ from collections.abc import Callable
 import typer
 
 from pipeline.ending import exit_status
+from pipeline.help import Group, Program
 from pipeline.launch import PROGRAM, tell_started
 
 
 def make(*, completion: bool = False) -> typer.Typer:
     """A program without commands yet. `completion`: with the options that make a shell complete it."""
-    return typer.Typer(add_completion=completion, pretty_exceptions_enable=False, rich_markup_mode=None)
+    return Program(
+        cls=Group,
+        add_completion=completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def single(main: Callable[..., None]) -> int:

@@ -111,7 +111,7 @@ class Lines:
 
 
 class _OnTerminal:
-    """Rich's bars, gone at the end."""
+    """Rich's bars, gone at the end. Until the first stage is told, one runs to and fro."""
 
     def __init__(self, what: str, unit: str) -> None:
         self._what = what
@@ -131,8 +131,12 @@ class _OnTerminal:
             transient=True,
             disable=is_quiet(),
         )
+        self._first: TaskID | None = self._bars.add_task(what, total=None)
 
     def tell(self, stage: str, done: int, total: int) -> None:
+        if self._first is not None:
+            self._bars.remove_task(self._first)
+            self._first = None
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(f"{self._what}: {stage}", total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)

@@ -25,6 +25,9 @@ SHOW = "\x1b7\x1b[?7l{}\x1b[?7h\x1b8"
 
 Clock = Callable[[], float]
 
+# Who is `telling` now, outermost first. There is one terminal, and the innermost knows most.
+_TELLING: list[object] = []
+
 
 class Pace:
     """When the next line is due: `first` seconds after the last sign of life, then every `every` seconds."""
@@ -75,21 +78,27 @@ class Status:
 
 @contextmanager
 def telling(text: Callable[[], str], status: Status | None = None) -> Iterator[None]:
-    """Tell the text while work that does not come back is done, from a thread of its own."""
+    """Tell the text while work that does not come back is done, from a thread of its own.
+
+    It waits while other work within this work tells a text.
+    """
     shown = status or Status()
     ended = threading.Event()
 
     def tick() -> None:
         while not ended.wait(TICK_SECONDS):
-            shown.tell(text)
+            if _TELLING[-1:] == [shown]:
+                shown.tell(text)
 
     thread = threading.Thread(target=tick, name="status", daemon=True)
+    _TELLING.append(shown)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+        _TELLING.remove(shown)
         shown.clear()
 
 

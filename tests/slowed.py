@@ -43,4 +43,7 @@ if __name__ == "__main__":
         from pipeline.cli import main
 
         sys.exit(main())
-    sys.exit(importlib.import_module(f"{program}.__main__").run())
+    found: Any = importlib.import_module(program)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{program}.__main__")
+    sys.exit(found.run())

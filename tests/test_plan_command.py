@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import pytest
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
+from pipeline import console, status
 from pipeline.cli import app
 from pipeline.models.names import configure
 from pipeline.models.published import PUBLISHED
 from pipeline.planner import rates
 from pipeline.planner.survey import subject, with_memory
 from storage.errors import FlashringError
+from workers.probe import others
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +54,44 @@ def test_every_preset_that_fits_is_told_and_every_other_is_named(home: Path) -> 
     assert len(fits) + len(found["left_out"]) == 3 * (len(PUBLISHED) + 1) + 1  # the mixture has its own bits
     assert all(one["memory_bytes"] <= 6 << 30 for one in found["models"])
     assert not (home / "stores").exists()
+
+
+def test_the_probe_is_not_silent_and_tells_of_programs_that_disturbed_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = json.loads((home / "machine.json").read_text(encoding="utf-8"))
+    waited = threading.Event()
+
+    def probe(others: float) -> Callable[..., subprocess.CompletedProcess[str]]:
+        disk = next(iter(kept["disks"].values()))
+        said = json.dumps({**kept["memory"], "kinds": kept["kernels"], "disk": disk, "others": others})
+
+        def ask(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+            waited.wait(0.5)
+            return subprocess.CompletedProcess([], 0, said, "")
+
+        return ask
+
+    monkeypatch.setattr(status, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(status, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(rates, "ask_module", probe(0.01))
+    rates.measured(renew=True, say=console.say)
+    said = capsys.readouterr().err
+    assert "measuring this machine: 0 s so far" in said
+    assert "other programs" not in said
+    monkeypatch.setattr(rates, "ask_module", probe(0.4))
+    rates.measured(renew=True, say=console.say)
+    rates.measured(say=console.say)  # kept, and still told
+    assert capsys.readouterr().err.count("other programs took 40% of the processors") == 2
+
+
+def test_what_others_took_is_neither_idle_nor_ours() -> None:
+    before, after = others.Moment(all=100, idle=40, own=5), others.Moment(all=120, idle=46, own=9)
+    assert others.share(before, after) == pytest.approx((20 - 6 - 4) / 20)
+    assert others.share(after, after) == 0
+    now = others.Moment.now()
+    assert now.all > now.idle > 0
+    assert now.own > 0
 
 
 def test_more_memory_reads_less_and_is_quicker() -> None:

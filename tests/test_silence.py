@@ -79,6 +79,73 @@ def commands(place: Path, out: Path) -> dict[str, Slow]:
     }
 
 
+def measurements(place: Path, out: Path) -> dict[str, Slow]:
+    """Those that import torch, or run many rings, in a pipe alone."""
+    sparse, dense, text = str(place / "sparse-store"), str(place / "dense-store"), str(place / "text")
+    lab = "workers.lab"
+    return {
+        "evaluate": Slow(
+            f"{lab}.offline.dense",
+            "DenseModel.__init__",
+            f"{lab}.evaluation",
+            ("--model", sparse, "--text", text, "--tokens", "64"),
+            "evaluating: ",
+        ),
+        "calibrate": Slow(
+            f"{lab}.evaluation.curve.passes",
+            "Passes.run",
+            f"{lab}.evaluation.curve.calibrate",
+            ("--model", dense, "--text", text, "--quick", "--tokens", "64", "--held-out", "64"),
+            "evaluating: ",
+        ),
+        "relufy": Slow(
+            f"{lab}.relufy.train",
+            "_step",
+            f"{lab}.relufy",
+            (
+                *(str(place / "dense"), str(out / "relufied"), "--text", text, "--steps", "1"),
+                *("--tokens", "32", "--length", "16", "--test-tokens", "32"),
+            ),
+            "distilling dense: ",
+        ),
+        "trace record": Slow(
+            f"{lab}.offline.record",
+            "record",
+            f"{lab}.traces",
+            ("record", str(out / "trace.npz"), "--model", sparse, "--text", text, "--tokens", "64"),
+            "recording: ",
+        ),
+        "bench": Slow(
+            f"{lab}.bench.series",
+            "Series.again",
+            f"{lab}.bench",
+            (
+                *("--model", sparse, "--out", str(out / "bench"), "--parts", "ablation", "--row", "hybrid"),
+                *("--quick", "--no-plots", "--text", text),
+            ),
+            "measuring ",
+        ),
+        "tune": Slow(
+            "pipeline.tuning.trial",
+            "_decode",
+            "run.py",
+            (
+                *("tune", "--model", sparse, "--minutes", "0.1", "--tokens", "6", "--prompt", "one two"),
+                *("--out", str(out / "tuned.toml")),
+            ),
+            "trial 1: the beginning",
+        ),
+        "repair": Slow(
+            "storage.repair",
+            "_Repair.run",
+            "run.py",
+            ("repair", sparse, "--from", str(place / "sparse")),
+            "repairing sparse-store",
+        ),
+        "doctor": Slow("pipeline.doctor.abilities", "ask_module", "run.py", ("doctor",), "looking at "),
+    }
+
+
 def hear(name: str, slow: Slow, note: Path, terminal: bool) -> tuple[str, Slow, Heard, list[float]]:
     """What a slowed command wrote when, and the moments between which it slept."""
     line = [sys.executable, str(TESTS / "slowed.py"), str(note), slow.module, slow.function, slow.program]
@@ -91,10 +158,12 @@ def hear(name: str, slow: Slow, note: Path, terminal: bool) -> tuple[str, Slow, 
 def test_no_long_command_is_silent_for_long(place: Path, tmp_path: Path):
     """All at once, since they sleep most of the time. Told are the silences while a step sleeps."""
     jobs = []
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(20) as pool:
         for where in ("pipe", "terminal"):
             (tmp_path / where).mkdir()
-            for number, (name, slow) in enumerate(commands(place, tmp_path / where).items()):
+            slowed = commands(place, tmp_path / where)
+            slowed |= measurements(place, tmp_path / where) if where == "pipe" else {}
+            for number, (name, slow) in enumerate(slowed.items()):
                 note = tmp_path / f"{where}-{number}"
                 jobs.append(pool.submit(hear, f"{name}, {where}", slow, note, where == "terminal"))
     for name, slow, heard, slept in (job.result() for job in jobs):

@@ -70,6 +70,35 @@ def test_work_that_reports_nothing_is_never_silent_for_long(monkeypatch, clock, 
         assert min(silences(stream, start, stream.moments[-1])[:-1]) > LINE_SECONDS - 1e-6  # and no more
 
 
+def test_of_work_within_work_the_inner_one_tells(monkeypatch, clock):
+    monkeypatch.setattr(status, "TICK_SECONDS", 0.001)
+    said: list[str] = []
+    heard = threading.Event()
+
+    def tell(text: str) -> str:
+        said.append(text)
+        heard.set()
+        return text
+
+    def wait() -> None:
+        heard.clear()
+        assert heard.wait(10)
+
+    listen(monkeypatch, clock, terminal=True)
+    monkeypatch.setattr(status, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(status, "TERMINAL_SECONDS", 0.0)
+    with status.telling(lambda: tell("outer"), Status(terminal=True)):
+        wait()
+        with status.telling(lambda: tell("inner"), Status(terminal=True)):
+            said.clear()
+            wait()
+            wait()
+            assert set(said[1:]) == {"inner"}, "the outer one may have been about to tell"
+        said.clear()
+        wait()
+        assert said[-1] == "outer"
+
+
 def test_short_work_says_nothing_in_a_pipe(monkeypatch, clock):
     stream = listen(monkeypatch, clock, terminal=False)
     shown = Status(clock, terminal=False)

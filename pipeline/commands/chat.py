@@ -102,7 +102,10 @@ def command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Converse with a model; Ctrl-C ends an answer, /help lists what else there is."""
+    """Converse with a model.
+
+    Ctrl-C ends an answer, and /help lists what else there is. In a pipe every line is a message.
+    """
     schema = read_schema(json_schema).text if json_schema else None
     values: Values = {
         "model": {"bits": bits},

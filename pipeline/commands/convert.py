@@ -29,11 +29,13 @@ def command(
     ],
     out: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
     alignment: Annotated[
-        int, typer.Option(help="Bundles start at multiples of this many bytes.")
+        int, typer.Option(help="Every bundle starts at a multiple of this many bytes.")
     ] = DEFAULT_ALIGNMENT,
     order: Annotated[
         Path | None,
-        typer.Option(help="Which neuron lies where: a file that `trace order` wrote.", metavar="ORDER.npy"),
+        typer.Option(
+            help="Which neuron lies where: a file that run.py trace order wrote.", metavar="ORDER.npy"
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -46,7 +48,7 @@ def command(
     shadow: Annotated[
         int | None,
         typer.Option(
-            help="Also make the store's shadow, in 4 or 8 bits: see run.py shadow.", show_default=False
+            help="Also make the store's shadow, in 4 or 8 bits; see run.py shadow.", show_default=False
         ),
     ] = None,
     dial: Annotated[
@@ -66,7 +68,10 @@ def command(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint or a GGUF file into a store; an interrupted conversion resumes."""
+    """Convert a checkpoint or a GGUF file into a store.
+
+    Checkpoints are those of Hugging Face. An interrupted conversion goes on where it was.
+    """
     source, trained = find_source(model), None if predictors_of is None else Store.open(predictors_of)
     convert(
         source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype, bits=bits

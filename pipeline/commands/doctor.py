@@ -30,7 +30,7 @@ def command(
         bool, typer.Option("--measure", help="Also measure the disk, where that was not done yet.")
     ] = False,
 ) -> None:
-    """Tell what this machine offers and lacks, what follows from each, and what helps.
+    """Tell what this machine offers and lacks, and what helps.
 
     The exit status is 0 where flashring can run, however slowly, and 1 where it cannot.
     """

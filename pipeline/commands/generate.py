@@ -1,4 +1,7 @@
-"""Language models larger than memory: FFN weights on flash, fetched by a ring of processes."""
+"""Run language models that are larger than memory.
+
+With --prompt it continues a text. The commands below do everything else; each has a --help of its own.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ from pipeline.watching.waits import Viewer, Waits
 from pipeline.watching.watch import Watch as Watcher
 from storage.errors import UsageError
 from storage.rounding import read_cost
+from storage.store import Store
 
 if TYPE_CHECKING:
     from pipeline.ring.generation import GenerationParams
@@ -59,8 +63,6 @@ if TYPE_CHECKING:
     from pipeline.ring.session import Session
     from pipeline.ring.summary import Summary
     from pipeline.serving.chat import ChatTemplate
-    from storage.rounding import read_cost
-from storage.store import Store
 
 
 def _print_version(asked: bool) -> None:
@@ -71,7 +73,12 @@ def _print_version(asked: bool) -> None:
 
 Text = Annotated[
     str | None,
-    typer.Option("--prompt", help="Text to continue.", metavar="TEXT", show_default=False),
+    typer.Option(
+        "--prompt",
+        help="The text to continue; - reads it from standard input.",
+        metavar="TEXT",
+        show_default=False,
+    ),
 ]
 
 
@@ -96,7 +103,7 @@ def command(
     config_file: ConfigFile = None,
     settings: Settings = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask the text as a question, through the model's chat template.")
+        bool, typer.Option("--chat", help="Ask the prompt as a question, through the model's chat template.")
     ] = False,
     chat_template: ChatTemplateFile = None,
     as_json: Annotated[
@@ -142,6 +149,8 @@ def command(
         return
     if prompt is None:
         raise UsageError('nothing to do: give --prompt "Once upon a time", or see --help')
+    if prompt == "-":
+        prompt = _from_standard_input()
     if not prompt:
         raise UsageError("the prompt is empty")
     forced = _read_tokens(force_tokens) if force_tokens else ()
@@ -193,6 +202,14 @@ def command(
         say(describe(summary))
         if summary.audit is not None:
             say(summary.audit.describe())
+
+
+def _from_standard_input() -> str:
+    """All of it, without the line's end that echo and editors put behind a text."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input cannot be read as text: {error}") from error
 
 
 def _draft_values(draft: str) -> dict[str, str | None]:

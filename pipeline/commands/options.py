@@ -16,20 +16,24 @@ Model = Annotated[
     str,
     typer.Option(
         help="A preset of configs/, a Hugging Face id, a GGUF file, or the directory of a checkpoint or "
-        "store. Without it: the built-in model.",
+        "store. [default: the built-in model]",
         metavar="NAME|DIR",
         show_default=False,
     ),
 ]
 Memory = Annotated[
     str,
-    typer.Option(help="Budget for everything: 7GiB, or 50% of the checkpoint.", metavar="SIZE"),
+    typer.Option(
+        help="Budget for everything together: a size (7GiB), a share of the checkpoint (50%), or their sum "
+        "(50%+1GiB).",
+        metavar="SIZE",
+    ),
 ]
 Device = Annotated[
     str,
     typer.Option(
-        help="What computes: cpu; or by torch torch-cpu, cuda (NVIDIA), mps (Metal). "
-        "[default: the configuration's, cpu]",
+        help="What computes: cpu, or through torch torch-cpu, cuda (NVIDIA) or mps (Metal). "
+        "[default: as configured, cpu]",
         metavar="NAME",
         show_default=False,
     ),
@@ -37,7 +41,7 @@ Device = Annotated[
 DeviceMemory = Annotated[
     str,
     typer.Option(
-        help="Budget of the device's memory: 7GiB, or 50% of the checkpoint. [default: nearly all that a GPU "
+        help="Budget of the device's own memory, in the forms of --memory. [default: nearly all that a GPU "
         "has free]",
         metavar="SIZE",
         show_default=False,
@@ -46,22 +50,26 @@ DeviceMemory = Annotated[
 Bits = Annotated[
     int | None,
     typer.Option(
-        help="8 or 4: weights are rounded to so many bits, once. 16: they are not, and those of a GGUF file "
-        "are widened. [default: as the model's files have them]",
+        help="Round the weights to 8 or 4 bits, once, into a store of its own. 16 keeps them, and widens "
+        "those of a GGUF file. [default: as the model's files have them]",
         show_default=False,
     ),
 ]
 Context = Annotated[
-    int, typer.Option("--context", help="Tokens of KV cache; 0: 2048 or the model's limit.", min=0)
+    int,
+    typer.Option(
+        "--context", help="Tokens of prompt and answer together. 0: the model's limit, at most 2048.", min=0
+    ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A TOML file as in configs/.", metavar="FILE")
+    Path | None,
+    typer.Option("--config", help="A TOML file of settings, such as those in configs/.", metavar="FILE"),
 ]
 Quality = Annotated[
     str,
     typer.Option(
-        help="exact, high, balanced, fast or small: the weights as they are, or less for a lower price; see "
-        "docs/quality.md. [default: as the model's configuration says]",
+        help="How exactly the model is computed: exact, high, balanced, fast or small, each reading less "
+        "than the one before; see docs/quality.md. [default: as the model's configuration says]",
         metavar="WORD",
         show_default=False,
         callback=check_word,
@@ -70,8 +78,8 @@ Quality = Annotated[
 Verify = Annotated[
     str,
     typer.Option(
-        help="Compare what is read with its checksums: off, sample (one unit of 16) or always. [default: the "
-        "configuration's, sample]",
+        help="Which reads are compared with their checksums: off, sample (one unit of 16) or always. "
+        "[default: as configured, sample]",
         metavar="WORD",
         show_default=False,
         callback=check_verify,
@@ -80,7 +88,9 @@ Verify = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Override one configuration key; may be repeated.", metavar="SECTION.KEY=VALUE"
+        "--set",
+        help="Override one key of the configuration; may be repeated. docs/configuration.md lists them.",
+        metavar="SECTION.KEY=VALUE",
     ),
 ]
 
@@ -89,17 +99,31 @@ ChatTemplateFile = Annotated[
     typer.Option(help="A chat template (Jinja) instead of the model's own.", metavar="FILE"),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 always takes the likeliest token.", show_default=False)
+    float | None,
+    typer.Option(
+        help="How freely tokens are sampled; 0 always takes the likeliest. [default: the model's own]",
+        show_default=False,
+    ),
 ]
 TopP = Annotated[
-    float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default=False)
+    float | None,
+    typer.Option(
+        help="Sample from the likeliest tokens that have this probability together. "
+        "[default: the model's own]",
+        show_default=False,
+    ),
 ]
-TopK = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0: all.", show_default=False)]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Sample from this many likeliest tokens; 0: all. [default: the model's own]", show_default=False
+    ),
+]
 JsonSchema = Annotated[
     Path | None,
-    typer.Option("--json-schema", help="An answer is JSON of the schema in this file.", metavar="FILE"),
+    typer.Option("--json-schema", help="Hold the answer to the JSON schema in this file.", metavar="FILE"),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling: an equal seed gives an equal text.")]
 
 
 def _be_quiet(asked: bool) -> bool:
@@ -119,7 +143,13 @@ Watch = Annotated[
     ),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say how memory is divided and what was chosen.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Say how the memory is divided and what was chosen; at the end, what was planned beside what "
+        "came.",
+    ),
 ]
 
 
@@ -130,15 +160,19 @@ def _writable(file: Path | None) -> Path | None:
     return file
 
 
-Picture = Annotated[Path | None, typer.Option(help="Write a PNG.", metavar="FILE", callback=_writable)]
+Picture = Annotated[
+    Path | None, typer.Option(help="Also draw it into this file, a PNG.", metavar="FILE", callback=_writable)
+]
 JsonFile = Annotated[
-    Path | None, typer.Option(help="Write everything there too.", metavar="FILE", callback=_writable)
+    Path | None,
+    typer.Option(help="Also write all of it into this file, as JSON.", metavar="FILE", callback=_writable),
 ]
 TimelineFile = Annotated[
     Path | None,
     typer.Option(
         "--timeline",
-        help="Write what every process did and when, for Perfetto and run.py timeline; .gz compresses it.",
+        help="Record what every process did and when, for run.py timeline and Perfetto. A name that ends in "
+        ".gz compresses it.",
         metavar="FILE",
         callback=_writable,
         show_default=False,

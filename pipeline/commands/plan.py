@@ -40,10 +40,11 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Tell what runs on this machine, how fast, and with how much memory, before anything is fetched.
+    """Tell what runs on this machine, and how fast.
 
-    Without --model: every preset in 16, 8 and 4 bits that fits. With it: one model's memory, its time by
-    source, the least memory that works, and the memory beyond which more does not help.
+    Nothing is fetched for it. Without --model it lists every preset in 16, 8 and 4 bits that fits. With it,
+    it tells one model's memory, its time by source, the least memory that works, and the memory beyond which
+    more does not help.
     """
     if model:
         values: Values = {

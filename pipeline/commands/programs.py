@@ -12,28 +12,28 @@ from pipeline import launch
 PROGRAMS = {
     "bench": (
         "workers.lab.bench",
-        "Measure what a token costs, technique by technique, and how close that is to the hardware's limits",
+        "Measure what a token costs, technique by technique",
     ),
     "bench-serving": ("workers.lab.bench.serving", "Measure what serving costs a token"),
     "bench-structured": (
         "workers.lab.structured",
-        "Answer by JSON schemas, check every answer, and measure what a mask costs a token",
+        "Measure what answers by JSON schemas cost a token",
     ),
-    "train-predictor": ("workers.lab.training", "Train the predictors of a model on a text"),
+    "train-predictor": ("workers.lab.training", "Train the predictors of a ReLU model on a text"),
     "evaluate": (
         "workers.lab.evaluation",
-        "Compare the sparse model with the dense one on text and questions",
+        "Compare the sparse model with the dense one",
     ),
     "calibrate": (
         "workers.lab.evaluation.curve.calibrate",
-        "Measure the dial of a model without zeros, and keep it in its store",
+        "Measure the dial of a model without zeros",
     ),
     "relufy": (
         "workers.lab.relufy",
-        "Swap a checkpoint's smooth activation for ReLU, and distil it against itself",
+        "Give a checkpoint ReLU, and distil it against itself",
     ),
-    "trace": ("workers.lab.traces", "Record which neurons a text uses, and replay it against cache policies"),
-    "synthesize": ("workers.lab.synthesis", "Write or measure a synthetic checkpoint"),
+    "trace": ("workers.lab.traces", "Record which neurons a text uses, and replay it"),
+    "synthesize": ("workers.lab.synthesis", "Write a synthetic model of a published shape"),
 }
 
 

@@ -25,7 +25,10 @@ def command(
         ),
     ] = "",
 ) -> None:
-    """Write what is damaged in a store anew, from its checkpoint; what is intact is not touched."""
+    """Write what is damaged in a store anew.
+
+    It comes from the store's checkpoint. What is intact is not touched.
+    """
     from pipeline.models import builtin
     from pipeline.models.names import find_source
     from pipeline.progress import Progress

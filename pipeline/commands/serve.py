@@ -70,20 +70,19 @@ def command(
     quality: Quality = "",
     verify: Verify = "",
     context_tokens: Context = 0,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.", min=1)] = 64,
-    deadline: Annotated[
-        float, typer.Option(help="Longest time of one request, seconds.", min=0.001)
-    ] = 3600.0,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; further ones are refused.", min=1)] = 64,
+    deadline: Annotated[float, typer.Option(help="Seconds that one request may take.", min=0.001)] = 3600.0,
     max_message: Annotated[
-        int, typer.Option(help="Largest request, bytes; a longer one is refused.", min=1024, max=1 << 30)
+        int,
+        typer.Option(help="Bytes of the largest request; a larger one is refused.", min=1024, max=1 << 30),
     ] = 1 << 20,
     chat_template: ChatTemplateFile = None,
     reuse_prefix: Annotated[
         bool,
         typer.Option(
             "--reuse-prefix",
-            help="Keep the last request's keys and values for a prompt that begins like it; faster, but the "
-            "text may then depend on what was asked before.",
+            help="Keep the last request's keys and values for a prompt that begins like it. That is faster, "
+            "but the text may then depend on what was asked before.",
         ),
     ] = False,
     curve_keys: KeyDirectory = None,
@@ -94,7 +93,10 @@ def command(
     timeline: TimelineFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Keep one ring warm, and answer clients until interrupted; see SECURITY.md for who may connect."""
+    """Serve a model to clients, until interrupted.
+
+    One ring is kept warm, and answers one request after another. SECURITY.md says who may connect.
+    """
     if make_keys_in is not None:
         for path in make_keys(make_keys_in):
             say(f"wrote {path}")

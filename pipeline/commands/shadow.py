@@ -18,10 +18,13 @@ def command(
     model: Annotated[
         str, typer.Argument(help="A store's directory, or whatever else --model takes.", metavar="STORE")
     ],
-    bits: Annotated[int, typer.Option(help="Of a weight: 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of a weight in the copy: 4 or 8.")] = 4,
     quiet: Quiet = False,
 ) -> None:
-    """Make a store's shadow: its FFNs in few bits, which --quality high, balanced, fast and small need."""
+    """Make a store's shadow, a copy of its FFNs in few bits.
+
+    --quality high, balanced, fast and small need it.
+    """
     make(find_source(model).open_store(), bits)
 
 

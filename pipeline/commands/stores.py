@@ -21,7 +21,7 @@ def listed(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
 ) -> None:
-    """List the stores that models were converted into, or remove one."""
+    """List the converted stores, or remove one."""
     if context.invoked_subcommand is not None:
         return
     found = shelf.kept()
@@ -48,7 +48,10 @@ def remove(
     name: Annotated[str, typer.Argument(help="The store's directory, or its name.", metavar="STORE")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove one store; the model is converted again when it is next used."""
+    """Remove one store.
+
+    Its model is converted again when it is next used.
+    """
     store = shelf.find(name)
     if not yes and not typer.confirm(_question(store), err=True):
         raise UsageError(f"{store.path.name} stays")

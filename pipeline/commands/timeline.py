@@ -15,7 +15,10 @@ def command(
     file: Annotated[Path, typer.Argument(help="What --timeline has written.", metavar="FILE")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what bounds a run, and where a token's time goes, from the file of --timeline."""
+    """Say what bounded a run, from the file of --timeline.
+
+    A table says where a token's time went.
+    """
     found = reading.read(trace.load(file))
     sentences = bound.describe(found)
     if as_json:

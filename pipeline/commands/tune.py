@@ -15,6 +15,7 @@ from pipeline.directories import check_writable
 from pipeline.models.names import configure
 from pipeline.planner import rates
 from pipeline.planner.divide import PlanReport, plan
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.files import write_whole
 from storage.store import Store
@@ -32,20 +33,23 @@ def command(
     context_tokens: Context = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
-    minutes: Annotated[float, typer.Option(help="How long the search may take.", min=0.1)] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Minutes that the search may take.", min=0.1)] = 10.0,
     out: Annotated[
         Path, typer.Option(help="The configuration file to write; one that is there is not touched.")
     ] = Path("tuned.toml"),
     tokens: Annotated[
         int, typer.Option(help=f"Tokens of a trial; 0: {TOKENS}, or fewer of a slow model.", min=0)
     ] = 0,
-    prompt: Annotated[str, typer.Option(help="What the trials' text begins with.")] = "Once upon a time",
+    prompt: Annotated[
+        str, typer.Option(help="What the text of the trials begins with.")
+    ] = "Once upon a time",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Search for settings that are quicker on this machine, and write them as a configuration file.
+    """Search for settings that are quicker on this machine.
 
-    No text changes. Settings are compared by rings that decode the same tokens, in turn; what is not quicker
-    in medians stays as it was. Run it on a machine that does nothing else.
+    They are written as a configuration file. No text changes. Settings are compared by rings that decode the
+    same tokens, in turn, and what is not quicker in medians stays as it was. Run it on a machine that does
+    nothing else.
     """
     from pipeline.tuning import document, knobs, search, trial
     from pipeline.tuning.show import Show
@@ -63,7 +67,8 @@ def command(
     report = plan(store, config)
     found = knobs.knobs(report.config, report.plan)
     say(f"{store.manifest.name}: {', '.join(one.key for one in found)}, for {minutes:g} minutes")
-    text = trial.own_text(store, config, prompt, tokens or TOKENS)
+    with waiting("writing the trials' text"):
+        text = trial.own_text(store, config, prompt, tokens or TOKENS)
     if not tokens:
         text = text.within((deadline - time.monotonic()) / TRIALS)
 

@@ -15,7 +15,7 @@ def command(
     store: Annotated[Path, typer.Argument(help="The store's directory.", metavar="STORE")],
     quiet: Quiet = False,
 ) -> None:
-    """Read a whole store again and compare every byte with its checksums."""
+    """Compare every byte of a store with its checksums."""
     from pipeline.progress import Progress
     from storage.verify import verify
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pipeline.doctor.finding import Finding
 from pipeline.launch import ask_module
+from pipeline.status import waiting
 
 ABILITIES: Final = "workers.probe.abilities"
 PATIENCE: Final = 180.0  # seconds: a kernel may have to be compiled
@@ -18,7 +19,8 @@ PATIENCE: Final = 180.0  # seconds: a kernel may have to be compiled
 def ask(directory: Path) -> dict[str, Any]:
     """What the program says; {"failed": why} where it does not."""
     try:
-        done = ask_module(ABILITIES, str(directory), seconds=PATIENCE)
+        with waiting("looking at this machine"):
+            done = ask_module(ABILITIES, str(directory), seconds=PATIENCE)
         found: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"failed": f"no answer within {PATIENCE:.0f} s"}

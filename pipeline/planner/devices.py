@@ -11,9 +11,10 @@ from typing import Final
 
 from pipeline.config import Config
 from pipeline.console import size
-from pipeline.launch import module_command, module_environment
+from pipeline.launch import ask_module
 from pipeline.planner.budget import parse_budget
 from pipeline.ring.plan import HOST, QUERIES, WIDENED, Plan
+from pipeline.status import waiting
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
@@ -44,15 +45,8 @@ class Found:
 def probe(kind: str) -> Found:
     """The GPU that torch finds. Raises ConfigError where there is none."""
     try:
-        done = subprocess.run(
-            module_command(PROBE, kind),
-            env=module_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
+        with waiting("asking torch for a device"):
+            done = ask_module(PROBE, kind, seconds=PROBE_SECONDS)
         said = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         raise ConfigError(f"compute.device is {kind}, and torch cannot be asked for one") from error

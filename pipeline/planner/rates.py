@@ -23,6 +23,7 @@ from pipeline.cores import cores
 from pipeline.launch import ask_module
 from pipeline.models import shelf
 from pipeline.planner.pace import Kernel, Rates
+from pipeline.status import waiting
 from pipeline.version import version
 from storage.errors import FlashringError, UsageError, reason
 from storage.files import write_whole
@@ -34,6 +35,7 @@ PATIENCE: Final = 600.0  # seconds: kernels may have to be compiled
 LARGE: Final = 64 << 20  # bytes of a file that is worth reading
 WRITTEN: Final = 256 << 20  # bytes of one that is written where there is none
 FORMAT: Final = 2
+BUSY: Final = 0.15  # of the processors, from which on others have made a measurement too slow
 
 
 class ProbeFailed(FlashringError):
@@ -48,6 +50,7 @@ class Kept:
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, dict[str, float]] = field(default_factory=dict)
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the device's number
+    others: float = 0.0  # share of the processors that other programs took meanwhile
 
     @property
     def whole(self) -> bool:
@@ -94,8 +97,14 @@ def measured(
     disk_missing = device not in kept.disks
     if missing or disk_missing:
         say("measuring this machine for some seconds, once (kernels may have to be compiled first)")
-        kept = _renewed(kept, device, place, missing, disk_missing=disk_missing)
+        with waiting("measuring this machine"):
+            kept = _renewed(kept, device, place, missing, disk_missing=disk_missing)
         _write(kept)
+    if kept.others > BUSY:
+        say(
+            f"other programs took {kept.others:.0%} of the processors while this machine was measured, so "
+            f"everything is quicker than told here: `run.py plan --probe` measures again"
+        )
     return rates(kept, device)
 
 
@@ -138,10 +147,11 @@ def _renewed(kept: Kept, device: str, place: Path, codecs: tuple[str, ...], *, d
         line = [str(file), "--parts", ",".join(parts), "--codecs", ",".join(codecs or CODECS[:1])]
         found = _run(line)
     disks = {**kept.disks, **({device: found["disk"]} if disk_missing else {})}
+    others = max(kept.others, found["others"])
     if not codecs:
-        return Kept(kept.machine, kept.memory, kept.kernels, disks)
+        return Kept(kept.machine, kept.memory, kept.kernels, disks, others)
     memory = {name: found[name] for name in ("read", "launch", "scoring", "arithmetic", "hop")}
-    return Kept(kept.machine, memory, {**kept.kernels, **found["kinds"]}, disks)
+    return Kept(kept.machine, memory, {**kept.kernels, **found["kinds"]}, disks, others)
 
 
 def _run(line: list[str]) -> dict[str, Any]:
@@ -197,7 +207,6 @@ def _read() -> Kept:
 
 def _write(kept: Kept) -> None:
     """Without it the next plan measures again."""
-    data = {name: getattr(kept, name) for name in ("machine", "memory", "kernels", "disks")}
     with contextlib.suppress(OSError):
         kept_at().parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept_at(), json.dumps(data, indent=1).encode())
+        write_whole(kept_at(), json.dumps(asdict(kept), indent=1).encode())

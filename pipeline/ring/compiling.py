@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.launch import module_command, module_environment
 from pipeline.ring.memory import proportional_bytes
 from pipeline.ring.plan import Plan
-from pipeline.status import waiting
+from pipeline.status import duration, telling
 from storage.store import Store
 
 COMPILER = "workers.compute.compiling"
@@ -34,28 +34,49 @@ def compile_kernels(store: Store, config: Config, plan: Plan) -> int:
     if config.drafts.kind == "model":
         devices[Path(config.drafts.model)] = "cpu"
     choices = (plan.cache_dtype, config.compute.activations, plan.forecast.kind)
-    with waiting("compiling kernels for this machine, once"):
-        return max(_compile(path.resolve(), (*choices, device)) for path, device in devices.items())
+    progress = Progress()
+    with telling(progress.text):
+        return max(_compile(path.resolve(), (*choices, device), progress) for path, device in devices.items())
 
 
-def _compile(store: Path, choices: tuple[str, ...]) -> int:
-    process = subprocess.Popen(
+class Progress:
+    """How far the compiler says it is: lines of a number and the number of all."""
+
+    def __init__(self) -> None:
+        self._began, self._part = time.monotonic(), ""
+
+    def heard(self, lines: bytes) -> None:
+        """Something that the compiler wrote; empty for nothing."""
+        if words := lines.split(b"\n")[-2:-1]:
+            number, total = words[0].decode().split()
+            self._part = f" part {number} of {total},"
+
+    def text(self) -> str:
+        taken = duration(time.monotonic() - self._began)
+        return f"compiling kernels for this machine and these weights, once:{self._part} {taken} so far"
+
+
+def _compile(store: Path, choices: tuple[str, ...], progress: Progress) -> int:
+    with subprocess.Popen(
         module_command(COMPILER, str(store), *choices),
         env=module_environment(),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         process_group=0,  # the terminal's Ctrl-C reaches the supervisor alone
-    )
-    peak, deadline = 0, time.monotonic() + PATIENCE
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            peak = max(peak, proportional_bytes([os.getpid(), process.pid, *_children(process.pid)]))
-            time.sleep(LOOK)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        peak, deadline = 0, time.monotonic() + PATIENCE
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                peak = max(peak, proportional_bytes([os.getpid(), process.pid, *_children(process.pid)]))
+                with contextlib.suppress(BlockingIOError):
+                    progress.heard(os.read(process.stdout.fileno(), 4096))
+                time.sleep(LOOK)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return peak
 
 

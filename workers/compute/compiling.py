@@ -84,9 +84,11 @@ def main(path: str, cache: str, activations: str, scorer: str, device: str, *tas
         kernels.ACTIVATIONS.exact = activations == "exact"
         prepare(task, store)
         return 0
-    for one in [*of_compute(store, cache, scorer, device), *of_predictor(scorer)]:
+    tasks = [*of_compute(store, cache, scorer, device), *of_predictor(scorer)]
+    for number, one in enumerate(tasks, 1):
+        print(number, len(tasks), flush=True)  # `pipeline.ring.compiling` tells it
         command = module_command("workers.compute.compiling", path, cache, activations, scorer, device, *one)
-        if status := subprocess.run(command, check=False).returncode:
+        if status := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
             return status
     return 0
 

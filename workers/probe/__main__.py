@@ -1,7 +1,8 @@
 """`python -m workers.probe FILE --codecs float16,q8,q4 --parts disk,memory`: one JSON object of rates.
 
-FILE is on the disk that is meant, and is only read. Bytes and FLOP a second, seconds. It takes some seconds,
-and the first time as many more as the kernels take to compile.
+FILE is on the disk that is meant, and is only read. Bytes and FLOP a second, seconds; `others` is the share
+of the processors that other programs took meanwhile. It takes some seconds, and the first time as many more
+as the kernels take to compile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pipeline.cores import thread_count
 from pipeline.ending import exit_status
 from pipeline.ring.promptness import be_prompt
 from storage.errors import StoreError
+from workers.probe.others import Moment, share
 from workers.probe.reads import measure
 
 SIZES: Final = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
@@ -80,6 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, object] = {}
     parts = given.parts.split(",")
+    before = Moment.now()
     if "disk" in parts:
         own = os.sched_getaffinity(0)
         be_prompt()  # as the prefetcher is
@@ -87,7 +90,7 @@ def main() -> None:
         os.sched_setaffinity(0, own)
     if "memory" in parts:
         found |= memory(given.codecs.split(","), thread_count(given.threads))
-    print(json.dumps(found))
+    print(json.dumps({**found, "others": share(before, Moment.now())}))
 
 
 if __name__ == "__main__":

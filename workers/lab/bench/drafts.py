@@ -24,6 +24,7 @@ from pipeline.ring.sampling import Sampling
 from pipeline.ring.session import Session
 from pipeline.ring.summary import Summary
 from pipeline.serving.chat import ChatTemplate
+from pipeline.status import waiting
 from storage.errors import FlashringError
 
 _QUOTED: Final = (
@@ -150,7 +151,8 @@ def main() -> None:
     turns: dict[str, list[dict[str, Written]]] = {"off": [], given.kind: []}
     for number in range(given.turns):
         for kind in list(turns)[:: 1 if number % 2 == 0 else -1]:
-            turns[kind].append(write_all(given.model, given.settings, given.tokens, kind))
+            with waiting(f"turn {number + 1} of {given.turns}, drafts {kind}"):
+                turns[kind].append(write_all(given.model, given.settings, given.tokens, kind))
     print(json.dumps({"kind": given.kind, "texts": compare(turns["off"], turns[given.kind])}, indent=2))
 
 

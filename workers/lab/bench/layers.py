@@ -44,6 +44,7 @@ from pipeline.ring.generation import GenerationParams
 from pipeline.ring.messages import EMBEDDING
 from pipeline.ring.plan import Forecast
 from pipeline.ring.session import Session
+from pipeline.status import waiting
 from pipeline.tracing.recording import write as write_trace
 from storage.errors import UsageError
 from workers.lab.bench.job import TEXT
@@ -271,8 +272,8 @@ def main(
     report = divide(store, config)
     with TemporaryDirectory(prefix="flashring-timeline-") as directory:
         os.environ[timeline.DIRECTORY] = directory
-        with Session(store, report.config, report.plan, budget=report.budget) as session:
-            found = measure(session, *_tokens(session, prompt_tokens, tokens))
+        with Session(store, report.config, report.plan, budget=report.budget) as ring, waiting("measuring"):
+            found = measure(ring, *_tokens(ring, prompt_tokens, tokens))
         stamps = timeline.read(Path(directory))
         if timeline_file is not None:
             write_trace(timeline_file, Path(directory), store, report.plan, say)

@@ -28,6 +28,7 @@ from pipeline.models.names import configure
 from pipeline.planner import rates
 from pipeline.planner.divide import least_of, most_of
 from pipeline.planner.survey import Outlook, Subject, outlook, subject, with_memory
+from pipeline.status import waiting
 from storage.errors import BudgetError, UsageError
 from storage.files import write_whole
 from workers.lab.bench import job
@@ -178,7 +179,8 @@ def main(
         plans = _plans(name, memory.split(","), fixed, tokens, probe=probe and not number)
         for budget, planned in plans:
             try:
-                lines.append(measure(planned, budget, fixed, tokens))
+                with waiting(f"measuring {planned.subject.name} in {budget}"):
+                    lines.append(measure(planned, budget, fixed, tokens))
             except ChildFailed as error:
                 say(f"{planned.subject.name} in {budget}: {error}")
                 continue

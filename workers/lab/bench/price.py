@@ -9,6 +9,8 @@ the head a token, means over the tokens.
 
 from __future__ import annotations
 
+from pipeline.status import waiting
+
 from workers import kernels  # isort: skip  # before torch, for OpenMP's settings
 
 import argparse
@@ -136,7 +138,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings")
     given = parser.parse_args()
-    price = measure(given.model, given.settings, given.prompt_tokens, given.tokens)
+    with waiting("measuring"):
+        price = measure(given.model, given.settings, given.prompt_tokens, given.tokens)
     print(json.dumps({**asdict(price), "compute": price.compute, "ring": price.ring}, indent=2))
     print(kernels.notes(), file=sys.stderr)
 

@@ -18,6 +18,7 @@ from pipeline.models.names import configure
 from pipeline.planner.divide import plan
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.session import Session
+from pipeline.status import waiting
 from storage.errors import FlashringError
 
 MODES: Final = ("off", "sample", "always")
@@ -31,7 +32,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of one text")
     parser.add_argument("--turns", type=int, default=3, help="texts of each kind")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings")
-    print(json.dumps(measure(**vars(parser.parse_args())), indent=2))
+    given = parser.parse_args()
+    with waiting("measuring"):
+        found = measure(**vars(given))
+    print(json.dumps(found, indent=2))
     return 0
 
 

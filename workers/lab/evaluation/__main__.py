@@ -60,7 +60,7 @@ def main(
     ] = None,
     picture: Picture = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -133,13 +133,10 @@ def _compare(
     seed: int,
     threads: int,
 ) -> list[Point]:
-    some = rows(text, store, tokens or sys.maxsize)
-    with (
-        torch.no_grad(),
-        DenseModel(store, thread_count(threads)) as model,
-        Bars() as bars,
-    ):
-        return measure(model, points, some, seed, bars.tell)
+    with Bars() as bars, torch.no_grad():
+        some = rows(text, store, tokens or sys.maxsize)
+        with DenseModel(store, thread_count(threads)) as model:
+            return measure(model, points, some, seed, bars.tell)
 
 
 @dataclass(slots=True)
@@ -171,14 +168,14 @@ def _evaluate(
     seed: int,
     threads: int,
 ) -> _Found:
-    tokenizer = load_tokenizer(store)
-    chooser = make_chooser(store, config)
     found = _Found()
     with (
+        Bars() as bars,
         torch.no_grad(),
         DenseModel(store, thread_count(threads)) as model,
-        Bars() as bars,
     ):
+        tokenizer = load_tokenizer(store)
+        chooser = make_chooser(store, config)
         if text is not None:
             length = min(LONGEST_CHUNK, config.compute.context)
             if length < 2:

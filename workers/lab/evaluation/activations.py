@@ -26,6 +26,7 @@ from pipeline import program
 from pipeline.commands.options import Model
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -138,7 +139,7 @@ def main(
     text: Annotated[Path, typer.Option(help="A text whose perplexity is wanted; may be .xz.")],
     model: Model = "",
     tokens: Annotated[int, typer.Option(help="Tokens of the text.", min=2)] = 2000,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
 ) -> None:
     """Perplexity, divergence and time of rounded activations beside exact ones, in eight and four bits."""
     source, _ = configure(model, None, ())
@@ -146,8 +147,10 @@ def main(
         raise UsageError("give a checkpoint or a GGUF file: what is compared is converted from its weights")
     for bits in (8, 4) if source.file is None else (None,):
         store = replace(source, bits=bits).open_store()
-        sequences, _ = chunks(load_tokenizer(store), read_text(text), _LENGTH, tokens)
-        print(json.dumps(asdict(compare(store, sequences, thread_count(threads), bits))), flush=True)
+        with waiting("measuring"):
+            sequences, _ = chunks(load_tokenizer(store), read_text(text), _LENGTH, tokens)
+            found = compare(store, sequences, thread_count(threads), bits)
+        print(json.dumps(asdict(found)), flush=True)
 
 
 def run() -> int:

@@ -32,6 +32,7 @@ from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
 from pipeline.models.stores import Source
+from pipeline.status import waiting
 from storage.convert import convert
 from storage.errors import UsageError
 from storage.rounding import RoundingCost, write_cost
@@ -77,7 +78,7 @@ def main(
     model: Model = "",
     tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     save: Annotated[
         bool,
         typer.Option("--save", help="Keep the cost in the stores, which tell it at start."),
@@ -89,7 +90,8 @@ def main(
     if source.store is not None or source.file is not None:
         raise UsageError("give a checkpoint: what is compared is converted from its weights")
     with _stores(source) as stores:
-        found, count = compare(stores, read_text(text), tokens, seed, thread_count(threads))
+        with waiting("measuring"):
+            found, count = compare(stores, read_text(text), tokens, seed, thread_count(threads))
         if save:
             _save(stores, found, count, text.name)
     if as_json:
@@ -108,7 +110,8 @@ def _stores(source: Source) -> Iterator[dict[str, Store]]:
         for name, (ffn, others) in BLOCKS.items():
             say(f"rounding {source.name} to {name}")
             written = Path(directory) / f"{ffn}-{others}"
-            _round_as_gguf(checkpoint, written, ffn, others)
+            with waiting(f"rounding {source.name} to {name}"):
+                _round_as_gguf(checkpoint, written, ffn, others)
             stores[name] = convert(written, written.with_suffix(".store"), name=name)
         yield stores
 

@@ -30,6 +30,7 @@ from pipeline.planner.divide import plan
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.sampling import Sampling
 from pipeline.ring.session import Session
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -194,7 +195,8 @@ def main(
     """How many greedy tokens a device has in common with the CPU's kernels, and how near the others are."""
     if device == "cpu":
         raise UsageError("--device cpu is what the others are compared with")
-    found = measure(Wanted(model, settings or (), bits, device, device_memory, prompts, tokens, tie))
+    with waiting("measuring"):
+        found = measure(Wanted(model, settings or (), bits, device, device_memory, prompts, tokens, tie))
     if as_json:
         print(json.dumps(found.to_json()))
     else:

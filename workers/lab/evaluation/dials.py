@@ -31,6 +31,7 @@ from pipeline.cores import thread_count
 from pipeline.dials import most_experts, with_fewer
 from pipeline.models.names import configure
 from pipeline.planner.divide import plan
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def main(
     ] = None,
     settings: Settings = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity, divergence, agreement and bytes of the lossy dials beside the exact mixture."""
@@ -91,7 +92,8 @@ def main(
         raise UsageError(f"the dials are a mixture's, and {store.manifest.name} has no experts")
     named = {EXACT: (), **(_named(point) if point else dict(_usual(store)))}
     configs = {name: configure(model, None, [*base, *some])[1] for name, some in named.items()}
-    found, count = compare(store, configs, read_text(text), tokens, seed, thread_count(threads))
+    with waiting("measuring"):
+        found, count = compare(store, configs, read_text(text), tokens, seed, thread_count(threads))
     if as_json:
         rows = [asdict(one) for one in found]
         print(json.dumps({"model": store.manifest.name, "tokens": count, "rows": rows}))

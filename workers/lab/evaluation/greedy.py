@@ -33,6 +33,7 @@ from pipeline.cores import thread_count
 from pipeline.launch import module_command, module_environment
 from pipeline.models.names import configure
 from pipeline.serving.chat import ChatTemplate
+from pipeline.status import waiting
 from storage.errors import FlashringError, UsageError
 from storage.gguf.parts import is_gguf
 from storage.store import Store
@@ -95,7 +96,7 @@ def main(
         list[str] | None, typer.Option(help="A prompt of your own; may be repeated.", show_default=False)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Written after each prompt, at most.", min=1)] = TOKENS,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     rounded: Annotated[
         bool, typer.Option("--rounded", help="Also how far rounded activations alone lead away.")
     ] = False,
@@ -111,14 +112,16 @@ def main(
     store = source.open_store()
     texts = prompt or PROMPTS
     asked = _asked(store, texts)
-    written = written_by_llama_cpp(gguf, asked, tokens, thread_count(threads))
-    with torch.no_grad(), DenseModel(store, thread_count(threads)) as dense:
-        ours = _all_sure(lambda ids: dense.forward([ids])[0], asked, written)
     others: Sequence[Sequence[Sure] | None] = [None] * len(texts)
-    if rounded:
-        reference = TransformersModel.open(gguf)
-        reference.round_activations()
-        others = _all_sure(reference.logits, asked, written)
+    with waiting("llama.cpp writes"):
+        written = written_by_llama_cpp(gguf, asked, tokens, thread_count(threads))
+    with waiting("reading what it wrote"):
+        with torch.no_grad(), DenseModel(store, thread_count(threads)) as dense:
+            ours = _all_sure(lambda ids: dense.forward([ids])[0], asked, written)
+        if rounded:
+            reference = TransformersModel.open(gguf)
+            reference.round_activations()
+            others = _all_sure(reference.logits, asked, written)
     tokenizer = load_tokenizer(store)
     found = [
         Written(

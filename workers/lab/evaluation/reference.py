@@ -22,6 +22,7 @@ from pipeline.commands.options import Model
 from pipeline.console import tables
 from pipeline.cores import thread_count
 from pipeline.models.names import configure
+from pipeline.status import waiting
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation.bars import Bars
@@ -56,13 +57,14 @@ def main(
     model: Model = "",
     tokens: Annotated[int, typer.Option(help="Tokens of the text; 0: all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a text: by transformers' reading of a checkpoint, and by a store converted from it."""
     source, _ = configure(model, None, ())
     store = source.open_store()
-    theirs = TransformersModel.open(checkpoint)
+    with waiting("opening the checkpoint"):
+        theirs = TransformersModel.open(checkpoint)
     found = compare(store, theirs, read_text(text), tokens, seed, thread_count(threads))
     if as_json:
         print(json.dumps({"model": store.manifest.name, **asdict(found)}))
@@ -75,8 +77,8 @@ def compare(
 ) -> Compared:
     """Both readings of the text's first `tokens`, 0: all, in chunks as `evaluate` makes them."""
     length = min(LONGEST_CHUNK, store.architecture.max_positions)
-    sequences, size = chunks(load_tokenizer(store), text, length, tokens or None)
-    with torch.no_grad(), DenseModel(store, threads) as model, Bars() as bars:
+    with Bars() as bars, torch.no_grad(), DenseModel(store, threads) as model:
+        sequences, size = chunks(load_tokenizer(store), text, length, tokens or None)
         reference = theirs.score(sequences, lambda done, total: bars.tell("transformers", done, total))
         ours = score(model, sequences, None, lambda done, total: bars.tell("ours", done, total))
     furthest = max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(reference, ours, strict=True))

@@ -15,6 +15,8 @@ from pipeline import program
 from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.models.names import find_source
+from pipeline.progress import Progress
+from pipeline.status import waiting
 from storage.errors import CheckpointError, UsageError
 from storage.tokenizer import TOKENIZER, texts
 from workers.lab.evaluation.bars import Bars
@@ -53,7 +55,7 @@ def main(
     ] = None,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=2)] = 65536,
     device: Annotated[str, typer.Option(help="torch's: cpu, cuda, mps.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between two states to go on from.", min=1)] = 25,
     seed: Annotated[int, typer.Option(help="Seed of the order of rows, and of adapters.", min=0)] = 0,
 ) -> None:
@@ -66,15 +68,18 @@ def main(
     checkpoint = source.checkpoint()
     recipe = Recipe(steps, tokens, length, rate, kl, layers, zeros, control, lora, seed)
     wanted = recipe.steps * recipe.rows
-    rows = _rows(text, checkpoint, length, wanted + max(1, test_tokens // length))
-    if held_out is None:
-        keep = min(max(1, test_tokens // length), max(1, len(rows) // HELD_OUT))
-        rows, test = rows[:-keep], rows[-keep:]
-    else:
-        test = _rows(held_out, checkpoint, length, max(1, test_tokens // length))
+    with waiting(f"reading {text.name}"):
+        rows = _rows(text, checkpoint, length, wanted + max(1, test_tokens // length))
+        if held_out is None:
+            keep = min(max(1, test_tokens // length), max(1, len(rows) // HELD_OUT))
+            rows, test = rows[:-keep], rows[-keep:]
+        else:
+            test = _rows(held_out, checkpoint, length, max(1, test_tokens // length))
     if not len(rows):
         raise UsageError(f"{text} is too short: it has one row of {length} tokens")
-    trained = train(checkpoint, rows[:wanted], recipe, out, device, save_every, _Told(steps))
+    with Progress(f"distilling {checkpoint.name}", "steps") as progress:
+        told = _Told(steps, progress)
+        trained = train(checkpoint, rows[:wanted], recipe, out, device, save_every, told)
     with Bars() as bars:
         before = measure(checkpoint, test, device, lambda *at: bars.tell("original", *at))
         after = measure(trained, test, device, lambda *at: bars.tell("tuned", *at))
@@ -84,12 +89,14 @@ def main(
 
 
 class _Told:
-    """A line of progress every twentieth of the steps."""
+    """How far the training is, and what it has come to, every twentieth of the steps."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, progress: Progress) -> None:
         self._steps, self._every = steps, max(1, steps // 20)
+        self._progress = progress
 
     def __call__(self, done: int, terms: Terms, shares: list[float]) -> None:
+        self._progress("training", done, self._steps)
         if done % self._every and done != self._steps:
             return
         zeros = f", zeros {1 - float(np.mean(shares)):.1%}" if any(shares) else ""

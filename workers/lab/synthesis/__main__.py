@@ -82,7 +82,7 @@ def create(
     no_locality: Annotated[
         bool, typer.Option("--no-locality", help="A mixture's experts follow the token alone.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", metavar="N", min=0)] = 0,
 ) -> None:
     """Write a SYNTHETIC model of a published shape.
 
@@ -145,7 +145,7 @@ def measure(
     rank: Annotated[int, typer.Option(help="Rank of the SVD predictor; 0: d_model / 32.", min=0)] = 0,
     layers: Annotated[int, typer.Option(help="Of a mixture, only the first N; 0: all.", min=0)] = 0,
     json: JsonFile = None,
-    threads: Annotated[int, typer.Option(help="Threads; 0: as many as cores.", metavar="N", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", metavar="N", min=0)] = 0,
 ) -> None:
     """Measure a model's FFN activity on a text, or a mixture's routing, beside published figures."""
     _use_threads(threads)

@@ -22,6 +22,7 @@ from pipeline.directories import check_writable
 from pipeline.models.names import configure
 from pipeline.planner.resolve import resolve
 from pipeline.progress import Progress
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.files import replacing
 from storage.store import Store
@@ -56,7 +57,7 @@ def record_command(
         int, typer.Option(help="Most tokens of the text, recorded in whole rows of up to 512.", min=1)
     ] = 4096,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out first.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
@@ -74,10 +75,9 @@ def record_command(
     config = resolve(store, config).config
     if store.architecture.mixture and config.predictor.kind != "router":
         raise UsageError("a mixture's trace is of what its routers choose: leave out predictor.kind")
-    some = rows(text, store, tokens, skip)
     meta: dict[str, object] = {"text": text.name, "config": config.predictor.model_dump(mode="json")}
     with Progress("recording", "tokens") as bars:
-        progress = bars.counting("trace")
+        some, progress = rows(text, store, tokens, skip), bars.counting("trace")
         if store.architecture.mixture:
             trace = ring.record(store, config, some, meta, progress)
         else:
@@ -123,14 +123,14 @@ def replay_command(
             f"{min(shares):g} of {trace.d_ff} experts are fewer than the {trace.top_k} of a token"
         )
     lengths = [round(window) for window in _numbers(windows)]
-    made = comparison.runs(trace, calibration, lengths, _numbers(half_lives), warm_up)
     results = []
     with Progress("replaying", "runs") as bars:
+        made = comparison.runs(trace, calibration, lengths, _numbers(half_lives), warm_up)
         for capacity in shares:
             for name, run_with in made.items():
                 results.append(report.Result(name, capacity, run_with(round(capacity * trace.d_ff))))
                 bars("policies", len(results), len(shares) * len(made))
-    counted = count_windows(trace, LONGEST_WINDOW)
+        counted = count_windows(trace, LONGEST_WINDOW)
     if as_json:
         print(json.dumps(report.to_json(results, counted, trace)))
     else:
@@ -151,7 +151,8 @@ def activity_command(
     trace = Trace.load(file)
     if trace.tokens <= LONGEST_WINDOW:
         raise UsageError(f"{file} has only {trace.tokens} tokens")
-    layers, mean = activity.activity(trace, LONGEST_WINDOW), count_windows(trace, LONGEST_WINDOW)
+    with waiting("counting"):
+        layers, mean = activity.activity(trace, LONGEST_WINDOW), count_windows(trace, LONGEST_WINDOW)
     console = tables()
     console.print(activity.table(layers, mean, window))
     console.print(report.window_table(mean))
@@ -170,7 +171,8 @@ def needs_command(
         raise UsageError(f"{file} is no trace of experts: neurons' slots are the same number in every layer")
     if trace.meta.get("store") != store.identity:
         raise UsageError(f"{file} is no trace of {model}")
-    path = pool.needs(trace, store.layout.units, store.identity).write(store)
+    with waiting("replaying"):
+        path = pool.needs(trace, store.layout.units, store.identity).write(store)
     say(f"{path}: {trace.layers} layers, by {trace.tokens:,} tokens")
 
 
@@ -184,13 +186,13 @@ def order_command(
 ) -> None:
     """Order neurons so that those used together lie together, for convert --order."""
     trace = Trace.load(file)
-    order = linear_order(trace.only_active() if active else trace)
+    with waiting("ordering"):
+        order = linear_order(trace.only_active() if active else trace)
     with replacing(out) as opened:
         np.save(opened, order)
-    print(
+    say(
         f"{out}: {len(order)} layers of {order.shape[1]:,} neurons; to use it: "
-        f"run.py convert MODEL STORE --order {out}",
-        file=sys.stderr,
+        f"run.py convert MODEL STORE --order {out}"
     )
 
 
@@ -216,14 +218,15 @@ def placement_command(
     def make(layer: int, slots: int) -> Policy:
         return make_policy(trace.d_ff, Cache())
 
-    order = linear_order(calibration)
-    found = [
-        placement.ordered("by id", trace, slots, make, None),
-        placement.ordered("by co-activation", trace, slots, make, order),
-        placement.ordered(f"by id, gaps up to {gap}", trace, slots, make, None, gap),
-        placement.ordered(f"by co-activation, gaps up to {gap}", trace, slots, make, order, gap),
-        placement.befriended("closest friends bundled", trace, calibration, slots, make),
-    ]
+    with waiting("replaying"):
+        order = linear_order(calibration)
+        found = [
+            placement.ordered("by id", trace, slots, make, None),
+            placement.ordered("by co-activation", trace, slots, make, order),
+            placement.ordered(f"by id, gaps up to {gap}", trace, slots, make, None, gap),
+            placement.ordered(f"by co-activation, gaps up to {gap}", trace, slots, make, order, gap),
+            placement.befriended("closest friends bundled", trace, calibration, slots, make),
+        ]
     if as_json:
         print(json.dumps([{**asdict(one), "run": one.run} for one in found]))
     else:

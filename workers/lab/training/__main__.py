@@ -28,6 +28,7 @@ from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from pipeline.progress import Progress
+from pipeline.status import waiting
 from storage.errors import UsageError
 from storage.lock import locked
 from storage.store import Store
@@ -204,7 +205,7 @@ def main(
         float, typer.Option(help="Share of active neurons not in memory that predictor.cache_aware may miss.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of the order of samples.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="Threads; 0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     work: Annotated[
         Path | None,
         typer.Option(help="Directory for activations; without: beside the store, removed at the end."),
@@ -230,7 +231,8 @@ def main(
     target = store.predictors(name)
     check_writable(target if target.parent.is_dir() else target.parent)
     _check(store, job)
-    rows, more = texts.two(text, held_out, store, tokens)
+    with waiting(f"reading {text.name}"):
+        rows, more = texts.two(text, held_out, store, tokens)
     split = Split.of(len(rows), len(more), rows.shape[1])
     place = work or store.path.with_name(f"{store.path.name}.training-{name}")
     place.mkdir(parents=True, exist_ok=True)

@@ -161,7 +161,7 @@ def main(
     lookaheads: Annotated[str, typer.Option(help="Look-aheads to compare, separated by commas.")] = "0,1",
     method: Annotated[str, typer.Option(help="trained, regression (no training) or svd.")] = "trained",
     tokens: Annotated[int, typer.Option(help="Most tokens of TEXT to use.", min=1)] = 40_960,
-    threads: Annotated[int, typer.Option(help="Threads; 0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     work: Annotated[
         Path | None,
         typer.Option(help="Directory for activations; without: beside the store, removed at the end."),

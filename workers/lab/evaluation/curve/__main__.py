@@ -42,7 +42,7 @@ def main(
         str, typer.Option(help="A neuron's usual activation: mean, median or rest.")
     ] = CENTRES,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """What it costs to give only the best neurons of each token their true rows."""

@@ -129,7 +129,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="The directory with a file for every task.")] = None,
     limit: Annotated[int, typer.Option(help="Items of each task; 0: all.", min=0)] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="0: as many as there are CPUs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", min=0)] = 0,
     shown_tables: Annotated[
         bool, typer.Option("--tables/--no-tables", help="Print what was measured.")
     ] = True,
@@ -148,12 +148,12 @@ def main(
     if store.architecture.sparse:
         raise UsageError(f"{store.manifest.name} has zeros: its dial is its predictors' threshold")
     text = text or TEXT
-    learned = rows(text, store, sizes.tokens, longest=sizes.length)
-    behind = rows(text, store, sizes.held_out, skip=learned.size, longest=sizes.length)
     budget = parse_budget(memory, store, "--memory")
-    passes = Passes(store, [copy, *others], thread_count(threads), budget)
-    journal = Journal(store.path / PARTIAL)
     with Bars() as bars:
+        learned = rows(text, store, sizes.tokens, longest=sizes.length)
+        behind = rows(text, store, sizes.held_out, skip=learned.size, longest=sizes.length)
+        passes = Passes(store, [copy, *others], thread_count(threads), budget)
+        journal = Journal(store.path / PARTIAL)
         decided = decide(passes, learned, behind, copy, seed, bars.tell, effort, journal)
         points = [point.result for point in decided.points.values()]
         if copy in CODECS:
