@@ -93,6 +93,11 @@ class Unit:
         """Bytes from one unit to the next."""
         return -(-self.bytes // self.alignment) * self.alignment
 
+    @property
+    def kind(self) -> str:
+        """What it is called beside its number."""
+        return "neuron" if self.width == 1 else "unit"
+
     def span(self, role: Role) -> tuple[int, int]:
         """The bytes [start, stop) of a role's rows within the unit. Raises KeyError for a role it has not."""
         start = 0

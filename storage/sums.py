@@ -80,9 +80,10 @@ def damaged_file(store: Store, name: str) -> str:
 def damaged_unit(store: Store, layer: int, position: int) -> str:
     """A sentence for a unit that does not match its checksum."""
     order = store.order()
-    unit = position if order is None else int(order[layer][position])
+    number = position if order is None else int(order[layer][position])
+    kind = store.layout.layers[layer].unit.kind
     return (
-        f"{store.path / BUNDLES}: the bundle of layer {layer}, neuron {unit}, at byte "
+        f"{store.path / BUNDLES}: the bundle of layer {layer}, {kind} {number}, at byte "
         f"{store.layout.offset(layer, position):,}, does not match its checksum; {mend(store)}"
     )
 

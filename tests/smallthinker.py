@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,8 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], width)
 
 
-def logits(directory: Path, ids: list[int]) -> Tensor:
-    """[len(ids), vocabulary] float64."""
+def logits(directory: Path, ids: list[int], heard: Callable[[Tensor], None] = lambda scores: None) -> Tensor:
+    """[len(ids), vocabulary] float64; `heard` hears each layer's router logits [len(ids), experts]."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     weights = {name: value.double() for name, value in load_file(directory / "model.safetensors").items()}
     x = weights["model.embed_tokens.weight"][ids]
@@ -95,6 +95,7 @@ def logits(directory: Path, ids: list[int]) -> Tensor:
         start = f"model.layers.{layer}."
         part = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
         scores = x @ part["block_sparse_moe.primary_router.weight"].T  # of the input as it is
+        heard(scores)
         x = x + _attention(config, layer, part, _rms(config, x, part["input_layernorm.weight"]))
         x = x + _experts(config, part, scores, _rms(config, x, part["post_attention_layernorm.weight"]))
     x = _rms(config, x, weights["model.norm.weight"])

@@ -33,6 +33,7 @@ from storage.convert.recipe import Recipe, chosen, unit_width
 from storage.errors import ConfigError, StoreError, StoreIncomplete, UsageError
 from storage.manifest import RESIDENT
 from storage.predictors import SUM, check_sum, copy_all
+from storage.repair import repair
 from storage.store import Store
 from storage.tensors import Tensors
 from storage.verify import verify
@@ -142,6 +143,30 @@ def test_a_dense_layer_has_units_of_whole_groups_and_at_least_four(neurons: int,
     assert unit_width(Ffn("gated", neurons, 1, "silu"), low=True) == width
     assert unit_width(Ffn("gated", neurons, 1, "relu"), low=True) == 1
     assert unit_width(Ffn("gated", neurons, 1, "silu"), low=False) == 1
+
+
+@pytest.mark.ring
+def test_a_small_store_has_four_bits_in_attention_too(checkpoints: dict[str, Path], here: Here) -> None:
+    """Made by the command; its text does not hang on its slots, and a file that it lost comes back."""
+    path, large = checkpoints["llama"], checkpoints["llama"].with_name("llama-4")
+    out = path.with_name("small")
+    done = here(cli.main, "convert", path, out, "--bits", "4", "--small")
+    assert done.returncode == 0, done.stderr
+    store, resident = Store.open(out), Tensors(out / RESIDENT)
+    assert {row.codec for row in store.layout.unit.rows} == {"q4s"}
+    assert {resident.dtype(f"layers.0.{part}.weight") for part in ("qkv", "out")} == {"q4s"}
+    assert {resident.dtype(name) for name in ("embed.weight", "head.weight")} == {"q8"}
+    usual = convert(path, large, name="llama", bits=4)
+    sizes = [sum(entry.bytes for entry in one.manifest.files.values()) for one in (store, usual)]
+    assert sizes[0] < sizes[1]
+    every = config(predictor={"kind": "all"})
+    assert outcome(store, every, slots=1, staging=2) == outcome(store, every, slots=4)
+    before = (out / RESIDENT).read_bytes()
+    (out / RESIDENT).write_bytes(before[:-1] + b"x")
+    repair(out, path)
+    assert (out / RESIDENT).read_bytes() == before
+    with pytest.raises(UsageError, match="--small is for --bits 4"):
+        convert(path, path.with_name("other"), name="x", bits=8, small=True)
 
 
 def test_a_recipe_never_adds_bits() -> None:

@@ -23,10 +23,21 @@ from workers.lab.bench.cgroup import CgroupUnavailable, MemoryCgroup
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+MODELS = {  # checkpoint, bits, and changes that make rows whole groups of four bits
+    "sixteen bits": ("opt", None, {}),
+    "four bits": ("llama", 4, {"intermediate_size": 256}),
+    "a mixture in four bits": ("qwen3-moe", 4, {}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     base = tmp_path_factory.mktemp("budget")
-    return convert(write_checkpoint(base / "checkpoint", "opt", "float16"), base / "store", name="tiny")
+    variant, bits, changes = MODELS[request.param]
+    checkpoint = write_checkpoint(base / "checkpoint", variant, "float16", changes=changes)
+    made = convert(checkpoint, base / "store", name="tiny", bits=bits)
+    assert {row.codec for row in made.layout.unit.rows} == {"float16" if bits is None else "q4"}
+    return made
 
 
 def least(store: Store) -> int:
@@ -43,6 +54,11 @@ def command(store: Store, budget: int) -> list[str]:
 
 @pytest.mark.ring
 def test_a_run_stays_within_its_budget(store):
+    stays_within(store)
+
+
+def stays_within(store: Store) -> None:
+    """Runs in a group of the least memory that the planner accepts. Skips where there are no groups."""
     budget = least(store)
     try:
         group = MemoryCgroup(budget)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, GATED, UNKNOWN, VARIANTS, make_model, write_checkpoint
+from checkpoints import DTYPES, GATED, MIXTURES, UNKNOWN, VARIANTS, make_model, write_checkpoint
 from decoding import LocalDecoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ PROMPT = [2, 17, 40, 9, 77, 31, 250, 6, 101, 4, 55, 260]
 LONG = [2, *(5 + (17 * i) % 250 for i in range(40))]  # beyond the windows and original contexts of GATED
 TOLERANCE = 1e-4
 CLOSE = 1e-3  # between the reference's two best: either may be chosen
+CLOSE_EXPERTS = 1e-4  # between the last expert that a router chooses and the next
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,8 @@ def test_logits_are_transformers(tmp_path, variant, dtype):
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
 def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_property):
     model = _reference(variant, dtype)
-    close = 0
+    close = close_experts = 0
+    routing = {"output_router_logits": True} if variant in MIXTURES else {}
     tokens = list(_prompt(variant))
     with LocalDecoder(_store(tmp_path, variant, dtype)) as decoder:
         logits = decoder.prefill(tokens)[-1]
@@ -84,8 +86,10 @@ def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_prop
         fed = tokens
         for _ in range(64):
             with torch.no_grad():
-                result = model(torch.tensor([fed]), past_key_values=past, use_cache=True)
+                result = model(torch.tensor([fed]), past_key_values=past, use_cache=True, **routing)
             past = result.past_key_values
+            if routing:
+                close_experts += _near_ties(result.router_logits, model.config.num_experts_per_tok)
             best = result.logits[0, -1].topk(2)
             expected = int(best.indices[0])
             if float(best.values[0] - best.values[1]) < CLOSE:
@@ -96,8 +100,16 @@ def test_64_greedy_tokens_are_transformers(tmp_path, variant, dtype, record_prop
             tokens.append(expected)
             logits = decoder.step(expected)
     record_property("close_calls", close)
-    print(f"{variant} {dtype}: {close} of 64 tokens were too close to call")
+    record_property("close_experts", close_experts)
+    print(f"{variant} {dtype}: {close} of 64 tokens and {close_experts} choices of experts were close")
     assert close < 16
+    assert close_experts < 4  # of some 300
+
+
+def _near_ties(logits: tuple[torch.Tensor, ...], top_k: int) -> int:
+    """Of each layer's router logits [tokens, experts]: rows that leave open which expert is the last."""
+    best = (one.topk(top_k + 1, dim=-1).values for one in logits)
+    return sum(int((one[:, -2] - one[:, -1] < CLOSE_EXPERTS).sum()) for one in best)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *UNKNOWN])

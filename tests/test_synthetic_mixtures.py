@@ -7,12 +7,13 @@ import subprocess
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import reference_model, write_checkpoint
 from decoding import LocalDecoder
 
 from pipeline.launch import module_command, module_environment
@@ -25,7 +26,7 @@ from storage.store import Store
 from storage.tensors import Tensors
 from workers.lab.synthesis import block
 from workers.lab.synthesis.mixture import as_gguf, draw, routing
-from workers.lab.synthesis.mixture.create import MixtureRequest, create
+from workers.lab.synthesis.mixture.create import MixtureRequest, create, create_checkpoint
 from workers.lab.synthesis.mixture.dense import DenseMixture, routed
 from workers.lab.synthesis.mixture.planting import MixturePlanting
 from workers.lab.synthesis.mixture.routing_table import print_table
@@ -46,8 +47,9 @@ NARROW = {
 }
 SMALL = {
     "qwen3-30b-a3b": {"moe_intermediate_size": 128, "num_experts": 64},
-    "olmoe": {"intermediate_size": 128, "num_key_value_heads": 8, "head_dim": None},
+    "olmoe": {"intermediate_size": 128, "num_key_value_heads": 8},
     "mixtral-8x7b": {"intermediate_size": 128},
+    "gpt-oss-20b": {"intermediate_size": 128, "sliding_window": 32},
 }
 
 
@@ -71,17 +73,21 @@ def text() -> list[int]:
 
 
 def test_drawn_codes_have_the_deviation_that_was_asked_for() -> None:
-    for codec in ("q4s", "q8"):
+    for codec in ("q4s", "q8", "mxfp4"):
         rows = draw.matrix(draw.source(1, codec), 64, 512, codec, np.array([[0.5]] * 32 + [[2.0]] * 32))
         values = CODECS[codec].widen(rows)
         assert values[:32].std() == pytest.approx(0.5, rel=0.03)
         assert values[32:].std() == pytest.approx(2.0, rel=0.03)
         assert abs(values[32:].mean()) < 0.05
+        assert np.array_equal(values.astype(np.float16), values), "float16 holds them"
+        if codec == "mxfp4":
+            continue
         draw.put(rows, codec, 64, np.tile(np.linspace(-7, 7, 64, dtype=np.float32), (64, 1)))
         again = CODECS[codec].widen(rows)
         assert np.array_equal(again[:, :64], values[:, :64])
         assert np.array_equal(again[:, 128:], values[:, 128:])
-        assert np.abs(again[:, 64:128] - np.linspace(-7, 7, 64)).max() < (0.5 if codec == "q4s" else 0.05)
+        assert np.abs(again[:, 64:128] - np.linspace(-7, 7, 64)).max() < (0.51 if codec == "q4s" else 0.05)
+        assert np.array_equal(again.astype(np.float16), again)
 
 
 def test_the_measures_reference_computes_what_the_worker_computes(store: Store, text: list[int]) -> None:
@@ -116,7 +122,7 @@ def test_the_gguf_file_has_the_same_codes(store: Store, tmp_path: Path) -> None:
     unit, units = store.layout.layers[1].unit, store.read_layer(1)
     for role in ("gate", "up", "down"):
         tensor = tensors[f"blk.1.ffn_{role}_exps.weight"]
-        assert tensor.tensor_type.name == "Q4_0"
+        assert tensor.tensor_type.name == ("MXFP4" if unit.codec(role).name == "mxfp4" else "Q4_0")
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(values.reshape(-1, values.shape[-1]), unit.view(units, role).widened())
     embedding = tensors["token_embd.weight"]
@@ -132,6 +138,47 @@ def test_the_gguf_file_has_the_same_codes(store: Store, tmp_path: Path) -> None:
     for one, other in zip(back.architecture.layers, store.architecture.layers, strict=True):
         assert one.ffn == other.ffn
         assert replace(one.attention, qk_norm=None) == replace(other.attention, qk_norm=None)
+
+
+def published(checkpoint: Path, packed: bool) -> Any:
+    """As transformers reads it; MXFP4 widened."""
+    if not packed:
+        return reference_model(checkpoint)
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    config = Mxfp4Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=config, attn_implementation="eager"
+    )
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_checkpoint_of_the_same_numbers(name: str, tmp_path: Path, text: list[int]) -> None:
+    """transformers reads it, and what is converted from it holds the values of the store drawn directly."""
+    request = MixtureRequest(small(name), layers=2)
+    drawn, checkpoint = create(request, tmp_path / "drawn"), tmp_path / "checkpoint"
+    create_checkpoint(request, checkpoint)
+    store = convert(checkpoint, tmp_path / "store", name="x")
+    packed = name == "gpt-oss-20b"
+    assert {row.codec for row in store.layout.unit.rows} == {"mxfp4" if packed else "float16"}
+    assert (store.manifest.files[BUNDLES] == drawn.manifest.files[BUNDLES]) == packed
+    ours, theirs = DenseMixture.of(store), DenseMixture.of(drawn)
+    assert sorted(ours.resident.names) == sorted(theirs.resident.names)
+    for tensor in ours.resident.names:
+        assert torch.equal(ours.tensor(tensor), theirs.tensor(tensor)), tensor
+    for layer in range(2):
+        for expert in range(store.layout.layers[layer].units):
+            found = theirs.expert(layer, expert)
+            for role, values in ours.expert(layer, expert).items():
+                assert np.array_equal(values, found[role])
+    ids = text[:24]
+    with torch.no_grad():
+        expected = published(checkpoint, packed)(torch.tensor([ids])).logits[0].numpy()
+    with LocalDecoder(store) as decoder:
+        assert np.abs(decoder.prefill(ids) - expected).max() < 1e-4 * np.abs(expected).max()
+    with pytest.raises(UsageError, match="exists: choose another directory"):
+        create_checkpoint(request, checkpoint)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -176,6 +223,7 @@ def test_routing_is_local_and_foreseen_as_published(tmp_path: Path, text: list[i
     assert first.reuse[1] < found["reuse_1"] - 0.1
     assert found["reuse_8"] < found["reuse_1"]
     assert first.hottest < found["hottest"]
+    assert all(one.reuse[1] > one.chance + 0.05 for one in others)
     assert 0.75 < reports[2].recall[1] < 0.95
     assert reports[3].recall[2] < reports[3].recall[1]
     assert reports[1].recall[1] < 0.7  # the second layer's attention brings what the first cannot know
@@ -188,7 +236,14 @@ def test_routing_is_local_and_foreseen_as_published(tmp_path: Path, text: list[i
         )
     )
     assert fewer["new"] < found["new"] < more["new"] < none["new"]
+    assert none["reuse_1"] == pytest.approx(none["chance"], abs=0.05)
     assert none["reuse_1"] < 0.2 < more["reuse_1"] < found["reuse_1"] < fewer["reuse_1"]
+
+
+def test_chance_by_hand() -> None:
+    """Evenly used experts are a token's as often as it has some; and expert 0 is in every token here."""
+    assert routing.chance(np.full(8, 3), tokens=12) == pytest.approx(2 / 8)
+    assert routing.chance(np.array([10, 5, 5, 0]), tokens=10) == pytest.approx((1 + 0.25 + 0.25) / 2)
 
 
 def test_the_report_says_that_it_is_synthetic(

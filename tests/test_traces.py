@@ -15,6 +15,8 @@ from ring import config
 from pipeline import ending
 from pipeline.cli import main
 from pipeline.config import Cache
+from pipeline.planner import rates
+from pipeline.planner.pace import Rates
 from pipeline.ring.messages import NeuronsPredicted, Step
 from pipeline.ring.plan import Forecast, Plan
 from storage.convert import convert
@@ -326,13 +328,21 @@ def lru(layer: int, slots: int) -> WindowThenOldest:
     return WindowThenOldest(24, 0)
 
 
+def reading(size: float) -> float:
+    """Of a disk that gives 1,000 reads a second, however large."""
+    return 1000 * size
+
+
 def test_an_order_joins_reads_and_reads_the_same():
     trace, order = paired_trace(1), linear_order(paired_trace(0))
-    plain = placement.ordered("", trace, 10, lru, None)
-    placed = placement.ordered("", trace, 10, lru, order)
+    plain = placement.ordered("", trace, 10, lru, None, reading)
+    placed = placement.ordered("", trace, 10, lru, order, reading)
+    assert [one.seconds * 1000 for one in (plain, placed)] == pytest.approx([plain.requests, placed.requests])
+    steady = placement.ordered("", trace, 10, lru, order, lambda size: 1000.0)
+    assert steady.seconds * 1000 == pytest.approx(placed.bytes)
     assert (placed.bundles, placed.bytes) == (plain.bundles, plain.bytes)
     assert placed.requests <= placed.bundles / 2 < plain.requests
-    wide = placement.ordered("", trace, 10, lru, None, gap=24)
+    wide = placement.ordered("", trace, 10, lru, None, reading, gap=24)
     assert wide.requests < plain.requests
     assert wide.bytes > plain.bytes
     assert wide.redundant == pytest.approx(1 - plain.bytes / wide.bytes)
@@ -340,17 +350,18 @@ def test_an_order_joins_reads_and_reads_the_same():
 
 def test_bundled_friends_help_only_where_they_are_each_others():
     """Pairs halve the bundles. With one hot neuron, everyone's friend, it is read again and again."""
-    trace, made = paired_trace(1), (paired_trace(0), 10, lru)
+    trace, made = paired_trace(1), (paired_trace(0), 10, lru, reading)
     paired = placement.befriended("", trace, *made)
-    alone = placement.ordered("", trace, 10, lru, None)
+    alone = placement.ordered("", trace, 10, lru, None, reading)
     assert paired.redundant < 0.1  # half a pair may have been evicted
     assert paired.bundles < 0.6 * alone.bundles
     assert paired.bytes == pytest.approx(alone.bytes, rel=0.1)
     hot = random_masks(0)[0, :, :24].copy()
     hot[:, 0] = True
     lonely = Trace(24, 512, pack(hot)[None], None, None, {})
-    bundled = placement.befriended("", lonely, lonely, 10, lru)
-    plain = placement.ordered("", lonely, 10, lru, None)
+    bundled = placement.befriended("", lonely, lonely, 10, lru, reading)
+    plain = placement.ordered("", lonely, 10, lru, None, reading)
+    assert bundled.seconds * 1000 == pytest.approx(bundled.requests)
     assert bundled.redundant > 0.4
     assert bundled.bytes > 1.5 * plain.bytes
 
@@ -369,6 +380,8 @@ def test_order_and_conversion_by_commands(tmp_path, monkeypatch, capfd):
     assert made.manifest.order == "coactive"
     assert (made.read_layer(2) == plain.read_layer(2)).all()
     assert (tmp_path / "store/bundles.bin").read_bytes() != (tmp_path / "plain/bundles.bin").read_bytes()
+    disk = Rates(1, 1e9, {}, 0.0, 0.0, 1e9, 1e9, ((512, 1e6), (4096, 8e6)), 1e-4)
+    monkeypatch.setattr(rates, "measured", lambda say: disk)
     assert run(monkeypatch, "placement", str(tmp_path / "a.npz"), "--earlier", str(tmp_path / "a.npz")) == 0
     assert "redundant" in capfd.readouterr().out
     (tmp_path / "bad.npy").write_bytes(b"no array")

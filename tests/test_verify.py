@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from damage import flip
+from gguf_files import of_checkpoint
 
 from pipeline.cli import main
 from storage.convert import NeuronOrder, convert
 from storage.errors import StoreCorrupt, StoreError, StoreMissing
 from storage.manifest import CHECKSUMS, MANIFEST, SEAL
 from storage.store import Store
+from storage.tensors import Tensors
 from storage.verify import verify
+from workers.prefetcher.verifier import Verifier
 
 
 @pytest.fixture
@@ -48,6 +51,56 @@ def test_the_first_bad_bundle_is_named(store: Store, byte: int) -> None:
     flip(store.path / "bundles.bin", bad + byte)
     flip(store.path / "bundles.bin", layout.offset(2, 3))
     with pytest.raises(StoreCorrupt, match=f"layer 1, neuron 70, at byte {bad:,}, does not match"):
+        verify(store.path)
+
+
+FEW_BITS: dict[str, tuple[str, dict[str, int]]] = {  # variant, and what makes rows whole groups
+    "q8": ("llama", {"intermediate_size": 256}),
+    "q4": ("llama", {"intermediate_size": 256}),
+    "q4s": ("opt", {"ffn_dim": 256}),
+    "q4 experts": ("qwen3-moe", {}),
+    "mxfp4 experts": ("qwen3-moe", {"head_dim": 64}),
+}
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_a_flipped_bit_in_few_bits_is_found(tmp_path: Path, name: str, part: str) -> None:
+    """In a unit's codes or scales, when all is verified and when it is read; and in resident rows."""
+    variant, changes = FEW_BITS[name]
+    codec = name.removesuffix(" experts")
+    source = write_checkpoint(tmp_path / "model", variant, "float16", changes=changes)
+    if codec == "mxfp4":
+        store = convert(
+            of_checkpoint(source, tmp_path / "m.gguf", matrices="MXFP4"), tmp_path / "s", name="x"
+        )
+    else:
+        store = convert(
+            source, tmp_path / "s", name="x", bits=8 if codec == "q8" else 4, small=codec == "q4s"
+        )
+    verify(store.path)
+    layer = store.layout.layers[1]
+    assert {row.codec for row in layer.unit.rows} == {codec}
+    start, stop = layer.unit.span("up")
+    bad = store.layout.offset(1, 2)
+    flip(store.path / "bundles.bin", bad + (start if part == "codes" else stop - 1))
+    kind = "neuron" if layer.unit.width == 1 else "unit"
+    with pytest.raises(StoreCorrupt, match=f"layer 1, {kind} 2, at byte {bad:,}, does not match"):
+        verify(store.path)
+    memory = np.fromfile(store.path / "bundles.bin", np.uint8, layer.bytes, offset=layer.start)
+    memory = memory.reshape(layer.units, layer.unit.stride)
+    verifier, _ = Verifier.wanted("always", store, memory)
+    assert verifier is not None
+    ids = np.arange(layer.units, dtype=np.int32)
+    assert verifier.wrong(1, ids, ids)[0].tolist() == [2]
+    flip(store.path / "bundles.bin", bad + (start if part == "codes" else stop - 1))
+    verify(store.path)
+    rows = Tensors(store.path / "resident.safetensors").place("layers.1.qkv.weight")
+    assert rows.dtype == ("q8" if codec == "q4" else codec)
+    flip(
+        store.path / "resident.safetensors", rows.offset if part == "codes" else rows.offset + rows.bytes - 1
+    )
+    with pytest.raises(StoreCorrupt, match=r"resident\.safetensors does not match its hash"):
         verify(store.path)
 
 

@@ -45,6 +45,14 @@ def command(
         ),
     ] = None,
     bits: Bits = None,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small",
+            help="With --bits 4: attention has four bits, too, and no minima, as in Q4_0: for models whose "
+            "attention in eight would fill the memory.",
+        ),
+    ] = False,
     shadow: Annotated[
         int | None,
         typer.Option(
@@ -74,10 +82,17 @@ def command(
     """
     source, trained = find_source(model), None if predictors_of is None else Store.open(predictors_of)
     convert(
-        source.checkpoint(), out, name=source.name, alignment=alignment, order=order, dtype=dtype, bits=bits
+        source.checkpoint(),
+        out,
+        name=source.name,
+        alignment=alignment,
+        order=order,
+        dtype=dtype,
+        bits=bits,
+        small=small,
     )
     if source.directory == builtin.CHECKPOINT:
-        builtin.install(Store.open(out), bits)
+        builtin.install(Store.open(out), None if small else bits)
     if trained is not None:
         copy_all(trained, Store.open(out))
     if shadow is not None:

@@ -140,6 +140,7 @@ def convert(
     order: Path | None = None,
     dtype: str | None = None,
     bits: int | None = None,
+    small: bool = False,
 ) -> None:
     """Convert with a progress bar; `order`: a `.npy` of neurons by position; `dtype`: of a GGUF file only."""
     from pipeline.progress import Progress
@@ -157,6 +158,7 @@ def convert(
             order=neurons,
             dtype=dtype,
             bits=bits,
+            small=small,
             progress=progress,
         )
 

@@ -1,9 +1,9 @@
 """A layer of experts for the trainer: router, top-k, and one product an expert over its own tokens.
 
 `Experts` takes the place of transformers' block in a `qwen3_moe` decoder. It computes the same, but sorts
-the tokens by expert, so that each matrix is read once a pass, and keeps what its router said: the balance
-loss and the figures of locality need that. Its three stacks `[experts, rows, columns]` are a checkpoint's
-matrices of one expert each.
+the tokens by expert, so that each matrix is read once a pass, and keeps what its router said, which the
+balance loss needs. Its three stacks `[experts, rows, columns]` are a checkpoint's matrices of one expert
+each.
 """
 
 from __future__ import annotations

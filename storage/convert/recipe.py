@@ -23,11 +23,15 @@ class Recipe:
     attention: str | None = None  # where it has another than `matrices`
 
     @classmethod
-    def of(cls, bits: int | None) -> Recipe:
-        """Norms and biases keep their floats, and attention and head never have fewer than eight bits.
+    def of(cls, bits: int | None, small: bool = False) -> Recipe:
+        """Norms and biases keep their floats; attention and head have eight bits at least, unless `small`.
 
         Raises UsageError for a number that is not offered.
         """
+        if small:
+            if bits != 4:
+                raise UsageError("--small is for --bits 4")
+            return cls.small()
         match bits:
             case None | 16:
                 return cls(bits)

@@ -53,19 +53,21 @@ def convert(
     order: NeuronOrder | None = None,
     dtype: str | None = None,
     bits: int | None = None,
+    small: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """Convert a checkpoint's directory, or a GGUF file, into the store `out`, or resume doing so.
 
     An `out` that already is a store of the same source and parameters is returned as it is.
-    `bits` is 16, 8 or 4 (`recipe.py`), None the checkpoint's own; `dtype` is what a GGUF file's matrices
-    are widened to.
+    `bits` is 16, 8 or 4 (`recipe.py`), None the checkpoint's own, with 4 also `small`; `dtype` is what a GGUF
+    file's matrices are widened to.
     `progress` hears the stages "resume", "bundles" and "resident" in bytes.
 
     Raises CheckpointError or UnsupportedModel for the checkpoint, UsageError for an `out` or a
     parameter that cannot be, StoreIncomplete for an interrupted conversion with other parameters,
     DiskFull when the disk is or will be full; what is written then resumes.
     """
+    recipe = Recipe.of(bits, small)
     origin = open_origin(checkpoint, dtype, bits)
     return convert_origin(
         origin,
@@ -73,7 +75,7 @@ def convert(
         name=name,
         alignment=alignment,
         order=order,
-        recipe=Recipe.of(bits),
+        recipe=recipe,
         progress=progress,
     )
 

@@ -146,8 +146,8 @@ class Describer:
 
     def __call__(self, offset: int) -> str:
         layer, position = self._layout.place(offset)
-        neuron = position if self._order is None else int(self._order[layer][position])
-        return f"layer {layer}, neuron {neuron} from {self._path}"
+        number = position if self._order is None else int(self._order[layer][position])
+        return f"layer {layer}, {self._layout.layers[layer].unit.kind} {number} from {self._path}"
 
 
 async def main(worker: Worker, through: Callable[[Backend], Backend] = lambda queue: queue) -> None:

@@ -49,6 +49,7 @@ _BLOCK = 32  # values; matrices whose rows are no whole blocks stay as they are
 # What GGUF has of the same size: name, and its types of FFN matrices and of all others.
 BLOCKS = {"GGUF Q4_1, others Q8_0": ("Q4_1", "Q8_0"), "GGUF Q8_0": ("Q8_0", "Q8_0")}
 _FFN = ("fc1", "fc2", "mlp.")  # of the names of FFN matrices in the families that are compared here
+_ROUTER = ".mlp.gate.weight"  # which files keep in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,8 @@ def _round_as_gguf(checkpoint: Path, out: Path, ffn: str, others: str) -> None:
         tensors = {}
         for name, tensor in load_file(shard).items():
             kind = ffn if any(part in name for part in _FFN) else others
-            tensors[name] = _rounded(tensor.float(), kind)
+            values = tensor.float()
+            tensors[name] = values if name.endswith(_ROUTER) else _rounded(values, kind)
         save_file(tensors, out / f"model-{number}.safetensors", {"format": "pt"})
     _index(out)
 

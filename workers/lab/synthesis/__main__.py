@@ -28,7 +28,7 @@ from workers.lab.synthesis.checkpoint import Request, synthesize
 from workers.lab.synthesis.direct import write_store
 from workers.lab.synthesis.mixture import as_gguf as mixture_as_gguf
 from workers.lab.synthesis.mixture import routing, routing_table
-from workers.lab.synthesis.mixture.create import MixtureRequest
+from workers.lab.synthesis.mixture.create import MixtureRequest, create_checkpoint
 from workers.lab.synthesis.mixture.create import create as create_mixture
 from workers.lab.synthesis.planting import RATES
 from workers.lab.synthesis.shapes import MIXTURES, SHAPES, find_shape
@@ -82,6 +82,12 @@ def create(
     no_locality: Annotated[
         bool, typer.Option("--no-locality", help="A mixture's experts follow the token alone.")
     ] = False,
+    checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint", help="A mixture as a checkpoint, in float16, of the numbers that its store has."
+        ),
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0: one for each CPU.", metavar="N", min=0)] = 0,
 ) -> None:
     """Write a SYNTHETIC model of a published shape.
@@ -104,34 +110,40 @@ def create(
         if activation or small or shadow is not None:
             raise UsageError("--activation, --small and --shadow are for models without experts")
         bits = 4 if bits is None else bits
-        _mixture(MixtureRequest(find_shape(shape), layers, seed, rate, not no_locality, bits, tokenizer), out)
+        request = MixtureRequest(find_shape(shape), layers, seed, rate, not no_locality, bits, tokenizer)
+        _mixture(request, out, checkpoint)
         return
+    if checkpoint:
+        raise UsageError(
+            f"--checkpoint is for mixtures ({', '.join(MIXTURES)}); without --bits others are one"
+        )
     if no_locality:
         raise UsageError(f"--no-locality is for mixtures: {', '.join(MIXTURES)}")
-    if small and bits != 4:
-        raise UsageError("--small is for --bits 4")
     if shadow is not None and bits != 16:
         raise UsageError("--shadow is for --bits 16")
-    request = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
-    if bits is not None:
-        recipe = Recipe.small() if small else Recipe.of(bits)
+    dense = Request(find_shape(shape), layers, seed, rate, activation, tokenizer)
+    if bits is not None or small:
+        recipe = Recipe.of(bits, small)
         with Progress(f"synthesising {shape}") as progress:
-            store = write_store(request, recipe, out, progress)
+            store = write_store(dense, recipe, out, progress)
             if shadow is not None:
                 shadows.write(store, shadow, lambda done, total: progress("shadow", done, total))
         say(f"{out} is a synthetic store of the shape {shape}, seed {seed}, rate {rate:g}")
         return
     with Progress(f"synthesising {shape}") as progress, torch.no_grad():
-        synthesize(request, out, lambda done, total: progress("weights", done, total))
+        synthesize(dense, out, lambda done, total: progress("weights", done, total))
     say(f"{out} is a synthetic checkpoint of the shape {shape}, seed {seed}, rate {rate:g}")
 
 
-def _mixture(request: MixtureRequest, out: Path) -> None:
-    name = request.shape.name
+def _mixture(request: MixtureRequest, out: Path, checkpoint: bool) -> None:
+    name, kind = request.shape.name, "checkpoint" if checkpoint else "store"
     with Progress(f"synthesising {name}") as progress:
-        create_mixture(request, out, progress)
+        if checkpoint:
+            create_checkpoint(request, out, lambda done, total: progress("weights", done, total))
+        else:
+            create_mixture(request, out, progress)
     routing = f"rate {request.rate:g}" if request.locality else "no locality"
-    say(f"{out} is a synthetic store of the shape {name}, seed {request.seed}, {routing}")
+    say(f"{out} is a synthetic {kind} of the shape {name}, seed {request.seed}, {routing}")
 
 
 @app.command("measure")

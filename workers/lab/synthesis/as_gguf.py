@@ -17,9 +17,9 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 
-from storage.architecture import Architecture, Attention, Llama3Scaling
+from storage.architecture import Architecture, Attention, Llama3Scaling, YarnScaling
 from storage.checkpoint import Checkpoint
 from storage.codecs import F32, widen
 from storage.errors import CheckpointError, UnsupportedModel, UsageError
@@ -216,16 +216,34 @@ def describe(writer: GGUFWriter, name: str, model: Architecture, neurons: int, t
     else:
         writer.add_layer_norm_eps(norm.epsilon)
     writer.add_vocab_size(model.vocabulary)
-    _describe_positions(writer, attention)
+    _describe_positions(writer, model.family, attention)
     _describe_tokenizer(writer, tokenizer, model)
 
 
-def _describe_positions(writer: GGUFWriter, attention: Attention) -> None:
+def _describe_positions(writer: GGUFWriter, family: str, attention: Attention) -> None:
     rope = attention.rope
-    if rope is None or not isinstance(rope.scaling, Llama3Scaling | None):
-        raise UnsupportedModel("only plain rotary positions and Llama 3's can be written as GGUF")
+    if rope is None or not isinstance(rope.scaling, Llama3Scaling | YarnScaling | None):
+        raise UnsupportedModel("only plain rotary positions, Llama 3's and YaRN's can be written as GGUF")
+    if isinstance(rope.scaling, YarnScaling):
+        _describe_yarn(writer, family, rope.scaling)
     writer.add_rope_freq_base(rope.base)
     writer.add_rope_dimension_count(attention.head_dim)
+
+
+def _describe_yarn(writer: GGUFWriter, family: str, scaling: YarnScaling) -> None:
+    """A file says factor and original context; the rest is what readers take for granted of the family."""
+    usual = replace(
+        scaling,
+        fast=32.0,
+        slow=1.0,
+        truncate=family != "gpt_oss",
+        magnitude=0.1 * math.log(scaling.factor) + 1,
+    )
+    if scaling != usual:
+        raise UnsupportedModel(f"YaRN's positions with {scaling} cannot be written as GGUF for {family}")
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(scaling.original)
 
 
 def _describe_tokenizer(writer: GGUFWriter, path: Path, model: Architecture) -> None:

@@ -74,7 +74,9 @@ def attended(layer: Layer, tensors: Tensors, h: Tensor) -> Tensor:
         if biases is not None:
             scores = scores + biases[head]
         scores = scores.masked_fill(hidden, -math.inf)
-        outputs.append(scores.softmax(dim=-1) @ value[head // group])
+        if a.sinks:
+            scores = torch.cat((scores, tensors["sinks"][head].expand(count, 1)), dim=1)
+        outputs.append(scores.softmax(dim=-1)[:, :count] @ value[head // group])
     return torch.cat(outputs, dim=1)
 
 
@@ -114,7 +116,11 @@ def activated(ffn: Ffn, made: Products) -> Tensor:
     """Activations `[tokens, neurons]`: what the down-projection's columns are weighed with."""
     if ffn.kind == "plain":
         return _function(ffn, made["up"])
-    up = made["up"].relu() if ffn.up_activation == "relu" else made["up"]
+    up = made["up"]
+    if ffn.up_activation == "relu":
+        up = up.relu()
+    elif ffn.up_activation == "clamped":
+        up = 1 + up.clamp(-ffn.limit, ffn.limit)
     return _function(ffn, made["gate"]) * up
 
 
@@ -123,6 +129,9 @@ def _function(ffn: Ffn, x: Tensor) -> Tensor:
         return functional.threshold(x, ffn.threshold, 0.0)
     if ffn.activation == "silu":
         return functional.silu(x)
+    if ffn.activation == "clamped_silu":
+        limited = x.clamp(max=ffn.limit)
+        return limited * torch.sigmoid(ffn.alpha * limited)
     return functional.gelu(x, approximate="tanh" if ffn.activation == "gelu_tanh" else "none")
 
 

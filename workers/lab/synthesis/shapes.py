@@ -104,6 +104,33 @@ SHAPES = {
             max_position_embeddings=32768,
             rope_theta=1000000.0,
         ),
+        mixture(
+            "gpt-oss-20b",
+            ("gpt_oss", "GptOssForCausalLM"),
+            2880,
+            24,
+            (64, 8),
+            201088,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+            head_dim=64,
+            intermediate_size=2880,
+            sliding_window=128,
+            swiglu_limit=7.0,
+            attention_bias=True,
+            max_position_embeddings=131072,
+            rope_theta=150000.0,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            bos_token_id=199998,
+            eos_token_id=200002,
+        ),
     )
 }
 

@@ -20,6 +20,7 @@ from pipeline.console import say, tables
 from pipeline.cores import thread_count
 from pipeline.directories import check_writable
 from pipeline.models.names import configure
+from pipeline.planner import rates
 from pipeline.planner.resolve import resolve
 from pipeline.progress import Progress
 from pipeline.status import waiting
@@ -207,7 +208,10 @@ def placement_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare reads by neuron id, by co-activation, and with closest friends bundled."""
+    """Compare reads by neuron id, by co-activation, and with closest friends bundled.
+
+    The disk's time is told by what it was measured to give in reads of each size (run.py doctor).
+    """
     trace, calibration = Trace.load(file), Trace.load(earlier)
     if (calibration.layers, calibration.d_ff) != (trace.layers, trace.d_ff):
         raise UsageError(f"{earlier} and {file} are traces of different models")
@@ -218,14 +222,15 @@ def placement_command(
     def make(layer: int, slots: int) -> Policy:
         return make_policy(trace.d_ff, Cache())
 
+    reading = rates.measured(say=say).reading
     with waiting("replaying"):
         order = linear_order(calibration)
         found = [
-            placement.ordered("by id", trace, slots, make, None),
-            placement.ordered("by co-activation", trace, slots, make, order),
-            placement.ordered(f"by id, gaps up to {gap}", trace, slots, make, None, gap),
-            placement.ordered(f"by co-activation, gaps up to {gap}", trace, slots, make, order, gap),
-            placement.befriended("closest friends bundled", trace, calibration, slots, make),
+            placement.ordered("by id", trace, slots, make, None, reading),
+            placement.ordered("by co-activation", trace, slots, make, order, reading),
+            placement.ordered(f"by id, gaps up to {gap}", trace, slots, make, None, reading, gap),
+            placement.ordered(f"by co-activation, gaps up to {gap}", trace, slots, make, order, reading, gap),
+            placement.befriended("closest friends bundled", trace, calibration, slots, make, reading),
         ]
     if as_json:
         print(json.dumps([{**asdict(one), "run": one.run} for one in found]))

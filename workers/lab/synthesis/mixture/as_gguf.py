@@ -1,8 +1,8 @@
 """A mixture's store as a GGUF file of the same weights, for other programs: no code is rounded or changed.
 
-Rows in `q4s` become Q4_0, in `q4` Q4_1, in `q8` Q8_0: a group's scale and minimum go before its codes, whose
-order is the same. Floats of 16 bits become float32, as other programs want norms. Experts are stacked in the
-order of their ids. At most one role of one layer's experts is in memory.
+Rows in `q4s` become Q4_0, in `q4` Q4_1, in `q8` Q8_0, and MXFP4 stays what it is: a group's scale and minimum
+go before its codes, whose order is the same. Floats of 16 bits become float32, as other programs want norms.
+Experts are stacked in the order of their ids. At most one role of one layer's experts is in memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from workers.lab.synthesis.as_gguf import TOKENIZER, Tensor, describe, paired, w
 from workers.lab.synthesis.mixture.draw import Codes
 
 # By family: llama.cpp's name of the architecture, and whether rotary pairs lie side by side in its files.
-ARCHITECTURES = {"qwen3_moe": ("qwen3moe", False), "olmoe": ("olmoe", False), "mixtral": ("llama", True)}
+ARCHITECTURES = {
+    "qwen3_moe": ("qwen3moe", False),
+    "olmoe": ("olmoe", False),
+    "mixtral": ("llama", True),
+    "gpt_oss": ("gpt-oss", False),
+}
 KINDS = {
+    "mxfp4": GGMLQuantizationType.MXFP4,
     "q4s": GGMLQuantizationType.Q4_0,
     "q4": GGMLQuantizationType.Q4_1,
     "q8": GGMLQuantizationType.Q8_0,
@@ -39,8 +45,15 @@ PARTS = {
     "q_norm.weight": "attn_q_norm.weight",
     "k_norm.weight": "attn_k_norm.weight",
     "out.weight": "attn_output.weight",
+    "out.bias": "attn_output.bias",
+    "sinks": "attn_sinks.weight",
     "router.weight": "ffn_gate_inp.weight",
+    "router.bias": "ffn_gate_inp.bias",
 }
+WINDOWS = ("gpt_oss", "mixtral")  # families whose files may have a window
+GATES = (7.0, 1.702)  # of gpt-oss; no file says other ones
+_NORM_BEFORE_FFN = {"gpt_oss": "post_attention_norm.weight"}  # of families that call it otherwise
+_EXPERT_BIASES = {f"{role}.bias": f"ffn_{role}_exps.bias" for role in ("gate", "up", "down")}
 TOP = {
     canonical.EMBED: "token_embd.weight",
     f"{canonical.FINAL_NORM}.weight": "output_norm.weight",
@@ -61,10 +74,11 @@ def kept(name: str, shape: tuple[int, ...], codec: str, read: Callable[[], Carri
 def blocks(rows: Codes, codec: str) -> Codes:
     """Rows [n, bytes] of groups in `codec`, codes first, as rows of blocks, scale and minimum first."""
     grouped = CODECS[codec].grouped
-    assert isinstance(grouped, Grouped)
+    assert grouped is not None
     count, each = rows.shape[1] // grouped.bytes, grouped.group * grouped.bits // 8
     codes = rows[:, : count * each].reshape(-1, count, each)
-    tables = rows[:, count * each :].reshape(-1, grouped.tables, count, 2).swapaxes(1, 2)
+    number, size = (grouped.tables, 2) if isinstance(grouped, Grouped) else (1, 1)
+    tables = rows[:, count * each :].reshape(-1, number, count, size).swapaxes(1, 2)
     made = np.concatenate([tables.reshape(*codes.shape[:2], -1), codes], axis=2)
     return made.reshape(rows.shape[0], -1)
 
@@ -105,13 +119,20 @@ def _tensors(store: Store) -> Iterator[Tensor]:
             yield kept(TOP[name], shape, place.dtype, _whole(resident, name))
             continue
         _, number, part = name.split(".", 2)
-        layer = model.layers[int(number)]
-        if part == "qkv.weight":
+        layer, read = model.layers[int(number)], _whole(resident, name)
+        if part in ("qkv.weight", "qkv.bias"):
             yield from _projections(model, layer, int(number), resident, name, shape, place.dtype)
+            continue
+        if part in _EXPERT_BIASES and layer.ffn.router is not None:
+            shape = (layer.ffn.units, shape[0] // layer.ffn.units)
+            yield kept(f"blk.{number}.{_EXPERT_BIASES[part]}", shape, place.dtype, read)
             continue
         if part not in PARTS:
             raise UnsupportedModel(f"{store.path} has {name}, which cannot be written as GGUF")
-        yield kept(f"blk.{number}.{PARTS[part]}", shape, place.dtype, _whole(resident, name))
+        theirs = PARTS[part]
+        if part == "ffn_norm.weight":
+            theirs = _NORM_BEFORE_FFN.get(model.family, theirs)
+        yield kept(f"blk.{number}.{theirs}", shape, place.dtype, read)
     for index, placed in enumerate(store.layout.layers):
         for row in placed.unit.rows:
             if row.codec not in KINDS:
@@ -137,8 +158,8 @@ def _projections(
     shape: tuple[int, ...],
     codec: str,
 ) -> Iterator[Tensor]:
-    """Queries, keys and values apart."""
-    a, start = layer.attention, 0
+    """Queries, keys and values apart, or their biases."""
+    a, start, kind = layer.attention, 0, name.rpartition(".")[2]
     side_by_side = ARCHITECTURES[model.family][1]
     for one, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
         rows = np.arange(start, start + heads * a.head_dim)
@@ -150,7 +171,7 @@ def _projections(
             found: Carrier = resident.read(name)[which]
             return found
 
-        yield kept(f"blk.{index}.attn_{one}.weight", (rows.size, shape[1]), codec, read)
+        yield kept(f"blk.{index}.attn_{one}.{kind}", (rows.size, *shape[1:]), codec, read)
 
 
 def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
@@ -173,10 +194,13 @@ def _experts(store: Store, layer: int, role: Role) -> Callable[[], Carrier]:
 def _describe(writer: GGUFWriter, store: Store) -> None:
     model = store.architecture
     attention, ffn = model.layers[0].attention, model.layers[0].ffn
-    assert attention.rope is not None
     assert ffn.router is not None
-    if attention.rope.scaling is not None or attention.window is not None:
-        raise UnsupportedModel("only plain rotary positions without a window can be written as GGUF")
+    if model.family == "gpt_oss" and ffn.numbers != GATES:
+        raise UnsupportedModel(f"gates with {ffn.numbers}, limit and alpha, cannot be written as GGUF")
+    if attention.window is not None:
+        if model.family not in WINDOWS:
+            raise UnsupportedModel(f"a window of {model.family} cannot be written as GGUF")
+        writer.add_sliding_window(attention.window)
     describe(writer, store.manifest.name, model, ffn.width, store.path / TOKENIZER)
     writer.add_expert_feed_forward_length(ffn.width)
     writer.add_expert_count(ffn.units)

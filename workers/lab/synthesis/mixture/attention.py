@@ -1,7 +1,8 @@
 """Attention that sees distance alone: constant queries and keys whose rotation makes running means.
 
 Rotation by ω a token makes the product of two constants Σ_j q_j k_j cos(ω_j Δ). A head puts its queries on
-frequencies around the inverse of its reach. Even heads reach far, odd ones only the tokens before.
+frequencies around the inverse of its reach. Even heads reach far, odd ones only the tokens before. A window
+cuts off what lies beyond it, and sinks are drawn so small that next to nothing goes there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 
 import numpy as np
 
-from storage.architecture import Attention
+from storage.architecture import Attention, YarnScaling
 from storage.codecs import F32
 from workers.compute.positions import frequencies
 from workers.lab.synthesis.mixture import draw
@@ -26,7 +27,7 @@ def queries(a: Attention, planting: MixturePlanting, *what: object) -> F32:
     reach = usual * 2 ** (spread - 0.5)
     turns = _frequencies(a)
     weights = np.exp(-(np.log(np.outer(reach, turns)) ** 2) / 2)
-    weights *= planting.reach_strength / a.scale / weights.sum(axis=1, keepdims=True)
+    weights *= planting.reach_strength / _scale(a) / weights.sum(axis=1, keepdims=True)
     made = np.zeros((a.heads, a.head_dim), np.float32)
     made[:, : turns.size] = weights
     return made
@@ -46,7 +47,7 @@ def left(a: Attention, constant: F32, vocabulary: int, seed: int) -> float:
     """
     turns = _frequencies(a)
     distances = np.arange(CALIBRATION)
-    logits = np.cos(np.outer(distances, turns)) @ constant[: turns.size] * a.scale
+    logits = np.cos(np.outer(distances, turns)) @ constant[: turns.size] * _scale(a)
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
     frequent = 1 / (np.arange(vocabulary) + 2.7)
@@ -56,6 +57,13 @@ def left(a: Attention, constant: F32, vocabulary: int, seed: int) -> float:
         ids = generator.choice(vocabulary, CALIBRATION, p=frequent / frequent.sum())
         energies.append(float(np.square(np.bincount(ids, weights)).sum()))
     return math.fsum(energies) / len(energies)
+
+
+def _scale(a: Attention) -> float:
+    """Of products; YaRN makes queries and keys longer."""
+    assert a.rope is not None
+    longer = a.rope.scaling.magnitude if isinstance(a.rope.scaling, YarnScaling) else 1.0
+    return a.scale * longer**2
 
 
 def _frequencies(a: Attention) -> F32:

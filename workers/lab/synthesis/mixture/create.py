@@ -1,4 +1,4 @@
-"""Writing a synthetic mixture into a store."""
+"""Writing a synthetic mixture: into a store, or as a checkpoint of the same numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from storage.convert.write import convert_origin
 from storage.errors import CheckpointError, UsageError
 from storage.families.registry import family_of
 from storage.store import Store
+from workers.lab.synthesis.mixture import as_checkpoint
 from workers.lab.synthesis.mixture.origin import SyntheticMixture
 from workers.lab.synthesis.mixture.planting import MixturePlanting
 from workers.lab.synthesis.mixture.tensors import EXPERTS, Tensors
@@ -37,12 +38,28 @@ def create(
 
     Raises as `storage.convert.convert`, and UsageError for a request that cannot be.
     """
+    _check(request)
+    origin = described(request)
+    return convert_origin(origin, out, name=str(origin.path), progress=progress)
+
+
+def create_checkpoint(
+    request: MixtureRequest, out: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the store's numbers as a checkpoint; `progress` hears bytes done and bytes in all.
+
+    Raises UsageError for a request that cannot be, CheckpointError for a tokenizer that is not there,
+    DiskFull before writing more than fits.
+    """
+    _check(request)
+    as_checkpoint.write(described(request), out, progress or (lambda done, total: None))
+
+
+def _check(request: MixtureRequest) -> None:
     if request.bits not in EXPERTS:
         raise UsageError(f"a mixture's bits must be 4 or 8, not {request.bits}")
     if request.tokenizer is not None and tokenizers.TOKENIZER not in tokenizers.texts(request.tokenizer):
         raise CheckpointError(f"{request.tokenizer} has no tokenizer.json, nor vocab.json and merges.txt")
-    origin = described(request)
-    return convert_origin(origin, out, name=str(origin.path), progress=progress)
 
 
 def described(request: MixtureRequest) -> SyntheticMixture:

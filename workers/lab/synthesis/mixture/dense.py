@@ -71,22 +71,28 @@ class DenseMixture:
                 rows, places = np.nonzero(routing.ids == expert)
                 some, weights = torch.from_numpy(rows), torch.from_numpy(routing.weights[rows, places])
                 matrices = {role: torch.from_numpy(one) for role, one in self.expert(layer, position).items()}
-                made[some] += weights[:, None] * _gated(ffn, matrices, f[some])
+                biases = {
+                    role: tensors[f"{role}.bias"].view(ffn.units, -1)[expert]
+                    for role in matrices
+                    if f"{role}.bias" in tensors
+                }
+                made[some] += weights[:, None] * _gated(ffn, matrices, biases, f[some])
         if ffn.shared is not None:
             shared: dict[Role, Tensor] = {
                 role: tensors[f"shared_{role}.weight"] for role in ("gate", "up", "down")
             }
-            brought = _gated(ffn, shared, f)
+            brought = _gated(ffn, shared, {}, f)
             if ffn.shared.gated:
                 brought = brought * torch.sigmoid(f @ tensors["shared_switch.weight"].T)
             made += brought
         return made
 
 
-def _gated(ffn: Ffn, matrices: dict[Role, Tensor], f: Tensor) -> Tensor:
-    roles: tuple[Role, ...] = ("gate", "up")
-    products = {role: f @ matrices[role].T for role in roles}
-    return block.activated(ffn, products) @ matrices["down"].T
+def _gated(ffn: Ffn, matrices: dict[Role, Tensor], biases: dict[Role, Tensor], f: Tensor) -> Tensor:
+    def product(role: Role, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, matrices[role], biases.get(role))
+
+    return product("down", block.activated(ffn, {"gate": product("gate", f), "up": product("up", f)}))
 
 
 def routed(ffn: Ffn, tensors: dict[str, Tensor], f: Tensor) -> Routing | None:

@@ -16,7 +16,7 @@ from storage.errors import CheckpointError
 from storage.families.family import Family, Source
 from storage.layout import Role
 from storage.origin import Entry
-from workers.lab.synthesis.mixture.tensors import EXPERTS, Tensors
+from workers.lab.synthesis.mixture.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class SyntheticMixture:
         for layer, one in enumerate(model.layers):
             for expert in range(one.ffn.units):
                 for role, source in family.experts(model, layer, expert)[0].items():
-                    add(source, EXPERTS[tensors.bits], _Expert(layer, expert, role))
+                    add(source, tensors.experts, _Expert(layer, expert, role))
         return cls(config, tensors, tokenizer, entries, what)
 
     @property

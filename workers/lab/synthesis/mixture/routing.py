@@ -2,7 +2,8 @@
 
 Every layer is computed over one sequence: a prompt and what follows it. *Reuse* is the share of a token's
 experts that an earlier token had; *recall* the share of a layer's experts that its router names when it reads
-the input of a layer before.
+the input of a layer before; *chance* what reuse would be if each token drew its experts alone, as often as
+they are used in the whole text.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class RoutingReport:
 
     layer: int
     reuse: dict[int, float]  # by lag
+    chance: float
     new: float  # that none of the WINDOW tokens before had
     touched: float  # share of the layer's experts that any token had
     hottest: float  # of all choices, what the HOTTEST experts got
@@ -108,12 +110,19 @@ def _report(layer: int, chosen: Chosen, guesses: dict[int, Chosen], inputs: list
     return RoutingReport(
         layer=layer,
         reuse={lag: _share(chosen[:-lag], chosen[lag:]) for lag in LAGS},
+        chance=chance(choices, len(chosen)),
         new=1 - _share(seen[WARM_UP:], chosen[WARM_UP:]),
         touched=float(chosen.any(axis=0).mean()),
         hottest=float(choices[-HOTTEST:].sum() / choices.sum()),
         recall={ahead: _share(guess[WARM_UP:], chosen[WARM_UP:]) for ahead, guess in guesses.items()},
         routed_cosine=cosine,
     )
+
+
+def chance(choices: npt.NDArray[np.int64], tokens: int) -> float:
+    """Reuse between `tokens` that draw their experts each without regard to the others, as often as these."""
+    often = choices / tokens
+    return float(np.square(often).sum() / often.sum())
 
 
 def _share(some: Chosen, of: Chosen) -> float:
@@ -124,7 +133,7 @@ def summary(reports: Sequence[RoutingReport]) -> dict[str, Any]:
     """Means over layers, under the names of `PUBLISHED`."""
     found: dict[str, Any] = {
         name: statistics.fmean(getattr(report, name) for report in reports)
-        for name in ("new", "touched", "hottest")
+        for name in ("chance", "new", "touched", "hottest")
     }
     found |= {f"reuse_{lag}": statistics.fmean(report.reuse[lag] for report in reports) for lag in LAGS}
     for ahead in AHEAD:

@@ -20,6 +20,7 @@ from workers.lab.synthesis.sources import Weights
 
 COLUMNS = {
     **{f"reuse_{lag}": f"reuse, {lag} back" for lag in LAGS},
+    "chance": "by chance",
     "new": f"new, window {WINDOW}",
     "touched": "touched, of all",
     "hottest": f"top {HOTTEST}'s share",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from storage import architecture as canonical
-from storage.architecture import Architecture, Attention, Router
+from storage.architecture import Architecture, Attention, Ffn, Router
 from storage.codecs import F32, Carrier
 from storage.errors import UnsupportedModel
 from storage.layout import Role
@@ -20,14 +21,22 @@ from workers.routing import route
 
 MATRICES = "q8"  # attention, embedding and head
 EXPERTS = {4: "q4s", 8: "q8"}  # by bits
+PUBLISHED_EXPERTS = {"gpt_oss": "mxfp4"}  # of families that are published in four bits
 BLOCK = 8192  # rows of embedding and head that are drawn together
 NORM_JITTER = 0.05  # of norm weights around 1, so that a forgotten norm weight shows
 QUERY_NOISE = 0.5  # standard deviation of what queries and keys have beside their constants
 HEAD = 2.0  # of the logits
-# Root mean square of silu(g) · u for g and u of standard deviation 1.
+BIAS = 0.05  # standard deviation of biases, as a share of what they are added to
+_SINK = 0.5  # standard deviation; a score of distance 0 is 5
 _GRID = np.linspace(-8, 8, 4001)
 _BELL = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi)
-ACTIVATION = math.sqrt(np.trapezoid((_GRID / (1 + np.exp(-_GRID))) ** 2 * _BELL, _GRID))
+
+
+def activation(ffn: Ffn) -> float:
+    """Root mean square of an expert's activations, for products of standard deviation 1."""
+    gate, steep = (_GRID, 1.0) if ffn.activation == "silu" else (np.minimum(_GRID, ffn.limit), ffn.alpha)
+    square = np.trapezoid((gate / (1 + np.exp(-steep * gate))) ** 2 * _BELL, _GRID)
+    return math.sqrt(square * (1.0 if ffn.activation == "silu" else 2.0))  # 1 + u has twice u's square
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Tensors:
         """Raises UnsupportedModel."""
         for layer in self.model.layers:
             ffn, a = layer.ffn, layer.attention
-            if ffn.router is None or ffn.shared is not None or ffn.activation != "silu" or a.rope is None:
+            known = ffn.activation in ("silu", "clamped_silu")
+            if ffn.router is None or ffn.shared is not None or not known or a.rope is None:
                 raise UnsupportedModel(
                     f"routing can be planted in layers of SiLU experts alone, with rotary positions, which "
                     f"{self.model.family} does not have"
@@ -55,20 +65,30 @@ class Tensors:
 
     def codec(self, name: str) -> str:
         """Of a resident tensor."""
-        vector = name.endswith(("norm.weight", ".bias"))
+        vector = name.endswith(("norm.weight", ".bias", ".sinks"))
         return "float32" if vector or canonical.always_floats(name) else MATRICES
+
+    @property
+    def experts(self) -> str:
+        """The codec of all experts."""
+        usual = EXPERTS[self.bits]
+        return PUBLISHED_EXPERTS.get(self.model.family, usual) if self.bits == 4 else usual
 
     def expert(self, layer: int, expert: int, role: Role) -> Carrier:
         """gate and up [width, d_model], down [d_model, width]: the bytes of their rows."""
         ffn, level = self.model.layers[layer].ffn, self.levels[layer][1]
-        bits, codec = self._source(layer, "expert", expert, role), EXPERTS[self.bits]
+        bits, codec = self._source(layer, "expert", expert, role), self.experts
         if role != "down":
             return draw.matrix(bits, ffn.width, self.model.d_model, codec, self._reading(1.0, level))
-        written = np.zeros((self.model.d_model, 1), np.float32)
+        written = self._written(layer) / np.float32(math.sqrt(ffn.width) * activation(ffn))
+        return draw.matrix(bits, self.model.d_model, ffn.width, codec, written)
+
+    def _written(self, layer: int) -> F32:
+        """The deviation of what an expert writes into each coordinate, [d_model, 1], before it is weighed."""
+        level, written = self.levels[layer][1], np.zeros((self.model.d_model, 1), np.float32)
         written[CONSTANT:] = math.sqrt(self.planting.ffn_energy * level.rest / self.parts.rest)
         written[self.parts.columns] = math.sqrt(self.planting.turn * level.own / self.parts.routed)
-        written /= math.sqrt(ffn.width) * ACTIVATION * self._weights(layer)
-        return draw.matrix(bits, self.model.d_model, ffn.width, codec, written)
+        return written / np.float32(self._weights(layer))
 
     def blocks(self, name: str) -> Iterator[Carrier]:
         """A resident tensor, some lines at a time."""
@@ -84,18 +104,44 @@ class Tensors:
         layers, number, part = name.split(".", 2)
         assert layers == "layers", f"no tensor is called {name}"
         layer = int(number)
-        match part:
-            case "norm.weight" | "ffn_norm.weight":
-                return self._norm(name)
-            case "q_norm.weight" | "k_norm.weight":
-                return self._head_norm(layer, part[0])
-            case "qkv.weight":
-                return np.concatenate([self._queries(layer), self._keys(layer), self._values(layer)])
-            case "out.weight":
-                return self._out(layer)
-            case "router.weight":
-                return self._router(layer)
+        of, _, kind = part.rpartition(".")
+        if part in ("norm.weight", "ffn_norm.weight"):
+            return self._norm(name)
+        if kind == "bias" and of in ("qkv", "out", "router", "gate", "up", "down"):
+            return self._bias(layer, of)
+        makers: dict[str, Callable[[int], Carrier]] = {
+            "q_norm.weight": partial(self._head_norm, "q"),
+            "k_norm.weight": partial(self._head_norm, "k"),
+            "qkv.weight": self._projections,
+            "out.weight": self._out,
+            "router.weight": self._router,
+            "sinks": self._sinks,
+        }
+        if part in makers:
+            return makers[part](layer)
         raise UnsupportedModel(f"{self.model.family} has {part}, which cannot be synthesised")
+
+    def _bias(self, layer: int, of: str) -> F32:
+        """What is added to products: little, so that what is planted stays. Experts' are [experts, size]."""
+        (a, level), ffn, parts = self._attention(layer), self.model.layers[layer].ffn, self.parts
+        match of:
+            case "qkv":
+                usual = np.ones(a.projected)
+                values = usual[a.width + a.kv_heads * a.head_dim :].reshape(a.kv_heads, -1)
+                values[:, : parts.routed] = 0
+            case "out":
+                usual = np.zeros(self.model.d_model)
+                usual[CONSTANT + parts.routed :] = math.sqrt(
+                    self.planting.attention_energy * level.rest / parts.rest
+                )
+            case "router":
+                usual = np.full(ffn.units, self.planting.logits)
+            case "down":
+                usual = np.tile(self._written(layer).T, (ffn.units, 1))
+            case _:
+                usual = np.ones((ffn.units, ffn.width))
+        noise = draw.normal(usual.shape, self.seed, layer, of, "bias")
+        return np.asarray(BIAS * usual * noise, np.float32)
 
     def _source(self, *what: object) -> np.random.SFC64:
         return draw.source(self.seed, self.model.d_model, *what)
@@ -146,6 +192,13 @@ class Tensors:
     def _constant_queries(self, layer: int) -> F32:
         return attention.queries(self._attention(layer)[0], self.planting, self.seed, layer)
 
+    def _projections(self, layer: int) -> Carrier:
+        return np.concatenate([self._queries(layer), self._keys(layer), self._values(layer)])
+
+    def _sinks(self, layer: int) -> F32:
+        heads = self.model.layers[layer].attention.heads
+        return np.float32(_SINK) * draw.normal((heads,), self.seed, layer, "sinks")
+
     def _queries(self, layer: int) -> Carrier:
         a, level = self._attention(layer)
         return self._looking(layer, "queries", self._constant_queries(layer).reshape(a.width), level)
@@ -161,7 +214,7 @@ class Tensors:
         draw.put(made, MATRICES, 0, np.outer(constants, self._constant(level)))
         return made
 
-    def _head_norm(self, layer: int, one: str) -> F32:
+    def _head_norm(self, one: str, layer: int) -> F32:
         """A norm of queries or keys that leaves them as they are, about."""
         a, _ = self._attention(layer)
         assert a.qk_norm is not None
