@@ -115,7 +115,7 @@ class Passes:
         }
         whole = torch.zeros(tokens.shape, dtype=torch.bool)
         whole[:, 0] = True
-        alike = None if first_alike is None else first_alike.unique(return_inverse=True)
+        alike = None if first_alike is None else torch.unique(first_alike, return_inverse=True)
         whole = whole.flatten() if alike is None else whole.flatten()[alike[0]]
         stage = stage or Stage()
         first, kept = stage.resume(self._about(tokens, variants))
