@@ -12,6 +12,7 @@ from decoding import LocalDecoder
 from storage.codecs import CODECS
 from storage.convert import convert
 from storage.store import Store
+from workers.compute import blocks
 from workers.compute.cpu.device import CpuDevice
 from workers.compute.device import Device
 from workers.compute.torch.device import TorchDevice
@@ -39,6 +40,28 @@ def test_torch_computes_the_model_that_the_kernels_compute(tmp_path: Path, varia
         torch.prefill(PROMPT[:7])
         rest = np.stack([torch.step(token) for token in PROMPT[7:]])
         assert np.abs(rest - expected[7:]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_in_one_launch_is_that_of_its_parts(tmp_path: Path, variant: str, threads: int) -> None:
+    """Bit for bit: norms, attention, the sum and a router's choice, whatever the number of threads."""
+    store = made(tmp_path, variant)
+    devices = [CpuDevice(Weights(store), 32, count) for count in (1, threads)]
+    x = np.random.default_rng(5).normal(size=(4, 1, store.architecture.d_model)).astype(np.float32)
+    for position, row in enumerate(x):
+        for index, layer in enumerate(store.architecture.layers):
+            if not layer.plain:
+                continue
+            for device in devices:
+                device.begin(position, 1, every=False)
+            alone, launched = devices
+            parts, once = blocks.onward(layer, alone, index, row), launched.onward(index, row)
+            assert [one.tobytes() for one in once] == [one.tobytes() for one in parts]
+            if layer.ffn.router is not None:
+                assert launched.route(index, once[1]).tolist() == alone.route(index, parts[1]).tolist()
+    for device in devices:
+        device.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
