@@ -51,7 +51,7 @@ def main(
 def run_for(
     target: Target, seconds: float, examples: int = AT_ONCE, first: int = 1
 ) -> tuple[int, float, int, str]:
-    """Inputs, the longest of one in seconds, the last round's seed, and the first failure with its least input.
+    """Inputs, seconds of the longest, the last round's seed, and the first failure with its least input.
 
     Seconds are the processor's: a process that others stop for minutes has tried nothing meanwhile.
     """
