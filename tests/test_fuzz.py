@@ -13,9 +13,18 @@ from workers.lab.fuzz.__main__ import run_for
 from workers.lab.fuzz.targets import Target, targets
 
 NAMES = [
-    *("manifest", "header", "gguf", "ring-protocol", "serving-protocol", "http-chat", "http-completion"),
+    *(
+        "manifest",
+        "low-manifest",
+        "header",
+        "gguf",
+        "ring-protocol",
+        "serving-protocol",
+        "http-chat",
+        "http-completion",
+    ),
     *("configuration", "chat-template", "tool-calls", "unit-sums", "low-bits", "checkpoint-config"),
-    *("sentencepiece", "tokenizer-config"),
+    *("sentencepiece", "tokenizer-config", "dial", "shadow"),
 ]
 
 

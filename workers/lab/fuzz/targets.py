@@ -21,9 +21,10 @@ from pipeline.serving.call_reader import CallReader
 from pipeline.serving.calls import FORMS, CallForm
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.openai_api import ChatRequest, CompletionRequest, parse
-from storage import neighbours
+from storage import neighbours, shadow
 from storage.architecture import Architecture, Attention, Ffn, Layer, Norm
 from storage.codecs import CODECS
+from storage.dial import DIAL, Dial, DialLayer, DialPoint, Text, Thresholds, read_dial, write_dial
 from storage.errors import FlashringError
 from storage.families.registry import family_of
 from storage.gguf.file import GgufFile
@@ -58,7 +59,8 @@ class Target:
 def targets(directory: Path) -> list[Target]:
     """All of them; files are written below `directory`."""
     return [
-        _manifest(directory),
+        _manifest(directory, "manifest", "float16"),
+        _manifest(directory, "low-manifest", "q4"),
         _header(directory),
         _gguf(directory),
         Target("ring-protocol", _frames(messages.encode(messages.Cancel(3)), _generate()), messages.decode),
@@ -71,6 +73,8 @@ def targets(directory: Path) -> list[Target]:
         _low_bits(),
         _settings(),
         *_tokenizers(directory),
+        _dial(directory),
+        _shadow(directory),
     ]
 
 
@@ -82,10 +86,10 @@ def _file(directory: Path, name: str) -> Path:
 # -- stores ---------------------------------------------------------------------------------------
 
 
-def architecture() -> Architecture:
+def architecture(activation: str = "relu") -> Architecture:
     norm = Norm(1e-5)
     attention = Attention(heads=2, kv_heads=2, head_dim=D_MODEL // 2, scale=0.1)
-    layer = Layer(attention, Ffn("plain", UNITS, 1, "relu"), {"attention_input": norm, "ffn_input": norm})
+    layer = Layer(attention, Ffn("plain", UNITS, 1, activation), {"attention_input": norm, "ffn_input": norm})
     return Architecture(
         family="opt",
         d_model=D_MODEL,
@@ -101,9 +105,9 @@ def architecture() -> Architecture:
     )
 
 
-def _sound_store(path: Path) -> Manifest:
+def _sound_store(path: Path, codec: str = "float16", activation: str = "relu") -> Manifest:
     """A store of zeros, written to `path`."""
-    layout = Layout.uniform(LAYERS, UNITS, neuron("float16", D_MODEL))
+    layout = Layout.uniform(LAYERS, UNITS, neuron(codec, D_MODEL))
     data = {
         BUNDLES: bytes(layout.total_bytes),
         CHECKSUMS: bytes(layout.total_units * CHECKSUM_BYTES),
@@ -112,12 +116,12 @@ def _sound_store(path: Path) -> Manifest:
     for name, content in data.items():
         (path / name).write_bytes(content)
     files = {name: FileEntry(len(content), "0" * 32) for name, content in data.items()}
-    return Manifest(architecture(), layout, "id", "fuzzed", files, {})
+    return Manifest(architecture(activation), layout, "id", "fuzzed", files, {})
 
 
-def _manifest(directory: Path) -> Target:
+def _manifest(directory: Path, name: str, codec: str) -> Target:
     path = _file(directory, MANIFEST)
-    sound = _sound_store(path.parent).to_json()
+    sound = _sound_store(path.parent, codec).to_json()
     del sound["xxh3_128"]  # else nothing but the seal is looked at
     text = as_json(sound)
 
@@ -125,25 +129,37 @@ def _manifest(directory: Path) -> Target:
         path.write_bytes(given)
         return Store.open(path.parent)
 
-    return Target("manifest", st.one_of(changed_tree(sound).map(as_json), changed(text), nested()), decode)
+    return Target(name, st.one_of(changed_tree(sound).map(as_json), changed(text), nested()), decode)
 
 
 def _header(directory: Path) -> Target:
     path = _file(directory, RESIDENT)
     wide = [("a", "float32", (2, 3)), ("b", "float16", (4,)), ("c", "q4", (2, 64))]
     head = header_bytes(wide, {"codecs": json.dumps({"c": "q4"})})
-    tree, rest = json.loads(head[8:]), bytes(200)
-
-    def whole(text: bytes) -> bytes:
-        return len(text).to_bytes(8, "little") + text + rest
 
     def decode(given: bytes) -> object:
         path.write_bytes(given)
         file = Tensors(path)
         return [file.read(name) for name in file.names]
 
-    inputs = st.one_of(changed(head + rest), changed_tree(tree).map(as_json).map(whole), nested().map(whole))
-    return Target("header", inputs, decode)
+    return Target("header", _tensors(head + bytes(200)), decode)
+
+
+def _tensors(sound: bytes, inner: str = "") -> st.SearchStrategy[bytes]:
+    """A safetensors file changed anywhere, in its header, or in the JSON that its metadata hold as `inner`."""
+    start = 8 + int.from_bytes(sound[:8], "little")
+    head, rest = json.loads(sound[8:start]), sound[start:]
+
+    def whole(text: bytes) -> bytes:
+        return len(text).to_bytes(8, "little") + text + rest
+
+    def within(tree: Any) -> bytes:
+        return whole(as_json({**head, "__metadata__": {**head["__metadata__"], inner: json.dumps(tree)}}))
+
+    kinds = [changed(sound), changed_tree(head).map(as_json).map(whole), nested().map(whole)]
+    if inner:
+        kinds.append(changed_tree(json.loads(head["__metadata__"][inner])).map(within))
+    return st.one_of(kinds)
 
 
 def _sums(directory: Path) -> Target:
@@ -176,6 +192,38 @@ def _low_bits() -> Target:
         return values
 
     return Target("low-bits", rows, decode)
+
+
+def _dial(directory: Path) -> Target:
+    path = _file(directory, DIAL)
+    store = Store(path.parent, _sound_store(path.parent, activation="gelu"))
+    zeros, count = np.zeros(UNITS, np.float32), np.zeros(LAYERS, np.float32)
+    point = DialPoint("high", "mean", ("down",), 0.01, 0.0, 0.02, 0.1, 0.2, 0.9, 0.5, 100.0, 100)
+    layers = (DialLayer(zeros, zeros, np.zeros(D_MODEL, np.float32)),) * LAYERS
+    text, thresholds = Text("fuzzed", 9), {"high": Thresholds(count, count)}
+    write_dial(store, Dial({"down": "q4"}, text, text, "high", (point,), layers, thresholds))
+
+    def decode(given: bytes) -> object:
+        path.write_bytes(given)
+        return read_dial(store)
+
+    return Target("dial", _tensors(path.read_bytes(), "dial"), decode)
+
+
+def _shadow(directory: Path) -> Target:
+    place = _file(directory, BUNDLES).parent
+    store = Store(place, _sound_store(place, activation="gelu"))
+    path = shadow.write(store, 4)
+
+    def decode(given: bytes) -> object:
+        path.write_bytes(given)
+        found = shadow.Shadow.open(store)
+        memory = [
+            np.zeros((found.units(layer), found.unit(layer).stride), np.uint8) for layer in range(LAYERS)
+        ]
+        return found.bytes, [found.read(layer, one) for layer, one in enumerate(memory)]
+
+    return Target("shadow", _tensors(path.read_bytes(), "codecs"), decode)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

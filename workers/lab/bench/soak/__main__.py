@@ -20,7 +20,7 @@ from pipeline.console import say
 from storage.errors import FlashringError
 from workers.lab.bench.soak.clients import TIMEOUT, Crowd, Tally, answers, pool, quantiles
 from workers.lab.bench.soak.running import WORKERS, Running, running
-from workers.lab.bench.soak.vitals import Recorder, draw, growth, not_flat
+from workers.lab.bench.soak.vitals import Clock, Recorder, draw, growth, not_flat
 
 CLIENTS = {"zeromq": 2, "leaver": 2, "slow": 2, "http": 2, "stream": 2}
 
@@ -44,10 +44,11 @@ def main(
         questions = pool(seed)
         right = answers(server, questions)
         ended = threading.Event()
-        recorder = Recorder(server, Path(name), every)
+        clock = Clock()
+        recorder = Recorder(server, Path(name), every, clock)
         threads = Crowd(server, questions, right, tally, ended).start(CLIENTS)
         try:
-            _run(server, minutes * 60, death, random.Random(seed), deaths)
+            _run(server, minutes * 60, death, random.Random(seed), deaths, clock)
         finally:
             ended.set()
             for thread in threads:
@@ -86,11 +87,12 @@ def main(
         raise FlashringError("; ".join(problems))
 
 
-def _run(server: Running, seconds: float, death: float, draw: random.Random, deaths: list[float]) -> None:
+def _run(
+    server: Running, seconds: float, death: float, draw: random.Random, deaths: list[float], clock: Clock
+) -> None:
     """Wait, and kill a worker now and then. Raises FlashringError where the server ends."""
-    begun = time.monotonic()
     due = death or seconds
-    while (passed := time.monotonic() - begun) < seconds:
+    while (passed := clock.tick()) < seconds:
         if server.process.poll() is not None:
             raise FlashringError(f"the server has ended: {' '.join(server.lines[-2:])}")
         if death and passed >= due:

@@ -46,13 +46,30 @@ FLAT = {  # what must not grow: unit, and what the second half may have above th
 }
 
 
+class Clock:
+    """Seconds that a run has run. Whoever stops all of its processes for minutes stops this, too."""
+
+    LONGEST = 2.0  # seconds between two ticks that are believed
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        """Called once in a while, by one thread; returns the seconds so far."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, self.LONGEST)
+        self._last = now
+        return self.seconds
+
+
 class Recorder:
     """Takes vitals every few seconds, in a thread of its own."""
 
-    def __init__(self, server: Running, directory: Path, seconds: float) -> None:
+    def __init__(self, server: Running, directory: Path, seconds: float, clock: Clock) -> None:
         self._server, self._directory, self._seconds = server, directory, seconds
         self._before = set(_shared())
-        self._begun = time.monotonic()
+        self._clock = clock
         self._ended = threading.Event()
         self.taken: list[Vitals] = []
         self._thread = threading.Thread(target=self._run, name="vitals")
@@ -71,7 +88,7 @@ class Recorder:
         server = psutil.Process(self._server.process.pid)
         every = [server, *workers]
         return Vitals(
-            minute=round((time.monotonic() - self._begun) / 60, 3),
+            minute=round(self._clock.seconds / 60, 3),
             server_mib=round(server.memory_full_info().uss / MIB, 2),
             workers_mib=round(sum(one.memory_full_info().uss for one in workers) / MIB, 2),
             descriptors=sum(one.num_fds() for one in every),
