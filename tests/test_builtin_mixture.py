@@ -15,6 +15,7 @@ from pipeline.models import builtin
 from pipeline.models.names import configure
 from pipeline.models.stores import Source
 from storage.errors import CheckpointError, UsageError
+from storage.rounding import read_cost
 from storage.store import Store
 from storage.tokenizer import load_tokenizer
 from workers.lab.evaluation import routed
@@ -63,6 +64,10 @@ def test_it_is_a_mixture_in_four_bits(store: Store) -> None:
     assert len(layers) == 8
     assert {(layer.ffn.units, layer.ffn.router and layer.ffn.router.top_k) for layer in layers} == {(32, 4)}
     assert {row.codec for layer in store.layout.layers for row in layer.unit.rows} == {"q4"}
+    cost = read_cost(store)
+    assert cost is not None
+    assert cost.bits == 4
+    assert 0 < cost.perplexity < 0.01  # docs/lowbits.md
 
 
 def test_its_tokenizer_is_the_builtin_models(store: Store) -> None:

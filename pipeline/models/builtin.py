@@ -22,6 +22,16 @@ COSTS = {
 }
 
 
+# The same of the mixture's four bits, whatever its store makes of them.
+MIXTURE_COST = RoundingCost(4, 0.0020, 12_000, "held-out stories")
+
+
+def install_mixture(store: Store) -> None:
+    """Give the built-in mixture's store what was measured for it."""
+    if read_cost(store) is None:
+        write_cost(store, MIXTURE_COST)
+
+
 def install(store: Store, bits: int | None) -> None:
     """Give the built-in model's store what was measured and trained for it.
 

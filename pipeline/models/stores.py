@@ -68,6 +68,8 @@ class Source:
         store = Store.open(path)
         if self.directory == builtin.CHECKPOINT:
             builtin.install(store, self.bits)
+        elif self.file == builtin.MIXTURE_FILE:
+            builtin.install_mixture(store)
         return store
 
     def cached_store(self) -> Path:
