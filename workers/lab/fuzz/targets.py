@@ -146,7 +146,7 @@ def _header(directory: Path) -> Target:
 
 
 def _tensors(sound: bytes, inner: str = "") -> st.SearchStrategy[bytes]:
-    """A safetensors file changed anywhere, in its header, or in the JSON that its metadata hold as `inner`."""
+    """A safetensors file changed anywhere, in its header, or in the JSON of its metadata's `inner`."""
     start = 8 + int.from_bytes(sound[:8], "little")
     head, rest = json.loads(sound[8:start]), sound[start:]
 
