@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 
 from pipeline.console import always_say, write
+from pipeline.ring import limits
 from storage.errors import FlashringError, reason
 
 FAILED = 1
@@ -53,8 +54,11 @@ def exit_status(work: Callable[[], object]) -> int:
         # The reader of our output has left: nobody is there to tell, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:
-        return _refuse(_describe(error), FAILED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        sentence = _describe(error)
+        if not sentence:
+            raise
+        return _refuse(sentence, FAILED)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -93,6 +97,9 @@ def _usage(error: Exception) -> str:
     return f"{sentence[:1].lower()}{sentence[1:]}; see {command}"
 
 
-def _describe(error: OSError) -> str:
+def _describe(error: OSError | MemoryError | RuntimeError) -> str:
+    """Empty: it is about nothing that a machine refuses."""
+    if not isinstance(error, OSError):
+        return limits.met(error)
     what = reason(error)
     return f"{error.filename}: {what}" if error.filename else what

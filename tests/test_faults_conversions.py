@@ -139,7 +139,7 @@ def _refused(model: Path, out: Path) -> None:
 STAGES = {  # the function in which it is
     "checkpoint": "storage.convert.write.convert_origin",
     "units": "storage.convert.write._bundles",
-    "resident weights": "storage.convert.resident.write",
+    "resident weights": "storage.convert.write._resident",
     "manifest": "storage.convert.write.write_whole",
 }
 
@@ -161,7 +161,8 @@ def test_a_conversion_interrupted_twice_resumes(
             process.send_signal(number)
             time.sleep(0.02)
         _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, told
+    # The second may come when the program has said all, and its handlers are gone.
+    assert process.returncode in (130, -number), told
     assert b"Traceback" not in told
     assert b"interrupted" in told.splitlines()[-1]
     assert note.read_text() == "[]"  # it was in the middle of that step

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.ring
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300.0  # seconds until a hang counts as one
-PROMPT = "Ünë fois"
+PROMPT = "Ünë there"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def line(store: Store) -> list[str]:
     start = [sys.executable, str(ROOT / "run.py"), "--model", str(store.path), "--prompt", PROMPT, "--json"]
-    start += ["-v", "--max-new-tokens", "6", "--ignore-eos", "--set", "compute.threads=1"]
+    start += ["-v", "--max-new-tokens", "30", "--ignore-eos", "--set", "compute.threads=1"]
     return [*start, "--set", "cache.share=0.5", "--set", "storage.verify=always"]
 
 

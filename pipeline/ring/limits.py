@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import threading
 from pathlib import Path
 
 from storage.errors import RingError, reason
@@ -30,6 +31,7 @@ SAID = {
 }
 
 OPEN_FILES = 64  # that each process of a ring may have; 48 were enough for one reader
+THREADS = 4  # ZeroMQ's two, and as many again
 VMSTAT = Path("/proc/vmstat")
 
 
@@ -44,6 +46,33 @@ def check_open_files() -> None:
             f"each process of a ring needs {OPEN_FILES} open files, and {allowed} are allowed: "
             "see `ulimit -n`"
         )
+
+
+def check_threads() -> None:
+    """Raises RingError where this process cannot start the threads that its sockets need.
+
+    ZeroMQ would abort the process instead.
+    """
+    ended = threading.Event()
+    started = []
+    try:
+        for _ in range(THREADS):
+            thread = threading.Thread(target=ended.wait, name="may-be-started")
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise RingError(f"threads could not be had: {PROCESSES}") from error
+    finally:
+        ended.set()
+        for thread in started:
+            thread.join()
+
+
+def met(error: MemoryError | RuntimeError) -> str:
+    """The limit that an error is about, in words; empty: none."""
+    if isinstance(error, MemoryError):
+        return MEMORY
+    return next((limit for said, limit in SAID.items() if said in str(error)), "")
 
 
 def kills_for_memory() -> int:

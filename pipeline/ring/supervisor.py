@@ -24,7 +24,7 @@ from pipeline.launch import module_command, module_environment
 from pipeline.ring import segments
 from pipeline.ring.channel import Channel
 from pipeline.ring.compiling import MissingKernels, compile_kernels
-from pipeline.ring.limits import check_open_files, explained, kills_for_memory, refused
+from pipeline.ring.limits import check_open_files, check_threads, explained, kills_for_memory, refused
 from pipeline.ring.memory import PeakMemory
 from pipeline.ring.messages import (
     PROTOCOL_VERSION,
@@ -142,6 +142,7 @@ class Supervisor:
         cannot be had.
         """
         check_open_files()
+        check_threads()
         cache, why = kernel_cache()
         if why:
             say(f"{why}: compiled kernels are kept in {cache}")

@@ -22,7 +22,7 @@ from pipeline.serving.calls import FORMS, CallForm
 from pipeline.serving.chat import ChatTemplate
 from pipeline.serving.openai_api import ChatRequest, CompletionRequest, parse
 from storage import neighbours, shadow
-from storage.architecture import Architecture, Attention, Ffn, Layer, Norm
+from storage.architecture import Activation, Architecture, Attention, Ffn, Layer, Norm
 from storage.codecs import CODECS
 from storage.dial import DIAL, Dial, DialLayer, DialPoint, Text, Thresholds, read_dial, write_dial
 from storage.errors import FlashringError
@@ -86,7 +86,7 @@ def _file(directory: Path, name: str) -> Path:
 # -- stores ---------------------------------------------------------------------------------------
 
 
-def architecture(activation: str = "relu") -> Architecture:
+def architecture(activation: Activation = "relu") -> Architecture:
     norm = Norm(1e-5)
     attention = Attention(heads=2, kv_heads=2, head_dim=D_MODEL // 2, scale=0.1)
     layer = Layer(attention, Ffn("plain", UNITS, 1, activation), {"attention_input": norm, "ffn_input": norm})
@@ -146,7 +146,7 @@ def _header(directory: Path) -> Target:
 
 
 def _tensors(sound: bytes, inner: str = "") -> st.SearchStrategy[bytes]:
-    """A safetensors file changed anywhere, in its header, or in the JSON that its metadata hold as `inner`."""
+    """A safetensors file changed anywhere, in its header, or in the JSON of its metadata's `inner`."""
     start = 8 + int.from_bytes(sound[:8], "little")
     head, rest = json.loads(sound[8:start]), sound[start:]
 
