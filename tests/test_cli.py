@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from checkpoints import write_checkpoint
 
-from pipeline import cli
+from pipeline import cli, help
+from pipeline.commands import generate
 from pipeline.launch import PROGRAM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -420,3 +424,36 @@ def test_a_policy_that_nobody_knows_is_a_mistake_of_use(store: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "flashring: cache.policy is one of lrfu, lru, not 'nope'"
     assert "Traceback" not in done.stderr
+
+
+def test_every_command_is_listed_with_a_whole_sentence() -> None:
+    shown = run("--help").stdout.split("Commands:")[1]
+    assert "..." not in shown
+    names = re.findall(r"^  ([a-z][\w-]+) ", shown, re.MULTILINE)
+    assert names == list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert shown.count(".\n") == len(names)
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (("--a <int>", "Some.  [default: 0; x>=0]"), ("--a N", "Some.  [default: 0]")),
+        (("--a <int range>", "Some.  [x>=0]"), ("--a N", "Some.")),
+        (("--a <float range>", "Some.  [1<=x<=8]"), ("--a F", "Some.  [1 to 8]")),
+        (("--a <float>", "Some. [default: 3]  [x>=2]"), ("--a F", "Some. [default: 3; at least 2]")),
+        (("--a FILE", "Some.  [required; x<=0.5]"), ("--a FILE", "Some.  [required; at most 0.5]")),
+        (("--a <list[str]>", "Some."), ("--a TEXT", "Some.")),
+    ],
+)
+def test_help_has_words_for_types_and_ranges(made: tuple[str, str], shown: tuple[str, str]) -> None:
+    assert help.option(*made) == shown
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [("a bear\n", "a bear"), ("two\nlines\n\n", "two\nlines\n"), ("", "")]
+)
+def test_the_prompt_may_come_from_standard_input(
+    said: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    assert generate._from_standard_input() == expected

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import trace_format
 from checkpoints import write_checkpoint
 from ring import config, plan_for
 
@@ -21,6 +22,7 @@ from pipeline import Client, Pipeline
 from pipeline.ring.generation import GenerationParams
 from pipeline.ring.sampling import Sampling
 from pipeline.ring.session import Session
+from pipeline.tracing import bound, reading, trace
 from storage.convert import convert
 from storage.errors import FlashringError, RingError
 from storage.store import Store
@@ -124,6 +126,25 @@ def test_concurrent_clients_get_what_a_lone_run_gives(store, alone, tmp_path):
     assert texts == alone
     assert status == 0
     assert not (tmp_path / "serve.sock").exists()
+
+
+@pytest.mark.ring
+def test_a_served_ring_writes_its_timeline_at_the_end(store, tmp_path):
+    file = tmp_path / "t.json"
+    with serving(store, tmp_path, "--timeline", str(file)) as server:
+        with Client(server.endpoint) as client:
+            for prompt in PROMPTS[:2]:
+                client.generate(prompt, max_new_tokens=8, ignore_eos=True).read()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait()[0] == 0
+    found = trace.load(file)
+    assert trace_format.problems(found) == []
+    both = reading.read(found)
+    assert both.prompt is not None
+    assert both.token is not None
+    assert (both.prompt.count, both.token.count) == (2, 14)
+    assert both.token.sum_ms == pytest.approx(both.token.ms, rel=0.02)
+    assert "a token" in bound.describe(both)[0]
 
 
 @pytest.mark.ring

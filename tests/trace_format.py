@@ -129,7 +129,7 @@ def _flows(events: list[dict[str, Any]]) -> list[str]:
     flows = defaultdict(list)
     for event in events:
         if event["ph"] in "stf":
-            flows[event["pid"], event["cat"], event["id"]].append(event)
+            flows[event["cat"], event["id"]].append(event)  # of all processes together
     found = []
     for key, steps in flows.items():
         phases = "".join(step["ph"] for step in steps)

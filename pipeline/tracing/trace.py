@@ -11,6 +11,7 @@ A name that ends in .gz is compressed.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -74,9 +75,10 @@ def events(rings: Sequence[RingSlices]) -> Iterator[Event]:
     """All events; each ring is a process of the trace."""
     starts = [one.start for ring in rings for one in (*ring.compute, *ring.others)]
     zero = min(starts, default=0)
+    numbers = itertools.count(1)  # of reads and flows: Perfetto takes equal ones of two processes for one
     for pid, ring in enumerate(rings, 1):
         yield from _names(pid)
-        yield from _of_ring(pid, ring, zero)
+        yield from _of_ring(pid, ring, zero, numbers)
 
 
 def _names(pid: int) -> Iterator[Event]:
@@ -86,7 +88,7 @@ def _names(pid: int) -> Iterator[Event]:
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
 
 
-def _of_ring(pid: int, ring: RingSlices, zero: int) -> Iterator[Event]:
+def _of_ring(pid: int, ring: RingSlices, zero: int, numbers: Iterator[int]) -> Iterator[Event]:
     def at(nanoseconds: int) -> float:
         return (nanoseconds - zero) / 1e3
 
@@ -94,14 +96,14 @@ def _of_ring(pid: int, ring: RingSlices, zero: int) -> Iterator[Event]:
         yield _complete(pid, TID["compute"], _token_name(token), "token", at, token.start, token.end) | {
             "args": {"run": token.run, "token": token.token}
         }
-    for number, one in enumerate((*ring.compute, *ring.others), 1):
+    for one in (*ring.compute, *ring.others):
         if one.track == "prefetcher" and one.name != "submit":
-            yield from _asynchronous(pid, number, one, at)
+            yield from _asynchronous(pid, next(numbers), one, at)
         else:
             kind = "wait" if one.wait else "work"
             name = f"wait: {one.name}" if one.wait else one.name
             yield _complete(pid, TID[one.track], name, kind, at, one.start, one.end) | {"args": _args(one)}
-    yield from _flows(pid, ring, at)
+    yield from _flows(pid, ring, at, numbers)
     yield from _counters(pid, ring.others, at)
 
 
@@ -136,7 +138,7 @@ def _asynchronous(pid: int, number: int, one: Slice, at: Any) -> Iterator[Event]
     yield {"ph": "e", **both, "ts": at(one.end)}
 
 
-def _flows(pid: int, ring: RingSlices, at: Any) -> Iterator[Event]:
+def _flows(pid: int, ring: RingSlices, at: Any, numbers: Iterator[int]) -> Iterator[Event]:
     """Announced, predicted, decided, computed: one arrow for each layer that went all this way.
 
     A flow is bound to the slice around its time, so the announcement needs none of its own.
@@ -145,13 +147,12 @@ def _flows(pid: int, ring: RingSlices, at: Any) -> Iterator[Event]:
     for one in (*ring.others, *ring.compute):
         if one.name in (PREDICT, DECIDE, FFN) and not one.wait:
             found.setdefault((one.name, one.step, one.layer), one)
-    number = 0
     for (name, step, layer), predicted in found.items():
         announced = ring.announced.get((step, predicted.value))
         decided, computed = found.get((DECIDE, step, layer)), found.get((FFN, step, layer))
         if name != PREDICT or announced is None or decided is None or computed is None:
             continue
-        number += 1
+        number = next(numbers)
         way = (
             ("s", "compute", announced),
             ("t", "predictor", predicted.start),
