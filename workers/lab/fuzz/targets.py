@@ -105,7 +105,7 @@ def architecture(activation: Activation = "relu") -> Architecture:
     )
 
 
-def _sound_store(path: Path, codec: str = "float16", activation: str = "relu") -> Manifest:
+def _sound_store(path: Path, codec: str = "float16", activation: Activation = "relu") -> Manifest:
     """A store of zeros, written to `path`."""
     layout = Layout.uniform(LAYERS, UNITS, neuron(codec, D_MODEL))
     data = {
