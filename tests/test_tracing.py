@@ -282,7 +282,7 @@ def test_a_conversation_writes_the_trace_of_all_its_answers(tmp_path: Path):
 
 RINGS = {
     "neurons": (["--set", "cache.share=0.2"], {("predict", 2)}),
-    "experts": (["--model", "builtin-moe", "--set", "cache.share=0.5"], {("choose", 1)}),
+    "experts": (["--model", "builtin-moe", "--set", "cache.share=0.5"], {("predict", 2)}),
 }
 
 

@@ -51,8 +51,9 @@ class Request:
 
 def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
     try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        # Bytes of the command line that the locale could not read are surrogates.
+        prompt = prompt.encode(errors="surrogateescape").decode()
+    except UnicodeError:
         raise UsageError("the prompt is not valid UTF-8") from None
     return list(tokenizer.encode(prompt).ids)
 
