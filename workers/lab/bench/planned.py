@@ -70,22 +70,18 @@ def budgets(one: Subject, words: Sequence[str]) -> list[str]:
     ]
 
 
-def _plans(
-    name: str, words: Sequence[str], settings: tuple[str, ...], tokens: int, *, probe: bool
-) -> list[tuple[str, Outlook]]:
-    """All of a model's before any of its rings, since a ring leaves what it has shown to the next plan."""
+def _subject(name: str, settings: tuple[str, ...], tokens: int) -> Subject:
+    """As it is known before any of its rings, since a ring leaves what it has shown to later plans."""
     source, _ = configure(name, None, settings)
     source.open_store()
-    one = subject(name, settings=[f"compute.context={PROMPT + tokens}", *settings])
+    return subject(name, settings=[f"compute.context={PROMPT + tokens}", *settings])
+
+
+def _planned(one: Subject, budget: str, tokens: int, *, probe: bool) -> Outlook:
+    """Its plan by what the machine does now. Raises BudgetError."""
     codecs = tuple({*rates.CODECS, *one.codecs})
     known = rates.measured(one.store.path, codecs, renew=probe, say=say)
-    found = []
-    for budget in budgets(one, words):
-        try:
-            found.append((budget, outlook(with_memory(one, budget), known, PROMPT + tokens // 2)))
-        except BudgetError as error:
-            say(f"{one.name} in {budget}: {error}")
-    return found
+    return outlook(with_memory(one, budget), known, PROMPT + tokens // 2)
 
 
 def measure(planned: Outlook, budget: str, settings: tuple[str, ...], tokens: int) -> Line:
@@ -168,21 +164,24 @@ def main(
         str, typer.Option(help="Budgets: sizes, shares, least, half and most, with commas between.")
     ] = "least,half,most",
     tokens: Annotated[int, typer.Option(help="Tokens decoded.", min=WARM + 2)] = 64,
-    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Measure the machine first.")] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure the machine before each row: its rates drift.")
+    ] = True,
     settings: Settings = None,
     json_file: JsonFile = None,
 ) -> None:
     """Hold what `run.py plan` says against what a ring does. Run it on a machine that does nothing else."""
     fixed = tuple(settings or ())
     lines: list[Line] = []
-    for number, name in enumerate(models.split(",")):
-        plans = _plans(name, memory.split(","), fixed, tokens, probe=probe and not number)
-        for budget, planned in plans:
+    for name in models.split(","):
+        one = _subject(name, fixed, tokens)
+        for budget in budgets(one, memory.split(",")):
             try:
-                with waiting(f"measuring {planned.subject.name} in {budget}"):
+                planned = _planned(one, budget, tokens, probe=probe)
+                with waiting(f"measuring {one.name} in {budget}"):
                     lines.append(measure(planned, budget, fixed, tokens))
-            except ChildFailed as error:
-                say(f"{planned.subject.name} in {budget}: {error}")
+            except (BudgetError, ChildFailed) as error:
+                say(f"{one.name} in {budget}: {error}")
                 continue
             say(f"{lines[-1].model} {size(lines[-1].memory)}: ratio {lines[-1].ratio:.2f}")
     if not lines:
