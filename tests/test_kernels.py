@@ -15,7 +15,8 @@ from storage.architecture import Attention, Norm, QkNorm
 from storage.codecs import CODECS, Codec, narrow, widen
 from storage.layout import Rows, neuron
 from workers import kernels
-from workers.kernels import attention, codecs, launch
+from workers.kernels import attention, codecs, experts, launch
+from workers.kernels.rows import loops
 
 DTYPES = ("float32", "float16", "bfloat16")
 FUNCTIONS = ("relu", "gelu", "gelu_tanh")
@@ -537,3 +538,26 @@ def test_compiled_kernels_of_a_codec_that_has_changed_are_not_used(tmp_path):
         found.append(codecs.Scalars("shifted", widen, widen)._numba_type_)
     assert found[0] != found[1]
     assert found[0] == found[2]
+
+
+@njit(parallel=True, nogil=True)
+def _chunks_told(codec, memory, at, x, out, rounds):
+    """How many chunks two threads have told of, in each round of the same stage."""
+    given = codec.prepare(x)
+    told = np.empty(rounds, np.int64)
+    for number in range(rounds):
+        progress = launch.stages(1)
+        for _ in prange(2):
+            experts._share(progress, 0, codec, memory, at, (x.shape[0], x.shape[0], 4, 4), given, 0, out)
+        told[number] = progress[0, 1]
+    return told
+
+
+def test_no_chunk_of_an_experts_stage_is_done_twice():
+    """Who waits counts chunks: one that is told of twice hides one that is not done."""
+    rows, width, count = 16, 512, 2
+    weights = matrix(normal(1, count * rows, width), "float32")
+    at, out = np.arange(count, dtype=np.int64) * rows * width, np.empty((count, rows), np.float32)
+    launch.use_threads(2, 2 * WIDE)
+    told = _chunks_told(loops(weights.codec), weights.memory.reshape(-1), at, normal(2, width), out, 20_000)
+    assert np.unique(told).tolist() == [count * rows // 4]

@@ -32,11 +32,12 @@ def _share(
     pieces = (rows + piece - 1) // piece  # of one expert
     number = take(progress, stage)
     while number < experts * pieces:
-        then = min(take(progress, stage), experts * pieces - 1)  # known now, so that it can be asked for
+        then = take(progress, stage)  # known now, so that it can be asked for
+        nearest = min(then, experts * pieces - 1)
         expert, start = number // pieces, number % pieces * piece
         stop = min(start + piece, rows)
         first, y = at[expert], out[expert]
-        next_first, next_start = at[then // pieces], then % pieces * piece
+        next_first, next_start = at[nearest // pieces], nearest % pieces * piece
         part = codec.part(given, expert * shift, expert * shift + width)
         for i in range(start, stop, 4):  # as in dense.py
             i0, i1, i2, i3 = four(i, stop - 1)
@@ -51,7 +52,7 @@ def _share(
             y[i2] = t2
             y[i3] = t3
         tell(progress, stage)
-        number = then if then > number else experts * pieces
+        number = then
 
 
 @njit(nogil=True, fastmath=FAST)
