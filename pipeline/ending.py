@@ -94,7 +94,9 @@ def _usage(error: Exception) -> str:
     sentence = str(format_message() if callable(format_message) else error).rstrip(".")
     context = getattr(error, "ctx", None)
     command = f"{context.command_path} --help" if context else "--help"
-    return f"{sentence[:1].lower()}{sentence[1:]}; see {command}"
+    told = f"{sentence[:1].lower()}{sentence[1:]}; see {command}"
+    takes_text = context is not None and any(one.name == "prompt" for one in context.command.params)
+    return f"{told}; a text goes behind --prompt" if takes_text and "No such command" in sentence else told
 
 
 def _describe(error: OSError | MemoryError | RuntimeError) -> str:

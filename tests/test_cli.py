@@ -91,6 +91,7 @@ def store(checkpoint: Path) -> Path:
             "predictor.threshold: Input should be a finite",
         ),
         (["frobnicate"], "no such command 'frobnicate'"),
+        (["Once upon a time"], "a text goes behind --prompt"),
         (["convert"], "missing argument 'MODEL'; see "),
         (["--prompt", "x", "verify", "somewhere"], "--prompt does not go together with the command verify"),
     ],

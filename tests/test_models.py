@@ -90,6 +90,15 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
         find_source(str(tmp_path))
 
 
+def test_a_file_that_is_no_gguf_is_refused_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)  # where the second name is like an id of the hub
+    for name in (str(tmp_path / "parts" / "model.safetensors"), "parts/model.safetensors"):
+        with pytest.raises(UsageError, match=r"is a file, but no \.gguf"):
+            find_source(name)
+
+
 @pytest.mark.parametrize("name", [".", "/"])
 def test_a_directory_without_a_name_of_its_own_is_one_as_any(
     name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

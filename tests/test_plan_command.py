@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline import console, status
 from pipeline.cli import app
+from pipeline.commands.plan import rate
 from pipeline.models.names import configure
 from pipeline.models.published import PUBLISHED
 from pipeline.planner import rates
@@ -130,6 +131,13 @@ def test_a_checkpoint_is_planned_as_its_store_is(tmp_path: Path, home: Path) -> 
     for one, made in ((before, False), (after, True)):
         assert [part.pop("converted") for part in (one, one["least"], one["most"])] == [made] * 3
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"), [(0.0312, "0.031"), (4.56, "4.6"), (45.2, "45"), (99.7, "100"), (1234.5, "1,234")]
+)
+def test_a_rate_is_told_without_an_exponent(tokens: float, told: str) -> None:
+    assert rate(tokens) == told
 
 
 def test_tables_name_every_source_of_time() -> None:

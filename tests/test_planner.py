@@ -267,6 +267,12 @@ def test_other_budgets_are_refused(text: str) -> None:
         parse_budget(text, store())
 
 
+@pytest.mark.parametrize(("text", "meant"), [("8G", "8GiB"), ("50%+1g", "1giB"), ("512M", "512MiB")])
+def test_a_size_in_another_programs_letters_is_told_what_it_may_mean(text: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory\.budget takes a size .*: say {meant}$"):
+        parse_budget(text, store())
+
+
 def test_a_budget_beyond_all_numbers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"memory\.budget cannot be as large as 9999"):
         parse_budget(f"{'9' * 400}GiB", store())

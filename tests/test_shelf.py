@@ -79,6 +79,12 @@ def test_one_is_removed_when_asked_for(stores: list[Path]) -> None:
     assert run("remove", "gone", "--yes")[0] == 2
 
 
+def test_where_nobody_answers_it_stays(stores: list[Path]) -> None:
+    status, said = run("remove", stores[0].name)
+    assert (status, said) == (2, f"{stores[0].name} stays: nobody answered, and --yes does not ask")
+    assert stores[0].is_dir()
+
+
 def test_a_name_of_several_removes_none(stores: list[Path]) -> None:
     status, said = run("remove", "tiny", "--yes")
     assert (status, "there are 2 stores of tiny" in said) == (2, True)

@@ -147,9 +147,14 @@ def _tell_model(one: Outlook, range_: Range, known: pace.Rates, *, as_json: bool
         console.print(line, highlight=False)
 
 
+def rate(tokens: float) -> str:
+    """Tokens a second in two digits or whole ones, never with an exponent."""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+
+
 def _details(one: Outlook) -> list[str]:
     lines = [
-        f"{1 / one.pace.total:,.2g} tokens/s; {one.work.flash / 1e6:,.1f} MB read a token; "
+        f"{rate(1 / one.pace.total)} tokens/s; {one.work.flash / 1e6:,.1f} MB read a token; "
         f"first answer after {one.first_seconds:,.0f} s (a prompt of {PROMPT} tokens, the ring's start)"
     ]
     if one.hit_rate is not None:

@@ -53,10 +53,20 @@ def remove(
     Its model is converted again when it is next used.
     """
     store = shelf.find(name)
-    if not yes and not typer.confirm(_question(store), err=True):
+    if not yes and not _confirmed(store):
         raise UsageError(f"{store.path.name} stays")
     shelf.remove(store)
     say(f"removed {store.path}, {size(store.bytes)}")
+
+
+def _confirmed(store: shelf.Kept) -> bool:
+    try:
+        return typer.confirm(_question(store), err=True)
+    except typer.Abort as abort:  # typer makes it of Ctrl-C, and of an input that has ended
+        if not isinstance(abort.__context__, EOFError):
+            raise
+        say("")  # behind the question
+        raise UsageError(f"{store.path.name} stays: nobody answered, and --yes does not ask") from None
 
 
 def _question(store: shelf.Kept) -> str:

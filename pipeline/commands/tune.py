@@ -66,7 +66,7 @@ def command(
     store = source.open_store()
     report = plan(store, config)
     found = knobs.knobs(report.config, report.plan)
-    say(f"{store.manifest.name}: {', '.join(one.key for one in found)}, for {minutes:g} minutes")
+    say(f"{store.manifest.name}: {', '.join(one.key for one in found)}, for {minutes:g} min")
     with waiting("writing the trials' text"):
         text = trial.own_text(store, config, prompt, tokens or TOKENS)
     if not tokens:

@@ -61,6 +61,8 @@ def find_source(model: str) -> Source:
         return _directory_source(path)
     if is_gguf(path):
         return _gguf_source(path)
+    if path.is_file():
+        raise UsageError(f"{model} is a file, but no .gguf: name a checkpoint's directory, or a GGUF file")
     if HUB_ID.fullmatch(model):
         return Source(name=model.rpartition("/")[2], hub_id=model)
     if "/" in model or model.startswith("."):

@@ -11,6 +11,7 @@ from storage.manifest import RESIDENT
 from storage.store import Store
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B|B|)", re.IGNORECASE)
+_BARE = re.compile(r"\d+(?:\.\d+)?\s*[KMGT]", re.IGNORECASE)  # as other programs have it
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
@@ -28,7 +29,8 @@ def parse_size(text: str, key: str, whole: Callable[[], int]) -> int:
     for term in text.split("+"):
         match = _SIZE.fullmatch(term.strip())
         if match is None:
-            raise ConfigError(f"{key} takes a size such as 7GiB or 50%, not {text!r}")
+            hint = f": say {term.strip()}iB" if _BARE.fullmatch(term.strip()) else ""
+            raise ConfigError(f"{key} takes a size such as 7GiB or 50%, not {text!r}{hint}")
         number, unit = float(match[1]), match[2].upper()
         total += number / 100 * whole() if unit == "%" else number * _UNITS[unit]
     if not math.isfinite(total):
