@@ -69,6 +69,23 @@ def test_matvec(dtype, rows, width, biased, seed):
     assert np.allclose(kernels.matvec(matrix(weights, dtype), x, 2, bias), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "q8", "q4"])
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 9), rows=sizes, biased=st.booleans(), seed=st.integers(0, 99))
+def test_several_vectors_have_the_bits_of_each_alone(dtype, count, rows, biased, seed):
+    width, codec = 128, CODECS[dtype]
+    if dtype in DTYPES:
+        weights, _ = stored(normal(seed, rows, width), dtype)
+    else:
+        weights = codec.narrow(normal(seed, rows, width))
+    xs, bias = normal(seed + 1, count, width), normal(seed + 2, rows) if biased else kernels.NO_BIAS
+    alone = [kernels.matvec(matrix(weights, dtype), x, 1, bias) for x in xs]
+    for threads in (1, 2):
+        assert (
+            kernels.matvecs(matrix(weights, dtype), xs, threads, bias).tobytes() == np.stack(alone).tobytes()
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @settings(max_examples=15, deadline=None)

@@ -32,7 +32,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from workers.kernels.attention import Around, Attending, attend
-from workers.kernels.dense import NO_BIAS, matvec
+from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
@@ -58,6 +58,7 @@ __all__ = [
     "gather",
     "layer_norm",
     "matvec",
+    "matvecs",
     "notes",
     "outputs",
     "passing",

@@ -1,4 +1,4 @@
-"""Products of a whole matrix with a vector."""
+"""Products of a whole matrix with a vector, and with each of several."""
 
 from __future__ import annotations
 
@@ -77,3 +77,41 @@ def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | 
     flat, step = memory.reshape(-1), memory.shape[1]
     _matvec(loops(weights.codec), flat, weights.start, step, x, bias, result, rows_ahead(size), launched)
     return result
+
+
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def _matvecs(
+    codec: Any, memory: Any, first: Any, step: Any, xs: Any, bias: Any, outs: Any, threads: Any
+) -> None:
+    count, lines = outs.shape
+    biased = bias.shape[0] > 0
+    progress = stages(1)
+    for _ in prange(threads):
+        start = take(progress, 0) * CHUNK
+        while start < lines:  # a chunk's rows stay in the cache for all vectors
+            for n in range(count):
+                given, out = codec.prepare(xs[n]), outs[n]
+                for i in range(start, min(start + CHUNK, lines), 4):
+                    i0, i1, i2, i3 = four(i, lines - 1)
+                    rows = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
+                    t0, t1, t2, t3 = codec.dots(memory, rows, rows, given)
+                    if biased:
+                        t0 += bias[i0]
+                        t1 += bias[i1]
+                        t2 += bias[i2]
+                        t3 += bias[i3]
+                    out[i0] = t0
+                    out[i1] = t1
+                    out[i2] = t2
+                    out[i3] = t3
+            start = take(progress, 0) * CHUNK
+
+
+def matvecs(weights: Rows, xs: F32, threads: int, bias: F32 = NO_BIAS) -> F32:
+    """`matvec` of each row of xs [n, width], to the bit; returns [n, lines]. For matrices of few lines."""
+    memory = weights.memory
+    outs = np.empty((xs.shape[0], memory.shape[0]), np.float32)
+    launched = use_threads(threads, xs.shape[0] * memory.shape[0] * weights.elements * memory.itemsize)
+    flat, step = memory.reshape(-1), memory.shape[1]
+    _matvecs(loops(weights.codec), flat, weights.start, step, xs, bias, outs, launched)
+    return outs

@@ -8,7 +8,7 @@ from storage.architecture import Architecture, Attention, Ffn, Router
 from storage.codecs import FLOAT16, Codec
 from storage.layout import Rows
 from workers.kernels.attention import Around, Attending
-from workers.kernels.dense import NO_BIAS, matvec
+from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
@@ -36,7 +36,10 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     up, down, gate = (Rows(memory, codec, start, _WIDTH) for start in (0, row, 2 * row))
     ids = np.zeros(1, np.int32)
     x, y = np.zeros(_WIDTH, np.float32), np.zeros(_WIDTH, np.float32)
-    matvec(Rows.of_matrix(memory, codec), np.zeros(3 * _WIDTH, np.float32), 1)
+    matrix, vector = Rows.of_matrix(memory, codec), np.zeros(3 * _WIDTH, np.float32)
+    matvec(matrix, vector, 1)
+    if any(layer.ffn.router for layer in layers):
+        matvecs(matrix, vector[None], 1)
     a = np.zeros(1, np.float32)
     if "plain" in kinds:
         activate(up, ids, ids, x, NO_BIAS, "relu", 1, a)

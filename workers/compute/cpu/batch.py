@@ -24,7 +24,7 @@ from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute import blocks
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
-from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed, row_product
+from workers.compute.cpu.experts import BatchExperts, activated, of_shared, resettled, routed
 from workers.compute.cpu.norms import norm_queries_and_keys, normed
 from workers.compute.cpu.pool import Pool
 from workers.compute.device import I32, Bytes, Mask
@@ -123,7 +123,9 @@ class BatchOperations:
         return out.reshape(tokens, -1)
 
     def route(self, index: int, x: F32) -> Ids:
-        self._routing = routed(self.architecture.layers[index].ffn, self.model.layers[index], x, row_product)
+        self._routing = routed(
+            self.architecture.layers[index].ffn, self.model.layers[index], x, self.pool.threads
+        )
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:

@@ -22,22 +22,20 @@ from workers.compute.cpu.units import UnitRows
 from workers.compute.device import Bytes
 from workers.routing import Ids, Routing, route, weigh
 
+COLUMNS = (
+    16  # a product of tokens is so many wide, or a multiple: BLAS takes 27 columns a fifth longer than 32
+)
+KEPT = 2  # of ROWS tokens each, for every thread: outputs that are kept apart at once
 
-def routed(ffn: Ffn, bound: BoundLayer, x: F32, product: Callable[[Linear, F32], F32]) -> Routing:
-    """Of x [rows, d_model], one row after the other: its logits are the same bits in whatever company.
 
-    They are the predictor's, too: `product` multiplies one row by the kernel that it uses.
-    """
+def routed(ffn: Ffn, bound: BoundLayer, x: F32, threads: int) -> Routing:
+    """Of x [rows, d_model]: each row's logits are the same bits in whatever company, and the predictor's."""
     assert ffn.router is not None
     assert bound.router is not None
-    if len(x) == 1:
-        return kernels.choose(ffn.router, product(bound.router, x[0])[None])
-    return route(ffn.router, np.stack([product(bound.router, row) for row in x]))
-
-
-def row_product(linear: Linear, row: F32) -> F32:
-    """As the predictor computes it, by one thread."""
-    return kernels.matvec(linear.weight, row, 1, linear.bias)
+    linear = bound.router
+    if len(x) > 1:
+        return route(ffn.router, kernels.matvecs(linear.weight, x, threads, linear.bias))
+    return kernels.choose(ffn.router, kernels.matvec(linear.weight, x[0], threads, linear.bias)[None])
 
 
 def resettled(ffn: Ffn, routing: Routing | None, ids: Ids) -> Routing:
@@ -162,10 +160,7 @@ class BatchExperts:
             return
         ids, slots = (np.concatenate(several) for several in zip(*self._parts, strict=True))
         order = np.argsort(ids, kind="stable")
-        tasks = self._tasks(ids[order], slots[order])
-        wave = 2 * self._pool.threads  # outputs that are kept apart at once
-        for start in range(0, len(tasks), wave):
-            self._run(tasks[start : start + wave], self._memory)
+        self._run(self._tasks(ids[order], slots[order]), self._memory)
         self._parts.clear()
         self._memory = None
 
@@ -186,24 +181,27 @@ class BatchExperts:
         return tasks
 
     def _run(self, tasks: Sequence[_Task], memory: Bytes) -> None:
-        found: list[F32] = [np.empty(0, np.float32)] * len(tasks)
-
-        def compute(number: int) -> None:
-            found[number] = self._of_expert(tasks[number], memory)
-
-        self._pool.run(compute, range(len(tasks)))
-        for task, output in zip(tasks, found, strict=True):
-            self._output[task.rows] += task.weights[:, None] * output.T
+        """Outputs are summed in the tasks' order, while later ones are computed."""
+        computed = self._pool.in_order(
+            lambda task: self._of_expert(task, memory), tasks, lambda task: task.rows.size, KEPT * ROWS
+        )
+        for task, output in zip(tasks, computed, strict=True):
+            self._output[task.rows] += output
 
     def _of_expert(self, task: _Task, memory: Bytes) -> F32:
-        """[d_model, rows]."""
-        x, width = self._input[task.rows].T, self._ffn.width
+        """What the expert adds to its tokens, [rows, d_model]."""
+        count, width = task.rows.size, self._ffn.width
+        x = np.zeros((-(-count // COLUMNS) * COLUMNS, self._input.shape[1]), np.float32)
+        x[:count] = self._input[task.rows]
+        x = x.T
         neurons = slice(task.expert * width, (task.expert + 1) * width)
         gate = self._product(memory, "gate", task.slot, x, self._bound.gate_bias[neurons])
         up = self._product(memory, "up", task.slot, x, self._bound.up_bias[neurons])
         outputs = slice(task.expert * len(x), (task.expert + 1) * len(x))
         a = activated(self._ffn, gate, up)
-        return self._product(memory, "down", task.slot, a, self._bound.down_bias[outputs])
+        down = self._product(memory, "down", task.slot, a, self._bound.down_bias[outputs])
+        found: F32 = task.weights[:, None] * down.T[:count]
+        return found
 
     def _product(self, memory: Bytes, role: Role, slot: int, x: F32, bias: F32) -> F32:
         """Of an expert's rows with x [values, tokens], tile by tile; the bias may be empty."""

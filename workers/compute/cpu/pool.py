@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from storage.codecs import F32
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Pool:
@@ -26,6 +30,23 @@ class Pool:
         """`task` for all arguments, at once."""
         for _ in self._pool.map(task, *arguments):
             pass
+
+    def in_order(
+        self, task: Callable[[T], R], arguments: Sequence[T], weight: Callable[[T], int], most: int
+    ) -> Iterator[R]:
+        """Results in the arguments' order. Those that are begun and not taken weigh `most` a thread at most."""
+        waiting: deque[tuple[Future[R], int]] = deque()
+        room = most * self.threads
+        for argument in arguments:
+            size = weight(argument)
+            while waiting and size > room:
+                future, freed = waiting.popleft()
+                yield future.result()
+                room += freed
+            waiting.append((self._pool.submit(task, argument), size))
+            room -= size
+        for future, _ in waiting:
+            yield future.result()
 
     def scratch(self, rows: int, width: int) -> F32:
         """[rows, width] of the calling thread's memory, which its next call gives away again."""

@@ -114,7 +114,7 @@ class TokenOperations:
             assert ffn.router is not None
             self._routing = kernels.choose(ffn.router, logits[None])
         else:
-            self._routing = routed(ffn, bound, x, self._product)
+            self._routing = routed(ffn, bound, x, self.threads)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
