@@ -59,7 +59,7 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
 def warm_feeding(*codecs: Codec) -> None:
     """The same for the launch over all units of a layer without experts, whose rows have these codecs."""
     kind: Literal["plain", "gated"] = "plain" if len(codecs) == 2 else "gated"
-    rows = {
+    rows: dict[str, Rows] = {
         role: Rows(np.zeros((1, codec.elements(_WIDTH)), codec.carrier), codec, 0, _WIDTH)
         for role, codec in zip(ROLES[kind], codecs, strict=True)
     }
