@@ -153,6 +153,7 @@ class TokenUnits:
 
     def __init__(self, bound: BoundLayer, rows: UnitRows, ffn: Ffn, threads: int) -> None:
         self.bound, self.ffn = bound, ffn
+        self.width = rows.unit.width  # neurons; a shadow's units may have others than the layer's
         self._rows, self._threads = rows, threads
         self._memory: Bytes | None = None  # that of `_feeding`
         self._feeding: kernels.Feeding | None = None
@@ -201,9 +202,9 @@ class TokenFfn:
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         if not ids.size:
             return
-        part = slice(self._activated, self._activated + ids.size * self._units.ffn.width)
+        part = slice(self._activated, self._activated + ids.size * self._units.width)
         out = self._activations[part]
-        if ids.size == self._units.ffn.units:  # nothing else will come
+        if out.size == self._units.ffn.neurons:  # nothing else will come
             self.active += self._units.feed(ids, slots, memory, self._input, out, self._output)
             return
         self._activated = part.stop
