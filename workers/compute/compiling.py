@@ -19,7 +19,7 @@ from storage.codecs import CODECS
 from storage.shadow import KIND as SHADOW
 from storage.shadow import Shadow
 from storage.store import Store
-from workers.compute.weights import attention_codecs, codecs, expert_codecs
+from workers.compute.weights import attention_codecs, codecs, expert_codecs, feeding_codecs
 
 Task = tuple[str, ...]  # a kind, and names of codecs
 
@@ -29,9 +29,12 @@ def of_compute(store: Store, cache: str, kind: str, device: str = "cpu") -> list
 
     On other devices than the CPU that is a router's product.
     """
-    found = {codec.name for codec in codecs(store)} | (
-        {Shadow.open(store).codec} if kind == SHADOW else set()
-    )
+    fed = {tuple(codec.name for codec in rows) for rows in feeding_codecs(store)}
+    found = {codec.name for codec in codecs(store)}
+    if kind == SHADOW:
+        codec = Shadow.open(store).codec
+        found.add(codec)
+        fed |= {(codec,) * len(rows) for rows in fed}
     weights = [("weights", name) for name in sorted(found)]
     if device != "cpu":
         return [*weights] if store.architecture.mixture else []
@@ -39,7 +42,8 @@ def of_compute(store: Store, cache: str, kind: str, device: str = "cpu") -> list
         ("attention", qkv.name, out.name, cache, router.name) for qkv, out, router in attention_codecs(store)
     ]
     experts = [("experts", *(codec.name for codec in three)) for three in expert_codecs(store)]
-    return [*weights, *attention, *experts]
+    feeding = [("feeding", *names) for names in sorted(fed)]
+    return [*weights, *attention, *feeding, *experts]
 
 
 def of_predictor(scorer: str) -> list[Task]:
@@ -56,6 +60,8 @@ def prepare(task: Task, store: Store) -> None:
             kernels.warm(CODECS[codec], store.architecture)
         case "attention", *names:
             kernels.warm_attention(*(CODECS[name] for name in names))
+        case "feeding", *names:
+            kernels.warm_feeding(*(CODECS[name] for name in names))
         case "experts", *names:
             kernels.warm_experts(*(CODECS[name] for name in names))
         case _:

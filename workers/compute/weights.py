@@ -170,6 +170,16 @@ def expert_codecs(store: Store) -> tuple[tuple[Codec, ...], ...]:
     return tuple(tuple(CODECS[name] for name in names) for names in sorted(found))
 
 
+def feeding_codecs(store: Store) -> tuple[tuple[Codec, ...], ...]:
+    """Of the units' rows of layers without experts, in their order, each combination once."""
+    found = {
+        tuple(row.codec for row in layout.unit.rows)
+        for layout, one in zip(store.layout.layers, store.architecture.layers, strict=True)
+        if layout.units and not one.ffn.mixed
+    }
+    return tuple(tuple(CODECS[name] for name in names) for names in sorted(found))
+
+
 def _read(descriptor: int, place: Place) -> npt.NDArray[np.uint8]:
     """A tensor's bytes. Read rather than mapped, so that the page cache keeps no second copy."""
     memory = aligned(place.bytes)

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from workers.kernels.attention import Around, Attending, attend
 from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
+from workers.kernels.feeding import Feeding
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes, start_threads
@@ -41,13 +42,14 @@ from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
 from workers.kernels.routing import choose
 from workers.kernels.rows import ACTIVATIONS
-from workers.kernels.warming import warm, warm_attention, warm_experts, warm_scores
+from workers.kernels.warming import warm, warm_attention, warm_experts, warm_feeding, warm_scores
 
 __all__ = [
     "ACTIVATIONS",
     "NO_BIAS",
     "Around",
     "Attending",
+    "Feeding",
     "accumulate",
     "activate",
     "activate_gated",
@@ -68,5 +70,6 @@ __all__ = [
     "warm",
     "warm_attention",
     "warm_experts",
+    "warm_feeding",
     "warm_scores",
 ]

@@ -17,25 +17,44 @@ _FEWEST_COLUMNS = 512  # of a sum that a thread takes at a time
 MOST_COLUMNS = 4096  # of them stay in the L1 cache
 
 
+@njit(fastmath=FAST, nogil=True)
+def share_of_rows(
+    progress: Any,
+    stage: Any,
+    codec: Any,
+    memory: Any,
+    at: Any,
+    width: Any,
+    a: Any,
+    y: Any,
+    chunk: Any,
+) -> None:
+    """A thread's share of a stage: y[j] += Σ a[i] · value j of the row at element at[i] of `memory`.
+
+    `chunk` columns at a time.
+    """
+    while True:
+        start = take(progress, stage) * chunk
+        if start >= width:
+            break
+        part = y[start : min(start + chunk, width)]
+        whole = at.shape[0] // 4 * 4
+        last = at.shape[0] - 1
+        for i in range(0, whole, 4):
+            rows = at[i], at[i + 1], at[i + 2], at[i + 3]
+            n0, n1, n2, n3 = four(i + 4, last)
+            following = at[n0], at[n1], at[n2], at[n3]
+            codec.add_four(part, a[i : i + 4], memory, rows, following, start, width)
+        for i in range(whole, at.shape[0]):
+            codec.add_one(part, a[i], memory, at[i], start, width)
+
+
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def add_rows(codec: Any, memory: Any, at: Any, width: Any, a: Any, y: Any, chunk: Any, threads: Any) -> None:
-    """y[j] += Σ a[i] · value j of the row at element at[i] of `memory`, `chunk` columns at a time."""
+    """All of it, by some threads."""
     progress = stages(1)
     for _ in prange(threads):
-        while True:
-            start = take(progress, 0) * chunk
-            if start >= width:
-                break
-            part = y[start : min(start + chunk, width)]
-            whole = at.shape[0] // 4 * 4
-            last = at.shape[0] - 1
-            for i in range(0, whole, 4):
-                rows = at[i], at[i + 1], at[i + 2], at[i + 3]
-                n0, n1, n2, n3 = four(i + 4, last)
-                following = at[n0], at[n1], at[n2], at[n3]
-                codec.add_four(part, a[i : i + 4], memory, rows, following, start, width)
-            for i in range(whole, at.shape[0]):
-                codec.add_one(part, a[i], memory, at[i], start, width)
+        share_of_rows(progress, 0, codec, memory, at, width, a, y, chunk)
 
 
 def columns(width: int, threads: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from storage.architecture import Architecture, Attention, Ffn, Router
 from storage.codecs import FLOAT16, Codec
-from storage.layout import Rows
+from storage.layout import ROLES, Rows
 from workers.kernels.attention import Around, Attending
 from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
+from workers.kernels.feeding import Feeding
 from workers.kernels.ffn import accumulate, activate, activate_gated, gather
 from workers.kernels.functions import activations
 from workers.kernels.launch import start_threads
@@ -54,6 +57,18 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     if "rms" in norms:
         rms_norm(x, x, 0, 1e-5)
     activations(np.zeros((1, 64), np.float32), "gelu")
+
+
+def warm_feeding(*codecs: Codec) -> None:
+    """The same for the launch over all units of a layer without experts, whose rows have these codecs."""
+    kind: Literal["plain", "gated"] = "plain" if len(codecs) == 2 else "gated"
+    rows: dict[str, Rows] = {
+        role: Rows(np.zeros((1, codec.elements(_WIDTH)), codec.carrier), codec, 0, _WIDTH)
+        for role, codec in zip(ROLES[kind], codecs, strict=True)
+    }
+    ids, x = np.zeros(1, np.int32), np.zeros(_WIDTH, np.float32)
+    feeding = Feeding(rows, (NO_BIAS, NO_BIAS), Ffn(kind, 1, 1, "relu"), 1)
+    feeding(ids, ids, x, np.zeros(1, np.float32), np.zeros(_WIDTH, np.float32))
 
 
 def warm_experts(gate: Codec, up: Codec, down: Codec) -> None:

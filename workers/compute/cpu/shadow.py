@@ -10,13 +10,12 @@ import numpy as np
 from pipeline.ring.plan import Forecast
 from storage.codecs import F32
 from storage.files import drop_cache
-from storage.layout import Rows, Unit
+from storage.layout import Unit
 from storage.shadow import Shadow as ShadowFile
-from workers import kernels
 from workers.compute.bound import BoundModel, BoundNorm, Source
 from workers.compute.cpu.batch import BatchFfn
 from workers.compute.cpu.pool import Pool
-from workers.compute.cpu.token import TokenFfn, activate
+from workers.compute.cpu.token import TokenFfn, TokenUnits
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import I32, Bytes
 from workers.compute.shadow import Choice
@@ -72,10 +71,14 @@ class CpuShadow:
     """`shadow.Shadow` over numpy arrays. Results do not depend on the number of threads."""
 
     def __init__(self, source: Source, layers: Sequence[Layer], forecast: Forecast, threads: int) -> None:
-        self._architecture, self._forecast, self._threads = source.architecture, forecast, threads
+        self._architecture, self._forecast = source.architecture, forecast
         self._bound = BoundModel.of(source).layers
         self._layers = layers
-        self._rows = [UnitRows(one.unit) for one in layers]
+        ffns = [one.ffn for one in self._architecture.layers]
+        self._units = [
+            TokenUnits(bound, UnitRows(one.unit), ffn, threads)
+            for bound, one, ffn in zip(self._bound, layers, ffns, strict=True)
+        ]
         self._pool = Pool(threads)
         self._ids: I32 = np.arange(max(len(one.memory) for one in layers), dtype=np.int32)
         neurons = max(one.lengths.size for one in layers)
@@ -94,8 +97,7 @@ class CpuShadow:
         """How much each neuron can add, [neurons]; its activation stays in `_activations`."""
         layer = self._layers[index]
         activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
-        ffn, bound, rows = self._architecture.layers[index].ffn, self._bound[index], self._of(index)
-        activate(ffn, bound, rows, ids, ids, x, self._threads, activations)
+        self._units[index].activate(ids, ids, layer.memory, x, activations)
         scores: F32 = np.abs(activations) * layer.lengths
         return scores
 
@@ -116,10 +118,6 @@ class CpuShadow:
         if before is None or after is None or "ffn_input" not in layers[index - 1].norms:
             return None
         return Bridge.of(before, after)
-
-    def _of(self, index: int) -> dict[str, Rows]:
-        """A layer's rows, by role."""
-        return self._rows[index].of(self._layers[index].memory)
 
     def _graded(self, scores: F32, index: int) -> Choice:
         """The units of the largest scores, of equal ones the first."""
@@ -147,11 +145,11 @@ class CpuShadow:
         self._chosen = ids
 
     def rest(self) -> F32:
-        layer, rows = self._layers[self._index], self._of(self._index)
+        layer = self._layers[self._index]
         activations, ids = self._activations[: layer.lengths.size], self._ids[: len(layer.memory)]
         activations[self._chosen] = 0
         output = np.zeros(layer.unit.d_model, np.float32)
-        kernels.accumulate(rows["down"], ids, ids, activations, output, self._threads)
+        self._units[self._index].accumulate(ids, ids, layer.memory, activations, output)
         return output[None]
 
     def ffn(self, index: int, x: F32, every: bool) -> F32:
@@ -161,7 +159,7 @@ class CpuShadow:
         if every:
             whole = BatchFfn(bound, layer.unit, described, x, self._pool)
         else:
-            whole = TokenFfn(bound, self._rows[index], described, x[0], self._activations, self._threads)
+            whole = TokenFfn(self._units[index], x[0], self._activations)
         ids = self._ids[: len(layer.memory)]
         whole.add(ids, ids, layer.memory)
         whole.close()

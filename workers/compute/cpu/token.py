@@ -10,7 +10,6 @@ import numpy.typing as npt
 from pipeline.ring.plan import STEP_ROWS
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
 from storage.codecs import F32
-from storage.layout import Rows
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
 from workers.compute.cpu.experts import TokenExperts, of_shared, resettled, routed
@@ -39,6 +38,10 @@ class TokenOperations:
         rows = {unit: UnitRows(unit) for unit in {layer.unit for layer in source.layout.layers}}
         self._rows = [rows[layer.unit] for layer in source.layout.layers]
         layers = self.architecture.layers
+        self._plain = [
+            TokenUnits(bound, own, layer.ffn, threads)
+            for bound, own, layer in zip(model.layers, self._rows, layers, strict=True)
+        ]
         neurons = max((layer.ffn.neurons for layer in layers if not layer.ffn.router), default=0)
         self._activations = np.empty((STEP_ROWS, neurons), np.float32)  # of one layer, by row of the step
         self._routing: Routing | None = None  # of the layer at hand
@@ -131,8 +134,7 @@ class TokenOperations:
 
     def plain_ffn(self, index: int, x: F32, row: int) -> TokenFfn:
         """That of a layer without experts, for x [d_model], which is the step's row of this number."""
-        ffn, bound, rows = self.architecture.layers[index].ffn, self.model.layers[index], self._rows[index]
-        return TokenFfn(bound, rows, ffn, x, self._activations[row], self.threads)
+        return TokenFfn(self._plain[index], x, self._activations[row])
 
     def logits(self, x: F32) -> F32:
         if self.model.final_norm is not None:
@@ -146,25 +148,52 @@ class TokenOperations:
         return kernels.matvec(linear.weight, x, self.threads, linear.bias)
 
 
+class TokenUnits:
+    """One layer's units without experts, as a token's kernels take them."""
+
+    def __init__(self, bound: BoundLayer, rows: UnitRows, ffn: Ffn, threads: int) -> None:
+        self.bound, self.ffn = bound, ffn
+        self.width = rows.unit.width  # neurons; a shadow's units may have others than the layer's
+        self._rows, self._threads = rows, threads
+        self._memory: Bytes | None = None  # that of `_feeding`
+        self._feeding: kernels.Feeding | None = None
+
+    def activate(self, ids: I32, slots: I32, memory: Bytes, x: F32, out: F32) -> None:
+        """Activations of the units `ids`, whose rows lie in `slots`, for x [d_model]: into `out`."""
+        rows, ffn, bound, threads = self._rows.of(memory), self.ffn, self.bound, self._threads
+        if ffn.kind == "gated":
+            biases = bound.gate_bias, bound.up_bias
+            kernels.activate_gated(rows["gate"], rows["up"], ids, slots, x, biases, ffn, threads, out)
+            return
+        function, threshold = ffn.activation, ffn.threshold
+        kernels.activate(rows["up"], ids, slots, x, bound.up_bias, function, threads, out, threshold)
+
+    def accumulate(self, ids: I32, slots: I32, memory: Bytes, activations: F32, output: F32) -> int:
+        """Add what these units contribute; returns the number of activations that are not zero."""
+        return kernels.accumulate(
+            self._rows.of(memory)["down"], ids, slots, activations, output, self._threads
+        )
+
+    def feed(self, ids: I32, slots: I32, memory: Bytes, x: F32, activations: F32, output: F32) -> int:
+        """Both, in one launch."""
+        if self._feeding is None or memory is not self._memory:
+            biases = self.bound.gate_bias, self.bound.up_bias
+            self._feeding = kernels.Feeding(self._rows.of(memory), biases, self.ffn, self._threads)
+            self._memory = memory
+        return self._feeding(ids, slots, x, activations, output)
+
+
 class TokenFfn:
     """One layer's FFN of one token, over groups of parts that may arrive one by one.
 
     The sum runs over ascending neuron ids, whatever the parts were.
     """
 
-    def __init__(
-        self,
-        bound: BoundLayer,
-        rows: UnitRows,
-        ffn: Ffn,
-        x: F32,
-        activations: F32,
-        threads: int,
-    ) -> None:
+    def __init__(self, units: TokenUnits, x: F32, activations: F32) -> None:
         """x [d_model]; `activations` [neurons] is scratch, this FFN's own until it is finished."""
-        self._bound, self._rows, self._ffn = bound, rows, ffn
-        self._input, self._activations, self._threads = x, activations, threads
-        self._output = bound.down_bias.copy() if bound.down_bias.size else np.zeros_like(x)
+        self._units, self._input, self._activations = units, x, activations
+        bias = units.bound.down_bias
+        self._output = bias.copy() if bias.size else np.zeros(x.shape, np.float32)
         self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
         self._memory: Bytes | None = None
         self._summed = self._activated = 0  # of `activations`
@@ -173,12 +202,15 @@ class TokenFfn:
     def add(self, ids: I32, slots: I32, memory: Bytes) -> None:
         if not ids.size:
             return
-        part = slice(self._activated, self._activated + ids.size * self._rows.unit.width)
+        part = slice(self._activated, self._activated + ids.size * self._units.width)
+        out = self._activations[part]
+        if out.size == self._units.ffn.neurons:  # nothing else will come
+            self.active += self._units.feed(ids, slots, memory, self._input, out, self._output)
+            return
         self._activated = part.stop
         self._parts.append((ids, slots))
         self._memory = memory
-        rows, out = self._rows.of(memory), self._activations[part]
-        activate(self._ffn, self._bound, rows, ids, slots, self._input, self._threads, out)
+        self._units.activate(ids, slots, memory, self._input, out)
 
     def close(self) -> None:
         if not self._parts:
@@ -191,22 +223,8 @@ class TokenFfn:
         group = slice(self._summed, self._activated)
         self._summed = self._activated
         self._parts.clear()
-        down = self._rows.of(self._memory)["down"]
-        self.active += kernels.accumulate(
-            down, ids, slots, self._activations[group], self._output, self._threads
-        )
+        some = self._activations[group]
+        self.active += self._units.accumulate(ids, slots, self._memory, some, self._output)
 
     def finish(self) -> F32:
         return self._output[None]
-
-
-def activate(
-    ffn: Ffn, bound: BoundLayer, rows: dict[str, Rows], ids: I32, slots: I32, x: F32, threads: int, out: F32
-) -> None:
-    """Activations of the units `ids`, whose rows lie in `slots`, for x [d_model]: into `out`."""
-    if ffn.kind == "gated":
-        biases = bound.gate_bias, bound.up_bias
-        kernels.activate_gated(rows["gate"], rows["up"], ids, slots, x, biases, ffn, threads, out)
-        return
-    function, threshold = ffn.activation, ffn.threshold
-    kernels.activate(rows["up"], ids, slots, x, bound.up_bias, function, threads, out, threshold)
