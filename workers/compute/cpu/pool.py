@@ -34,7 +34,7 @@ class Pool:
     def in_order(
         self, task: Callable[[T], R], arguments: Sequence[T], weight: Callable[[T], int], most: int
     ) -> Iterator[R]:
-        """Results in the arguments' order. Those that are begun and not taken weigh `most` a thread at most."""
+        """Results in the arguments' order. Of those not taken yet, `most` a thread are begun, by `weight`."""
         waiting: deque[tuple[Future[R], int]] = deque()
         room = most * self.threads
         for argument in arguments:
