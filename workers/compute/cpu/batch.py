@@ -123,9 +123,10 @@ class BatchOperations:
         return out.reshape(tokens, -1)
 
     def route(self, index: int, x: F32) -> Ids:
-        self._routing = routed(
-            self.architecture.layers[index].ffn, self.model.layers[index], x, self.pool.threads
-        )
+        router = self.model.layers[index].router
+        assert router is not None
+        logits = kernels.matvecs(router.weight, x, self.pool.threads, router.bias)
+        self._routing = routed(self.architecture.layers[index].ffn, logits)
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:

@@ -28,14 +28,10 @@ COLUMNS = (
 KEPT = 2  # of ROWS tokens each, for every thread: outputs that are kept apart at once
 
 
-def routed(ffn: Ffn, bound: BoundLayer, x: F32, threads: int) -> Routing:
-    """Of x [rows, d_model]: each row's logits are the same bits in whatever company, and the predictor's."""
+def routed(ffn: Ffn, logits: F32) -> Routing:
+    """Of a router's products [rows, experts], which have the bits that each row has alone."""
     assert ffn.router is not None
-    assert bound.router is not None
-    linear = bound.router
-    if len(x) > 1:
-        return route(ffn.router, kernels.matvecs(linear.weight, x, threads, linear.bias))
-    return kernels.choose(ffn.router, kernels.matvec(linear.weight, x[0], threads, linear.bias)[None])
+    return kernels.choose(ffn.router, logits) if len(logits) == 1 else route(ffn.router, logits)
 
 
 def resettled(ffn: Ffn, routing: Routing | None, ids: Ids) -> Routing:

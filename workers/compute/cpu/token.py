@@ -113,11 +113,10 @@ class TokenOperations:
     def route(self, index: int, x: F32) -> Ids:
         ffn, bound = self.architecture.layers[index].ffn, self.model.layers[index]
         fed, logits = self._routed
-        if x.base is fed and logits.size:  # the launch that made x has multiplied it, too
-            assert ffn.router is not None
-            self._routing = kernels.choose(ffn.router, logits[None])
-        else:
-            self._routing = routed(ffn, bound, x, self.threads)
+        if x.base is not fed or not logits.size:  # no launch that made x has multiplied it, too
+            assert bound.router is not None
+            logits = self._product(bound.router, x[0])
+        self._routing = routed(ffn, logits[None])
         return self._routing.ids
 
     def settle(self, index: int, ids: Ids) -> None:
