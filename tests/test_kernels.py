@@ -81,9 +81,8 @@ def test_several_vectors_have_the_bits_of_each_alone(dtype, count, rows, biased,
     xs, bias = normal(seed + 1, count, width), normal(seed + 2, rows) if biased else kernels.NO_BIAS
     alone = [kernels.matvec(matrix(weights, dtype), x, 1, bias) for x in xs]
     for threads in (1, 2):
-        assert (
-            kernels.matvecs(matrix(weights, dtype), xs, threads, bias).tobytes() == np.stack(alone).tobytes()
-        )
+        found = kernels.matvecs(matrix(weights, dtype), xs, threads, bias)
+        assert found.tobytes() == np.stack(alone).tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

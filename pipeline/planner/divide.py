@@ -22,7 +22,7 @@ from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
-from pipeline.ring.plan import BLOCK, BLOCKS, HOST, ROWS, TILE, Plan
+from pipeline.ring.plan import BLOCK, BLOCKS, HOST, ROWS_APART, TILE, Plan
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
@@ -323,8 +323,8 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
     and values before and after rotation, and the FFN activations of a few blocks of units. Per
     thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens; in a
-    gated FFN two products of one block at once, rectified; of experts two inputs, outputs and products of as
-    many tokens as are computed at once, and tiles as wide as an expert.
+    gated FFN two products of one block at once, rectified; of experts inputs, outputs and products of as many
+    tokens as are computed or wait to be summed, and tiles as wide as an expert.
     """
     a = store.architecture
     threads = thread_count(config.compute.threads)
@@ -343,7 +343,7 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
         per_thread += 2 * BLOCK * divided.context
     if a.mixture:
         width = max(layer.ffn.width for layer in a.layers)
-        per_thread += 2 * ROWS * (2 * a.d_model + width) + TILE * width
+        per_thread += ROWS_APART * (2 * a.d_model + width) + TILE * width
     return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 

@@ -15,6 +15,7 @@ BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once
 WIDENED: Final = 64 << 20  # bytes of weights in float32 that a torch device computes with at once
 ROWS: Final = 512  # tokens of one expert that are computed at once
+ROWS_APART: Final = 2 * ROWS  # of experts, for each thread, that are computed or wait to be summed
 
 STEP_ROWS: Final = 8  # tokens of a step that is no prompt, at most: one, and its drafts
 

@@ -81,37 +81,21 @@ def matvec(weights: Rows, x: F32, threads: int, bias: F32 = NO_BIAS, out: F32 | 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _matvecs(
-    codec: Any, memory: Any, first: Any, step: Any, xs: Any, bias: Any, outs: Any, threads: Any
+    codec: Any, memory: Any, first: Any, step: Any, xs: Any, bias: Any, outs: Any, ahead: Any, threads: Any
 ) -> None:
-    count, lines = outs.shape
-    biased = bias.shape[0] > 0
-    progress = stages(1)
+    progress = stages(xs.shape[0])
     for _ in prange(threads):
-        start = take(progress, 0) * CHUNK
-        while start < lines:  # a chunk's rows stay in the cache for all vectors
-            for n in range(count):
-                given, out = codec.prepare(xs[n]), outs[n]
-                for i in range(start, min(start + CHUNK, lines), 4):
-                    i0, i1, i2, i3 = four(i, lines - 1)
-                    rows = first + i0 * step, first + i1 * step, first + i2 * step, first + i3 * step
-                    t0, t1, t2, t3 = codec.dots(memory, rows, rows, given)
-                    if biased:
-                        t0 += bias[i0]
-                        t1 += bias[i1]
-                        t2 += bias[i2]
-                        t3 += bias[i3]
-                    out[i0] = t0
-                    out[i1] = t1
-                    out[i2] = t2
-                    out[i3] = t3
-            start = take(progress, 0) * CHUNK
+        for n in range(xs.shape[0]):  # nobody waits: what is left of one vector is done beside the next
+            given = codec.prepare(xs[n])
+            share_of_product(progress, n, codec, memory, first, step, given, bias, outs[n], ahead)
 
 
 def matvecs(weights: Rows, xs: F32, threads: int, bias: F32 = NO_BIAS) -> F32:
-    """`matvec` of each row of xs [n, width], to the bit; returns [n, lines]. For matrices of few lines."""
+    """`matvec` of each row of xs [n, width], to the bit; returns [n, lines]. For small matrices."""
     memory = weights.memory
     outs = np.empty((xs.shape[0], memory.shape[0]), np.float32)
-    launched = use_threads(threads, xs.shape[0] * memory.shape[0] * weights.elements * memory.itemsize)
+    size = weights.elements * memory.itemsize
+    launched = use_threads(threads, outs.size * size)
     flat, step = memory.reshape(-1), memory.shape[1]
-    _matvecs(loops(weights.codec), flat, weights.start, step, xs, bias, outs, launched)
+    _matvecs(loops(weights.codec), flat, weights.start, step, xs, bias, outs, rows_ahead(size), launched)
     return outs

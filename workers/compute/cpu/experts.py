@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.ring.plan import ROWS, TILE
+from pipeline.ring.plan import ROWS, ROWS_APART, TILE
 from storage.architecture import Ffn
 from storage.codecs import F32
 from storage.layout import I32, Role, Rows, Unit
@@ -22,10 +22,7 @@ from workers.compute.cpu.units import UnitRows
 from workers.compute.device import Bytes
 from workers.routing import Ids, Routing, route, weigh
 
-COLUMNS = (
-    16  # a product of tokens is so many wide, or a multiple: BLAS takes 27 columns a fifth longer than 32
-)
-KEPT = 2  # of ROWS tokens each, for every thread: outputs that are kept apart at once
+COLUMNS = 16  # tokens of a product, or a multiple: BLAS takes a fifth longer for 27 than for 32
 
 
 def routed(ffn: Ffn, logits: F32) -> Routing:
@@ -179,7 +176,7 @@ class BatchExperts:
     def _run(self, tasks: Sequence[_Task], memory: Bytes) -> None:
         """Outputs are summed in the tasks' order, while later ones are computed."""
         computed = self._pool.in_order(
-            lambda task: self._of_expert(task, memory), tasks, lambda task: task.rows.size, KEPT * ROWS
+            lambda task: self._of_expert(task, memory), tasks, lambda task: task.rows.size, ROWS_APART
         )
         for task, output in zip(tasks, computed, strict=True):
             self._output[task.rows] += output

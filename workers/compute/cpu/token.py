@@ -113,7 +113,7 @@ class TokenOperations:
     def route(self, index: int, x: F32) -> Ids:
         ffn, bound = self.architecture.layers[index].ffn, self.model.layers[index]
         fed, logits = self._routed
-        if x.base is not fed or not logits.size:  # no launch that made x has multiplied it, too
+        if x.base is not fed or not logits.size:  # else the launch that made x has multiplied it, too
             assert bound.router is not None
             logits = self._product(bound.router, x[0])
         self._routing = routed(ffn, logits[None])
