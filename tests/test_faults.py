@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ring
 
 WORKERS = ("predictor", "cache", "prefetcher", "compute")
 CONFIG = ring.config(storage={"verify": "always"})
-LOOK = 0.3  # seconds of silence before the watchdog looks
+LOOK = 1.0  # seconds of silence before the watchdog looks; in less, answering it is itself work
 
 
 @pytest.fixture(scope="module")
