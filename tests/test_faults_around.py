@@ -206,6 +206,43 @@ def test_a_signal_at_any_stage_twice(number: signal.Signals, stage: str) -> None
         assert b"Traceback" not in said
 
 
+INTERRUPTED_WHILE_IT_STOPS = """
+import sys
+from pathlib import Path
+from pipeline.config import Config
+from pipeline.ring.supervisor import Supervisor
+from storage.store import Store
+
+class Interrupted(Supervisor):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    def _start(self, *of_the_ring):
+        print(self.directory, self.directory.is_dir())
+        raise KeyboardInterrupt
+
+try:
+    Interrupted(Store.open(Path(sys.argv[1])), Config(), None)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.mark.ring
+def test_an_interrupt_before_a_ring_could_stop_leaves_no_directory(store: Store) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_IT_STOPS, str(store.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=ROOT,
+    )
+    directory, there = done.stdout.split()
+    assert there == "True"
+    assert not Path(directory).exists()
+
+
 # -- clocks ---------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ text. Nothing is waited for without also watching the processes, and every wait 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -165,8 +167,11 @@ class Supervisor:
     def _bring_up(self, store: Store, config: Config, plan: Plan, compiles: bool) -> None:
         """Raises MissingKernels where the workers may not compile and would have to."""
         self.notes.clear()
-        self.directory = _make_directory()
+        self.directory = _new_directory()
+        # An interrupt in the middle of `stop` leaves it to the program's end.
+        atexit.register(self._remove_directory)
         try:
+            self.directory.mkdir(mode=0o700)
             self._channel = Channel(self.directory, ("supervisor",))
             self._start(store, config, plan, compiles)
             self.memory = PeakMemory([os.getpid(), *self.pids.values()])
@@ -304,7 +309,11 @@ class Supervisor:
             if self._channel is not None:
                 self._channel.close()
                 self._channel = None
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        atexit.unregister(self._remove_directory)
 
     def _end(self) -> None:
         """Ask all workers to end, each time with more force, and wait."""
@@ -331,12 +340,12 @@ class Supervisor:
         self.stop()
 
 
-def _make_directory() -> Path:
-    """A private directory (mode 0700) for the sockets, in /tmp where TMPDIR's path is too long."""
+def _new_directory() -> Path:
+    """Where this process's next sockets will lie: in /tmp where TMPDIR's path is too long."""
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > LONGEST_PARENT:
         parent = "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-", dir=parent))
+    return Path(parent) / f"{DIRECTORY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def sweep_stale_directories() -> None:

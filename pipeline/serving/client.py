@@ -173,7 +173,7 @@ class Client:
         """Open answers are cancelled by the server, which sees the connection end."""
         self._conversation.lose(LOST)
         self._disconnect()
-        self._context.term()
+        self._context.destroy()
 
     def __enter__(self) -> Client:
         return self
@@ -310,7 +310,7 @@ class AsyncClient:
         self._disconnect()
         if self._reader is not None:
             await asyncio.gather(self._reader, return_exceptions=True)
-        self._context.term()
+        self._context.destroy()
 
     async def __aenter__(self) -> AsyncClient:
         await self._connect()

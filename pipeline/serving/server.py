@@ -267,7 +267,7 @@ class Server:
         self._socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.term()
+        self._context.destroy()
         if self.endpoint.startswith("ipc://"):
             with contextlib.suppress(OSError):
                 os.unlink(self.endpoint.removeprefix("ipc://"))
