@@ -13,7 +13,7 @@ PATIENCE = 20.0  # seconds for what takes milliseconds
 
 
 def test_a_socket_that_nobody_noted_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    """An interrupt between a socket's making and its noting leaves it to the traceback, which keeps it open."""
+    """An interrupt between a socket's making and its noting: the traceback keeps it open."""
     channel = Channel(tmp_path, ("inbox",))
     kept = channel._socket(zmq.PUSH)
     end = threading.Thread(target=channel.close, daemon=True)
