@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 from storage.layout import Role
 from storage.records import read_record
 
+MOST_LAYERS = 4096  # published models have up to 126; what says more is damaged, or an attack
+
 Activation: TypeAlias = Literal["relu", "fatrelu", "gelu", "gelu_tanh", "silu", "clamped_silu"]
 
 # Where a layer may have a norm: of a sub-layer's input, of its output before that is added to the residual

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from storage.architecture import Architecture, LinearScaling, Llama3Scaling, Rope
 from storage.convert import convert
 from storage.errors import UnsupportedModel
-from storage.families.registry import family_of
+from storage.families.registry import FAMILIES, family_of
 
 PROMPT = [2, *(5 + (17 * i) % 250 for i in range(40))]
 FALCON_7B: dict[str, Any] = {  # as tiiuae/falcon-7b's config.json has it
@@ -225,6 +225,31 @@ def test_what_is_not_supported_is_named(settings: dict[str, Any], words: list[st
     with pytest.raises(UnsupportedModel) as raised:
         read()
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_more_layers_than_any_model_has_are_refused_at_once(kind: str) -> None:
+    """A description of a thousand million layers would take all of the memory."""
+    sizes = {
+        "hidden_size": 64,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 10**9,
+        "shared_expert_intermediate_size": 128,
+        "sliding_window": 128,
+        "vocab_size": 99,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+    config = {"model_type": kind, **sizes, "text_config": {"model_type": "gemma3_text", **sizes}}
+    with pytest.raises(UnsupportedModel, match="num_hidden_layers must be at most 4,096, not 1,000,000,000"):
+        family_of(config).architecture(config)
 
 
 LLAMA_3: dict[str, Any] = {  # as meta-llama/Llama-3.2-1B's config.json has it

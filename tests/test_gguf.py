@@ -200,6 +200,7 @@ def opened(path: Path) -> Origin:
             "llama",
             "layers that differ in llama.feed_forward_length",
         ),
+        ({"llama.block_count": 10**9}, "llama", "1,000,000,000 layers, more than 4,096"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

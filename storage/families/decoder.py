@@ -40,6 +40,7 @@ from storage.families.family import (
     concatenated,
     copied,
     flag,
+    layer_count,
     number,
     real,
     token,
@@ -113,7 +114,7 @@ def rms(config: Settings, offset: Any = 0) -> Norm:
 
 def sliding(config: Settings, usual: Callable[[int], bool]) -> list[bool]:
     """Which layers have a window: as `layer_types` says, or as is `usual`."""
-    count, kinds = number(config, "num_hidden_layers"), config.get("layer_types")
+    count, kinds = layer_count(config), config.get("layer_types")
     if kinds is None:
         return [usual(index) for index in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:

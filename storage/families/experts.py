@@ -12,7 +12,7 @@ from typing import Any
 from storage import architecture as canonical
 from storage.architecture import Architecture, Ffn, Router, Shared
 from storage.errors import UnsupportedModel
-from storage.families.family import Resident, Settings, Source, copied, number
+from storage.families.family import Resident, Settings, Source, copied, layer_count, number
 from storage.layout import ROLES, Role
 
 PROJECTIONS: dict[Role, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -49,7 +49,7 @@ def sparse_layers(config: Settings) -> list[bool]:
     only: Any = config.get("mlp_only_layers") or []
     if not isinstance(only, list) or not all(type(index) is int for index in only):
         raise UnsupportedModel(f"config.json: mlp_only_layers must be numbers of layers, not {only!r:.60}")
-    step, count = number(config, "decoder_sparse_step", 1), number(config, "num_hidden_layers")
+    step, count = number(config, "decoder_sparse_step", 1), layer_count(config)
     found = [index not in only and (index + 1) % step == 0 for index in range(count)]
     if not any(found):
         raise UnsupportedModel("config.json: a mixture of experts without a layer that has experts")

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from storage.architecture import Activation, Architecture
+from storage.architecture import MOST_LAYERS, Activation, Architecture
 from storage.checkpoint import Checkpoint
 from storage.codecs import Carrier
 from storage.errors import UnsupportedModel
@@ -131,6 +131,19 @@ def number(config: Settings, key: str, default: int | None = None) -> int:
         value = default
     if type(value) is not int or value <= 0:
         raise UnsupportedModel(f"config.json: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def layer_count(config: Settings, default: int | None = None) -> int:
+    """How many layers there are. Raises UnsupportedModel for more than any model has.
+
+    A description is made of each of them, before a single tensor is looked at.
+    """
+    value = number(config, "num_hidden_layers", default)
+    if value > MOST_LAYERS:
+        raise UnsupportedModel(
+            f"config.json: num_hidden_layers must be at most {MOST_LAYERS:,}, not {value:,}"
+        )
     return value
 
 

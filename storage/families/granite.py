@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage.architecture import Architecture, Layer
 from storage.families import decoder, rope
-from storage.families.family import Settings, number, real
+from storage.families.family import Settings, layer_count, real
 
 THETA = 10_000.0
 
@@ -22,7 +22,7 @@ def architecture(config: Settings) -> Architecture:
     return decoder.architecture(
         config,
         "granite",
-        (layer,) * number(config, "num_hidden_layers"),
+        (layer,) * layer_count(config),
         norm,
         embedding_scale=real(config, "embedding_multiplier", 1.0),
         logit_scale=1 / real(config, "logits_scaling", 1.0),

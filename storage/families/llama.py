@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage.architecture import Architecture, Layer
 from storage.families import decoder, rope
-from storage.families.family import Settings, number
+from storage.families.family import Settings, layer_count
 
 THETA = 10_000.0
 
@@ -18,7 +18,7 @@ def architecture(config: Settings) -> Architecture:
         ffn=decoder.gated(config),
         norms=dict.fromkeys(decoder.BEFORE, norm),
     )
-    layers = (layer,) * number(config, "num_hidden_layers")
+    layers = (layer,) * layer_count(config)
     return decoder.architecture(config, "llama", layers, norm)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage.architecture import Architecture, Layer, QkNorm, Router
 from storage.families import decoder, experts, rope
-from storage.families.family import Settings, flag, number
+from storage.families.family import Settings, flag, layer_count, number
 
 THETA = 10_000.0
 DEFAULTS = {
@@ -29,7 +29,7 @@ def architecture(config: Settings) -> Architecture:
         ffn=experts.experts(config, router, dense.neurons, dense),
         norms=dict.fromkeys(decoder.BEFORE, norm),
     )
-    layers = (layer,) * number(config, "num_hidden_layers")
+    layers = (layer,) * layer_count(config)
     return decoder.architecture(config, "olmoe", layers, norm)
 
 

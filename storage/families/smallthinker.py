@@ -12,7 +12,7 @@ from typing import Any
 from storage.architecture import Architecture, Layer, Router
 from storage.errors import UnsupportedModel
 from storage.families import decoder, experts, rope
-from storage.families.family import Settings, flag, number
+from storage.families.family import Settings, flag, layer_count, number
 
 DEFAULTS = {
     "vocab_size": 151_936,
@@ -70,7 +70,7 @@ def architecture(config: Settings) -> Architecture:
 
 def _layout(config: Settings, key: str, usual: int) -> list[int]:
     """Of each layer 0 or 1."""
-    count, found = number(config, "num_hidden_layers"), config.get(key)
+    count, found = layer_count(config), config.get(key)
     values: Any = [usual] * count if found is None else found
     if not isinstance(values, list) or len(values) != count or any(one not in (0, 1) for one in values):
         raise UnsupportedModel(f"config.json: {key} must be 0 or 1 for each of {count} layers")

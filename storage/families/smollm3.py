@@ -7,7 +7,7 @@ from typing import Any
 from storage.architecture import Architecture, Layer
 from storage.errors import UnsupportedModel
 from storage.families import decoder, rope
-from storage.families.family import Settings, flag, number
+from storage.families.family import Settings, flag, layer_count, number
 
 THETA = 2_000_000.0
 DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32_768, "tie_word_embeddings": True}
@@ -37,7 +37,7 @@ def architecture(config: Settings) -> Architecture:
 
 def _rotated(config: Settings) -> list[bool]:
     """Which layers have rotary positions."""
-    count, given = number(config, "num_hidden_layers"), config.get("no_rope_layers")
+    count, given = layer_count(config), config.get("no_rope_layers")
     if given is None:
         interval = number(config, "no_rope_layer_interval", 4)
         return [(index + 1) % interval != 0 for index in range(count)]

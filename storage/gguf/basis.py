@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from storage.architecture import MOST_LAYERS
 from storage.errors import UnsupportedModel
 from storage.gguf.header import Metadata, Packed
 from storage.gguf.rope import scaling
@@ -40,6 +41,14 @@ class File:
         return f"blk.0.{part}" in self.tensors
 
     @property
+    def layers(self) -> int:
+        """Raises UnsupportedModel for more than any model has."""
+        value = self.number("block_count")
+        if value > MOST_LAYERS:
+            raise UnsupportedModel(f"{self.metadata.path}: {value:,} layers, more than {MOST_LAYERS:,}")
+        return value
+
+    @property
     def heads(self) -> int:
         return self.number("attention.head_count")
 
@@ -62,7 +71,7 @@ def common(file: File) -> Config:
     vocabulary = embedding.shape[0] if embedding else file.number("vocab_size")
     return {
         "hidden_size": file.number("embedding_length"),
-        "num_hidden_layers": file.number("block_count"),
+        "num_hidden_layers": file.layers,
         "num_attention_heads": file.heads,
         "num_key_value_heads": file.kv_heads,
         "max_position_embeddings": file.number("context_length"),

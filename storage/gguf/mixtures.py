@@ -97,7 +97,7 @@ def granitemoe(file: File) -> Config:
 
 def smallthinker(file: File) -> Config:
     """With a window every fourth layer, the first among them, sees everything and has no rotary positions."""
-    window, layers = file.number("attention.sliding_window", 0), range(file.number("block_count"))
+    window, layers = file.number("attention.sliding_window", 0), range(file.layers)
     local = [int(bool(window) and layer % 4 != 0) for layer in layers]
     function = file.number("expert_gating_func", SIGMOID)
     if function not in {SOFTMAX, SIGMOID}:

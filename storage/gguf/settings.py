@@ -55,7 +55,7 @@ def _qwen3(file: File) -> Config:
 
 def _gemma(file: File, model_type: str, large: int) -> Config:
     """`large`: the number of layers of the one size whose scale is not the head's."""
-    whole = file.number("block_count") == large
+    whole = file.layers == large
     per_head = file.number("embedding_length") // max(file.heads, 1)
     return {
         **gated(file, model_type),
@@ -97,7 +97,7 @@ def _phi3(file: File) -> Config:
 
 def _smollm3(file: File) -> Config:
     """Every fourth layer has no rotary positions; the file does not say so."""
-    layers = range(file.number("block_count"))
+    layers = range(file.layers)
     return {**gated(file, "smollm3"), "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in layers]}
 
 
