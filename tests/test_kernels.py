@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit, prange
+from widening import widened
 
 from storage.architecture import Attention, Norm, QkNorm
 from storage.codecs import CODECS, Codec, narrow, widen
@@ -163,16 +164,14 @@ def test_every_finite_half_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16)
     bits, values = bits[np.isfinite(values)], values[np.isfinite(values)]
-    out = np.empty((bits.size, 1), np.float32)
-    kernels.gather(matrix(bits[:, None], "float16"), np.arange(bits.size, dtype=np.int32), 0, 1, out)
+    out = widened(matrix(bits[:, None], "float16"), np.arange(bits.size), 0, 1)
     assert np.array_equal(out[:, 0], values.astype(np.float32))
     assert np.array_equal(np.signbit(out[:, 0]), np.signbit(values))
 
 
 def test_every_brain_float_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
-    out = np.empty((bits.size, 1), np.float32)
-    kernels.gather(matrix(bits[:, None], "bfloat16"), np.arange(bits.size, dtype=np.int32), 0, 1, out)
+    out = widened(matrix(bits[:, None], "bfloat16"), np.arange(bits.size), 0, 1)
     assert np.array_equal(out[:, 0].view(np.uint32), bits.astype(np.uint32) << 16)
 
 
@@ -487,12 +486,11 @@ def test_both_ways_of_widening_halves_agree():
         for i in range(source.shape[0]):
             out[i] = codecs.integer_half(source[i])
 
-    widened = np.empty(finite.size, np.float32)
-    by_integers(finite, widened)
-    assert widened.tobytes() == finite.view(np.float16).astype(np.float32).tobytes()
-    gathered = np.empty((1, finite.size), np.float32)
-    kernels.gather(matrix(finite[None], "float16"), np.zeros(1, np.int32), 0, finite.size, gathered)
-    assert gathered.tobytes() == widened.tobytes()
+    found = np.empty(finite.size, np.float32)
+    by_integers(finite, found)
+    assert found.tobytes() == finite.view(np.float16).astype(np.float32).tobytes()
+    natively = widened(matrix(finite[None], "float16"), np.zeros(1, np.int32), 0, finite.size)
+    assert natively.tobytes() == found.tobytes()
 
 
 @codecs.njit(inline="always")
@@ -531,9 +529,7 @@ def test_a_codec_is_registered_from_outside(monkeypatch):
     assert np.allclose(y, a.astype(np.float64) @ down.widened()[slots], rtol=1e-5, atol=1e-3)
     product = kernels.matvec(down, h, 2)
     assert np.allclose(product, down.widened().astype(np.float64) @ h, rtol=1e-5, atol=1e-4)
-    wide = np.empty((40, 7), np.float32)
-    kernels.gather(down, slots, 90, 7, wide)
-    assert np.array_equal(wide, down.widened()[slots, 90:97])
+    assert np.array_equal(widened(down, slots, 90, 7), down.widened()[slots, 90:97])
 
     keys, values = (codec.narrow(normal(seed, 2, 3, 8)) for seed in (4, 5))  # of the first two positions
     projected, scores, none = normal(6, 6 * 8), np.empty((2, 3), np.float32), kernels.NO_BIAS

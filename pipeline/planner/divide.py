@@ -22,7 +22,7 @@ from pipeline.planner.machine import available_bytes
 from pipeline.planner.need import Needs
 from pipeline.planner.resolve import Resolved, resolve
 from pipeline.ring import segments
-from pipeline.ring.plan import BLOCK, BLOCKS, HOST, ROWS_APART, TILE, Plan
+from pipeline.ring.plan import BLOCK, BLOCKS, HOST, PANEL, ROWS_APART, TILE, Plan
 from storage.codecs import CODECS
 from storage.errors import BudgetError, ConfigError
 from storage.manifest import RESIDENT
@@ -321,10 +321,10 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
     """Compute's scratch at its largest, the prefill of a full context, all float32.
 
     Per token: seven rows of d_model (residual, norms, outputs of attention and FFN), queries, keys
-    and values before and after rotation, and the FFN activations of a few blocks of units. Per
-    thread: a widened tile of weights and its product with the prompt, or the scores of fewer tokens; in a
+    and values before and after rotation, the input of a product in panels, and the FFN activations of a few
+    blocks of units. Per thread: a product of some rows with the prompt, or the scores of fewer tokens; in a
     gated FFN two products of one block at once, rectified; of experts inputs, outputs and products of as many
-    tokens as are computed or wait to be summed, and tiles as wide as an expert.
+    tokens as are computed or wait to be summed.
     """
     a = store.architecture
     threads = thread_count(config.compute.threads)
@@ -337,14 +337,15 @@ def _activation_bytes(store: Store, config: Config, divided: Plan) -> int:
         else min(ffn.neurons, BLOCKS * max(BLOCK, ffn.width))
         for ffn in (layer.ffn for layer in a.layers)
     )
-    per_token = 7 * a.d_model + 2 * heads + activations
-    per_thread = TILE * (a.d_model + divided.context)
+    per_token = 7 * a.d_model + 2 * heads + max(a.d_model, heads) + activations
+    per_thread = TILE * divided.context
     if any(layer.ffn.kind == "gated" for layer in a.layers):
         per_thread += 2 * BLOCK * divided.context
     if a.mixture:
         width = max(layer.ffn.width for layer in a.layers)
-        per_thread += ROWS_APART * (2 * a.d_model + width) + TILE * width
-    return (divided.context * per_token + threads * per_thread + 2 * a.vocabulary) * F32
+        per_thread += ROWS_APART * (2 * a.d_model + width)
+    tokens = divided.context + PANEL - 1
+    return (tokens * per_token + threads * per_thread + 2 * a.vocabulary) * F32
 
 
 def _constraint_bytes(store: Store) -> int:

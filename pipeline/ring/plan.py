@@ -9,7 +9,8 @@ Kind: TypeAlias = Literal["lowrank", "oracle", "router", "shadow", "all"]  # of 
 
 # How compute cuts the products of a prompt: the planner reserves scratch for as much, and whole blocks of
 # staging. They are the same in every ring, because the order of a sum, and with it the text, hangs on them.
-TILE: Final = 512  # rows of a weight that are widened at once
+TILE: Final = 512  # rows of a weight that a thread multiplies at once
+PANEL: Final = 16  # tokens that a product takes together
 BLOCK: Final = 256  # units of one product, at multiples of BLOCK
 BLOCKS: Final = 8  # blocks whose activations are kept at once
 QUERIES: Final = 128  # tokens of one head whose attention is computed at once

@@ -2,10 +2,10 @@
 
 Read `codecs.py` first: it says what a loop needs of a number format. Then `rows.py`, the inner loops, and
 `launch.py`, how threads share the work. What is made of them: `dense.py`, `ffn.py` with `sums.py` and
-`functions.py`, `experts.py` with `routing.py`, `attention.py`. `norms.py` stands alone. Rows in eight and
-four bits have `prepare.py`, `grouped.py` and `emitter.py`, made of the `instructions.py` of a `processor.py`,
-those of MXFP4 `microscaled.py`. `warming.py` has all loaded in time, `compiled.py` notices one that is not
-compiled.
+`functions.py`, `experts.py` with `routing.py`, `attention.py`; and for many tokens `panels.py`. `norms.py`
+stands alone. Rows in eight and four bits have `prepare.py`, `grouped.py` and `emitter.py`, made of the
+`instructions.py` of a `processor.py`, those of MXFP4 `microscaled.py`. `warming.py` has all loaded in time,
+`compiled.py` notices one that is not compiled.
 
 Weights stay in the checkpoint's number format and are widened in registers. All sums are float32. Every
 loop is written once, and compiled for each codec that is used. Its caller's `Rows` say which elements of
@@ -35,11 +35,12 @@ from workers.kernels.attention import Around, Attending, attend
 from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.feeding import Feeding
-from workers.kernels.ffn import accumulate, activate, activate_gated, gather
+from workers.kernels.ffn import accumulate, activate, activate_gated
 from workers.kernels.functions import activations
 from workers.kernels.launch import notes, start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
+from workers.kernels.panels import combine, in_panels, multiply, new_panels, out_of_panels
 from workers.kernels.routing import choose
 from workers.kernels.rows import ACTIVATIONS
 from workers.kernels.warming import warm, warm_attention, warm_experts, warm_feeding, warm_scores
@@ -57,11 +58,15 @@ __all__ = [
     "add_weighted",
     "attend",
     "choose",
-    "gather",
+    "combine",
+    "in_panels",
     "layer_norm",
     "matvec",
     "matvecs",
+    "multiply",
+    "new_panels",
     "notes",
+    "out_of_panels",
     "outputs",
     "passing",
     "rms_norm",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit, prange
 
 from storage.architecture import Ffn
@@ -349,12 +348,6 @@ def _combine(
         share_of_outputs(progress, 0, codec, memory, place, order, slots, width, given, y)
 
 
-@njit(cache=True, nogil=True)
-def _gather(codec: Any, memory: Any, at: Any, column: Any, width: Any, out: Any) -> None:
-    for i in range(at.shape[0]):
-        codec.widen_row(memory, at[i], column, width, out[i])
-
-
 def pair(numbers: tuple[float, float]) -> tuple[np.float32, np.float32]:
     return np.float32(numbers[0]), np.float32(numbers[1])
 
@@ -443,16 +436,3 @@ def accumulate(down: Rows, ids: I32, slots: I32, a: F32, y: F32, threads: int) -
     chunk = columns(y.shape[0], launched)
     active: int = _accumulate(codec, memory, place, ids, slots, a, y, chunk, launched)
     return active
-
-
-def gather(rows: Rows, vectors: npt.NDArray[np.integer[Any]], start: int, width: int, out: F32) -> None:
-    """Widen elements [start, start + width) of the given vectors into out [n, width].
-
-    Vectors are counted through all lines.
-
-    Single-threaded and without the interpreter's lock: callers divide the work among threads.
-    """
-    assert out.shape == (vectors.shape[0], width)
-    line, within = np.divmod(vectors.astype(np.int64), rows.count)
-    at = line * rows.memory.shape[1] + rows.start + within * rows.elements
-    _gather(loops(rows.codec), rows.memory.reshape(-1), at, start, rows.width, out)

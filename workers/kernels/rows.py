@@ -43,7 +43,7 @@ def _fetch(typing_context: Any, row: Any, index: Any) -> Any:
     return types.void(row, types.int64), generate
 
 
-_prefetch: Any = _fetch  # called by compiled code with the row and the index alone
+fetch: Any = _fetch  # called by compiled code with the row and the index alone
 
 
 @njit(inline="always")
@@ -66,10 +66,10 @@ def dots(codec: Any, rows: Any, following: Any, x: Any) -> Any:
     for start in range(0, x.shape[0], _BLOCK):
         stop = min(start + _BLOCK, x.shape[0])
         for j in range(start, stop, LINE):
-            _prefetch(n0, j)
-            _prefetch(n1, j)
-            _prefetch(n2, j)
-            _prefetch(n3, j)
+            fetch(n0, j)
+            fetch(n1, j)
+            fetch(n2, j)
+            fetch(n3, j)
         b0, b1, b2, b3 = r0[start:stop], r1[start:stop], r2[start:stop], r3[start:stop]
         some = x[start:stop]
         s0 = s1 = s2 = s3 = np.float32(0)

@@ -13,11 +13,12 @@ from workers.kernels.attention import Around, Attending
 from workers.kernels.dense import NO_BIAS, matvec, matvecs
 from workers.kernels.experts import add_weighted, outputs
 from workers.kernels.feeding import Feeding
-from workers.kernels.ffn import accumulate, activate, activate_gated, gather
+from workers.kernels.ffn import accumulate, activate, activate_gated
 from workers.kernels.functions import activations
 from workers.kernels.launch import start_threads
 from workers.kernels.lowrank import passing, score
 from workers.kernels.norms import layer_norm, rms_norm
+from workers.kernels.panels import combine, in_panels, multiply, new_panels, out_of_panels
 from workers.kernels.routing import choose
 
 _WIDTH = 128  # of rows: every format can have them
@@ -51,7 +52,11 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     accumulate(down, ids, ids, a, y, 1)
     if any(layer.ffn.width > 1 and not layer.ffn.router for layer in layers):
         accumulate(Rows(memory.reshape(1, -1), codec, 0, _WIDTH, 2), ids, ids, x, y[:2], 1)
-    gather(up, ids, 0, _WIDTH, np.zeros((2, _WIDTH), np.float32)[:1])
+    panels = in_panels(x[None])
+    multiply(up, ids, panels, new_panels(1, 1))
+    if any(layer.ffn.width == 1 and not layer.ffn.router for layer in layers) or not layers:
+        combine(down, ids, slice(0, _WIDTH), new_panels(1, 1), panels)
+    out_of_panels(panels, np.zeros((1, 3 * _WIDTH), np.float32)[:, :_WIDTH])
     if "layer" in norms:
         layer_norm(x, x, x, 1e-5)
     if "rms" in norms:

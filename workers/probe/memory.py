@@ -15,7 +15,6 @@ from typing import Any, Final
 import numba
 import numpy as np
 from numba import njit, prange
-from threadpoolctl import threadpool_limits
 
 from storage.codecs import CODECS, F32, FLOAT16, Carrier, narrow
 from storage.layout import Rows
@@ -27,7 +26,7 @@ SMALL: Final = 1 << 19  # bytes of a launch that is nearly nothing but a launch
 LAUNCHES: Final = 100
 REST: Final = 0.0003  # seconds before each: a layer's launches come when cores have had a rest
 PROMPT: Final = 128  # tokens of a product for prompts
-PRODUCTS: Final = 12
+LINES, PRODUCTS = 512, 12  # rows of one, and how many
 RANK, MAPS = 96, 24  # of predictors: more maps than a core's cache keeps
 
 
@@ -129,19 +128,20 @@ def launch(threads: int, name: str, rate: float) -> float:
 
 
 def arithmetic(threads: int) -> float:
-    """FLOP a second of a prompt's products: float32, a tile of weights a thread, as compute does them."""
-    tile, x = np.ones((512, WIDTH), np.float32), np.ones((WIDTH, PROMPT), np.float32)
+    """FLOP a second of a prompt's products, each thread with rows of its own, as compute does them."""
+    rows = Rows.of_matrix(matrix_of(LINES * FLOAT16.size(WIDTH), FLOAT16.name), FLOAT16)
+    which, x = np.arange(LINES), kernels.in_panels(np.ones((PROMPT, WIDTH), np.float32))
 
     def some(_: int) -> None:
         for _ in range(PRODUCTS):
-            tile @ x
+            kernels.multiply(rows, which, x, kernels.new_panels(PROMPT, LINES))
 
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(some, range(threads)))
         started = time.perf_counter()
         list(pool.map(some, range(threads)))
         seconds = time.perf_counter() - started
-    return 2.0 * tile.size * PROMPT * PRODUCTS * threads / seconds
+    return 2.0 * LINES * WIDTH * PROMPT * PRODUCTS * threads / seconds
 
 
 def _usual(work: Callable[[], object], size: int) -> float:

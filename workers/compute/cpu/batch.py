@@ -1,10 +1,7 @@
-"""Many tokens' operations: float32 matrix products over weights as they are stored, by numpy's BLAS.
+"""Many tokens' operations: matrix products over weights as they are stored, with tokens in panels.
 
-Weights are widened tile by tile. Tiles have fixed sizes and every product runs on one thread, so
-that the result does not depend on how many threads share them.
-
-Weights stand on the left of a product, tokens on the right: that is a fifth faster than the reverse.
-Torch's products are 6 % faster still, but importing it takes 160 MiB, which are worth more as slots.
+Each result is one sum on one thread (`kernels/panels.py`), so that it does not depend on how many threads
+share the rows. Attention's scores are numpy's products, of fixed sizes and on one thread each.
 """
 
 from __future__ import annotations
@@ -89,7 +86,8 @@ class BatchOperations:
         tokens, sinks = queries.shape[1], self.model.layers[index].sinks
         before = keys.shape[1] - tokens
         group = a.heads // a.kv_heads
-        scale, window = np.float32(a.scale), a.window or keys.shape[1]
+        queries = queries * np.float32(a.scale)
+        window = a.window or keys.shape[1]
         out = np.empty((tokens, a.heads, a.head_dim), np.float32)
         future = np.triu(np.ones((QUERIES, QUERIES), np.bool_), 1)
 
@@ -101,7 +99,6 @@ class BatchOperations:
             shared = head // group
             scores = self.pool.scratch(stop - start, known - low)
             np.matmul(queries[head, start:stop], keys[shared, low:known].T, out=scores)
-            scores *= scale
             if a.softcap is not None:
                 capped(scores, a.softcap)
             if bias.size:
@@ -115,8 +112,10 @@ class BatchOperations:
             scores -= highest
             np.exp(scores, out=scores)
             total = scores.sum(axis=1, keepdims=True)
-            scores /= total + np.exp(sinks[head] - highest) if sinks.size else total
+            if sinks.size:
+                total += np.exp(sinks[head] - highest)
             np.matmul(scores, values[shared, low:known], out=out[start:stop, head])
+            out[start:stop, head] /= total
 
         tasks = product(range(a.heads), range(0, tokens, QUERIES))
         self.pool.run(attend, *zip(*tasks, strict=True))
@@ -150,19 +149,17 @@ class BatchOperations:
         return finished(self.architecture, self._linear(self.model.head, x))
 
     def _linear(self, linear: Linear, x: F32) -> F32:
-        weight = linear.weight
+        weight, panels = linear.weight, kernels.in_panels(x)
         lines = weight.memory.shape[0]
         out = np.empty((x.shape[0], lines), np.float32)
 
         def tile(start: int) -> None:
             which = np.arange(start, min(start + TILE, lines))
-            wide = self.pool.scratch(which.size, weight.width)
-            kernels.gather(weight, which, 0, weight.width, wide)
-            out[:, start : start + which.size] = (wide @ x.T).T
+            found = kernels.new_panels(len(x), which.size, linear.bias[start : start + TILE])
+            kernels.multiply(weight, which, panels, found)
+            kernels.out_of_panels(found, out[:, start : start + which.size])
 
         self.pool.run(tile, range(0, lines, TILE))
-        if linear.bias.size:
-            out += linear.bias
         return out
 
 
@@ -197,10 +194,8 @@ class BatchFfn:
     ) -> None:
         """x [n, d_model]; mask [n, neurons], where given, silences neurons."""
         self._bound, self._unit, self._ffn, self._pool = bound, unit, ffn, pool
-        self._input, self._mask = x, mask
-        self._output = np.zeros(x.shape[::-1], np.float32)  # [d_model, n]
-        if bound.down_bias.size:
-            self._output += bound.down_bias[:, None]
+        self._tokens, self._input, self._mask = len(x), kernels.in_panels(x), mask
+        self._output = kernels.new_panels(len(x), x.shape[1], bound.down_bias)
         self._parts: list[tuple[I32, I32]] = []  # ids and slots of the group's parts
         self._memory: Bytes | None = None
         self._waiting = _Block()
@@ -224,7 +219,8 @@ class BatchFfn:
     def finish(self) -> F32:
         if self._waiting.ids:
             self._sum([self._take()])
-        return self._output.T
+        _, d_model, _ = self._output.shape
+        return kernels.out_of_panels(self._output, np.empty((self._tokens, d_model), np.float32))
 
     def _take_up(self, ids: I32, slots: I32, memory: Bytes) -> None:
         blocks: list[_Block] = []
@@ -256,7 +252,7 @@ class BatchFfn:
 
     def _sum(self, blocks: Sequence[_Block]) -> None:
         width = self._input.shape[1]
-        active: list[F32] = [np.empty(0, np.float32)] * len(blocks)  # [neurons, n]
+        active: list[F32] = [np.empty(0, np.float32)] * len(blocks)  # panels of neurons
 
         def activate(number: int) -> None:
             block = blocks[number]
@@ -265,47 +261,40 @@ class BatchFfn:
             if self._ffn.kind == "gated":
                 a = activated(self._ffn, self._product(block, "gate", ids, self._bound.gate_bias), a)
             else:
-                kernels.activations(a, self._ffn.activation, *self._ffn.numbers)
+                kernels.activations(a.reshape(-1, a.shape[-1]), self._ffn.activation, *self._ffn.numbers)
             if self._mask is not None:
-                a *= self._mask[:, ids].T
+                a *= kernels.in_panels(self._mask[:, ids].astype(np.float32))
             active[number] = a
 
         def add(start: int) -> None:
-            columns = min(TILE, width - start)
-            total = self._output[start : start + columns]
+            columns = slice(start, min(start + TILE, width))
             for block, a in zip(blocks, active, strict=True):
-                self._add(block, a, start, total)
+                self._add(block, a, columns)
 
         self._pool.run(activate, range(len(blocks)))
         self._pool.run(add, range(0, width, TILE))
 
     def _product(self, block: _Block, role: Role, neurons: I32, bias: F32) -> F32:
-        """Of a role's rows with every token, [neurons, n]."""
-        width = self._unit.width
-        wide = self._rows(block, role, slice(0, width), slice(0, self._input.shape[1]))
-        product: F32 = wide @ self._input.T
-        if bias.size:
-            product += bias[neurons, None]
-        return product
-
-    def _add(self, block: _Block, a: F32, start: int, total: F32) -> None:
-        """total [columns, n] += what a block's neurons, activated by a [neurons, n], add from `start` on."""
-        width, columns = self._unit.width, slice(start, start + total.shape[0])
-        if width == 1:
-            total += self._rows(block, "down", slice(0, 1), columns).T @ a
-            return
-        rows = self._rows(block, "down", columns, slice(0, width)).reshape(-1, total.shape[0], width)
-        for number, outputs in enumerate(rows):  # a unit's down rows lie by output
-            total += outputs @ a[number * width : (number + 1) * width]
-
-    def _rows(self, block: _Block, role: Role, which: slice, columns: slice) -> F32:
-        """Some rows of each unit of a block, some of their values, widened in scratch: [rows, columns]."""
-        each, size = which.stop - which.start, columns.stop - columns.start
-        out = self._pool.scratch(block.count * each, size)
-        done, within = 0, np.arange(which.start, which.stop)
+        """Of a role's rows with every token, panels of the block's neurons."""
+        out = kernels.new_panels(self._tokens, neurons.size, bias[neurons] if bias.size else None)
+        done = 0
         for memory, slots in block.sources:
             rows = self._unit.view(memory, role)
-            vectors = (slots.astype(np.int64)[:, None] * rows.count + within).reshape(-1)
-            kernels.gather(rows, vectors, columns.start, size, out[done : done + vectors.size])
+            vectors = neurons_of(slots, rows.count)
+            kernels.multiply(rows, vectors, self._input, out, first=done)
             done += vectors.size
         return out
+
+    def _add(self, block: _Block, a: F32, columns: slice) -> None:
+        """Add to those columns of the output what a block's neurons, activated by a, do."""
+        done = 0
+        for memory, slots in block.sources:
+            rows = self._unit.view(memory, "down")
+            if self._unit.width == 1:
+                kernels.combine(rows, slots, columns, a, self._output, value=done)
+                done += slots.size
+                continue
+            for slot in slots.tolist():  # a unit's down rows lie by output
+                outputs = slot * rows.count + np.arange(columns.start, columns.stop)
+                kernels.multiply(rows, outputs, a, self._output, value=done, first=columns.start)
+                done += rows.width

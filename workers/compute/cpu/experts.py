@@ -11,18 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.ring.plan import ROWS, ROWS_APART, TILE
+from pipeline.ring.plan import ROWS, ROWS_APART
 from storage.architecture import Ffn
 from storage.codecs import F32
-from storage.layout import I32, Role, Rows, Unit
+from storage.layout import I32, Role, Unit
 from workers import kernels
 from workers.compute.bound import BoundLayer, BoundShared, Linear
 from workers.compute.cpu.pool import Pool
 from workers.compute.cpu.units import UnitRows
 from workers.compute.device import Bytes
 from workers.routing import Ids, Routing, route, weigh
-
-COLUMNS = 16  # tokens of a product, or a multiple: BLAS takes a fifth longer for 27 than for 32
 
 
 def routed(ffn: Ffn, logits: F32) -> Routing:
@@ -183,36 +181,29 @@ class BatchExperts:
 
     def _of_expert(self, task: _Task, memory: Bytes) -> F32:
         """What the expert adds to its tokens, [rows, d_model]."""
-        count, width = task.rows.size, self._ffn.width
-        x = np.zeros((-(-count // COLUMNS) * COLUMNS, self._input.shape[1]), np.float32)
-        x[:count] = self._input[task.rows]
-        x = x.T
+        width, d_model = self._ffn.width, self._input.shape[1]
+        x = kernels.in_panels(self._input, task.rows)
         neurons = slice(task.expert * width, (task.expert + 1) * width)
-        gate = self._product(memory, "gate", task.slot, x, self._bound.gate_bias[neurons])
-        up = self._product(memory, "up", task.slot, x, self._bound.up_bias[neurons])
-        outputs = slice(task.expert * len(x), (task.expert + 1) * len(x))
+        gate = self._product(memory, "gate", task, x, self._bound.gate_bias[neurons])
+        up = self._product(memory, "up", task, x, self._bound.up_bias[neurons])
+        outputs = slice(task.expert * d_model, (task.expert + 1) * d_model)
         a = activated(self._ffn, gate, up)
-        down = self._product(memory, "down", task.slot, a, self._bound.down_bias[outputs])
-        found: F32 = task.weights[:, None] * down.T[:count]
+        down = self._product(memory, "down", task, a, self._bound.down_bias[outputs])
+        found = kernels.out_of_panels(down, np.empty((task.rows.size, d_model), np.float32))
+        found *= task.weights[:, None]
         return found
 
-    def _product(self, memory: Bytes, role: Role, slot: int, x: F32, bias: F32) -> F32:
-        """Of an expert's rows with x [values, tokens], tile by tile; the bias may be empty."""
-        rows: Rows = self._unit.view(memory, role)
-        out = np.empty((rows.count, x.shape[1]), np.float32)
-        for start in range(0, rows.count, TILE):
-            stop = min(start + TILE, rows.count)
-            wide = self._pool.scratch(stop - start, rows.width)
-            kernels.gather(rows, slot * rows.count + np.arange(start, stop), 0, rows.width, wide)
-            np.matmul(wide, x, out=out[start:stop])
-        if bias.size:
-            out += bias[:, None]
+    def _product(self, memory: Bytes, role: Role, task: _Task, x: F32, bias: F32) -> F32:
+        """Of the expert's rows with its tokens, in panels; the bias may be empty."""
+        rows = self._unit.view(memory, role)
+        out = kernels.new_panels(task.rows.size, rows.count, bias)
+        kernels.multiply(rows, task.slot * rows.count + np.arange(rows.count), x, out)
         return out
 
 
 def activated(ffn: Ffn, gate: F32, up: F32) -> F32:
     """A gated FFN's activations from its products [..., n], in the place of the gate's."""
-    kernels.activations(np.atleast_2d(gate), ffn.activation, *ffn.numbers)
+    kernels.activations(gate.reshape(-1, gate.shape[-1]), ffn.activation, *ffn.numbers)
     if ffn.up_activation == "clamped":
         up = np.clip(up, -ffn.limit, ffn.limit) + np.float32(1)
     gate *= np.maximum(up, 0) if ffn.up_activation == "relu" else up
