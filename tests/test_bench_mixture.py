@@ -52,15 +52,25 @@ def job(store: Store) -> Iterator[BenchJob]:
         yield made
 
 
+ROWS = ["naive", "+ router set", "+ slots", "+ hits first", "+ guesses", *dict(ablation.LOSSY)]
+
+
 def test_each_row_of_a_mixture_adds_one_technique(job: BenchJob) -> None:
     found = ablation.series(job)
-    names = ["naive", "+ router set", "+ slots", "+ hits first", "+ guesses"]
-    assert [series.name for series in found] == names
-    assert [series.techniques for series in found] == [ROUTED[:count] for count in range(5)]
-    assert [ablation.complete(job, series) for series in found] == [False] * 4 + [True]
+    assert [series.name for series in found] == ROWS
+    assert [series.techniques for series in found] == [
+        *(ROUTED[:count] for count in range(5)),
+        ROUTED,
+        ROUTED,
+    ]
+    assert [ablation.complete(job, series) for series in found] == [False] * 4 + [True] + [False] * 2
     rows = [Row(series.name, series.techniques, total_ms=1.0) for series in found]
     assert ablation.strict(job, rows) is None, "half of the checkpoint is nothing to a mixture"
-    for _, settings in ablation.MIXED:
+    quicker = [replace(row, total_ms=0.5) if row.name.startswith("lossy") else row for row in rows]
+    best = ablation.best(quicker)
+    assert best is not None
+    assert best.total_ms == 1.0, "another text is no better way to the same"
+    for _, settings in (*ablation.MIXED, *ablation.LOSSY):
         job.resolved(settings)  # every setting is one
 
 
@@ -127,7 +137,7 @@ def test_a_quick_bench_of_a_mixture(store: Store, tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [row["error"] for row in (*results["ablation"], *results["curve"]) if row["error"]] == []
     row = {one["name"]: one for one in results["ablation"]}
-    assert list(row) == ["naive", "+ router set", "+ slots", "+ hits first", "+ guesses"]
+    assert list(row) == ROWS
     unit = store.layout.layers[0].unit
     chosen = 2 * 3 * unit.stride  # of two layers, three experts
     assert row["+ router set"]["hit_rate"] == 0

@@ -32,6 +32,13 @@ MIXED: tuple[tuple[str, dict[str, str]], ...] = (
     ("+ hits first", NO_GUESS),
     ("+ guesses", {}),
 )
+# Text that depends on what is resident: beside the techniques, not among them.
+LOSSY: tuple[tuple[str, dict[str, str]], ...] = (
+    ("lossy: prefers resident experts", {"experts.prefer": "0.1"}),
+    ("lossy: goes without light experts", {"experts.skip": "0.1"}),
+)
+# Rows that are no better way to do the same.
+BESIDE = (NAIVE, STRICT, *dict(LOSSY))
 
 
 def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
@@ -44,7 +51,8 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
     A model without zeros that has a shadow has a row for each quality.
 
     There is a row with all techniques for each way to overlap, and, where the predictors can, one that is
-    cache-aware. Predictors that must look ahead overlap in every row. A mixture has rows of its own.
+    cache-aware. Predictors that must look ahead overlap in every row. A mixture has rows of its
+    own, lossy ones among them.
     """
     rows = [] if job.label else [job.naive()]
     rows += _of_mixture(job) if job.mixture else _of_neurons(job)
@@ -56,7 +64,8 @@ def series(job: BenchJob, only: Sequence[str] = ()) -> list[Series]:
 
 
 def _of_mixture(job: BenchJob) -> list[Series]:
-    return [job.ring(name, ROUTED[: number + 1], settings) for number, (name, settings) in enumerate(MIXED)]
+    rows = [job.ring(name, ROUTED[: number + 1], settings) for number, (name, settings) in enumerate(MIXED)]
+    return rows + [job.ring(name, ROUTED, settings) for name, settings in LOSSY]
 
 
 def _of_neurons(job: BenchJob) -> list[Series]:
@@ -124,10 +133,11 @@ def techniques(job: BenchJob) -> tuple[str, ...]:
 def complete(job: BenchJob, row: Row | Series) -> bool:
     """Whether a row is a ring with all techniques at the full budget; without predictors there is one."""
     wanted = techniques(job) if job.mixture or job.has_predictors else TECHNIQUES[:1]
-    return not row.error and row.techniques == wanted and row.name != STRICT
+    return not row.error and row.techniques == wanted and not row.name.endswith(BESIDE)
 
 
 def best(rows: list[Row]) -> Row | None:
-    """The quickest ring at the full budget; None when none could be measured."""
-    rings = [row for row in rows if not row.error and row.name not in (NAIVE, STRICT)]
+    """The quickest ring at the full budget that keeps units; None when none could be measured."""
+    keeping = [row for row in rows if row.settings.get("cache.keep") != "false"]
+    rings = [row for row in keeping if not row.error and not row.name.endswith(BESIDE)]
     return min(rings, key=lambda row: row.total_ms, default=None)
