@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from storage.architecture import Architecture, Attention, Ffn, Router
-from storage.codecs import FLOAT16, FLOAT32, Codec
+from storage.codecs import FLOAT16, Codec
 from storage.layout import ROLES, Rows
 from workers.kernels.attention import Around, Attending
 from workers.kernels.dense import NO_BIAS, matvec, matvecs
@@ -56,10 +56,7 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     multiply(up, ids, panels, new_panels(1, 1))
     if any(layer.ffn.width == 1 and not layer.ffn.router for layer in layers) or not layers:
         combine(down, ids, slice(0, _WIDTH), new_panels(1, 1), panels)
-    for own in (
-        x[None],
-        np.zeros((1, 3 * _WIDTH), np.float32)[:, :_WIDTH],
-    ):  # a part of an array is another type
+    for own in (x[None], np.zeros((1, 3 * _WIDTH), np.float32)[:, :_WIDTH]):  # a part of an array is another type
         out_of_panels(panels, own)
     if "layer" in norms:
         layer_norm(x, x, x, 1e-5)
@@ -120,13 +117,6 @@ def warm_attention(qkv: Codec, out: Codec, cache: Codec, router: Codec) -> None:
         around=Around(router=Rows.of_matrix(np.zeros((1, router.elements(_WIDTH)), router.carrier), router)),
     )
     attending(np.zeros(_WIDTH, np.float32), 0)
-    one, kept = (
-        np.zeros(1, np.int64),
-        Rows.of_matrix(np.zeros((1, _WIDTH), np.float32), FLOAT32),
-    )  # of a prompt
-    panels = in_panels(kept.memory)
-    multiply(kept, one, panels, new_panels(1, 1))
-    combine(kept, one, slice(0, _WIDTH), new_panels(1, 1), panels)
 
 
 def warm_scores() -> None:

@@ -1,7 +1,7 @@
 """Many tokens' operations: matrix products over weights as they are stored, with tokens in panels.
 
-Each result is one sum on one thread (`kernels/panels.py`), attention's too: it depends neither on how many
-threads share the rows nor on which tokens are beside it.
+Each result is one sum on one thread (`kernels/panels.py`), so that it does not depend on how many threads
+share the rows. Attention's scores are numpy's products, of fixed sizes and on one thread each.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.ring.plan import BLOCK, BLOCKS, PANEL, TILE
+from pipeline.ring.plan import BLOCK, BLOCKS, QUERIES, TILE
 from storage.architecture import EMBED, POSITIONS, Ffn, NormPlace
-from storage.codecs import F32, FLOAT32
-from storage.layout import Role, Rows, Unit, neurons_of
+from storage.codecs import F32
+from storage.layout import Role, Unit, neurons_of
 from workers import kernels
 from workers.compute import blocks
 from workers.compute.bound import BoundLayer, BoundModel, Linear, Source
@@ -29,8 +29,6 @@ from workers.compute.kv_cache import KeyValueCache
 from workers.compute.logits import capped, finished
 from workers.compute.positions import Positions
 from workers.routing import Ids, Routing
-
-TOGETHER = 64  # tokens of one head whose attention is computed at once
 
 
 class BatchOperations:
@@ -87,27 +85,27 @@ class BatchOperations:
         a, bias = self.architecture.layers[index].attention, self._positions.bias[index]
         tokens, sinks = queries.shape[1], self.model.layers[index].sinks
         before = keys.shape[1] - tokens
-        group, window = a.heads // a.kv_heads, a.window or keys.shape[1]
-        queries = np.ascontiguousarray(queries * np.float32(a.scale))
-        known, seen = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+        group = a.heads // a.kv_heads
+        queries = queries * np.float32(a.scale)
+        window = a.window or keys.shape[1]
         out = np.empty((tokens, a.heads, a.head_dim), np.float32)
+        future = np.triu(np.ones((QUERIES, QUERIES), np.bool_), 1)
 
         def attend(head: int, start: int) -> None:
-            stop = min(start + TOGETHER, tokens)
-            which = np.arange(max(0, before + start + 1 - window), before + stop)
-            scores = kernels.new_panels(stop - start, which.size)  # [panels, keys, tokens]
-            asked, shared = kernels.in_panels(queries[head, start:stop]), head // group
-            kernels.multiply(Rows.of_matrix(known[shared], FLOAT32), which, asked, scores)
+            stop = min(start + QUERIES, tokens)
+            known = before + stop
+            oldest = before + start + 1 - window  # key that the first of these tokens sees
+            low = max(0, oldest)
+            shared = head // group
+            scores = self.pool.scratch(stop - start, known - low)
+            np.matmul(queries[head, start:stop], keys[shared, low:known].T, out=scores)
             if a.softcap is not None:
                 capped(scores, a.softcap)
             if bias.size:
-                scores += bias[head, which, None]
-            own = before + np.minimum(np.arange(start, start + len(scores) * PANEL), stop - 1)
-            own = own.reshape(-1, 1, PANEL)
-            later = scores[:, before + start - which[0] :]  # of these tokens' own keys
-            later[which[before + start - which[0] :, None] > own] = -np.inf
-            if before + stop - window > which[0]:
-                scores[which[:, None] <= own - window] = -np.inf
+                scores += bias[head, low:known]
+            if known - window > low:
+                scores[np.tri(stop - start, known - low, oldest - low - 1, dtype=np.bool_)] = -np.inf
+            scores[:, before + start - low :][future[: stop - start, : stop - start]] = -np.inf
             highest = scores.max(axis=1, keepdims=True)
             if sinks.size:
                 highest = np.maximum(highest, sinks[head])
@@ -116,13 +114,10 @@ class BatchOperations:
             total = scores.sum(axis=1, keepdims=True)
             if sinks.size:
                 total += np.exp(sinks[head] - highest)
-            mixed = kernels.new_panels(stop - start, a.head_dim)
-            columns = slice(0, a.head_dim)
-            kernels.combine(Rows.of_matrix(seen[shared], FLOAT32), which, columns, scores, mixed)
-            mixed /= total
-            kernels.out_of_panels(mixed, out[start:stop, head])
+            np.matmul(scores, values[shared, low:known], out=out[start:stop, head])
+            out[start:stop, head] /= total
 
-        tasks = product(range(a.heads), range(0, tokens, TOGETHER))
+        tasks = product(range(a.heads), range(0, tokens, QUERIES))
         self.pool.run(attend, *zip(*tasks, strict=True))
         return out.reshape(tokens, -1)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 from threadpoolctl import threadpool_limits
+
+from storage.codecs import F32
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,6 +24,7 @@ class Pool:
         self.threads = threads
         threadpool_limits(1, "blas")  # for good: results must not change when another pool is closed
         self._pool = ThreadPoolExecutor(threads, "compute")
+        self._own = threading.local()
 
     def run(self, task: Callable[..., None], *arguments: Iterable[Any]) -> None:
         """`task` for all arguments, at once."""
@@ -42,6 +47,13 @@ class Pool:
             room -= size
         for future, _ in waiting:
             yield future.result()
+
+    def scratch(self, rows: int, width: int) -> F32:
+        """[rows, width] of the calling thread's memory, which its next call gives away again."""
+        memory: F32 | None = getattr(self._own, "memory", None)
+        if memory is None or memory.size < rows * width:
+            memory = self._own.memory = np.empty(rows * width, np.float32)
+        return memory[: rows * width].reshape(rows, width)
 
     def close(self) -> None:
         self._pool.shutdown()
