@@ -56,8 +56,8 @@ def warm(codec: Codec, architecture: Architecture | None = None) -> None:
     multiply(up, ids, panels, new_panels(1, 1))
     if any(layer.ffn.width == 1 and not layer.ffn.router for layer in layers) or not layers:
         combine(down, ids, slice(0, _WIDTH), new_panels(1, 1), panels)
-    for own in (x[None], np.zeros((1, 3 * _WIDTH), np.float32)[:, :_WIDTH]):  # a part of an array is another type
-        out_of_panels(panels, own)
+    out_of_panels(panels, x[None])
+    out_of_panels(panels, np.zeros((1, 3 * _WIDTH), np.float32)[:, :_WIDTH])  # to numba another type
     if "layer" in norms:
         layer_norm(x, x, x, 1e-5)
     if "rms" in norms:
