@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from pipeline.ring.plan import PANEL
 from storage.codecs import CODECS
 from storage.layout import Rows
 from workers import kernels
@@ -94,6 +95,10 @@ def test_sums_go_on_where_a_part_ended() -> None:
     kernels.multiply(rows, which, np.ascontiguousarray(wide[:, WIDTH : 2 * WIDTH]), whole)
     kernels.multiply(rows, which, wide, parts, value=WIDTH)
     assert np.array_equal(whole, parts)
+
+
+def test_the_planner_counts_whole_panels() -> None:
+    assert PANEL == LANES
 
 
 def test_panels_hold_the_tokens_that_were_named() -> None:
