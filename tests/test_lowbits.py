@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from formats import FORMATS, Format, code, random_rows, sizes, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processors import on_haswell
 from widening import widened
 
 from storage import nearest
@@ -505,15 +502,6 @@ np.save(r"{tmp_path / "product.npy"}", product)
 (code,) = dense._matvec.inspect_asm().values()
 print(Processor.here(), "zmm" in code, "vpmaddwd" in code)
 """
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.split("\n")[0] == f"{Processor(madd=True, half=True)} False True"
+    assert on_haswell(script, tmp_path).split("\n")[0] == f"{Processor(madd=True, half=True)} False True"
     expected = kernels.matvec(Rows.of_matrix(memory, CODECS[name]), x, 2)
     assert np.load(tmp_path / "product.npy").tobytes() == expected.tobytes()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from processors import on_haswell
 
 from pipeline.ring.plan import PANEL
 from storage.codecs import CODECS
@@ -112,7 +111,7 @@ def test_panels_hold_the_tokens_that_were_named() -> None:
     assert (started == x[0][None, :, None]).all()
 
 
-def test_code_for_a_smaller_processor_gives_the_same_bits(tmp_path: os.PathLike[str]) -> None:
+def test_code_for_a_smaller_processor_gives_the_same_bits(tmp_path: Path) -> None:
     rows, _ = rows_of("q4")
     x = tokens(20, WIDTH)
     np.savez(f"{tmp_path}/given.npz", memory=rows.memory, x=x)
@@ -130,16 +129,7 @@ np.save(r"{tmp_path}/product.npy", out)
 (code,) = panels._multiply.inspect_asm().values()
 print("zmm" in code, "vfmadd" in code)
 """
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.split("\n")[0] == "False True"
+    assert on_haswell(script, tmp_path).split("\n")[0] == "False True"
     out = kernels.new_panels(20, LINES)
     kernels.multiply(rows, np.arange(LINES), kernels.in_panels(x), out)
     assert np.load(f"{tmp_path}/product.npy").tobytes() == out.tobytes()
