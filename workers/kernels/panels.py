@@ -248,7 +248,7 @@ def _empty(panels: Any, out: Any) -> None:
 def in_panels(x: F32, tokens: npt.NDArray[np.integer[Any]] | None = None) -> F32:
     """[panels, values, LANES] of x [tokens, values], or of some of its tokens. Behind the last are zeros."""
     which = np.arange(len(x)) if tokens is None else tokens.astype(np.int64)
-    out = np.zeros((-(-which.size // LANES), x.shape[1], LANES), np.float32)
+    out = new_panels(which.size, x.shape[1])
     _fill(x, which, out)
     return out
 

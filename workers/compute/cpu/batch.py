@@ -177,10 +177,6 @@ class _Block:
     ids: list[I32] = field(default_factory=list)
     sources: list[tuple[Bytes, I32]] = field(default_factory=list)
 
-    @property
-    def count(self) -> int:
-        return sum(ids.size for ids in self.ids)
-
 
 class BatchFfn:
     """One layer's FFN of many tokens, summed block by block in ascending neuron id.
