@@ -103,6 +103,25 @@ def test_what_workers_find_is_told(changed: dict[str, object], name: str, state:
         assert found[name].remedy.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("words", "states"),
+    [
+        ("always within_size [advise] never deny force\n", ["fine"]),
+        ("always within_size advise [never] deny force\n", ["less"]),
+        (None, []),
+    ],
+)
+def test_large_pages_of_shared_memory_are_told(
+    words: str | None, states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "shmem_enabled"
+    if words is not None:
+        file.write_text(words, encoding="ascii")
+    monkeypatch.setattr(system, "LARGE_PAGES", file)
+    found = [one for one in system.findings() if one.name == "large pages"]
+    assert [one.state for one in found] == states
+
+
 def test_a_home_that_cannot_be_written_is_broken(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setattr(system.os, "access", lambda path, mode: False)
     found = {one.name: one for one in system.places(measure=False)}

@@ -62,6 +62,17 @@ def test_a_measured_size_of_reads_has_its_measured_rate(size: int, rate: float) 
     assert RATES.reading(size) == pytest.approx(rate)
 
 
+def test_only_reads_in_order_have_the_rate_of_streams() -> None:
+    quicker = replace(RATES, stream=2 * RATES.disk[-1][1])
+    work = replace(WORK, request=float(1 << 20))
+    for forecast in FORECASTS[1:]:
+        before, after = (
+            pace.pace(rates, replace(work, forecast=forecast)).reading - work.layers * RATES.latency
+            for rates in (replace(RATES, stream=RATES.disk[-1][1]), quicker)
+        )
+        assert after == pytest.approx(before / 2 if forecast == "every" else before)
+
+
 def test_smaller_reads_than_were_measured_come_as_often() -> None:
     assert RATES.reading(1024) == pytest.approx(0.1e9)
 

@@ -6,6 +6,7 @@ import random
 import statistics
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pipeline.planner.divide import plan
 from pipeline.tuning.document import document, line_of
 from pipeline.tuning.knobs import Knob, Settings, changed, knobs, start
 from pipeline.tuning.search import MARGIN, Compared, Outcome, Tried, search
+from pipeline.tuning.trial import FEWEST, SLOW_TOKENS, Text
 from storage.convert import convert
 from storage.errors import ConfigError, UsageError
 
@@ -63,6 +65,31 @@ def test_what_is_hardly_quicker_is_not_taken() -> None:
     found = sought(lambda one: 10.0 - (MARGIN * 5 if one["prefetcher.readers"] == 2 else 0))
     assert found.changes == {}
     assert not any(one.taken for one in found.tried)
+
+
+def timed(seconds: float, first: float, each: float, cost: Callable[[Settings], float]) -> Outcome:
+    """A search that has `seconds`, of which the first trial takes `first` and the others `each`."""
+    spent: list[float] = []
+
+    def measure(chosen: Settings) -> float:
+        spent.append(each if spent else first)
+        return cost(chosen)
+
+    return search(KNOBS, BEGINNING, measure, lambda: seconds - sum(spent))
+
+
+def test_a_first_trial_with_cold_files_does_not_end_the_search() -> None:
+    found = timed(150, first=30, each=3, cost=lambda _: 10.0)
+    assert found.in_time
+    assert {one.key for one in found.tried} == set(BEGINNING)
+
+
+def test_what_there_is_no_time_to_confirm_is_not_written() -> None:
+    found = timed(160, first=30, each=30, cost=lambda one: 10.0 / one["prefetcher.readers"])
+    assert [one.taken for one in found.tried] == [True]
+    assert not found.in_time
+    assert found.changes == {}
+    assert found.last.after == ()
 
 
 def test_a_gain_that_does_not_come_again_is_given_up() -> None:
@@ -202,3 +229,11 @@ def test_a_ring_is_tuned_and_the_file_is_a_configuration(tmp_path: Path) -> None
         tomllib.loads(text) != {}
     ) or "Nothing is quicker" in text
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".tmp"] == []
+
+
+def test_a_trial_of_a_slow_model_is_short() -> None:
+    written = Text((1, 2), tuple(range(32)), seconds=0.1)
+    assert written.within(4) == replace(written, answer=written.answer[:20])
+    assert len(written.within(0.5).answer) == FEWEST
+    slow = replace(written, seconds=3.0).within(15)
+    assert (slow.answer, slow.once) == (tuple(range(SLOW_TOKENS)), True)

@@ -22,6 +22,7 @@ from storage.store import Store
 
 TOKENS = 32  # of a trial
 TRIALS = 40  # that a search should have time for: slower models decode fewer tokens in each
+WRITING = 0.1  # of the time, for the text
 FEWEST = 6
 
 
@@ -68,7 +69,8 @@ def command(
     found = knobs.knobs(report.config, report.plan)
     say(f"{store.manifest.name}: {', '.join(one.key for one in found)}, for {minutes:g} min")
     with waiting("writing the trials' text"):
-        text = trial.own_text(store, config, prompt, tokens or TOKENS)
+        patience = float("inf") if tokens else WRITING * 60 * minutes
+        text = trial.own_text(store, config, prompt, tokens or TOKENS, patience)
     if not tokens:
         text = text.within((deadline - time.monotonic()) / TRIALS)
 
@@ -80,7 +82,9 @@ def command(
             return trial.seconds(store, config, chosen, text)
 
         outcome = search.search(found, beginning, measure, lambda: deadline - time.monotonic(), show.tried)
-    about = _about(store, config, report, len(text.answer), outcome.measured)
+    warmed = "whose first token does not count" if text.once else "warmed by the same tokens"
+    trials = f"{outcome.measured} trials of {len(text.answer)} tokens, each by a ring of its own, {warmed}"
+    about = [_about(store, config, report), trials]
     write_whole(out, document.document(outcome, about).encode())
     say(document.verdict(outcome))
     say(f"written to {out}; to use it: --config {out}")
@@ -99,10 +103,7 @@ def _check(out: Path, tokens: int, prompt: str) -> None:
         raise UsageError("the prompt is empty")
 
 
-def _about(store: Store, config: Config, report: PlanReport, tokens: int, trials: int) -> list[str]:
+def _about(store: Store, config: Config, report: PlanReport) -> str:
     memory = size(report.total)
     within = f" of --memory {config.memory.budget}" if config.memory.budget else ""
-    return [
-        f"{store.manifest.name} on {rates.processor()}; memory {memory}{within}",
-        f"{trials} trials of {tokens} tokens, each by a ring of its own, warmed by the same tokens",
-    ]
+    return f"{store.manifest.name} on {rates.processor()}; memory {memory}{within}"

@@ -38,10 +38,21 @@ LEAST_MEMORY: Final = 1 << 30  # bytes: the processes, and the smallest models
 LEAST_SPACE: Final = 1 << 30
 SLOW_DISK: Final = 0.3e9  # bytes a second of 16 KiB reads
 SHARED: Final = Path("/dev/shm")
+LARGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def findings() -> list[Finding]:
-    return [_system(), *_versions(), _cores(), _memory(), _cgroup(), _locked(), _shared(), *_gpus()]
+    return [
+        _system(),
+        *_versions(),
+        _cores(),
+        _memory(),
+        _cgroup(),
+        _locked(),
+        _shared(),
+        *_large_pages(),
+        *_gpus(),
+    ]
 
 
 def _system() -> Finding:
@@ -154,6 +165,26 @@ def _shared() -> Finding:
         "Slots lie in a temporary file, which the system may write to the disk.",
         "Allow memfd_create, or give the container --shm-size.",
     )
+
+
+def _large_pages() -> list[Finding]:
+    """Of shared memory; nothing where the system knows none."""
+    try:
+        words = LARGE_PAGES.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return []
+    chosen = words.partition("[")[2].partition("]")[0]
+    if chosen not in ("never", "deny"):
+        return [Finding("large pages", "fine", f"of shared memory: {chosen}")]
+    return [
+        Finding(
+            "large pages",
+            "less",
+            f"of shared memory: {chosen}",
+            "A virtual disk fills slots of single pages slower, by a third where they lie in disorder.",
+            f"As root: `echo advise > {LARGE_PAGES}`; it lasts until the next start.",
+        )
+    ]
 
 
 def _gpus() -> list[Finding]:

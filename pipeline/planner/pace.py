@@ -3,7 +3,8 @@
 What one machine does are `Rates`, measured by a probe; what one token needs is its `Work`. Assumptions:
 
 - The kernels of a token wait for the memory: bytes ÷ the rate of the kernel that reads them. Whole
-  matrices, dots of scattered rows and sums of scattered rows have rates of their own, by number format.
+  matrices, dots of scattered rows and sums of scattered rows have rates of their own, by number format. In a
+  ring they are slower than the probe, which does one thing again and again: by AMONG.
 - A layer has a price of its own, whatever its size: LAUNCHES launches of threads (attention's, the FFN's
   two), and one more for a router; the head has one, and a choice among the vocabulary.
 - A layer whose units are asked for waits for HOPS messages. Where sets are foreseen from the layer before
@@ -13,7 +14,8 @@ What one machine does are `Rates`, measured by a probe; what one token needs is 
   cores (BESIDE), and by the predictor's own time, which is waited for or taken from a core that the
   kernels have.
 - Missed units cost the disk their bytes ÷ its rate at the size of one read, and one read's latency a
-  layer.
+  layer. Where every unit is needed, reads are in order and their destinations stay in the processor's
+  caches, which is quicker by what a probe of just that has found.
 - Of that time, what a kind of forecast cannot hide is waited for (`exposed`); and while reads are in
   flight, whoever takes them up takes a share of the cores (READER cores) from the kernels. Nothing hides
   more reading than there is computing.
@@ -37,6 +39,7 @@ HOPS: Final = 4  # messages, from a layer's announcement to when its units are k
 RING: Final = 8  # the same, in hops, of a layer that reads: four processes take turns on the kernels' cores
 GUESS: Final = 2  # and more of them where guesses are read before
 TOKEN: Final = 4  # hops of a token: its text is made by another process
+AMONG: Final = 1.15  # a kernel's time in a ring ÷ alone; 0.99 to 1.37 in seven shapes that were in memory
 BESIDE: Final = 0.4  # of a core, for the ring's other processes, while layers ask for units
 READER: Final = 0.4  # of a core, while reads are in flight: 1.7 to 4 µs a read at what a disk can do
 SERIAL: Final = 0.2  # of the shorter of reading and computing, where every unit is needed
@@ -70,6 +73,7 @@ class Rates:
     scoring: float  # bytes a second of predictors' maps, by one thread
     arithmetic: float  # FLOP a second of a prompt's products
     disk: tuple[tuple[int, float], ...]  # bytes of one random read, bytes a second; ascending
+    stream: float  # bytes a second of long reads in order, whose destinations are few and stay in caches
     latency: float  # seconds of one read alone
 
     def kernel(self, codec: str) -> Kernel:
@@ -152,8 +156,8 @@ def _held(slots: float, wanted: float) -> float:
 def pace(rates: Rates, work: Work) -> Pace:
     """One token of decode."""
     memory = _product(rates, work.matrices) + work.kept / rates.read
-    units = sum(size / rates.kernel(name).dots for name, size in work.dots.items())
-    units += sum(size / rates.kernel(name).sums for name, size in work.sums.items())
+    units = AMONG * sum(size / rates.kernel(name).dots for name, size in work.dots.items())
+    units += AMONG * sum(size / rates.kernel(name).sums for name, size in work.sums.items())
     own = work.layers * work.launches * rates.launch
     head = _product(rates, work.head) + rates.launch + CHOICE * work.vocabulary
     if work.forecast != "whole":
@@ -163,21 +167,23 @@ def pace(rates: Rates, work: Work) -> Pace:
     asked = _asked(rates, work, computing - head) + TOKEN * rates.hop
     reading = 0.0
     if work.flash:
-        reading = work.flash / rates.reading(work.request) + work.layers * rates.latency
+        rate = rates.reading(work.request)
+        if work.forecast == "every":  # in order, up to the length of one read
+            rate *= rates.stream / rates.disk[-1][1]
+        reading = work.flash / rate + work.layers * rates.latency
     disk = _waited(rates, work, computing, asked, reading)
     return Pace(memory, units, own + asked, head, disk, reading)
 
 
 def first_answer(rates: Rates, work: Work, prompt: int, start: float) -> float:
     """Seconds from the command to the first token: the ring's start, the weights' loading, a prompt."""
-    sequential = rates.reading(float(1 << 30))
-    loading = work.load / sequential
+    loading = work.load / rates.stream
     reading = work.prompt_flash / rates.reading(work.prompt_request)
     return start + loading + reading + 2 * prompt * work.parameters / rates.arithmetic
 
 
 def _product(rates: Rates, sizes: Mapping[str, float]) -> float:
-    return sum(size / rates.kernel(name).product for name, size in sizes.items())
+    return AMONG * sum(size / rates.kernel(name).product for name, size in sizes.items())
 
 
 def _asked(rates: Rates, work: Work, computing: float) -> float:

@@ -34,7 +34,7 @@ CODECS: Final = ("float16", "bfloat16", "q8", "q4")  # what presets have in 16, 
 PATIENCE: Final = 600.0  # seconds: kernels may have to be compiled
 LARGE: Final = 64 << 20  # bytes of a file that is worth reading
 WRITTEN: Final = 256 << 20  # bytes of one that is written where there is none
-FORMAT: Final = 2
+FORMAT: Final = 3
 BUSY: Final = 0.15  # of the processors, from which on others have made a measurement too slow
 
 
@@ -120,6 +120,7 @@ def rates(kept: Kept, device: str) -> Rates:
         scoring=float(kept.memory["scoring"]),
         arithmetic=float(kept.memory["arithmetic"]),
         disk=tuple((int(size), float(rate)) for size, rate in disk["rates"]),
+        stream=float(disk["stream"]),
         latency=float(disk["latency"]),
     )
 

@@ -9,6 +9,7 @@ quicker there, too.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,18 +106,32 @@ class _Run:
     _left: Callable[[], float]
     _tell: Callable[[Tried], None]
     _seen: set[tuple[tuple[str, Value], ...]] = field(default_factory=set)
-    _spent: float = 0.0  # seconds of all trials
+    _first: float = 0.0  # seconds of the first trial, whose kernels, files and pages may be cold
+    _spent: float = 0.0  # seconds of the others
 
     def measure(self, settings: Settings) -> float:
         before = self._left()
         taken = self._measure(settings)
+        seconds = before - self._left()
+        if self.outcome.measured:
+            self._spent += seconds
+        else:
+            self._first = seconds
         self.outcome.measured += 1
-        self._spent += before - self._left()
         return taken
 
-    def has_time(self, pairs: int = PAIRS) -> bool:
-        """For a comparison, and the last one behind it."""
-        return self._left() > 2 * (pairs + FINAL) * self._spent / self.outcome.measured
+    def _pairs(self) -> float:
+        """For how many there is time."""
+        others = self.outcome.measured - 1
+        each = self._spent / others if others else self._first
+        return self._left() / (2 * each) if each else math.inf
+
+    def has_time(self) -> bool:
+        """For one more pair, and the last comparison behind it.
+
+        The first pair tells how long they take, and is tried where there is time for twice as much.
+        """
+        return self._pairs() > (2 if self.outcome.measured == 1 else 1 + FINAL)
 
     def turn(self, knob: Knob) -> bool:
         """Whether the knob was left elsewhere than it was."""
@@ -147,21 +162,27 @@ class _Run:
         return compared.better
 
     def _compare(self, first: Settings, second: Settings, pairs: int, *, early: bool) -> Compared:
-        """In turn, and each of them first every other time; `early`: one lost pair is enough."""
+        """In turn, and each of them first every other time.
+
+        `early`: one lost pair is enough, and one that was won where there is no time for more.
+        """
         before: list[float] = []
         after: list[float] = []
         for number in range(pairs):
             order = [(second, after), (first, before)] if number % 2 else [(first, before), (second, after)]
             for settings, taken in order:
                 taken.append(self.measure(settings))
-            if early and after[0] >= before[0]:
+            if early and (after[0] >= before[0] or not self.has_time()):
                 break
         return Compared(tuple(before), tuple(after))
 
     def finish(self) -> None:
-        """Keep the beginning unless the best found is quicker in new pairs, too."""
+        """Keep the beginning unless there is time for new pairs, and the best found is quicker there, too."""
         outcome = self.outcome
         if not outcome.changes:
+            return
+        if self._pairs() < FINAL:
+            outcome.settings = dict(outcome.beginning)
             return
         outcome.last = self._compare(outcome.beginning, outcome.settings, FINAL, early=False)
         if not outcome.last.better:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +19,8 @@ from storage.errors import UsageError
 from storage.store import Store
 
 FEWEST = 6  # tokens of a trial
+# Of a model whose tokens take seconds, fewer, and once: each is the mean of a thousand reads.
+SLOW, SLOW_TOKENS = 0.5, 5  # seconds a token; tokens of a trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +30,37 @@ class Text:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     seconds: float  # of one token, as it was written
+    once: bool = False  # not a first time, to warm the ring: instead, the first token does not count
 
     def within(self, seconds: float) -> Text:
-        """As many of its tokens as a trial can decode in that time, twice; at least FEWEST."""
-        return replace(self, answer=self.answer[: max(FEWEST, int(seconds / (2 * self.seconds)))])
+        """As many of its tokens as a trial can decode in that time, with as many to warm it.
+
+        At least FEWEST; of a slow model as few as will do.
+        """
+        tokens = int(seconds / (2 * self.seconds))
+        if tokens < FEWEST and self.seconds > SLOW:
+            return replace(self, answer=self.answer[:SLOW_TOKENS], once=True)
+        return replace(self, answer=self.answer[: max(FEWEST, tokens)])
 
 
-def own_text(store: Store, config: Config, prompt: str, tokens: int) -> Text:
-    """A prompt and what the model itself writes behind it, once. Raises UsageError for too few tokens."""
+def own_text(store: Store, config: Config, prompt: str, tokens: int, seconds: float = float("inf")) -> Text:
+    """A prompt and what the model itself writes behind it, once, as far as it comes in `seconds`.
+
+    It comes to FEWEST in any case. Raises UsageError where the context has no room for them.
+    """
     report = plan(store, config)
     with Session(store, report.config, report.plan, budget=report.budget) as session:
         ids = session.encode(prompt)
         params = GenerationParams(tokens, sampling=Sampling(0.0, 0, 1.0, 0), ignore_eos=True)
         with contextlib.closing(session.pieces(ids, params)) as pieces:
-            answer = [piece.token for piece in pieces if piece.token is not None]
-        assert session.last is not None
-        spent = [later - earlier for earlier, later in pairwise(session.last.moments)]
+            answer, moments = [], [time.monotonic()]
+            for piece in pieces:
+                if piece.token is not None:
+                    answer.append(piece.token)
+                    moments.append(time.monotonic())
+                if len(answer) >= FEWEST and moments[-1] - moments[0] > seconds:
+                    break
+        spent = [later - earlier for earlier, later in pairwise(moments[1:])]
     if len(answer) < FEWEST:
         raise UsageError(
             f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, "
@@ -58,10 +76,11 @@ def seconds(store: Store, config: Config, settings: Settings, text: Text) -> flo
     """
     report = plan(store, changed(config, settings))
     with Session(store, report.config, report.plan, budget=report.budget) as session:
-        for _ in range(2):
+        for _ in range(1 if text.once else 2):
             _decode(session, text.prompt, text.answer)
         assert session.last is not None
-        return statistics.median(later - earlier for earlier, later in pairwise(session.last.moments))
+        moments = session.last.moments[1:] if text.once else session.last.moments
+        return statistics.median(later - earlier for earlier, later in pairwise(moments))
 
 
 def _decode(session: Session, prompt: Sequence[int], answer: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ from pipeline.ending import exit_status
 from pipeline.ring.promptness import be_prompt
 from storage.errors import StoreError
 from workers.probe.others import Moment, share
-from workers.probe.reads import measure
+from workers.probe.reads import BUFFER_BYTES, measure, new_pages
 
 SIZES: Final = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
 SECONDS: Final = 0.2  # of each try
@@ -31,6 +31,7 @@ PASSES: Final = 3
 ASSUMED: Final = 1e9  # bytes a second, to choose how many reads that is
 FEWEST, MOST = 24, 8_000  # reads
 ALONE: Final = 300  # reads, one after another
+STREAMED: Final = 32 << 20  # bytes of destinations in turn: a ring streams through two halves of 16 MiB
 DEPTH: Final = 128  # reads in flight, and at most as many bytes as the configuration's default
 IN_FLIGHT: Final = 8 << 20
 
@@ -38,21 +39,42 @@ IN_FLIGHT: Final = 8 << 20
 def disk(file: Path) -> dict[str, object]:
     """Of random reads: [bytes of one, bytes a second] by each size that the file is large enough for.
 
-    And the seconds of one read alone.
+    And bytes a second of the longest reads in order, and the seconds of one read alone.
     """
     size = file.stat().st_size
     if size < SIZES[-1] * FEWEST:
         raise StoreError(f"{file} is too small for a probe of its disk")
-    uvloop.run(measure(file, SIZES[1], 1, DEPTH, FEWEST))  # the first reads find caches cold
+    memory = new_pages(BUFFER_BYTES)
+    uvloop.run(measure(file, SIZES[1], 1, DEPTH, FEWEST, memory=memory))  # the first reads find caches cold
     found: dict[int, list[float]] = {request: [] for request in SIZES}
-    for request in SIZES * PASSES:  # in turn: a shared disk changes within seconds
-        count = max(FEWEST, min(MOST, round(SECONDS * ASSUMED / request)))
-        depth = max(1, min(DEPTH, IN_FLIGHT // request))
-        done = uvloop.run(measure(file, request, 1, depth, count))
-        found[request].append(float(done["bytes_per_second"]))
-    alone = uvloop.run(measure(file, SIZES[1], 1, 1, ALONE))
+    streams: list[float] = []
+    longest = SIZES[-1]
+    for _ in range(PASSES):  # in turn: a shared disk changes within seconds
+        for request in SIZES:
+            count = max(FEWEST, min(MOST, round(SECONDS * ASSUMED / request)))
+            depth = max(1, min(DEPTH, IN_FLIGHT // request))
+            done = uvloop.run(measure(file, request, 1, depth, count, memory=memory))
+            found[request].append(float(done["bytes_per_second"]))
+        done = uvloop.run(
+            measure(
+                file,
+                longest,
+                1,
+                IN_FLIGHT // longest,
+                round(SECONDS * ASSUMED / longest),
+                sequential=True,
+                buffers=STREAMED // longest,
+                memory=memory,
+            )
+        )
+        streams.append(float(done["bytes_per_second"]))
+    alone = uvloop.run(measure(file, SIZES[1], 1, 1, ALONE, memory=memory))
     rates = [[request, statistics.median(several)] for request, several in found.items()]
-    return {"rates": rates, "latency": 1 / float(alone["reads_per_second"])}
+    return {
+        "rates": rates,
+        "stream": statistics.median(streams),
+        "latency": 1 / float(alone["reads_per_second"]),
+    }
 
 
 def memory(codecs: list[str], threads: int) -> dict[str, object]:

@@ -5,6 +5,9 @@ Each model is planned under each budget, and then its ring decodes the same forc
 memory cgroup where there can be one. Printed are a token's planned and measured milliseconds, and their
 ratio. A budget is a size, a share of the checkpoint as elsewhere, or `least`, `half` and `most` of the
 way from the smallest memory that works to all of the model.
+
+The machine is measured before and after each run. Where the two would plan times that differ by more than
+DRIFT, it has changed meanwhile, and the row is run again, TRIES times at most.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +42,8 @@ MIB, SLACK = 1 << 20, 2  # bytes, and so many more: the prompt may be some token
 PROMPT = 32  # tokens
 WARM = 8  # first tokens, which are not counted: slots fill
 GOAL, BOUND = 0.15, 0.25  # of the measured time
+DRIFT = 0.15  # of the planned time, from before a run to after it
+TRIES = 3  # of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Line:
     bits: int
     memory: int
     planned_ms: float
+    planned_after_ms: float  # by what the machine did after the run
     measured_ms: float
     planned_bytes: float
     measured_bytes: float
@@ -59,6 +65,11 @@ class Line:
     def ratio(self) -> float:
         """Planned ÷ measured."""
         return self.planned_ms / self.measured_ms
+
+    @property
+    def drift(self) -> float:
+        """By how much the machine became slower during the run, as a plan sees it; below 0: quicker."""
+        return self.planned_after_ms / self.planned_ms - 1
 
 
 def budgets(one: Subject, words: Sequence[str]) -> list[str]:
@@ -82,6 +93,25 @@ def _planned(one: Subject, budget: str, tokens: int, *, probe: bool) -> Outlook:
     codecs = tuple({*rates.CODECS, *one.codecs})
     known = rates.measured(one.store.path, codecs, renew=probe, say=say)
     return outlook(with_memory(one, budget), known, PROMPT + tokens // 2)
+
+
+def _steady(
+    one: Subject, budget: str, settings: tuple[str, ...], tokens: int, *, probe: bool, fresh: bool
+) -> Line:
+    """A run that the machine did not change in, or the last of TRIES. `fresh`: it was measured just now."""
+    planned = _planned(one, budget, tokens, probe=probe and not fresh)
+    for _ in range(TRIES):
+        with waiting(f"measuring {one.name} in {budget}"):
+            line = measure(planned, budget, settings, tokens)
+        if not probe:
+            return line
+        after = _planned(one, budget, tokens, probe=True)
+        line = replace(line, planned_after_ms=1e3 * after.pace.total)
+        say(f"{line.model} {size(line.memory)}: ratio {line.ratio:.2f}, drift {line.drift:+.0%}")
+        if abs(line.drift) <= DRIFT:
+            break
+        planned = after
+    return line
 
 
 def measure(planned: Outlook, budget: str, settings: tuple[str, ...], tokens: int) -> Line:
@@ -120,6 +150,7 @@ def _line(planned: Outlook, milliseconds: float, read: float, parts: dict[str, f
         planned.subject.bits,
         planned.report.total,
         1e3 * planned.pace.total,
+        1e3 * planned.pace.total,
         milliseconds,
         planned.work.flash,
         read,
@@ -138,6 +169,7 @@ def table(lines: Sequence[Line]) -> Table:
         "planned ms",
         "measured ms",
         "ratio",
+        "drift",
         "planned MB",
         "measured MB",
     ):
@@ -150,6 +182,7 @@ def table(lines: Sequence[Line]) -> Table:
             f"{one.planned_ms:,.1f}",
             f"{one.measured_ms:,.1f}",
             f"{one.ratio:.2f}",
+            f"{one.drift:+.0%}",
             f"{one.planned_bytes / 1e6:,.2f}",
             f"{one.measured_bytes / 1e6:,.2f}",
         )
@@ -165,7 +198,8 @@ def main(
     ] = "least,half,most",
     tokens: Annotated[int, typer.Option(help="Tokens decoded.", min=WARM + 2)] = 64,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Measure the machine before each row: its rates drift.")
+        bool,
+        typer.Option("--probe/--no-probe", help="Measure the machine around each row: it changes."),
     ] = True,
     settings: Settings = None,
     json_file: JsonFile = None,
@@ -177,13 +211,10 @@ def main(
         one = _subject(name, fixed, tokens)
         for budget in budgets(one, memory.split(",")):
             try:
-                planned = _planned(one, budget, tokens, probe=probe)
-                with waiting(f"measuring {one.name} in {budget}"):
-                    lines.append(measure(planned, budget, fixed, tokens))
+                lines.append(_steady(one, budget, fixed, tokens, probe=probe, fresh=bool(lines)))
             except (BudgetError, ChildFailed) as error:
                 say(f"{one.name} in {budget}: {error}")
                 continue
-            say(f"{lines[-1].model} {size(lines[-1].memory)}: ratio {lines[-1].ratio:.2f}")
     if not lines:
         raise UsageError("nothing could be measured")
     tables().print(table(lines))
