@@ -29,7 +29,7 @@ class Text:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    seconds: float  # of one token, as it was written
+    seconds: float  # of one token
     once: bool = False  # not a first time, to warm the ring: instead, the first token does not count
 
     def within(self, seconds: float) -> Text:
@@ -53,20 +53,20 @@ def own_text(store: Store, config: Config, prompt: str, tokens: int, seconds: fl
         ids = session.encode(prompt)
         params = GenerationParams(tokens, sampling=Sampling(0.0, 0, 1.0, 0), ignore_eos=True)
         with contextlib.closing(session.pieces(ids, params)) as pieces:
-            answer, moments = [], [time.monotonic()]
+            answer, started = [], time.monotonic()
             for piece in pieces:
                 if piece.token is not None:
                     answer.append(piece.token)
-                    moments.append(time.monotonic())
-                if len(answer) >= FEWEST and moments[-1] - moments[0] > seconds:
+                if len(answer) >= FEWEST and time.monotonic() - started > seconds:
                     break
-        spent = [later - earlier for earlier, later in pairwise(moments[1:])]
-    if len(answer) < FEWEST:
-        raise UsageError(
-            f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, "
-            f"which needs {FEWEST}"
-        )
-    return Text(tuple(ids), tuple(answer), statistics.median(spent))
+        if len(answer) < FEWEST:
+            raise UsageError(
+                f"the context of {report.plan.context} tokens leaves {len(answer)} for a trial, "
+                f"which needs {FEWEST}"
+            )
+        # Drafts may have written several tokens a step. What is decoded again is decoded one by one.
+        each = _decode(session, ids, tuple(answer[:FEWEST]))
+    return Text(tuple(ids), tuple(answer), statistics.median(each))
 
 
 def seconds(store: Store, config: Config, settings: Settings, text: Text) -> float:
@@ -76,14 +76,16 @@ def seconds(store: Store, config: Config, settings: Settings, text: Text) -> flo
     """
     report = plan(store, changed(config, settings))
     with Session(store, report.config, report.plan, budget=report.budget) as session:
-        for _ in range(1 if text.once else 2):
+        if not text.once:
             _decode(session, text.prompt, text.answer)
-        assert session.last is not None
-        moments = session.last.moments[1:] if text.once else session.last.moments
-        return statistics.median(later - earlier for earlier, later in pairwise(moments))
+        each = _decode(session, text.prompt, text.answer)
+    return statistics.median(each[1:] if text.once else each)
 
 
-def _decode(session: Session, prompt: Sequence[int], answer: tuple[int, ...]) -> None:
+def _decode(session: Session, prompt: Sequence[int], answer: tuple[int, ...]) -> list[float]:
+    """Seconds of each token but the first, which the prompt's are part of."""
     params = GenerationParams(len(answer), ignore_eos=True, forced=answer)
     for _ in session.pieces(prompt, params):
         pass
+    assert session.last is not None
+    return [later - earlier for earlier, later in pairwise(session.last.moments)]
