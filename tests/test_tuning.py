@@ -79,7 +79,7 @@ def timed(seconds: float, first: float, each: float, cost: Callable[[Settings], 
 
 
 def test_a_first_trial_with_cold_files_does_not_end_the_search() -> None:
-    found = timed(150, first=30, each=3, cost=lambda _: 10.0)
+    found = timed(160, first=30, each=3, cost=lambda _: 10.0)
     assert found.in_time
     assert {one.key for one in found.tried} == set(BEGINNING)
 
