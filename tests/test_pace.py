@@ -111,7 +111,7 @@ def test_a_quicker_memory_is_never_slower(forecast: str, times: float) -> None:
 def test_where_nobody_is_asked_a_token_is_its_bytes_and_its_launches() -> None:
     work = Work(2, {"float16": 25e9}, {}, 0.0, {}, {}, vocabulary=0, forecast="whole")
     assert pace.pace(RATES, work).total == pytest.approx(
-        1 + (2 * pace.LAUNCHES + 1) * RATES.launch + pace.TOKEN * RATES.hop
+        pace.AMONG + (2 * pace.LAUNCHES + 1) * RATES.launch + pace.TOKEN * RATES.hop
     )
 
 
