@@ -127,7 +127,7 @@ def measurements(place: Path, out: Path) -> dict[str, Slow]:
         ),
         "tune": Slow(
             "pipeline.tuning.trial",
-            "_decode",
+            "seconds",
             "run.py",
             (
                 *("tune", "--model", sparse, "--minutes", "0.1", "--tokens", "6", "--prompt", "one two"),

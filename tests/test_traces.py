@@ -380,7 +380,7 @@ def test_order_and_conversion_by_commands(tmp_path, monkeypatch, capfd):
     assert made.manifest.order == "coactive"
     assert (made.read_layer(2) == plain.read_layer(2)).all()
     assert (tmp_path / "store/bundles.bin").read_bytes() != (tmp_path / "plain/bundles.bin").read_bytes()
-    disk = Rates(1, 1e9, {}, 0.0, 0.0, 1e9, 1e9, ((512, 1e6), (4096, 8e6)), 1e-4)
+    disk = Rates(1, 1e9, {}, 0.0, 0.0, 1e9, 1e9, ((512, 1e6), (4096, 8e6)), 8e6, 1e-4)
     monkeypatch.setattr(rates, "measured", lambda say: disk)
     assert run(monkeypatch, "placement", str(tmp_path / "a.npz"), "--earlier", str(tmp_path / "a.npz")) == 0
     assert "redundant" in capfd.readouterr().out
